@@ -1,0 +1,129 @@
+"""Builds and installs of a copy of this tree: with a compiler, without one, and with one that rejects the sources."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pybind11")
+ROOT = Path(__file__).parents[1]
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+for tool in ("cmake", "ninja"):
+    if shutil.which(tool, path=PATH) is None:
+        pytest.skip(f"{tool} is not installed", allow_module_level=True)
+
+WARNING = "installed without its native extension"
+NO_COMPILER = {"CXX": str(ROOT / "no" / "such" / "compiler")}
+
+
+def copy_tree(destination: Path) -> Path:
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "*.egg-info")
+    for name in ("csrc", "tlalign_kernels", "python"):
+        shutil.copytree(ROOT / name, destination / name, ignore=ignore)
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, destination / name)
+    return destination
+
+
+def setup_py(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(
+        command,
+        cwd=tree,
+        env={**os.environ, "PATH": PATH, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def built(tree: Path, *arguments: str, **environment: str) -> str:
+    result = setup_py(tree, *arguments, **environment)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def wheel_contents(tree: Path) -> list[str]:
+    (wheel,) = tree.glob("dist/*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def extensions(names: list[str]) -> list[str]:
+    return [name for name in names if Path(name).match("tlalign_kernels/_C.*") and not name.endswith(".pyi")]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return copy_tree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def compiled_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = copy_tree(tmp_path_factory.mktemp("compiled"))
+    if WARNING in built(tree, "build"):
+        pytest.skip("no C++ compiler, or no headers of Python")
+    return tree
+
+
+def test_wheel_holds_both_packages_and_the_extension(compiled_tree):
+    built(compiled_tree, "bdist_wheel")
+    names = wheel_contents(compiled_tree)
+    assert len(extensions(names)) == 1
+    expected = {
+        f"{package}/{name}" for package in ("tlalign_kernels", "tlalign") for name in ("__init__.py", "py.typed")
+    }
+    assert {*expected, "tlalign_kernels/_C.pyi"} <= set(names)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"tlalign_kernels", "tlalign"}
+
+
+def test_second_build_compiles_nothing(compiled_tree):
+    assert "no work to do" in built(compiled_tree, "build_ext")
+
+
+def test_compiler_that_has_gone_leaves_no_old_extension_behind(compiled_tree, tmp_path):
+    moved = shutil.copytree(compiled_tree, tmp_path / "moved")
+    assert WARNING in built(moved, "bdist_wheel", **NO_COMPILER)
+    assert extensions(wheel_contents(moved)) == []
+
+
+def test_editable_install_without_a_compiler_warns_once_and_finds_both_packages(tree):
+    output = built(tree, "editable_wheel", "--dist-dir", "dist", **NO_COMPILER)
+    assert output.count(WARNING) == 1
+    assert "CMake Warning" not in output
+    assert not extensions([str(path.relative_to(tree)) for path in tree.glob("tlalign_kernels/*")])
+
+    (wheel,) = tree.glob("dist/*.whl")
+    shutil.unpack_archive(wheel, tree / "site", format="zip")
+    script = """
+import importlib.util, json, site, sys
+site.addsitedir(sys.argv[1])
+print(json.dumps([importlib.util.find_spec(name).origin for name in ("tlalign_kernels", "tlalign")]))
+"""
+    found = subprocess.run([sys.executable, "-ISc", script, tree / "site"], check=True, capture_output=True, text=True)
+    expected = [tree / "tlalign_kernels" / "__init__.py", tree / "python" / "tlalign" / "__init__.py"]
+    assert [Path(origin).resolve() for origin in json.loads(found.stdout)] == [path.resolve() for path in expected]
+
+
+def test_source_that_does_not_compile_is_an_error(tree):
+    (tree / "csrc" / "bindings.cpp").write_text("#error broken on purpose\n")
+    result = setup_py(tree, "build_ext", "--inplace")
+    if WARNING in result.stdout:
+        pytest.skip("no C++ compiler, or no headers of Python")
+    assert result.returncode != 0
+    assert "broken on purpose" in result.stdout
+
+
+def test_source_distribution_holds_the_native_sources(tree):
+    built(tree, "sdist")
+    (archive,) = tree.glob("dist/*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    sources = {path.relative_to(tree).as_posix() for path in tree.glob("csrc/**/*") if path.is_file()}
+    assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
