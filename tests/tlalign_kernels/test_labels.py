@@ -1,0 +1,193 @@
+"""MixedTarget and the label algebra against pixels, loops and timm."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.data.mixup import mixup_target
+
+from tlalign_kernels import MixedTarget
+from tlalign_kernels.labels import gather_share, residual_share
+
+
+@st.composite
+def boxed_images(draw, sources=1):
+    """Image size, patch size and a batch of boxes (B, S, 4), empty and whole-image boxes included."""
+    height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    patch = (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+
+    def interval(size):
+        return sorted((draw(st.integers(0, size)), draw(st.integers(0, size))))
+
+    boxes = []
+    for _ in range(draw(st.integers(1, 3)) * sources):
+        (y0, y1), (x0, x1) = interval(height), interval(width)
+        boxes.append([y0, x0, y1, x1])
+    return (height, width), patch, torch.tensor(boxes).view(-1, sources, 4)
+
+
+def painted(boxes, size):
+    """Masks (B, S, Hi, Wi) by painting the boxes over each other in order."""
+    batch, sources, _ = boxes.shape
+    masks = torch.zeros(batch, sources, *size, dtype=torch.float64)
+    for image in range(batch):
+        for source, (y0, x0, y1, x1) in enumerate(boxes[image].tolist()):
+            masks[image, :, y0:y1, x0:x1] = 0
+            masks[image, source, y0:y1, x0:x1] = 1
+    return masks
+
+
+def pooled(masks, patch):
+    """Means over cells of `patch` pixels, cells at the border counting the pixels that are there: (B, tokens, S)."""
+    columns = [
+        masks[:, :, y : y + patch[0], x : x + patch[1]].mean(dim=(2, 3))
+        for y in range(0, masks.shape[2], patch[0])
+        for x in range(0, masks.shape[3], patch[1])
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def classes_of(boxes):
+    return torch.arange(boxes.shape[0] * (boxes.shape[1] + 1)).view(boxes.shape[0], -1)
+
+
+@pytest.mark.parametrize("sources", [1, 3])
+def test_box_share_is_the_part_of_the_pixels_of_a_cell(sources):
+    @given(boxed_images(sources))
+    def check(problem):
+        size, patch, boxes = problem
+        target = MixedTarget.from_boxes(classes_of(boxes), boxes, size)
+        masks = painted(boxes, size)
+        grid = (-(-size[0] // patch[0]), -(-size[1] // patch[1]))
+        torch.testing.assert_close(
+            target.token_share(grid, patch, torch.float64), pooled(masks, patch), rtol=0, atol=1e-14
+        )
+        torch.testing.assert_close(target.image_share(torch.float64), masks.mean(dim=(2, 3)), rtol=0, atol=1e-14)
+        torch.testing.assert_close(target.ratio, masks.mean(dim=(2, 3)).float())
+
+    check()
+
+
+@given(boxed_images(2))
+def test_masks_give_the_share_that_boxes_give(problem):
+    size, patch, boxes = problem
+    grid = (-(-size[0] // patch[0]), -(-size[1] // patch[1]))
+    by_boxes = MixedTarget.from_boxes(classes_of(boxes), boxes, size)
+    by_masks = MixedTarget.from_masks(classes_of(boxes), painted(boxes, size))
+    torch.testing.assert_close(
+        by_masks.token_share(grid, patch, torch.float64), by_boxes.token_share(grid, patch, torch.float64)
+    )
+    torch.testing.assert_close(by_masks.ratio.float(), by_boxes.ratio)
+
+
+def test_patch_with_both_images_gets_its_fraction():
+    target = MixedTarget.from_boxes(torch.tensor([[3, 7]]), torch.tensor([[[0, 0, 8, 12]]]), (16, 16))
+    assert target.token_share((2, 2), (8, 8)).flatten().tolist() == [1.0, 0.5, 0.0, 0.0]
+    assert target.ratio.item() == 8 * 12 / 256
+
+
+def test_ratio_is_the_share_everywhere():
+    ratio = torch.tensor([[0.3], [0.8]])
+    target = MixedTarget.from_ratio(torch.tensor([[0, 1], [2, 3]]), ratio)
+    assert torch.equal(target.token_share((2, 3), (16, 16)), ratio[:, None].expand(-1, 6, -1))
+    assert torch.equal(target.ratio, ratio)
+
+
+def test_dense_labels_are_pooled_to_the_grid():
+    labels = torch.rand(2, 5, 4, 6, dtype=torch.float64)
+    labels /= labels.sum(1, keepdim=True)
+    target = MixedTarget.from_dense(labels)
+    expected = labels.view(2, 5, 2, 2, 3, 2).mean(dim=(3, 5)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(target.token_share((2, 3), (8, 8), torch.float64), expected)
+    torch.testing.assert_close(target.image_share(torch.float64), labels.mean(dim=(2, 3)))
+    with pytest.raises(ValueError, match="token_labels: expected a map of"):
+        target.token_share((3, 3), (8, 8))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_to_dense_is_the_target_of_timm(smoothing):
+    own = torch.randint(0, 12, (6,))
+    ratio = 0.3125
+    target = MixedTarget.from_ratio(torch.stack((own, own.flip(0)), 1), torch.full((6, 1), ratio))
+    expected = mixup_target(own, 12, lam=1 - ratio, smoothing=smoothing)
+    torch.testing.assert_close(target.to_dense(12, smoothing), expected, rtol=0, atol=1e-7)
+
+
+def test_to_dense_adds_up_a_class_that_comes_twice():
+    target = MixedTarget.from_ratio(torch.tensor([[4, 4, 1]]), torch.tensor([[0.5, 0.125]]))
+    assert target.to_dense(5).tolist() == [[0.0, 0.125, 0.0, 0.0, 0.875]]
+
+
+def test_residual_is_the_mean_over_all_paths():
+    share, first, second = torch.rand(3, 2, 5, 1).unbind(0)
+    torch.testing.assert_close(residual_share(share, first), (share + first) / 2)
+    torch.testing.assert_close(residual_share(share, first, second), (share + first + second) / 3)
+
+
+def test_gather_keeps_prefix_tokens_and_follows_the_kept_patches():
+    share = torch.arange(12.0).view(2, 6, 1)
+    kept = torch.tensor([[3, 0], [1, 2]])
+    assert gather_share(share, kept, num_prefix_tokens=2)[..., 0].tolist() == [[0, 1, 5, 2], [6, 7, 9, 10]]
+
+
+def test_moving_keeps_dtypes():
+    target = MixedTarget.from_boxes(torch.tensor([[3, 7]]), torch.tensor([[[0, 0, 8, 12]]]), (16, 16)).to("meta")
+    assert (target.device.type, target.classes.dtype, target.boxes.dtype) == ("meta", torch.int64, torch.int64)
+    assert (target.ratio.device.type, target.ratio.dtype) == ("meta", torch.float32)
+
+
+def pair(**changes):
+    arguments = {"classes": torch.tensor([[0, 1], [2, 3]]), **changes}
+    return arguments
+
+
+BAD_TARGETS = [
+    ("from_ratio", pair(classes=[[0, 1]], ratio=torch.rand(1, 1)), TypeError, "classes: expected a tensor, got list"),
+    ("from_ratio", pair(classes=torch.rand(2, 2), ratio=torch.rand(2, 1)), TypeError, "classes: expected torch.int64"),
+    ("from_ratio", pair(classes=torch.tensor([0, 1]), ratio=torch.rand(2, 1)), ValueError, "classes: expected shape"),
+    ("from_ratio", pair(classes=torch.tensor([[0], [1]]), ratio=torch.rand(2, 1)), ValueError, "S of at least 1"),
+    ("from_ratio", pair(classes=torch.tensor([[0, -1], [0, 1]]), ratio=torch.rand(2, 1)), ValueError, "classes: .* -1"),
+    ("from_ratio", pair(ratio=torch.tensor([[0], [1]])), TypeError, "ratio: expected a floating dtype"),
+    ("from_ratio", pair(ratio=torch.rand(2, 2)), ValueError, r"ratio: expected shape \(2, 1\), got \(2, 2\)"),
+    ("from_ratio", pair(ratio=torch.tensor([[0.5], [1.5]])), ValueError, "ratio: expected sums of at most 1"),
+    ("from_ratio", pair(ratio=torch.tensor([[0.5], [-0.5]])), ValueError, "ratio: expected values of at least 0"),
+    ("from_ratio", pair(ratio=torch.tensor([[0.5], [torch.nan]])), ValueError, "ratio: expected finite values"),
+    ("from_boxes", pair(boxes=torch.zeros(2, 1, 4), image_size=(8, 8)), TypeError, "boxes: expected torch.int64"),
+    ("from_boxes", pair(boxes=torch.zeros(2, 4).long(), image_size=(8, 8)), ValueError, "boxes: expected shape"),
+    ("from_boxes", pair(boxes=torch.tensor([[[0, 0, 9, 4]]] * 2), image_size=(8, 8)), ValueError, "boxes: .*9, 4"),
+    ("from_boxes", pair(boxes=torch.tensor([[[5, 0, 4, 4]]] * 2), image_size=(8, 8)), ValueError, "boxes: .*5, 0"),
+    ("from_boxes", pair(boxes=torch.zeros(2, 1, 4).long(), image_size=(8,)), ValueError, "image_size: expected two"),
+    ("from_boxes", pair(boxes=torch.zeros(2, 1, 4).long(), image_size=(8, 0)), ValueError, "image_size: expected two"),
+    ("from_masks", pair(masks=torch.ones(2, 1, 4).long()), TypeError, "masks: expected a floating dtype"),
+    ("from_masks", pair(masks=torch.ones(2, 2, 4, 4)), ValueError, "masks: expected shape"),
+    ("from_masks", pair(masks=torch.full((2, 1, 4, 4), 2.0)), ValueError, "masks: expected sums of at most 1"),
+    ("from_masks", pair(masks=torch.full((2, 1, 4, 4), torch.inf)), ValueError, "masks: expected finite values"),
+    ("from_dense", {"token_labels": torch.rand(2, 5)}, ValueError, "token_labels: expected shape"),
+    ("from_dense", {"token_labels": torch.full((2, 5, 2, 2), 0.1)}, ValueError, "token_labels: expected sums of 1 "),
+]
+
+
+@pytest.mark.parametrize(("constructor", "arguments", "error", "message"), BAD_TARGETS)
+def test_bad_targets_are_refused(constructor, arguments, error, message):
+    with pytest.raises(error, match=message):
+        getattr(MixedTarget, constructor)(**arguments)
+
+
+def test_class_ids_are_checked_against_the_number_of_classes():
+    target = MixedTarget.from_ratio(torch.tensor([[0, 9]]), torch.tensor([[0.5]]))
+    assert target.validate(10) is target
+    with pytest.raises(ValueError, match="classes: expected ids of at least 0 and below 9, got ids from 0 to 9"):
+        target.validate(9)
+    with pytest.raises(ValueError, match="below 9"):
+        target.to_dense(9)
+
+
+def test_grid_must_lie_on_the_image():
+    target = MixedTarget.from_boxes(torch.tensor([[3, 7]]), torch.tensor([[[0, 0, 8, 12]]]), (16, 16))
+    with pytest.raises(ValueError, match="grid_size"):
+        target.token_share((4, 2), (8, 8))
+
+
+def test_smoothing_is_checked():
+    with pytest.raises(ValueError, match="smoothing"):
+        MixedTarget.from_ratio(torch.tensor([[0, 9]]), torch.tensor([[0.5]])).to_dense(10, smoothing=1.5)

@@ -1,0 +1,91 @@
+"""Losses against a mixture, compared with those of a dense target."""
+
+import pytest
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tlalign_kernels import MixedTarget, mixed_binary_cross_entropy, mixed_cross_entropy
+
+
+def random_target(batch, classes, sources=1):
+    ratio = torch.rand(batch, sources + 1)
+    return MixedTarget.from_ratio(
+        torch.randint(0, classes, (batch, sources + 1)), (ratio / ratio.sum(1, keepdim=True))[:, 1:]
+    )
+
+
+DENSE_LOSSES = {
+    mixed_cross_entropy: SoftTargetCrossEntropy(),
+    mixed_binary_cross_entropy: torch.nn.BCEWithLogitsLoss(),
+}
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("classes", "sources"), [(10, 1), (10, 4), (1000, 1), (21841, 1)])
+def test_loss_and_gradient_equal_those_of_the_dense_target(loss, smoothing, classes, sources):
+    logits = (3 * torch.randn(8, classes)).requires_grad_()
+    target = random_target(8, classes, sources)
+    ours = loss(logits, target, smoothing)
+    # The dense loss in float64: in float32 and 21841 classes its own gradient is off by 1e-5 of its largest value.
+    exact = logits.detach().double().requires_grad_()
+    theirs = DENSE_LOSSES[loss](exact, target.to_dense(classes, smoothing).double())
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=0)
+    (our_gradient,), (their_gradient,) = torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, exact)
+    torch.testing.assert_close(
+        our_gradient.double(), their_gradient, rtol=0, atol=1e-6 * float(their_gradient.abs().max())
+    )
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_loss_of_dense_labels_equals_that_of_their_mean(loss):
+    labels = torch.rand(4, 6, 2, 3).softmax(dim=1)
+    logits = torch.randn(4, 6)
+    expected = DENSE_LOSSES[loss](logits, labels.mean(dim=(2, 3)) * 0.9 + 0.1 / 6)
+    torch.testing.assert_close(loss(logits, MixedTarget.from_dense(labels), 0.1), expected)
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_loss_of_half_precision_logits_is_computed_in_float32(loss):
+    logits = (10 * torch.randn(8, 1000)).bfloat16()
+    target = random_target(8, 1000)
+    result = loss(logits, target)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, loss(logits.float(), target), rtol=0, atol=0)
+
+
+def test_cross_entropy_builds_no_tensor_of_the_size_of_the_logits():
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            Sizes.largest = max(Sizes.largest, result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    logits, target = torch.randn(8, 1000), random_target(8, 1000)
+    with Sizes():
+        mixed_cross_entropy(logits, target, 0.1)
+    assert 0 < Sizes.largest < 100
+
+
+BAD_CALLS = [
+    ({"logits": torch.zeros(2, 5).long()}, TypeError, "logits: expected a floating tensor, got torch.int64"),
+    ({"logits": (torch.zeros(2, 5), torch.zeros(2, 5))}, TypeError, "logits: expected a floating tensor, got tuple"),
+    ({"logits": torch.zeros(3, 5)}, ValueError, r"logits: expected shape \(2, C\), got \(3, 5\)"),
+    ({"logits": torch.zeros(5)}, ValueError, "logits: expected shape"),
+    ({"logits": torch.zeros(2, 4)}, ValueError, "target.classes: expected ids below 4, got 4"),
+    ({"logits": torch.zeros(2, 5, device="meta")}, ValueError, "target: expected on the device of logits"),
+    ({"target": torch.zeros(2, 5)}, TypeError, "target: expected a MixedTarget, got Tensor"),
+    ({"smoothing": -0.1}, ValueError, "smoothing: expected a value in"),
+    ({"target": MixedTarget.from_dense(torch.full((2, 4, 1, 1), 0.25))}, ValueError, "logits: expected 4 classes"),
+]
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_CALLS)
+def test_bad_arguments_are_refused(loss, changes, error, message):
+    target = MixedTarget.from_ratio(torch.tensor([[0, 4], [1, 2]]), torch.tensor([[0.5], [0.25]]))
+    with pytest.raises(error, match=message):
+        loss(**{"logits": torch.zeros(2, 5), "target": target, **changes})

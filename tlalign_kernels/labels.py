@@ -1,0 +1,412 @@
+"""What a mixed batch is labelled with, and the algebra by which token operations act on those labels.
+
+Each step of the algebra is a convex combination of labels, so the label of a token stays a mixture of the same few
+targets. Its state is the `share`: how much of the token comes from each extra source (TL-Align, arXiv 2210.06455,
+equations 4 to 8, written for shares instead of C-class vectors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Mixtures are checked to sum to one within this: float32 rounding of a few hundred addends stays far below it.
+_SUM_TOLERANCE = 1e-4
+
+
+class MixedTarget:
+    """The target of a batch of mixed images: whose classes, and where in the image each of them is.
+
+    Made by one of the `from_...` constructors. Source 0 is the image itself and is implicit: shares and ratios are
+    those of the S extra sources. A plain class, not a dataclass or a tuple, so that wrappers which recurse into
+    containers (DDP, FSDP2's input casting) leave its dtypes alone.
+
+    Attributes:
+        classes: int64 (B, S + 1), class ids, the image's own first; None for dense labels.
+        ratio: float32 (B, S) (float64 if made from float64), the part of each extra source in the whole image; None
+            for dense labels.
+        token_labels: floating (B, C, h, w), labels of the general path; None otherwise.
+        image_size: (Hi, Wi) of the images that boxes or masks refer to; None if the target has no place in space.
+        layer_shares: after a model was called with `collect_layers=True`, the float32 (B, N, S) share after each
+            of its blocks ((B, N, C) for dense labels); None otherwise.
+    """
+
+    def __init__(
+        self,
+        classes: Tensor | None = None,
+        ratio: Tensor | None = None,
+        boxes: Tensor | None = None,
+        masks: Tensor | None = None,
+        token_labels: Tensor | None = None,
+        image_size: tuple[int, int] | None = None,
+        layer_shares: tuple[Tensor, ...] | None = None,
+    ) -> None:
+        self.classes = classes
+        self.ratio = ratio
+        self.boxes = boxes
+        self.masks = masks
+        self.token_labels = token_labels
+        self.image_size = image_size
+        self.layer_shares = layer_shares
+
+    @classmethod
+    def from_boxes(cls, classes: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> MixedTarget:
+        """Labels images of which rectangles were replaced by other images (CutMix, arXiv 1905.04899).
+
+        Args:
+            classes: int64 (B, S + 1), class ids, the image's own first.
+            boxes: int64 (B, S, 4) as y0, x0, y1, x1 in pixels, half open; later sources overwrite earlier ones.
+            image_size: (Hi, Wi) in pixels.
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If a shape is wrong or, for CPU tensors, a value out of range.
+        """
+        sources = _check_classes(classes)
+        _check_tensor("boxes", boxes, torch.int64, (classes.shape[0], sources, 4))
+        image_size = _check_image_size(image_size)
+        target = cls(classes=classes, boxes=boxes, image_size=image_size)
+        return target._checked()
+
+    @classmethod
+    def from_masks(cls, classes: Tensor, masks: Tensor) -> MixedTarget:
+        """Labels images mixed pixel by pixel in any way.
+
+        Args:
+            classes: int64 (B, S + 1), class ids, the image's own first.
+            masks: floating (B, S, Hi, Wi) in [0, 1], the part of each extra source in each pixel, at most 1 in sum.
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If a shape is wrong or, for CPU tensors, a value out of range.
+        """
+        sources = _check_classes(classes)
+        _check_tensor("masks", masks, None, (classes.shape[0], sources, None, None))
+        target = cls(classes=classes, masks=masks, image_size=(masks.shape[2], masks.shape[3]))
+        return target._checked()
+
+    @classmethod
+    def from_ratio(cls, classes: Tensor, ratio: Tensor) -> MixedTarget:
+        """Labels images that are mixed alike everywhere (MixUp, arXiv 1710.09412).
+
+        Args:
+            classes: int64 (B, S + 1), class ids, the image's own first.
+            ratio: floating (B, S) in [0, 1], the part of each extra source (1 - lambda for a pair).
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If a shape is wrong or, for CPU tensors, a value out of range.
+        """
+        sources = _check_classes(classes)
+        _check_tensor("ratio", ratio, None, (classes.shape[0], sources))
+        return cls(classes=classes, ratio=ratio)._checked()
+
+    @classmethod
+    def from_dense(cls, token_labels: Tensor) -> MixedTarget:
+        """Labels each place of the images with a distribution over all classes: the general, slower path.
+
+        Args:
+            token_labels: floating (B, C, h, w), non-negative with sum 1 over C; h and w are the token grid of the
+                model or a multiple of it.
+
+        Raises:
+            TypeError: If the dtype is wrong.
+            ValueError: If the shape is wrong or, for CPU tensors, a value out of range.
+        """
+        _check_tensor("token_labels", token_labels, None, (None, None, None, None))
+        return cls(token_labels=token_labels)._checked()
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images B."""
+        return (self.token_labels if self.classes is None else self.classes).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the target's tensors."""
+        return (self.token_labels if self.classes is None else self.classes).device
+
+    def __repr__(self) -> str:
+        if self.classes is None:
+            return f"MixedTarget(token_labels={tuple(self.token_labels.shape)}, device={self.device})"
+        kind = "boxes" if self.boxes is not None else "masks" if self.masks is not None else "ratio"
+        batch, sources = self.classes.shape
+        return f"MixedTarget(images={batch}, extra_sources={sources - 1}, from={kind}, device={self.device})"
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedTarget:
+        """Returns the target with its tensors on `device`; dtypes stay."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        layers = None if self.layer_shares is None else tuple(move(share) for share in self.layer_shares)
+        return MixedTarget(
+            move(self.classes), move(self.ratio), move(self.boxes), move(self.masks), move(self.token_labels),
+            self.image_size, layers,
+        )  # fmt: skip
+
+    def validate(self, num_classes: int | None = None) -> MixedTarget:
+        """Checks the values, which synchronises with an accelerator; CPU tensors were checked when the target was made.
+
+        Args:
+            num_classes: If given, class ids must be below it and dense labels must have as many classes.
+
+        Returns:
+            The target itself.
+
+        Raises:
+            ValueError: If shares are non-finite, outside [0, 1] or not normalised, boxes lie outside the image, or a
+                class id is out of range.
+        """
+        if self.classes is None:
+            _check_distribution("token_labels", self.token_labels, dim=1, exactly_one=True)
+            if num_classes is not None and self.token_labels.shape[1] != num_classes:
+                raise ValueError(f"token_labels: expected {num_classes} classes, got {self.token_labels.shape[1]}")
+            return self
+        if self.classes.numel() == 0:
+            return self
+        low, high = int(self.classes.min()), int(self.classes.max())
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            limit = "" if num_classes is None else f" and below {num_classes}"
+            raise ValueError(f"classes: expected ids of at least 0{limit}, got ids from {low} to {high}")
+        if self.boxes is not None:
+            (height, width), (y0, x0, y1, x1) = self.image_size, self.boxes.unbind(-1)
+            inside = (y0 >= 0) & (x0 >= 0) & (y0 <= y1) & (x0 <= x1) & (y1 <= height) & (x1 <= width)
+            if not bool(inside.all()):
+                wrong = self.boxes[~inside][0].tolist()
+                raise ValueError(
+                    f"boxes: expected y0, x0, y1, x1 with 0 <= y0 <= y1 <= {height} and 0 <= x0 <= x1 <= {width}, "
+                    f"got {wrong}"
+                )
+        elif self.masks is not None:
+            _check_distribution("masks", self.masks, dim=1, exactly_one=False)
+        else:
+            _check_distribution("ratio", self.ratio, dim=1, exactly_one=False)
+        return self
+
+    def image_share(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Share of the whole image: the state a class, distillation or register token starts with.
+
+        Args:
+            dtype: float32, or float64 for models in float64.
+
+        Returns:
+            (B, S), or (B, C) for dense labels.
+        """
+        if self.classes is None:
+            return self.token_labels.to(dtype).mean(dim=(2, 3))
+        if self.boxes is not None:
+            height, width = self.image_size
+            if self.boxes.shape[1] == 1:
+                y0, x0, y1, x1 = self.boxes.unbind(-1)
+                return ((y1 - y0) * (x1 - x0)).to(dtype) / (height * width)
+            return self._box_masks(dtype).mean(dim=(2, 3))
+        if self.masks is not None:
+            return self.masks.to(dtype).mean(dim=(2, 3))
+        return self.ratio.to(dtype)
+
+    def token_share(
+        self, grid_size: tuple[int, int], patch_size: tuple[int, int], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Share of each token of a grid: the mean over the pixels of the cell that the token stands for.
+
+        A cell that reaches beyond the image (padded images) counts its real pixels only.
+
+        Args:
+            grid_size: (Ht, Wt), tokens along each axis.
+            patch_size: Pixels between one token and the next, along each axis (the stride, not the receptive field).
+            dtype: float32, or float64 for models in float64.
+
+        Returns:
+            (B, Ht * Wt, S), or (B, Ht * Wt, C) for dense labels.
+
+        Raises:
+            ValueError: If the grid does not lie on the image, or dense labels do not fit the grid.
+        """
+        rows, columns = grid_size
+        if self.classes is None:
+            return self._pooled_token_labels(grid_size, dtype)
+        if self.boxes is None and self.masks is None:
+            return self.ratio.to(dtype)[:, None, :].expand(-1, rows * columns, -1)
+        for tokens, step, pixels in zip(grid_size, patch_size, self.image_size, strict=True):
+            if (tokens - 1) * step >= pixels:
+                raise ValueError(
+                    f"grid_size: {grid_size} tokens of {tuple(patch_size)} pixels do not lie on an image of "
+                    f"{self.image_size} pixels"
+                )
+        if self.boxes is not None and self.boxes.shape[1] == 1:
+            y0, x0, y1, x1 = self.boxes.unbind(-1)
+            covered_rows = _covered(y0, y1, rows, patch_size[0], self.image_size[0], dtype)
+            covered_columns = _covered(x0, x1, columns, patch_size[1], self.image_size[1], dtype)
+            return (covered_rows[..., :, None] * covered_columns[..., None, :]).flatten(2).transpose(1, 2)
+        masks = self.masks.to(dtype) if self.boxes is None else self._box_masks(dtype)
+        pooled = F.avg_pool2d(masks, tuple(patch_size), ceil_mode=True)[..., :rows, :columns]
+        return pooled.flatten(2).transpose(1, 2)
+
+    def to_dense(self, num_classes: int, smoothing: float = 0.0) -> Tensor:
+        """The target of each image as a distribution over classes, as timm's `Mixup` returns it.
+
+        Args:
+            num_classes: Number of classes C.
+            smoothing: Label smoothing in [0, 1]: (1 - smoothing) * target + smoothing / C.
+
+        Returns:
+            (B, C) of the dtype of `ratio`.
+
+        Raises:
+            ValueError: If, on the CPU, a class id is out of range, or `smoothing` outside [0, 1].
+        """
+        check_smoothing(smoothing)
+        if self.device.type == "cpu":
+            self.validate(num_classes)
+        if self.classes is None:
+            dense = self.image_share()
+        else:
+            weights = self.source_weights()
+            dense = weights.new_zeros((self.batch_size, num_classes)).scatter_add(1, self.classes, weights)
+        return dense * (1 - smoothing) + smoothing / num_classes
+
+    def source_weights(self) -> Tensor:
+        """Weights of all sources, the image's own first: (B, S + 1) of the dtype of `ratio`, rows of sum 1."""
+        return torch.cat((1 - self.ratio.sum(dim=1, keepdim=True), self.ratio), dim=1)
+
+    def with_share(self, share: Tensor, layer_shares: Sequence[Tensor] | None = None) -> MixedTarget:
+        """The target after a model: the same sources, mixed by the share that arrived at the head.
+
+        Args:
+            share: (B, S), or (B, C) for dense labels.
+            layer_shares: The share after each block, if they were collected.
+
+        Returns:
+            A target without a place in space, whose `ratio` is `share`.
+        """
+        layers = None if layer_shares is None else tuple(layer_shares)
+        if self.classes is None:
+            return MixedTarget(token_labels=share[:, :, None, None], layer_shares=layers)
+        return MixedTarget(classes=self.classes, ratio=share, layer_shares=layers)
+
+    def _checked(self) -> MixedTarget:
+        for name in ("boxes", "masks", "ratio"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != self.device:
+                raise ValueError(f"{name}: expected on the device of classes ({self.device}), got {tensor.device}")
+        if self.device.type == "cpu":
+            self.validate()
+        if self.classes is not None:
+            self.ratio = self.image_share(torch.float64 if self._is_float64() else torch.float32)
+        return self
+
+    def _is_float64(self) -> bool:
+        return any(t is not None and t.dtype == torch.float64 for t in (self.ratio, self.masks))
+
+    def _box_masks(self, dtype: torch.dtype) -> Tensor:
+        """Part of each source in each pixel, (B, S, Hi, Wi): 1 where its box is and no later one lies over it."""
+        (height, width), device = self.image_size, self.boxes.device
+        y0, x0, y1, x1 = (edge[..., None, None] for edge in self.boxes.unbind(-1))
+        rows = torch.arange(height, device=device)[:, None]
+        columns = torch.arange(width, device=device)[None, :]
+        inside = (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
+        covered_later = inside.flip(1).cumsum(1).flip(1) - inside.long() > 0
+        return (inside & ~covered_later).to(dtype)
+
+    def _pooled_token_labels(self, grid_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        given = tuple(self.token_labels.shape[2:])
+        if any(have % want for have, want in zip(given, grid_size, strict=True)):
+            raise ValueError(
+                f"token_labels: expected a map of {tuple(grid_size)} tokens or a multiple of it, got {given}"
+            )
+        cell = tuple(have // want for have, want in zip(given, grid_size, strict=True))
+        labels = self.token_labels.to(dtype)
+        return (labels if cell == (1, 1) else F.avg_pool2d(labels, cell)).flatten(2).transpose(1, 2)
+
+
+def residual_share(share: Tensor, *mixed: Tensor) -> Tensor:
+    """Label of a residual connection: the mean of the label that passed by and those of the n parallel branches.
+
+    One attention branch gives (Y + Y^) / 2 (TL-Align, equation 7), n of them (Y + sum Y^_i) / (n + 1).
+
+    Args:
+        share: (B, N, S) of the tokens that pass by.
+        mixed: The (B, N, S) of each branch.
+
+    Returns:
+        (B, N, S).
+    """
+    return (share + sum(mixed)) / (len(mixed) + 1)
+
+
+def gather_share(share: Tensor, indices: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """Labels of the tokens that were kept by a token dropping such as PatchDropout; prefix tokens always stay.
+
+    Args:
+        share: (B, N, S).
+        indices: int64 (B, K), kept tokens counted without the prefix.
+        num_prefix_tokens: Number of tokens at the start that are always kept.
+
+    Returns:
+        (B, num_prefix_tokens + K, S).
+    """
+    prefix, rest = share[:, :num_prefix_tokens], share[:, num_prefix_tokens:]
+    kept = rest.gather(1, indices[:, :, None].expand(-1, -1, share.shape[2]))
+    return torch.cat((prefix, kept), dim=1)
+
+
+def check_smoothing(smoothing: float) -> None:
+    """Raises ValueError unless the label smoothing lies in [0, 1]."""
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"smoothing: expected a value in [0, 1], got {smoothing}")
+
+
+def _covered(start: Tensor, end: Tensor, tokens: int, step: int, pixels: int, dtype: torch.dtype) -> Tensor:
+    """Part of each of `tokens` cells of `step` pixels that [start, end) covers along one axis: (B, S, tokens)."""
+    first = torch.arange(tokens, device=start.device) * step
+    last = (first + step).clamp(max=pixels)
+    overlap = torch.minimum(end[..., None], last) - torch.maximum(start[..., None], first)
+    return overlap.clamp(min=0).to(dtype) / (last - first).to(dtype)
+
+
+def _check_classes(classes: Tensor) -> int:
+    """Checks dtype and shape of class ids and returns the number S of extra sources."""
+    _check_tensor("classes", classes, torch.int64, (None, None))
+    if classes.shape[1] < 2:
+        raise ValueError(f"classes: expected (B, S + 1) with S of at least 1, got {tuple(classes.shape)}")
+    return classes.shape[1] - 1
+
+
+def _check_image_size(image_size: tuple[int, int]) -> tuple[int, int]:
+    sizes = tuple(image_size)
+    if len(sizes) != 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"image_size: expected two positive integers (Hi, Wi), got {image_size!r}")
+    return sizes
+
+
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int | None, ...]) -> None:
+    """Checks type, dtype (None: any floating one) and shape (None: any size)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if dtype is None and not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(w is not None and g != w for g, w in zip(tensor.shape, shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
+
+
+def _check_distribution(name: str, values: Tensor, dim: int, exactly_one: bool) -> None:
+    """Checks that values are finite, not negative, and sum along `dim` to (at most) one."""
+    if values.numel() == 0:
+        return
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(values)).sum())} that are not")
+    total = values.double().sum(dim)
+    if float(values.min()) < 0:
+        raise ValueError(f"{name}: expected values of at least 0, got {float(values.min()):.6g}")
+    if float(total.max()) > 1 + _SUM_TOLERANCE or (exactly_one and float(total.min()) < 1 - _SUM_TOLERANCE):
+        wanted = "1" if exactly_one else "at most 1"
+        raise ValueError(
+            f"{name}: expected sums of {wanted} along dimension {dim}, got {total.min():.6g} to {total.max():.6g}"
+        )
