@@ -1,0 +1,521 @@
+"""The operator: accuracy and gradients of every backend, properties of labels, and the contracts of torch."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tlalign_kernels as tlk
+from tlalign_kernels import ops, selftest
+from tlalign_kernels.backends import BACKENDS, reference
+from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator, run_plain
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture
+def another_backend():
+    """Adds the reference under the name "another", with some of its functions replaced."""
+
+    def add(**replaced):
+        functions = {name: getattr(reference, name) for name in ("forward", "backward", "unsupported_reasons")}
+        BACKENDS["another"] = ops.LAUNCHERS["another"] = SimpleNamespace(**{**functions, **replaced})
+
+    yield add
+    BACKENDS.pop("another", None)
+    ops.LAUNCHERS.pop("another", None)
+
+
+def only_float16(problem):
+    return [] if problem.dtype == torch.float16 else [f"dtype: expected float16, got {problem.dtype}"]
+
+
+def call(inputs, **changes):
+    arguments = {name: tensor for name, tensor in inputs.items() if name != "grad_output"}
+    return tlk.attention(**{**arguments, **changes})
+
+
+@st.composite
+def cases(draw):
+    """Random shapes and options."""
+    queries = draw(st.integers(1, 40))
+    packed = draw(st.booleans())
+    return Case(
+        "random",
+        batch=draw(st.integers(1, 3)),
+        heads=draw(st.integers(1, 4)),
+        queries=queries,
+        keys=queries if packed else draw(st.integers(1, 40)),
+        head_dim=draw(st.integers(8, 40)),
+        sources=draw(st.integers(1, 5)),
+        packed=packed,
+        residual=draw(st.booleans()),
+        bias_scale=draw(st.sampled_from([0.0, 1.0, 10.0])),
+        mask=draw(st.sampled_from([None, "causal", "rows", "additive"])),
+    )
+
+
+# Accuracy
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.dropout_p == 0], ids=lambda case: case.name)
+def test_reference_in_float64_is_plain_attention(case):
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float64)
+    ours, plain = run_operator(case, inputs, "reference"), run_plain(case, inputs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-12, atol=1e-12)
+    assert ours["share"].dtype == torch.float64
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_errors_are_within_the_bound(backend, dtype, case, seed):
+    checks = compare(case, dtype, backend, seed=seed)
+    assert {check.tensor for check in checks} >= {"output", "share", "gradient of query", "gradient of value"}
+    assert [check for check in checks if not check.passed] == []
+
+
+@backends
+@given(case=cases(), seed=st.integers(0, 2**31))
+def test_errors_are_within_the_bound_at_random_shapes(backend, case, seed):
+    assert [check for check in compare(case, torch.float32, backend, seed=seed) if not check.passed] == []
+
+
+def test_the_bound_notices_an_error_of_one_part_in_ten_thousand(another_backend):
+    def forward(*arguments):
+        reference.forward(*arguments)
+        arguments[10].mul_(1.0001)  # the output
+
+    another_backend(forward=forward)
+    failed = [check.tensor for check in compare(CASES[0], torch.float32, "another") if not check.passed]
+    assert "output" in failed
+    assert "share" not in failed
+
+
+@backends
+@pytest.mark.parametrize("head_dim", [8, 16, 48, 72, 80, 88, 128, 256])
+def test_head_dims(backend, head_dim):
+    case = Case("head dim", queries=19, keys=23, head_dim=head_dim)
+    assert all(check.passed for check in compare(case, torch.float32, backend))
+
+
+# Labels
+
+
+@backends
+@given(case=cases(), seed=st.integers(0, 2**31), constant=st.floats(0, 1))
+def test_shares_stay_in_the_unit_interval_and_a_constant_is_a_fixed_point(backend, case, seed, constant):
+    inputs = cast_inputs(make_inputs(case, "cpu", seed), torch.float32)
+    share = call(inputs, backend=backend)[1]
+    assert share.min() >= 0
+    assert share.max() <= 1 + 1e-6
+    # Without a residual, queries that see no key have the label 0.
+    if case.mask == "rows" and not case.residual:
+        inputs["mask"] = None
+    same = {"share": torch.full_like(inputs["share"], constant)}
+    if case.residual:
+        same["residual"] = torch.full_like(inputs["residual"], constant)
+    fixed = call(inputs, **same, backend=backend)[1]
+    torch.testing.assert_close(fixed, torch.full_like(fixed, constant), rtol=0, atol=2e-6)
+
+
+@backends
+def test_one_share_equals_dense_labels_of_the_pair(backend):
+    inputs = cast_inputs(make_inputs(Case("pair", queries=50, keys=50), "cpu"), torch.float32)
+    classes, first, second = 10, 3, 7
+    dense = torch.zeros(2, 50, classes)
+    dense[..., first], dense[..., second] = 1 - inputs["share"][..., 0], inputs["share"][..., 0]
+    inputs["residual"] = inputs["share"]
+    share = call(inputs, backend=backend)[1]
+    aligned = call(inputs, share=dense, residual=dense, backend=backend)[1]
+    torch.testing.assert_close(aligned[..., second], share[..., 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(aligned[..., first], 1 - share[..., 0], rtol=0, atol=1e-6)
+
+
+@backends
+def test_permuting_heads_leaves_labels_alone(backend):
+    inputs = cast_inputs(make_inputs(Case("heads", heads=5, bias_scale=1.0), "cpu"), torch.float32)
+    order = torch.randperm(5)
+    output, share = call(inputs, backend=backend)
+    heads = {name: inputs[name][:, order] for name in ("query", "key", "value")}
+    permuted, permuted_share = call(inputs, **heads, bias=inputs["bias"][order], backend=backend)
+    torch.testing.assert_close(permuted, output[:, order])
+    torch.testing.assert_close(permuted_share, share, rtol=0, atol=1e-6)
+
+
+@backends
+@pytest.mark.parametrize("packed", [False, True])
+def test_labels_never_influence_outputs_or_gradients(backend, packed):
+    case = Case("labels", queries=50, keys=50, bias_scale=1.0, packed=packed)
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    first = run_operator(case, inputs, backend)
+    second = run_operator(case, {**inputs, "share": torch.rand(2, 50, 3), "residual": None}, backend)
+    for name in first.keys() - {"share"}:
+        assert torch.equal(first[name], second[name]), name
+
+
+@backends
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_repeats_bit_for_bit(backend, case):
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    first, second = run_operator(case, inputs, backend), run_operator(case, inputs, backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@backends
+def test_queries_that_see_no_key_give_zero_and_keep_their_label(backend):
+    case = Case("rows", queries=21, keys=24, mask="rows")
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    blind = torch.arange(21) % 3 == 0
+    results = run_operator(case, inputs, backend)
+    assert torch.equal(results["share"][:, blind], inputs["residual"][:, blind])
+    assert not results["output"][:, :, blind].any()
+    assert not results["gradient of query"][:, :, blind].any()
+    assert all(torch.isfinite(tensor).all() for tensor in results.values())
+    assert not call(inputs, residual=None, backend=backend)[1][:, blind].any()
+
+
+@backends
+def test_heads_that_see_no_key_do_not_count_in_the_mean(backend):
+    inputs = cast_inputs(make_inputs(Case("heads", queries=6, keys=6, residual=False), "cpu"), torch.float32)
+    mask = torch.ones(1, 3, 6, 6, dtype=torch.bool)
+    mask[:, 1, 2] = False
+    share = call(inputs, mask=mask, backend=backend)[1]
+    others = {name: inputs[name][:, [0, 2]] for name in ("query", "key", "value")}
+    torch.testing.assert_close(share[:, 2], call(inputs, **others, backend=backend)[1][:, 2], rtol=0, atol=1e-6)
+
+
+@backends
+def test_a_share_that_requires_a_gradient_is_accepted_and_gets_none(backend):
+    inputs = cast_inputs(make_inputs(Case("share", queries=6, keys=6), "cpu"), torch.float32)
+    leaf = inputs["share"].clone().requires_grad_()
+    query = inputs["query"].clone().requires_grad_()
+    output, share = call(inputs, query=query, share=leaf, residual=leaf, backend=backend)
+    assert not share.requires_grad
+    output.sum().backward()
+    assert leaf.grad is None
+    assert query.grad is not None
+
+
+# Gradients and memory
+
+
+@backends
+def test_gradients_of_any_strides_are_handled(backend):
+    inputs = cast_inputs(make_inputs(Case("strides", queries=9, keys=9), "cpu"), torch.float32)
+    query = inputs["query"].clone().requires_grad_()
+
+    def gradient(grad_output):
+        output, _ = call(inputs, query=query, backend=backend)
+        return torch.autograd.grad(output, query, grad_output)[0]
+
+    ones = torch.ones(())
+    torch.testing.assert_close(gradient(ones.expand(2, 3, 9, 64)), gradient(torch.ones(2, 3, 9, 64)))
+    grad_output = torch.randn(64, 9, 3, 2).permute(3, 2, 1, 0)
+    torch.testing.assert_close(gradient(grad_output), gradient(grad_output.contiguous()))
+
+
+@backends
+def test_inputs_of_any_strides_are_handled(backend):
+    case = Case("strides", queries=9, keys=11, bias_scale=1.0)
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    expected = run_operator(case, inputs, backend)
+    turned = {
+        name: tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor is not None else None
+        for name, tensor in inputs.items()
+    }
+    assert turned["query"].stride(-1) != 1
+    results = run_operator(case, turned, backend)
+    for name in expected:
+        torch.testing.assert_close(results[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@backends
+def test_bias_and_mask_broadcast(backend):
+    inputs = cast_inputs(make_inputs(Case("broadcast", queries=5, keys=7, head_dim=8), "cpu"), torch.float64)
+    scores = torch.zeros(2, 3, 5, 7, dtype=torch.float64)
+    shapes = [(), (7,), (5, 7), (5, 1), (3, 5, 7), (3, 1, 1), (1, 3, 5, 7), (2, 1, 5, 7), (2, 1, 1, 7), (2, 3, 5, 7)]
+    for shape in shapes:
+        bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        output, share = call(inputs, bias=bias, backend=backend)
+        full = (scores + bias.detach()).requires_grad_()
+        full_output, full_share = call(inputs, bias=full, backend=backend)
+        torch.testing.assert_close(output, full_output)
+        torch.testing.assert_close(share, full_share)
+        (gradient,) = torch.autograd.grad(output, bias, inputs["grad_output"])
+        (full_gradient,) = torch.autograd.grad(full_output, full, inputs["grad_output"])
+        torch.testing.assert_close(gradient, full_gradient.sum_to_size(shape))
+        allowed = torch.rand(shape) > 0.3
+        masked, masked_share = call(inputs, mask=allowed, backend=backend)
+        added = torch.zeros(shape, dtype=torch.float64).masked_fill(~allowed, float("-inf"))
+        added_output, added_share = call(inputs, mask=added, backend=backend)
+        assert torch.equal(masked, added_output)
+        assert torch.equal(masked_share, added_share)
+
+
+@backends
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_of_the_size_of_the_scores_is_saved(backend, packed):
+    case = Case("memory", batch=1, heads=2, queries=300, keys=300, head_dim=16, packed=packed)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        run_operator(case, cast_inputs(make_inputs(case, "cpu"), torch.float32), backend)
+    assert saved
+    assert max(shape.numel() for shape in saved) < 300 * 300
+
+
+def test_packed_gradient_has_the_layout_of_the_projection():
+    qkv = torch.randn(2, 9, 3, 4, 16, requires_grad=True)
+    output, share = tlk.attention_qkv(qkv, torch.rand(2, 9, 1))
+    assert output.shape == (2, 9, 4, 16)
+    assert output.is_contiguous()
+    assert share.shape == (2, 9, 1)
+    nodes = output.grad_fn.next_functions
+    assert type(nodes[0][0]).__name__ == "AccumulateGrad"  # neither unbind nor cat in between
+    (gradient,) = torch.autograd.grad(output.sum(), qkv)
+    assert gradient.is_contiguous()
+
+
+def test_output_lies_in_memory_with_heads_beside_each_other():
+    output, share = tlk.attention(*torch.randn(3, 2, 4, 9, 16).unbind(0))
+    assert output.transpose(1, 2).is_contiguous()
+    assert share is None
+
+
+def test_a_second_derivative_raises():
+    query, key, value = torch.randn(3, 1, 2, 5, 8, requires_grad=True).unbind(0)
+    output, _ = tlk.attention(query, key, value)
+    (gradient,) = torch.autograd.grad(output.sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+# Dropout
+
+
+def test_philox_gives_the_published_numbers():
+    # Known answers of Philox4x32-10 from the Random123 distribution.
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert reference._philox(zero, zero).item() == 0x6627E8D5
+    index = torch.tensor([0x85A308D3243F6A88 - 2**64])
+    seed = torch.tensor([0x299F31D0A4093822])
+    expected = philox_by_the_book([0x243F6A88, 0x85A308D3, 0, 0], 0x299F31D0A4093822)
+    assert reference._philox(index, seed).item() == expected
+    assert philox_by_the_book([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], 0x299F31D0A4093822) == 0xD16CFE09
+
+
+def philox_by_the_book(counter, key):
+    """Philox4x32-10 in Python's unbounded integers."""
+    words = [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            (second >> 32) ^ counter[1] ^ words[0],
+            second & 0xFFFFFFFF,
+            (first >> 32) ^ counter[3] ^ words[1],
+            first & 0xFFFFFFFF,
+        ]
+        words = [(words[0] + 0x9E3779B9) & 0xFFFFFFFF, (words[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter[0]
+
+
+@backends
+def test_dropout_drops_attention_weights_but_no_labels(backend):
+    case = Case("dropout", batch=4, heads=3, queries=32, keys=32, head_dim=32, residual=False)
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float64)
+    # With the identity as value, the output is the dropped attention matrix itself.
+    inputs["value"] = torch.eye(32, dtype=torch.float64).expand(4, 3, 32, 32)
+    full, share = call(inputs, backend=backend)
+    torch.manual_seed(1)
+    dropped, dropped_share = call(inputs, dropout_p=0.25, backend=backend)
+    factor = dropped / full
+    torch.testing.assert_close(factor, torch.where(factor > 0.5, 1 / 0.75, 0.0).to(factor))
+    assert abs((factor == 0).double().mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / factor.numel())
+    assert torch.equal(dropped_share, share)
+    torch.manual_seed(1)
+    assert torch.equal(call(inputs, dropout_p=0.25, backend=backend)[0], dropped)
+    assert not torch.equal(call(inputs, dropout_p=0.25, backend=backend)[0], dropped)
+
+
+@backends
+def test_gradients_see_the_same_dropout(backend):
+    case = Case("dropout", batch=1, heads=2, queries=6, keys=5, head_dim=8, residual=False)
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float64)
+
+    def attend(query, key, value):
+        torch.manual_seed(3)
+        return tlk.attention(query, key, value, dropout_p=0.5, backend=backend)[0]
+
+    leaves = [inputs[name].clone().requires_grad_() for name in ("query", "key", "value")]
+    assert torch.autograd.gradcheck(attend, leaves)
+
+
+# torch
+
+
+OPERATOR_CALLS = {
+    "attention": lambda: (*leaves(3, 2, 3, 11, 16), *torch.rand(2, 2, 11, 2).unbind(0), bias_leaf(), None, None),
+    "attention without labels": lambda: (*leaves(3, 2, 3, 11, 16), None, None, None, mask(), torch.tensor([5])),
+    "attention_qkv": lambda: (*leaves(1, 2, 11, 3, 3, 16), torch.rand(2, 11, 1), None, bias_leaf(), mask(), None),
+}
+
+
+def leaves(count, *shape):
+    return [torch.randn(shape, requires_grad=True) for _ in range(count)]
+
+
+def bias_leaf():
+    return torch.randn(1, 3, 11, 11, requires_grad=True)
+
+
+def mask():
+    return torch.rand(2, 1, 11, 11) > 0.2
+
+
+@backends
+@pytest.mark.parametrize("name", OPERATOR_CALLS)
+def test_opcheck(backend, name):
+    tensors = OPERATOR_CALLS[name]()
+    dropout_p = 0.0 if tensors[-1] is None else 0.3
+    operator = getattr(torch.ops.tlalign_kernels, name.split()[0]).default
+    result = torch.library.opcheck(operator, (*tensors, 0.25, dropout_p, backend))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@backends
+def test_compiles_into_one_graph_at_the_first_call(backend):
+    inputs = cast_inputs(make_inputs(Case("compile", queries=12, keys=12, bias_scale=1.0), "cpu"), torch.float32)
+
+    def step(query, key, value, share, bias):
+        output, share = tlk.attention(query * 2, key, value, share, share, bias=bias, dropout_p=0.0, backend=backend)
+        return output.sin(), share + 1
+
+    names = ("query", "key", "value", "share", "bias")
+    tensors = [inputs[name].clone().requires_grad_(name != "share") for name in names]
+    torch._dynamo.reset()
+    compiled, compiled_share = torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors)
+    eager, eager_share = step(*tensors)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(compiled_share, eager_share)
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    for ours, theirs in zip(
+        torch.autograd.grad(compiled.sum(), wanted), torch.autograd.grad(eager.sum(), wanted), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@backends
+def test_compiled_dropout_is_drawn_anew_at_each_call(backend):
+    qkv = torch.randn(1, 8, 3, 2, 16)
+    torch._dynamo.reset()
+
+    def step(qkv):
+        return tlk.attention_qkv(qkv, dropout_p=0.5, backend=backend)[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(qkv), compiled(qkv))
+
+
+@backends
+def test_autocast_casts_tokens_and_never_labels(backend):
+    inputs = cast_inputs(make_inputs(Case("autocast", queries=9, keys=9, bias_scale=1.0), "cpu"), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, share = call(inputs, backend=backend)
+        packed, _ = tlk.attention_qkv(torch.randn(1, 9, 3, 2, 16), backend=backend)
+    assert (output.dtype, packed.dtype, share.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    expected, expected_share = call(cast_inputs(inputs, torch.bfloat16), backend=backend)
+    assert torch.equal(output, expected)
+    assert torch.equal(share, expected_share)
+
+
+# Choice of the backend
+
+
+def test_an_explicit_backend_never_falls_back(another_backend):
+    another_backend(unsupported_reasons=only_float16)
+    tensors = torch.randn(3, 1, 2, 5, 8).unbind(0)
+    with pytest.raises(NotImplementedError, match=r"'another' does not support [\s\S]*dtype: expected float16"):
+        tlk.attention(*tensors, backend="another")
+    tlk.attention(*(tensor.half() for tensor in tensors), backend="another")
+
+
+def test_explain_names_the_choice_and_all_reasons(another_backend):
+    another_backend(unsupported_reasons=only_float16)
+    tensors = torch.randn(3, 1, 2, 5, 8).unbind(0)
+    explanation = tlk.explain(*tensors)
+    assert explanation.backend == "reference"
+    assert explanation.reasons["another"] == ["dtype: expected float16, got torch.float32"]
+    assert re.search(r"another: dtype: expected float16", str(explanation))
+    assert tlk.explain(*tensors, backend="another").backend is None
+
+
+def test_unknown_backends_are_refused():
+    tensors = torch.randn(3, 1, 2, 5, 8).unbind(0)
+    for function in (tlk.attention, tlk.explain):
+        with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of .*, got 'fast'"):
+            function(*tensors, backend="fast")
+
+
+# Errors
+
+
+def good():
+    return {"query": torch.randn(2, 3, 5, 8), "key": torch.randn(2, 3, 7, 8), "value": torch.randn(2, 3, 7, 8)}
+
+
+BAD_CALLS = [
+    ({"query": [1.0]}, TypeError, "query: expected a tensor, got list"),
+    ({"query": torch.randn(2, 5, 8)}, ValueError, r"query: expected 4 dimensions .* got shape \(2, 5, 8\)"),
+    ({"query": torch.randint(0, 2, (2, 3, 5, 8))}, TypeError, "query: expected one of"),
+    ({"key": torch.randn(2, 3, 7, 8).half()}, TypeError, "key: expected torch.float32 as query, got torch.float16"),
+    ({"key": torch.randn(2, 3, 7, 9)}, ValueError, r"key: expected shape \(2, 3, 7, 8\), got \(2, 3, 7, 9\)"),
+    ({"key": torch.randn(2, 2, 7, 8)}, ValueError, "key: expected shape"),
+    ({"value": torch.randn(2, 3, 6, 8)}, ValueError, "value: expected shape"),
+    ({"value": torch.randn(2, 3, 7, 8, device="meta")}, ValueError, "value: expected on the device of query"),
+    ({"query": torch.randn(2, 3, 0, 8)}, ValueError, "expected no empty dimension"),
+    ({name: torch.randn(2, 3, 7, 4) for name in ("query", "key", "value")}, ValueError, "head dimension D of 8 to 256"),
+    ({name: torch.randn(1, 1, 2, 257) for name in ("query", "key", "value")}, ValueError, "8 to 256, got 257"),
+    ({"share": torch.rand(2, 7, 1).bfloat16()}, TypeError, "share: expected torch.float32, got torch.bfloat16"),
+    ({"share": torch.rand(2, 7, 1).double()}, TypeError, "share: expected torch.float32, got torch.float64"),
+    ({"share": torch.rand(2, 7)}, ValueError, r"share: expected shape \(2, 7, S\), got \(2, 7\)"),
+    ({"share": torch.rand(2, 5, 1)}, ValueError, "share: expected shape"),
+    ({"share": torch.rand(2, 7, 0)}, ValueError, "share: expected shape"),
+    ({"share": torch.rand(2, 7, 1, device="meta")}, ValueError, "share: expected on the device"),
+    ({"residual": torch.rand(2, 5, 1)}, ValueError, "residual: expected None without a share"),
+    ({"share": torch.rand(2, 7, 1), "residual": torch.rand(2, 5, 2)}, ValueError, "residual: expected shape"),
+    ({"share": torch.rand(2, 7, 1), "residual": torch.rand(2, 7, 1)}, ValueError, "residual: expected shape"),
+    ({"share": torch.rand(2, 7, 1), "residual": torch.rand(2, 5, 1).half()}, TypeError, "residual: .* torch.float32"),
+    ({"bias": torch.randn(3, 7, 5)}, ValueError, "bias: expected a shape broadcastable"),
+    ({"bias": torch.randn(1, 2, 3, 5, 7)}, ValueError, "bias: expected a shape broadcastable"),
+    ({"bias": torch.ones(5, 7).bool()}, TypeError, "bias: expected a floating dtype, got torch.bool"),
+    ({"mask": torch.ones(5, 7).long()}, TypeError, "mask: expected bool or a floating dtype, got torch.int64"),
+    ({"mask": torch.ones(5, 7, requires_grad=True)}, ValueError, "mask: expected a constant"),
+    ({"mask": torch.ones(4, 7).bool()}, ValueError, "mask: expected a shape broadcastable"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a value in"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a value in"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_CALLS)
+def test_bad_arguments_are_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        tlk.attention(**{**good(), **changes})
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 8), (2, 5, 2, 3, 8)])
+def test_bad_projections_are_refused(shape):
+    with pytest.raises(ValueError, match=r"qkv: expected shape \(B, N, 3, H, D\), got"):
+        tlk.attention_qkv(torch.randn(shape))
+
+
+def test_selftest_has_a_case_of_each_option():
+    assert {case.packed for case in CASES} == {case.bias_scale > 0 for case in CASES} == {True, False}
+    assert {case.mask for case in CASES} >= {None, "causal", "rows", "additive"}
+    assert any(case.dropout_p for case in CASES)
+    assert set(selftest.ROUNDING) >= set(DTYPES)

@@ -1,0 +1,91 @@
+"""The backends, what each can do, and the choice between them.
+
+A backend is a module with `forward`, `backward` (launchers, see `reference`) and
+`unsupported_reasons(problem) -> list[str]`. Backends never import one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from tlalign_kernels import ops
+from tlalign_kernels.backends import reference
+
+BACKENDS = {"reference": reference}
+# Order of preference for `backend="auto"`; a device without an entry takes the reference.
+AUTO_ORDER = {"cpu": ("reference",), "cuda": ("reference",)}
+
+ops.LAUNCHERS.update(BACKENDS)
+
+
+class Problem(NamedTuple):
+    """All that the choice of a backend may depend on: shapes, dtypes, devices and options, never values."""
+
+    device_type: str
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    sources: int
+    share_dtype: torch.dtype | None
+    has_bias: bool
+    has_mask: bool
+    dropout_p: float
+    needs_gradient: bool
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call would take, and why not the others; `str()` of it is made to be read.
+
+    Attributes:
+        backend: Name of the backend, or None if the one that was asked for can't do it.
+        reasons: For each backend the reasons why it can't be used; empty where it can.
+    """
+
+    backend: str | None
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}"]
+        for name, reasons in self.reasons.items():
+            lines.append(f"  {name}: {'usable' if not reasons else '; '.join(reasons)}")
+        return "\n".join(lines)
+
+
+def explain_choice(problem: Problem, backend: str = "auto") -> Explanation:
+    """Says which backend a problem would take, without raising where none fits.
+
+    Raises:
+        ValueError: If `backend` is neither "auto" nor the name of a backend.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    reasons = {name: module.unsupported_reasons(problem) for name, module in BACKENDS.items()}
+    candidates = AUTO_ORDER.get(problem.device_type, ("reference",)) if backend == "auto" else (backend,)
+    chosen = next((name for name in candidates if not reasons[name]), None)
+    return Explanation(chosen, reasons)
+
+
+def choose(problem: Problem, backend: str = "auto") -> str:
+    """Picks the backend of a call: the one asked for, or for "auto" the first that can do it.
+
+    Raises:
+        ValueError: If `backend` is neither "auto" nor the name of a backend.
+        NotImplementedError: If the backend (for "auto": every backend) can't do it, with the reasons.
+    """
+    if backend == "auto":
+        # The common case builds no explanation: this runs at every call.
+        for name in AUTO_ORDER.get(problem.device_type, ("reference",)):
+            if not BACKENDS[name].unsupported_reasons(problem):
+                return name
+    explanation = explain_choice(problem, backend)
+    if explanation.backend is None:
+        wanted = "no backend" if backend == "auto" else f"backend {backend!r} does not"
+        raise NotImplementedError(f"{wanted} support this call\n{explanation}")
+    return explanation.backend

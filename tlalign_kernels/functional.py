@@ -1,0 +1,243 @@
+"""Attention with label propagation as functions: checks the arguments, picks the backend, calls the operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tlalign_kernels import ops
+from tlalign_kernels.backends import Explanation, Problem, choose, explain_choice
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    share: Tensor | None = None,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Multi-head attention that mixes labels as it mixes tokens: A.V and mean_h(A).share in one pass.
+
+    TL-Align (arXiv 2210.06455), equations 5 and 6. No gradient flows through labels, and none of size Nq x Nk is
+    kept for the backward. Under autocast query, key, value and bias are cast, labels never. A query that sees no key
+    gives output 0 and keeps the label `residual`.
+
+    Args:
+        query: floating (B, H, Nq, D). Any strides, read in place if the last dimension is contiguous and copied
+            once if not, as for key and value.
+        key: (B, H, Nk, D), dtype and device of `query`.
+        value: (B, H, Nk, D), dtype and device of `query`.
+        share: float32 (B, Nk, S), labels of the keys: shares of S sources or any S classes; float64 is accepted
+            with a float64 query. None: no labels.
+        residual: Dtype of `share`, (B, Nq, S), labels of the queries; the result is the average with them. None:
+            no average.
+        bias: floating, broadcastable to (B, H, Nq, Nk), added to the scores; differentiable.
+        mask: bool (True: the query sees the key) or floating (added to the scores), broadcastable to
+            (B, H, Nq, Nk); constant.
+        scale: Factor of the products of queries and keys; None: 1 / sqrt(D).
+        dropout_p: Probability with which attention weights are dropped from A.V; labels take part undropped.
+        backend: Name of a backend, or "auto".
+
+    Returns:
+        output: (B, H, Nq, D), in memory as (B, Nq, H, D).
+        share: (B, Nq, S), or None without labels.
+
+    Raises:
+        TypeError: If an argument is no tensor or has a wrong dtype.
+        ValueError: If shapes or devices disagree, or an option is out of range.
+        NotImplementedError: If the backend can't do it, with its reasons.
+    """
+    query, key, value, bias = _autocast(query, key, value, bias)
+    bias, mask, scale, problem = _prepare(query, key, value, share, residual, bias, mask, scale, dropout_p)
+    output, share_out, _ = torch.ops.tlalign_kernels.attention(
+        query, key, value, share, residual, bias, mask, _seed(dropout_p, query.device), scale, dropout_p,
+        choose(problem, backend),
+    )  # fmt: skip
+    return output.transpose(1, 2), None if share is None else share_out
+
+
+def attention_qkv(
+    qkv: Tensor,
+    share: Tensor | None = None,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention with label propagation on a packed projection, whose gradient is one tensor of its layout.
+
+    Args:
+        qkv: floating (B, N, 3, H, D), the output of a `qkv` linear layer, read in place.
+        share: As for `attention`, with Nk = N.
+        residual: As for `attention`, with Nq = N; the same tensor as `share` for TL-Align's residual average.
+        bias: As for `attention`.
+        mask: As for `attention`.
+        scale: As for `attention`.
+        dropout_p: As for `attention`.
+        backend: As for `attention`.
+
+    Returns:
+        output: (B, N, H, D); merging the heads is a view.
+        share: (B, N, S), or None without labels.
+
+    Raises:
+        TypeError: If an argument is no tensor or has a wrong dtype.
+        ValueError: If shapes or devices disagree, or an option is out of range.
+        NotImplementedError: If the backend can't do it, with its reasons.
+    """
+    _check_is_tensor("qkv", qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv: expected shape (B, N, 3, H, D), got {tuple(qkv.shape)}")
+    qkv, bias = _autocast(qkv, bias)
+    query, key, value = ops.unpack_qkv(qkv)
+    bias, mask, scale, problem = _prepare(query, key, value, share, residual, bias, mask, scale, dropout_p)
+    output, share_out, _ = torch.ops.tlalign_kernels.attention_qkv(
+        qkv, share, residual, bias, mask, _seed(dropout_p, qkv.device), scale, dropout_p, choose(problem, backend)
+    )
+    return output, None if share is None else share_out
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    share: Tensor | None = None,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Explanation:
+    """Says which backend `attention` would take for these arguments, and why not the others; computes nothing.
+
+    Args and exceptions are those of `attention`, but a backend that can't do it does not raise.
+    """
+    query, key, value, bias = _autocast(query, key, value, bias)
+    *_, problem = _prepare(query, key, value, share, residual, bias, mask, scale, dropout_p)
+    return explain_choice(problem, backend)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Casts tensors to the dtype of the autocast region that is active on their device, if one is."""
+    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    # float64 is left alone, as PyTorch's own autocast does.
+    return [
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """A seed from torch's generator, so that dropout follows `torch.manual_seed` and checkpointing repeats it."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if dropout_p > 0 else None
+
+
+def _prepare(query, key, value, share, residual, bias, mask, scale, dropout_p):
+    """Checks all arguments; returns bias and mask in four dimensions, the scale, and the problem."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_is_tensor(name, tensor)
+        if tensor.dtype not in _DTYPES or tensor.dtype != query.dtype:
+            wanted = f"{query.dtype} as query" if query.dtype in _DTYPES else f"one of {_DTYPES}"
+            raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
+        _check_device(name, tensor, query.device)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions (B, H, N, D), got shape {tuple(tensor.shape)}")
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    if min(batch, heads, queries, keys, head_dim) < 1:
+        raise ValueError(f"query, key: expected no empty dimension, got {tuple(query.shape)} and {tuple(key.shape)}")
+    if not 8 <= head_dim <= 256:
+        raise ValueError(f"query: expected a head dimension D of 8 to 256, got {head_dim}")
+    _check_shape("key", key, (batch, heads, keys, head_dim))
+    _check_shape("value", value, (batch, heads, keys, head_dim))
+    _check_labels(query, keys, share, residual)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}")
+    scores = (batch, heads, queries, keys)
+    if bias is not None:
+        _check_is_tensor("bias", bias)
+        if not bias.is_floating_point():
+            raise TypeError(f"bias: expected a floating dtype, got {bias.dtype}")
+        bias = _over_scores("bias", bias, scores, query.device)
+    if mask is not None:
+        _check_is_tensor("mask", mask)
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"mask: expected bool or a floating dtype, got {mask.dtype}")
+        if mask.requires_grad:
+            raise ValueError("mask: expected a constant, got one that requires a gradient; pass it as bias")
+        mask = _over_scores("mask", mask, scores, query.device)
+    problem = Problem(
+        device_type=query.device.type,
+        dtype=query.dtype,
+        batch=batch,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        head_dim=head_dim,
+        sources=0 if share is None else share.shape[2],
+        share_dtype=None if share is None else share.dtype,
+        has_bias=bias is not None,
+        has_mask=mask is not None,
+        dropout_p=dropout_p,
+        needs_gradient=torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias)),
+    )
+    return bias, mask, head_dim**-0.5 if scale is None else float(scale), problem
+
+
+def _check_labels(query: Tensor, keys: int, share: Tensor | None, residual: Tensor | None) -> None:
+    if share is None:
+        if residual is not None:
+            raise ValueError("residual: expected None without a share, got a tensor")
+        return
+    _check_is_tensor("share", share)
+    allowed = (torch.float32, torch.float64) if query.dtype == torch.float64 else (torch.float32,)
+    if share.dtype not in allowed:
+        raise TypeError(f"share: expected {' or '.join(map(str, allowed))}, got {share.dtype}")
+    _check_device("share", share, query.device)
+    if share.dim() != 3 or share.shape[:2] != (query.shape[0], keys) or share.shape[2] < 1:
+        raise ValueError(f"share: expected shape ({query.shape[0]}, {keys}, S), got {tuple(share.shape)}")
+    if residual is not None:
+        _check_is_tensor("residual", residual)
+        if residual.dtype != share.dtype:
+            raise TypeError(f"residual: expected {share.dtype} as share, got {residual.dtype}")
+        _check_device("residual", residual, query.device)
+        _check_shape("residual", residual, (query.shape[0], query.shape[2], share.shape[2]))
+
+
+def _over_scores(name: str, tensor: Tensor, scores: tuple[int, ...], device: torch.device) -> Tensor:
+    """Views `tensor` as (1 or B, 1 or H, Nq, Nk); the last two dimensions are expanded, at no cost in memory."""
+    _check_device(name, tensor, device)
+    shape = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
+    if len(shape) > 4 or any(given not in (1, size) for given, size in zip(shape, scores, strict=True)):
+        given = tuple(tensor.shape)
+        raise ValueError(f"{name}: expected a shape broadcastable to (B, H, Nq, Nk) = {scores}, got {given}")
+    return tensor.view(shape).expand(shape[0], shape[1], scores[2], scores[3])
+
+
+def _check_is_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected on the device of query ({device}), got {tensor.device}")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")

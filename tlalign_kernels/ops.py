@@ -1,0 +1,186 @@
+"""The operators as `torch.library` knows them: schemas, fake kernels, autograd. Imports only torch.
+
+Two operators, each with a backward: `attention` takes query, key and value as views, `attention_qkv` the packed
+projection, whose gradient is one tensor of the same layout. A backend registers itself in `LAUNCHERS`; its name is
+an argument of the operators, so that the choice is made once a call and handed to the backward.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# Name of a backend -> the module with its `forward` and `backward` launchers.
+LAUNCHERS: dict[str, ModuleType] = {}
+
+_library = torch.library.Library("tlalign_kernels", "DEF")
+
+_OPTIONS = "Tensor? bias, Tensor? mask, Tensor? dropout_seed, float scale, float dropout_p"
+_library.define(
+    f"attention(Tensor query, Tensor key, Tensor value, Tensor? share, Tensor? residual, {_OPTIONS}, str backend)"
+    " -> (Tensor output, Tensor share, Tensor log_sum_exp)"
+)
+_library.define(
+    "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor log_sum_exp,"
+    f" {_OPTIONS}, bool needs_grad_bias, str backend)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)"
+)
+_library.define(
+    f"attention_qkv(Tensor qkv, Tensor? share, Tensor? residual, {_OPTIONS}, str backend)"
+    " -> (Tensor output, Tensor share, Tensor log_sum_exp)"
+)
+_library.define(
+    f"attention_qkv_backward(Tensor grad_output, Tensor qkv, Tensor output, Tensor log_sum_exp, {_OPTIONS},"
+    " bool needs_grad_bias, str backend) -> (Tensor grad_qkv, Tensor grad_bias)"
+)
+
+
+def unpack_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (B, H, N, D) of query, key and value in a projection (B, N, 3, H, D)."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
+def _unit_last_stride(tensor: Tensor) -> Tensor:
+    """Kernels read rows of D: a tensor strided there is copied, once."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _empty_outputs(query: Tensor, key: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, head_dim = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    output = query.new_empty((batch, queries, heads, head_dim))
+    # An operator can't return None: without labels the share has no column.
+    share_out = (
+        query.new_empty((batch, queries, 0), dtype=torch.float32)
+        if share is None
+        else share.new_empty((batch, queries, share.shape[2]))
+    )
+    return output, share_out, query.new_empty((batch, heads, queries), dtype=wide)
+
+
+def _empty_grad_bias(like: Tensor, bias: Tensor | None, needs_grad_bias: bool) -> Tensor:
+    return torch.empty_like(bias, memory_format=torch.contiguous_format) if needs_grad_bias else like.new_empty((0,))
+
+
+def _attention(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
+    query, key, value = _unit_last_stride(query), _unit_last_stride(key), _unit_last_stride(value)
+    output, share_out, log_sum_exp = _empty_outputs(query, key, share)
+    LAUNCHERS[backend].forward(
+        query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p,
+        output, None if share is None else share_out, log_sum_exp,
+    )  # fmt: skip
+    return output, share_out, log_sum_exp
+
+
+def _attention_qkv(qkv, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
+    query, key, value = unpack_qkv(_unit_last_stride(qkv))
+    return _attention(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend)
+
+
+def _attention_backward(
+    grad_output, query, key, value, output, log_sum_exp,
+    bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend,
+):  # fmt: skip
+    query, key, value = _unit_last_stride(query), _unit_last_stride(key), _unit_last_stride(value)
+    *grads, grad_bias = _attention_backward_fake(
+        grad_output, query, key, value, output, log_sum_exp,
+        bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend,
+    )  # fmt: skip
+    LAUNCHERS[backend].backward(
+        grad_output, query, key, value, output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p,
+        *grads, grad_bias if needs_grad_bias else None,
+    )  # fmt: skip
+    return *grads, grad_bias
+
+
+def _attention_qkv_backward(
+    grad_output, qkv, output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend
+):
+    qkv = _unit_last_stride(qkv)
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    grad_bias = _empty_grad_bias(qkv, bias, needs_grad_bias)
+    LAUNCHERS[backend].backward(
+        grad_output, *unpack_qkv(qkv), output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p,
+        *unpack_qkv(grad_qkv), grad_bias if needs_grad_bias else None,
+    )  # fmt: skip
+    return grad_qkv, grad_bias
+
+
+def _attention_fake(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
+    return _empty_outputs(query, key, share)
+
+
+def _attention_qkv_fake(qkv, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
+    query, key, _ = unpack_qkv(qkv)
+    return _empty_outputs(query, key, share)
+
+
+def _attention_backward_fake(
+    grad_output, query, key, value, output, log_sum_exp,
+    bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend,
+):  # fmt: skip
+    # Gradients lie as (B, N, H, D), like the linear layers that made query, key and value.
+    grads = [
+        tensor.new_empty((tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3])).transpose(1, 2)
+        for tensor in (query, key, value)
+    ]
+    return *grads, _empty_grad_bias(query, bias, needs_grad_bias)
+
+
+def _attention_qkv_backward_fake(
+    grad_output, qkv, output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend
+):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), _empty_grad_bias(qkv, bias, needs_grad_bias)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, _share, _residual, bias, mask, dropout_seed, scale, dropout_p, backend = inputs
+    attended, share_out, log_sum_exp = output
+    ctx.mark_non_differentiable(share_out, log_sum_exp)
+    # Else autograd would fill a gradient of zeros for each non-differentiable output, and for an unused one.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, attended, log_sum_exp, bias, mask, dropout_seed)
+    ctx.options = (scale, dropout_p, bias is not None and ctx.needs_input_grad[len(tensors) + 2], backend)
+
+
+def _attention_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp):
+    if grad_output is None:
+        return (None,) * 11
+    scale, dropout_p, needs_grad_bias, backend = ctx.options
+    *grads, grad_bias = torch.ops.tlalign_kernels.attention_backward(
+        grad_output, *ctx.saved_tensors, scale, dropout_p, needs_grad_bias, backend
+    )
+    return *grads, None, None, grad_bias if needs_grad_bias else None, None, None, None, None, None
+
+
+def _attention_qkv_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp):
+    if grad_output is None:
+        return (None,) * 9
+    scale, dropout_p, needs_grad_bias, backend = ctx.options
+    grad_qkv, grad_bias = torch.ops.tlalign_kernels.attention_qkv_backward(
+        grad_output, *ctx.saved_tensors, scale, dropout_p, needs_grad_bias, backend
+    )
+    return grad_qkv, None, None, grad_bias if needs_grad_bias else None, None, None, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError("attention with label propagation has no second derivative")
+
+
+for _name, _kernel, _fake, _autograd in (
+    ("attention", _attention, _attention_fake, _attention_autograd),
+    ("attention_qkv", _attention_qkv, _attention_qkv_fake, _attention_qkv_autograd),
+    ("attention_backward", _attention_backward, _attention_backward_fake, None),
+    ("attention_qkv_backward", _attention_qkv_backward, _attention_qkv_backward_fake, None),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tlalign_kernels::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(
+        f"tlalign_kernels::{_name}",
+        _autograd or _no_second_derivative,
+        setup_context=_setup_context if _autograd else None,
+        lib=_library,
+    )
