@@ -1,0 +1,23 @@
+"""Fused attention with token-label alignment for vision transformers."""
+
+from tlalign_kernels import extension, models
+from tlalign_kernels.functional import attention, attention_qkv, explain
+from tlalign_kernels.labels import MixedTarget
+from tlalign_kernels.losses import mixed_binary_cross_entropy, mixed_cross_entropy
+from tlalign_kernels.patch import LabelFollower, ModelFollower, patch_model, register, unpatch_model
+
+__all__ = [
+    "LabelFollower",
+    "MixedTarget",
+    "ModelFollower",
+    "attention",
+    "attention_qkv",
+    "explain",
+    "extension",
+    "mixed_binary_cross_entropy",
+    "mixed_cross_entropy",
+    "models",
+    "patch_model",
+    "register",
+    "unpatch_model",
+]

@@ -1,0 +1,105 @@
+"""`python -m tlalign_kernels`: what is installed and usable here; `selftest` and `models` as further commands."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from tlalign_kernels import extension
+from tlalign_kernels.backends import BACKENDS, Problem
+from tlalign_kernels.selftest import selftest
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 1 if a selftest failed."""
+    parser = argparse.ArgumentParser(prog="python -m tlalign_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="{report,selftest,models}")
+    commands.add_parser("report", help="versions, device and backends (the default)")
+    test = commands.add_parser("selftest", help="check every usable backend against the float64 reference")
+    test.add_argument("--device", default=None, help="device to test; default: the GPU if there is one, else the CPU")
+    models = commands.add_parser("models", help="list timm's models with 'supported' or the reason why not")
+    models.add_argument("pattern", nargs="?", default="*", help="names to list, such as 'vit_*'; default: all")
+    options = parser.parse_args(arguments)
+    if options.command == "selftest":
+        return _selftest(options.device or _devices()[-1])
+    if options.command == "models":
+        return _models(options.pattern)
+    return _report()
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _report() -> int:
+    print("versions")
+    for name in ("tlalign-kernels", "torch", "timm", "triton", "numpy"):
+        try:
+            print(f"  {name:<16} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {name:<16} not installed")
+    print(f"  {'python':<16} {platform.python_version()} on {platform.platform()}")
+    print("devices")
+    print(f"  cpu              {torch.get_num_threads()} threads, {platform.machine()}")
+    if extension.compiled is not None:
+        features = [name for name, present in extension.compiled.cpu_features().items() if present]
+        print(f"  cpu features     {' '.join(features) or 'none of those that kernels use'}")
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        print(f"  cuda:{index}           {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+    print("extension")
+    if extension.compiled is None:
+        print(f"  not usable: {extension.missing_reason}")
+    else:
+        for name, value in extension.compiled.build_info().items():
+            shown = ", ".join(value) or "none" if isinstance(value, list) else value
+            print(f"  {name:<16} {shown}")
+    print("backends (for a ViT in training: N = 197, D = 64, float32, one label per token)")
+    for device in _devices():
+        problem = Problem(device, torch.float32, 8, 6, 197, 197, 64, 1, torch.float32, False, False, 0.0, True)
+        for name, module in BACKENDS.items():
+            reasons = module.unsupported_reasons(problem)
+            print(f"  {name:<16} on {device}: {'usable' if not reasons else '; '.join(reasons)}")
+    return 0
+
+
+def _selftest(device: str) -> int:
+    print(f"device {device}; errors as a part of what is allowed (2x plain PyTorch's own error plus one rounding)")
+    failures = 0
+    for backend, case, dtype, results in selftest(device):
+        line = f"{backend:<10} {case.name:<30} {str(dtype).removeprefix('torch.'):<9}"
+        if isinstance(results[0], str):
+            print(f"{line} not supported: {'; '.join(results)}")
+            continue
+        worst = max(results, key=lambda check: check.error / check.bound if check.bound else 0.0)
+        failed = [check.tensor for check in results if not check.passed]
+        failures += bool(failed)
+        ratio = worst.error / worst.bound if worst.bound else 0.0
+        print(f"{line} {f'FAILED: {failed}' if failed else 'ok'}, worst {ratio:.2f} ({worst.tensor})")
+    print("all checks passed" if not failures else f"{failures} cases failed")
+    return 1 if failures else 0
+
+
+def _models(pattern: str) -> int:
+    import timm
+
+    from tlalign_kernels.patch import unfollowable_reason
+
+    names = fnmatch.filter(timm.list_models(), pattern)
+    supported = 0
+    for name in names:
+        with torch.device("meta"):
+            reason = unfollowable_reason(timm.create_model(name))
+        supported += reason is None
+        print(f"{name:<50} {reason or 'supported'}", flush=True)
+    print(f"{supported} of {len(names)} models are supported")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,383 @@
+"""How labels pass through timm's VisionTransformer and its blocks (vision_transformer, deit, hybrid, vitamin).
+
+The classes here are public: a model of one's own can be built with them, passing `share` from block to block.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import timm.layers as tl
+import torch
+from timm.layers import activations as timm_activations
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.hybrid_embed import HybridEmbed
+from timm.layers.patch_dropout import patch_dropout_forward
+from timm.models import checkpoint, deit, vision_transformer, vitamin
+from torch import Tensor, nn
+
+from tlalign_kernels import ops
+from tlalign_kernels.functional import attention, attention_qkv
+from tlalign_kernels.labels import MixedTarget, gather_share, residual_share
+from tlalign_kernels.patch import LabelFollower, ModelFollower, register
+
+
+class AlignedAttention(LabelFollower, tl.Attention):
+    """timm's `Attention` with label propagation (TL-Align, equations 5 and 6)."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "37a80e0fdf45af9c"}
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        share: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attends, and mixes labels with the mean of the heads.
+
+        Args:
+            x: (B, N, channels).
+            attn_mask: bool (True: may be seen) or floating (added to the scores), broadcastable to (B, H, N, N).
+            is_causal: Token i sees tokens 0 to i; excludes `attn_mask`.
+            share: (B, N, S), or None to run timm's own forward.
+            residual: (B, N, S) to average the labels with, or None.
+
+        Returns:
+            (B, N, channels), with a share also the new share (B, N, S).
+        """
+        if share is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        batch, tokens, _ = x.shape
+        gate = None if self.gate is None else self.gate(x).sigmoid()
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        options = dict(
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            backend=self.label_backend,
+            **_mask_options(attn_mask, is_causal, x),
+        )
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            attended, share = attention_qkv(qkv, share, residual, **options)
+        else:
+            query, key, value = ops.unpack_qkv(qkv)
+            attended, share = attention(self.q_norm(query), self.k_norm(key), value, share, residual, **options)
+            attended = attended.transpose(1, 2)
+        x = self.norm(attended.reshape(batch, tokens, self.attn_dim))
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x)), share
+
+
+class AlignedBlock(LabelFollower, vision_transformer.Block):
+    """timm's pre-norm `Block`: labels go through the attention and its residual, the MLP leaves them as they are."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "2cb6f77c3039d89c"}
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, share: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments and result as for `AlignedAttention`."""
+        if share is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        residual = share if self.label_residual else None
+        attended, share = self.attn(self.norm1(x), attn_mask, is_causal, share, residual)
+        x = x + self.drop_path1(self.ls1(attended))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x, share
+
+
+class AlignedResPostBlock(LabelFollower, vision_transformer.ResPostBlock):
+    """timm's post-norm `ResPostBlock`, for labels the same as the pre-norm one."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "e4c41427902a8088"}
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, share: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments and result as for `AlignedAttention`."""
+        if share is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        residual = share if self.label_residual else None
+        attended, share = self.attn(x, attn_mask, is_causal, share, residual)
+        x = x + self.drop_path1(self.norm1(attended))
+        x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        return x, share
+
+
+class AlignedParallelScalingBlock(LabelFollower, vision_transformer.ParallelScalingBlock):
+    """timm's `ParallelScalingBlock`: one residual around attention and MLP, which counts as the attention's."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "19c3e45701ce1613"}
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, share: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments and result as for `AlignedAttention`."""
+        if share is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        batch, tokens, channels = x.shape
+        x_mlp, query, key, value = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
+        if self.mlp_bias is not None:
+            x_mlp = x_mlp + self.mlp_bias
+        heads = (batch, tokens, self.num_heads, self.head_dim)
+        attended, share = attention(
+            self.q_norm(query.view(heads)).transpose(1, 2),
+            self.k_norm(key.view(heads)).transpose(1, 2),
+            value.view(heads).transpose(1, 2),
+            share,
+            share if self.label_residual else None,
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            backend=self.label_backend,
+            **_mask_options(attn_mask, is_causal, x),
+        )
+        attended = attended.transpose(1, 2).reshape(batch, tokens, channels)
+        x_mlp = self.mlp_drop(self.mlp_act(x_mlp))
+        if self.out_proj is not None:
+            y = self.out_proj(torch.cat((attended, x_mlp), dim=-1))
+        else:
+            y = self.attn_out_proj(attended) + self.mlp_out_proj(x_mlp)
+        return x + self.drop_path(self.ls(y)), share
+
+
+class AlignedParallelThingsBlock(LabelFollower, vision_transformer.ParallelThingsBlock):
+    """timm's `ParallelThingsBlock`: n attentions in one residual, whose label is the mean over the n + 1 paths."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "91bf095522afd56f"}
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, share: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments and result as for `AlignedAttention`."""
+        if share is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        attended, mixed = [], []
+        for branch in self.attns:
+            y, branch_share = branch.attn(branch.norm(x), attn_mask, is_causal, share)
+            attended.append(branch.drop_path(branch.ls(y)))
+            mixed.append(branch_share)
+        x = x + torch.stack(attended).sum(dim=0)
+        x = x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
+        return x, residual_share(share, *mixed) if self.label_residual else sum(mixed) / len(mixed)
+
+
+class AlignedAttentionPoolLatent(LabelFollower, AttentionPoolLatent):
+    """timm's `AttentionPoolLatent`: the pooled label is what the latent query attends to, A.Y."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "327a3f339ba6d338"}
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError if several latents are left unpooled."""
+        if module.pool not in ("token", "avg"):
+            raise NotImplementedError(f"{name}: can't follow labels through pool_type {module.pool!r}")
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, share: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Pools tokens (B, N, channels) to (B, channels) and, if given, their share (B, N, S) to (B, S)."""
+        if share is None:
+            return super().forward(x, attn_mask=attn_mask)
+        batch, tokens, channels = x.shape
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
+        query = self.q(self.latent.expand(batch, -1, -1)).view(batch, self.latent_len, self.num_heads, self.head_dim)
+        key, value = self.kv(x).view(batch, tokens, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x, share = attention(
+            self.q_norm(query.transpose(1, 2)),
+            self.k_norm(key),
+            value,
+            share,
+            scale=self.scale,
+            backend=self.label_backend,
+            **_mask_options(attn_mask, False, x),
+        )
+        x = self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, self.latent_len, channels)))
+        if self.mlp is not None:
+            x = x + self.mlp(self.norm(x))
+        return (x[:, 0], share[:, 0]) if self.pool == "token" else (x.mean(1), share.mean(1))
+
+
+class AlignedPatchDropout(LabelFollower, tl.PatchDropout):
+    """timm's `PatchDropout`: labels of the dropped tokens go with them."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "bcbf1cedc66c9293"}
+
+    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Drops tokens of x (B, N, channels) and, if given, of their share (B, N, S)."""
+        if share is None:
+            return super().forward(x)
+        x, kept = patch_dropout_forward(x, self.prob, self.num_prefix_tokens, self.ordered, self.training)
+        return x, share if kept is None else gather_share(share, kept, self.num_prefix_tokens)
+
+
+class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransformer):
+    """timm's `VisionTransformer` that returns the aligned target beside the logits when it is given a target."""
+
+    mirrors: ClassVar[dict[str, str]] = {
+        "forward": "baf4cb09a321c472",
+        "forward_features": "00c84be8897149e5",
+        "forward_head": "78a9dd72847e326c",
+        "pool": "9262402a3193eba1",
+        "_pos_embed": "7a2e167abcde1626",
+    }
+    untouched = ("patch_embed", "head")
+
+    @classmethod
+    def label_blocks(cls, model: nn.Module) -> list[nn.Module]:
+        """The transformer blocks."""
+        return list(model.blocks)
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError for stems that attend and for poolings without a label."""
+        _check_patch_embed(module.patch_embed)
+        _check_pooling(module)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        target: MixedTarget | None = None,
+        collect_layers: bool = False,
+    ) -> Tensor | tuple[Tensor, MixedTarget]:
+        """Classifies images and aligns their target.
+
+        Args:
+            x: Images, (B, channels, Hi, Wi).
+            attn_mask: As for `AlignedAttention`, N counting prefix tokens.
+            is_causal: As for `AlignedAttention`.
+            target: What the images are mixed of; None runs timm's own forward.
+            collect_layers: Keep the share after each block in `aligned.layer_shares`.
+
+        Returns:
+            Logits (B, C), with a target also the aligned target; in distilled training a pair of each.
+
+        Raises:
+            TypeError: If `target` is no MixedTarget.
+            ValueError: If `target` does not belong to the images, or `collect_layers` is set without a target.
+        """
+        if target is None:
+            if collect_layers:
+                raise ValueError("collect_layers: expected False without a target, got True")
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        self.check_target(x, target)
+        image_size = tuple(x.shape[-2:])
+        x = self.patch_embed(x)
+        share = self._first_share(x, target, image_size)
+        x = self._pos_embed(x)
+        if isinstance(self.patch_drop, AlignedPatchDropout):
+            x, share = self.patch_drop(x, share)
+        x = self.norm_pre(x)
+        layer_shares = [] if collect_layers else None
+        for block in self.blocks:
+            # Flat arguments: reentrant checkpointing gives no gradient to tensors inside containers.
+            arguments = (x, attn_mask, is_causal) + ((share,) if isinstance(block, LabelFollower) else ())
+            result = checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
+            x, share = result if isinstance(block, LabelFollower) else (result, share)
+            if collect_layers:
+                layer_shares.append(share.detach())
+        logits, share = self._aligned_head(self.norm(x), share)
+        # Reentrant checkpointing marks all outputs as differentiable; labels are not.
+        if isinstance(share, tuple):
+            return logits, tuple(target.with_share(part.detach(), layer_shares) for part in share)
+        return logits, target.with_share(share.detach(), layer_shares)
+
+    def _first_share(self, x: Tensor, target: MixedTarget, image_size: tuple[int, int]) -> Tensor:
+        """Share (B, N, S) of prefix tokens and patches, before any block. x: the embedded patches."""
+        grid_size = tuple(x.shape[1:3]) if x.dim() == 4 else self.patch_embed.dynamic_feat_size(image_size)
+        if x.dim() == 3 and x.shape[1] != grid_size[0] * grid_size[1]:
+            raise NotImplementedError(
+                f"patch_embed: expected {grid_size[0]} x {grid_size[1]} patches of an image of {image_size} pixels, "
+                f"got {x.shape[1]}"
+            )
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        patches = target.token_share(grid_size, self.patch_embed.feat_ratio(as_scalar=False), dtype)
+        prefix = target.image_share(dtype)[:, None, :].expand(-1, self.num_prefix_tokens, -1)
+        return torch.cat((prefix, patches), dim=1)
+
+    def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) and the share (B, S) of the tokens that they are computed from."""
+        _check_pooling(self)
+        if self.global_pool == "token":
+            return self.forward_head(x), share[:, 0]
+        pooled = slice(0 if self.pool_include_prefix else self.num_prefix_tokens, None)
+        if self.global_pool == "avg":
+            return self.forward_head(x), share[:, pooled].mean(dim=1)
+        x, share = self.attn_pool(x[:, pooled], share=share[:, pooled])
+        return self.head(self.head_drop(self.fc_norm(x))), share
+
+
+class AlignedVisionTransformerDistilled(AlignedVisionTransformer, deit.VisionTransformerDistilled):
+    """timm's distilled DeiT: the label of the averaged heads is the mean of both tokens'."""
+
+    mirrors: ClassVar[dict[str, str]] = {
+        **AlignedVisionTransformer.mirrors,
+        "forward_head": "53b98c13c4b33a9d",
+        "_pos_embed": "d92e1033005844e1",
+    }
+    untouched = ("patch_embed", "head", "head_dist")
+
+    def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.forward_head(x)
+        if isinstance(logits, tuple):
+            return logits, (share[:, 0], share[:, 1])
+        return logits, share[:, :2].mean(dim=1)
+
+
+def _mask_options(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> dict[str, Tensor]:
+    """Translates timm's mask arguments to those of the operator."""
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError("attn_mask: expected None with is_causal=True, got a tensor")
+        tokens = x.shape[1]
+        return {"mask": torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()}
+    if attn_mask is None:
+        return {}
+    # A floating mask may be learned; as a bias it has a gradient.
+    return {"mask": attn_mask} if attn_mask.dtype == torch.bool else {"bias": attn_mask}
+
+
+def _check_patch_embed(patch_embed: nn.Module) -> None:
+    """Stems may convolve, since a token stands for its stride; one that attends has labels of its own."""
+    if type(patch_embed) not in (tl.PatchEmbed, HybridEmbed):
+        raise NotImplementedError(f"patch_embed: can't follow labels through {type(patch_embed).__name__}")
+    for name, module in patch_embed.named_modules():
+        if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower():
+            raise NotImplementedError(f"patch_embed.{name}: can't follow labels through {type(module).__name__}")
+
+
+def _check_pooling(model: nn.Module) -> None:
+    if model.global_pool not in ("token", "avg", "map"):
+        raise NotImplementedError(
+            f"global_pool: labels are defined for 'token', 'avg' and 'map' pooling, got {model.global_pool!r}"
+        )
+
+
+register(tl.Attention, AlignedAttention)
+register(AttentionPoolLatent, AlignedAttentionPoolLatent)
+register(tl.PatchDropout, AlignedPatchDropout)
+register(vision_transformer.Block, AlignedBlock)
+register(vision_transformer.ResPostBlock, AlignedResPostBlock)
+register(vision_transformer.ParallelScalingBlock, AlignedParallelScalingBlock)
+register(vision_transformer.ParallelThingsBlock, AlignedParallelThingsBlock)
+register(vision_transformer.VisionTransformer, AlignedVisionTransformer)
+register(deit.VisionTransformerDistilled, AlignedVisionTransformerDistilled)
+
+for _module_class in (
+    # containers
+    nn.Sequential, nn.ModuleList,
+    # on each token alone
+    nn.Identity, nn.Linear, nn.Dropout, tl.DropPath, tl.LayerScale,
+    nn.LayerNorm, nn.RMSNorm, tl.LayerNorm, tl.LayerNormFp32, tl.RmsNorm, tl.RmsNormFp32,
+    tl.SimpleNorm, tl.SimpleNormFp32,
+    tl.Mlp, tl.GluMlp, tl.SwiGLU, vitamin.GeGluMlp,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish,
+    timm_activations.GELU, timm_activations.GELUTanh, timm_activations.QuickGELU, timm_activations.Swish,
+    timm_activations.Sigmoid, timm_activations.Tanh,
+):  # fmt: skip
+    register(_module_class, None)

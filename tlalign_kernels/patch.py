@@ -1,0 +1,243 @@
+"""Swaps the modules of a timm model for subclasses that know how labels pass through them, and back.
+
+An instance is given a subclass (`instance.__class__ = ...`): parameters, buffers and hooks are shared, checkpoints
+keep their keys, copies made by `deepcopy` follow labels too, and no class of timm is touched. Without a target the
+subclass runs timm's own forward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from tlalign_kernels.backends import BACKENDS
+from tlalign_kernels.labels import MixedTarget
+
+
+class LabelFollower:
+    """Base of the classes that modules are swapped to: how labels pass through one kind of module.
+
+    A follower subclasses this class and the module's own class, and adds no state. Its `forward` takes a keyword
+    `share`, float32 (B, N, S): None runs the module's own forward; a share makes it return `(tokens, share)`.
+    `share` is a flat argument, so that activation checkpointing sees it.
+
+    Attributes:
+        label_residual: Whether residual connections average labels (TL-Align, equation 7), set by `patch_model`.
+        label_backend: Backend of the attention operators, set by `patch_model`.
+        mirrors: Methods of the module's class that the follower repeats or relies on, with the digest of the source
+            that was read (`source_digest`). A different source is an error when patching, never a guess.
+        untouched: Names of children that no labelled token passes through.
+    """
+
+    label_residual: bool = True
+    label_backend: str = "auto"
+    mirrors: ClassVar[dict[str, str]] = {}
+    untouched: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError, naming the module, if its configuration can't be followed."""
+
+
+class ModelFollower(LabelFollower):
+    """Base of the followers of whole models: `model(images, target=...)` returns `(logits, aligned)`."""
+
+    @classmethod
+    def label_blocks(cls, model: nn.Module) -> list[nn.Module]:
+        """The blocks that `layers` of `patch_model` counts, in the order of the forward."""
+        raise NotImplementedError
+
+    def check_target(self, images: Tensor, target: MixedTarget) -> None:
+        """Raises TypeError or ValueError unless `target` belongs to `images` (B, channels, Hi, Wi)."""
+        if not isinstance(target, MixedTarget):
+            raise TypeError(f"target: expected a MixedTarget, got {type(target).__name__}")
+        if images.dim() != 4:
+            raise ValueError(f"images: expected 4 dimensions (B, channels, Hi, Wi), got shape {tuple(images.shape)}")
+        if target.batch_size != images.shape[0]:
+            raise ValueError(f"target: expected a batch of {images.shape[0]} images, got {target.batch_size}")
+        if target.device != images.device:
+            raise ValueError(f"target: expected on the device of the images ({images.device}), got {target.device}")
+        size = tuple(images.shape[-2:])
+        if target.image_size is not None and target.image_size != size:
+            raise ValueError(f"target: expected boxes or masks for images of {size} pixels, got {target.image_size}")
+
+
+# Class of a module -> its follower, or None for modules that act on each token alone (and for plain containers).
+_followers: dict[type[nn.Module], type[LabelFollower] | None] = {}
+_originals: dict[type[LabelFollower], type[nn.Module]] = {}
+
+
+def register(module_class: type[nn.Module], follower: type[LabelFollower] | None) -> None:
+    """Tells how labels pass through a module class, which is matched by exact type.
+
+    Args:
+        module_class: The class as it appears in models.
+        follower: A subclass of `module_class` and of `LabelFollower` (or `ModelFollower` for a whole model). None: the
+            module acts on each token alone, so that labels pass unchanged (an MLP, a normalisation over channels).
+
+    Raises:
+        TypeError: If `follower` is not such a class.
+    """
+    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+        raise TypeError(f"module_class: expected a subclass of torch.nn.Module, got {module_class!r}")
+    if follower is not None:
+        is_class = isinstance(follower, type)
+        if not (is_class and issubclass(follower, LabelFollower) and issubclass(follower, module_class)):
+            raise TypeError(
+                f"follower: expected a subclass of LabelFollower and {module_class.__name__}, or None, got {follower!r}"
+            )
+        _originals[follower] = module_class
+    _followers[module_class] = follower
+
+
+def patch_model(
+    model: nn.Module, layers: Iterable[int] | None = None, residual: bool = True, backend: str = "auto"
+) -> nn.Module:
+    """Makes a timm model follow labels: `model(images, target=target)` then returns `(logits, aligned)`.
+
+    Without `target` the model runs timm's own forward. Patch first, then compile, then wrap or shard. Patching again
+    replaces the options. Nothing is changed if an error is raised.
+
+    Args:
+        model: A timm model, changed in place.
+        layers: Blocks in which labels are aligned, counted from 0 (negative: from the end); None: all.
+        residual: Average labels over residual connections; False gives Y <- A.Y in each layer (an ablation).
+        backend: Name of a backend, or "auto".
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        NotImplementedError: If a module can't be followed, naming it, or its forward is not the one that was read.
+        TypeError: If `model` is no module.
+        ValueError: If `model` is compiled or wrapped already, or an option is out of range.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    _check_bare(model)
+    plan = list(_plan(model, layers))
+    unpatch_model(model)
+    for module, follower in plan:
+        module.__class__ = follower
+        module.label_residual = residual
+        module.label_backend = backend
+    return model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Gives all modules their own classes back; does nothing to a model that is not patched.
+
+    Args:
+        model: A model, changed in place.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: If `model` is no module.
+        ValueError: If `model` is compiled or wrapped.
+    """
+    _check_bare(model)
+    for module in model.modules():
+        original = _originals.get(type(module))
+        if original is not None:
+            module.__class__ = original
+            module.__dict__.pop("label_residual", None)
+            module.__dict__.pop("label_backend", None)
+    return model
+
+
+def unfollowable_reason(model: nn.Module) -> str | None:
+    """Why `patch_model(model)` would raise, or None if it would not; changes nothing."""
+    try:
+        _check_bare(model)
+        list(_plan(model, None))
+    except (NotImplementedError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def source_digest(function: object) -> str:
+    """Short digest of the source of a function, by which a changed forward is noticed."""
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+
+
+def _plan(model: nn.Module, layers: Iterable[int] | None) -> Iterator[tuple[nn.Module, type[LabelFollower]]]:
+    """All modules to swap and their followers; raises on the first module that can't be followed."""
+    follower = _followers.get(_own_class(model))
+    if follower is None or not issubclass(follower, ModelFollower):
+        known = sorted(cls.__name__ for cls, f in _followers.items() if f is not None and issubclass(f, ModelFollower))
+        raise NotImplementedError(
+            f"model: can't follow labels through {_describe(model)}; models that can be: {', '.join(known)}"
+        )
+    blocks = follower.label_blocks(model)
+    chosen = range(len(blocks)) if layers is None else _chosen(layers, len(blocks))
+    left_out = {id(block) for index, block in enumerate(blocks) if index not in chosen}
+
+    def visit(module: nn.Module, name: str) -> Iterator[tuple[nn.Module, type[LabelFollower]]]:
+        if id(module) in left_out:
+            return
+        module_class = _own_class(module)
+        if module_class not in _followers:
+            raise NotImplementedError(
+                f"{name}: can't follow labels through {_describe(module)}; "
+                "tlalign_kernels.register(...) tells how labels pass through it"
+            )
+        follower = _followers[module_class]
+        if follower is not None:
+            _check_source(module_class, follower)
+            follower.check(module, name or "model")
+            yield module, follower
+        for child_name, child in module.named_children():
+            if follower is None or child_name not in follower.untouched:
+                yield from visit(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from visit(model, "")
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    return _originals.get(type(module), type(module))
+
+
+def _describe(module: nn.Module) -> str:
+    module_class = _own_class(module)
+    return f"{module_class.__module__}.{module_class.__qualname__}"
+
+
+def _chosen(layers: Iterable[int], blocks: int) -> set[int]:
+    layers = list(layers)
+    if any(not isinstance(layer, int) or not -blocks <= layer < blocks for layer in layers):
+        raise ValueError(f"layers: expected block indices from {-blocks} to {blocks - 1}, got {layers}")
+    return {layer % blocks for layer in layers}
+
+
+def _check_source(module_class: type[nn.Module], follower: type[LabelFollower]) -> None:
+    for method, digest in follower.mirrors.items():
+        given = source_digest(getattr(module_class, method))
+        if given != digest:
+            raise NotImplementedError(
+                f"{module_class.__module__}.{module_class.__qualname__}.{method}: expected the source with digest "
+                f"{digest}, which {follower.__name__} follows, got {given}; install the timm version that "
+                "tlalign-kernels asks for"
+            )
+
+
+def _check_bare(model: nn.Module) -> None:
+    """Raises if the model is no module, or any part of it is compiled, scripted, traced or wrapped."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    wrappers = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    made_by_compilers = (torch.jit.ScriptModule, torch.fx.GraphModule, torch._dynamo.OptimizedModule)
+    for name, module in model.named_modules():
+        if isinstance(module, wrappers + made_by_compilers) or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{name or 'model'}: expected a model that is not compiled or wrapped, got {type(module).__name__}; "
+                "patch or unpatch first, then compile, then wrap or shard"
+            )
