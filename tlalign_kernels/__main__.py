@@ -38,7 +38,8 @@ def _devices() -> list[str]:
 
 def _report() -> int:
     print("versions")
-    for name in ("tlalign-kernels", "torch", "timm", "triton", "numpy"):
+    print(f"  {'torch':<16} {torch.__version__}")
+    for name in ("tlalign-kernels", "timm", "triton", "numpy"):
         try:
             print(f"  {name:<16} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

@@ -263,7 +263,7 @@ class MixedTarget:
         if self.device.type == "cpu":
             self.validate(num_classes)
         if self.classes is None:
-            dense = self.image_share()
+            dense = self.image_share(self._dtype)
         else:
             weights = self.source_weights()
             dense = weights.new_zeros((self.batch_size, num_classes)).scatter_add(1, self.classes, weights)
@@ -296,11 +296,13 @@ class MixedTarget:
         if self.device.type == "cpu":
             self.validate()
         if self.classes is not None:
-            self.ratio = self.image_share(torch.float64 if self._is_float64() else torch.float32)
+            self.ratio = self.image_share(self._dtype)
         return self
 
-    def _is_float64(self) -> bool:
-        return any(t is not None and t.dtype == torch.float64 for t in (self.ratio, self.masks))
+    @property
+    def _dtype(self) -> torch.dtype:
+        given = (self.ratio, self.masks, self.token_labels)
+        return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in given) else torch.float32
 
     def _box_masks(self, dtype: torch.dtype) -> Tensor:
         """Part of each source in each pixel, (B, S, Hi, Wi): 1 where its box is and no later one lies over it."""

@@ -1,6 +1,7 @@
 """How labels pass through timm's VisionTransformer and its blocks (vision_transformer, deit, hybrid, vitamin).
 
-The classes here are public: a model of one's own can be built with them, passing `share` from block to block.
+The classes here are public: a model of one's own can be built with them, passing `share` from block to block, as in
+`x, share = AlignedBlock(dim, num_heads, attn_layer=AlignedAttention)(x, share=share)`.
 """
 
 from __future__ import annotations

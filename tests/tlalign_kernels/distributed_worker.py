@@ -1,0 +1,102 @@
+"""Runs by torchrun in two processes: patched models under DDP and FSDP2 must give what one process gives."""
+
+import os
+from functools import partial
+
+import timm
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import tlalign_kernels as tlk
+
+NAMES = ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"]
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for name in NAMES:
+        check_ddp(name)
+        check_fsdp(name)
+    dist.destroy_process_group()
+    print(f"rank {os.environ['RANK']} passed", flush=True)
+
+
+def build(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=48, depth=2, num_classes=10)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return tlk.patch_model(model)
+
+
+def batch(images=slice(None)):
+    generator = torch.Generator().manual_seed(1)
+    boxes = torch.tensor([[0, 0, 16, 32], [3, 5, 30, 20], [0, 0, 32, 32], [8, 8, 9, 9]])[:, None]
+    classes = torch.randint(0, 10, (4, 2), generator=generator)
+    pixels = torch.randn(4, 3, 32, 32, generator=generator)
+    return pixels[images], tlk.MixedTarget.from_boxes(classes[images], boxes[images], (32, 32))
+
+
+def step(model, pixels, target):
+    logits, aligned = model(pixels, target=target)
+    tlk.mixed_cross_entropy(logits, aligned, smoothing=0.1).backward()
+    return aligned
+
+
+def expected(name):
+    model = build(name)
+    return step(model, *batch()), {key: p.grad for key, p in model.named_parameters()}
+
+
+def own_half():
+    return slice(0, 2) if dist.get_rank() == 0 else slice(2, 4)
+
+
+def record_share(dtypes, module, inputs, output):
+    dtypes.append(output[1].dtype)
+
+
+def check_ddp(name):
+    aligned, gradients = expected(name)
+    for options in ({}, {"checkpointing": True}, {"compile": True}, {"checkpointing": True, "compile": True}):
+        model = build(name)
+        model.set_grad_checkpointing(options.get("checkpointing", False))
+        inner = torch.compile(model, fullgraph=True, backend="aot_eager") if options.get("compile") else model
+        half = step(DistributedDataParallel(inner), *batch(own_half()))
+        assert half.ratio.dtype == torch.float32
+        torch.testing.assert_close(half.ratio, aligned.ratio[own_half()], rtol=0, atol=1e-6)
+        for key, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-6)
+
+
+def check_fsdp(name):
+    aligned, gradients = expected(name)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(name)
+        # Casting the inputs of a block would cast its share; the images are cast once, at the root.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        pixels, target = batch(own_half())
+        dtypes = []
+        for block in model.blocks:
+            block.register_forward_hook(partial(record_share, dtypes))
+        half = step(model, pixels.to(dtype), target)
+        assert dtypes == [torch.float32] * 2, dtypes
+        assert half.ratio.dtype == torch.float32
+        torch.testing.assert_close(
+            half.ratio, aligned.ratio[own_half()], rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02
+        )
+        if dtype == torch.float32:
+            for key, parameter in model.named_parameters():
+                torch.testing.assert_close(parameter.grad.full_tensor(), gradients[key], rtol=1e-4, atol=1e-6)
+
+
+if __name__ == "__main__":
+    main()

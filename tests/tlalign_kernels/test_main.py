@@ -1,0 +1,80 @@
+"""The command line `python -m tlalign_kernels`."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tlalign_kernels import __main__, extension, ops, selftest
+from tlalign_kernels.backends import BACKENDS, reference
+
+
+def test_report_names_versions_devices_and_backends(capsys):
+    assert __main__.main([]) == 0
+    report = capsys.readouterr().out
+    assert torch.__version__ in report
+    assert extension.VERSION in report
+    for name in BACKENDS:
+        assert f"{name} " in report
+    if extension.compiled is None:
+        assert f"not usable: {extension.missing_reason}" in report
+    else:
+        assert extension.compiled.build_info()["compiler"] in report
+
+
+@pytest.fixture
+def two_cases(monkeypatch):
+    monkeypatch.setattr(selftest, "CASES", (selftest.Case("small", queries=9, keys=9), selftest.CASES[3]))
+
+
+def test_selftest_passes(two_cases, capsys):
+    assert __main__.main(["selftest", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "all checks passed"
+    assert sum("reference" in line and " ok," in line for line in lines) == 6
+
+
+def test_selftest_fails_where_a_backend_is_wrong(two_cases, monkeypatch, capsys):
+    class Wrong:
+        unsupported_reasons, forward = staticmethod(reference.unsupported_reasons), staticmethod(reference.forward)
+
+        @staticmethod
+        def backward(*arguments):
+            reference.backward(*arguments)
+            arguments[12].mul_(1.001)  # the gradient of the key
+
+    monkeypatch.setitem(BACKENDS, "wrong", Wrong)
+    monkeypatch.setitem(ops.LAUNCHERS, "wrong", Wrong)
+    assert __main__.main(["selftest", "--device", "cpu"]) == 1
+    output = capsys.readouterr().out
+    assert "FAILED: ['gradient of key']" in output
+    assert not any("FAILED" in line for line in output.splitlines() if line.startswith("reference"))
+
+
+def test_models_lists_names_with_reasons(capsys):
+    assert __main__.main(["models", "vit_d*wee_patch16_reg1_gap_256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "0 of 2 models are supported"
+    assert "blocks.0: can't follow labels through" in lines[0]
+    assert __main__.main(["models", "deit_tiny*"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "2 of 2 models are supported"
+    assert lines[0].split() == ["deit_tiny_distilled_patch16_224", "supported"]
+
+
+def test_a_missing_extension_is_said_once():
+    code = (
+        "import sys, warnings; sys.modules['tlalign_kernels._C'] = None; warnings.simplefilter('always')\n"
+        "import tlalign_kernels as tlk, torch\n"
+        "tlk.attention(*torch.randn(3, 1, 2, 4, 8).unbind(0))\n"
+        "assert tlk.extension.compiled is None\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.count("the compiled extension is missing") == 1
+
+
+def test_unknown_commands_exit_with_usage():
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["nonsense"])
+    assert stop.value.code == 2

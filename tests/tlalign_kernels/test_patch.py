@@ -1,0 +1,243 @@
+"""Patching: what it changes, what it leaves alone, and what it refuses."""
+
+import io
+
+import pytest
+import timm
+import torch
+from timm.models import vision_transformer
+from torch import nn
+
+import tlalign_kernels as tlk
+from tlalign_kernels import LabelFollower, MixedTarget, patch
+from tlalign_kernels.models import vit
+
+
+def vit_tiny(**options):
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_classes=10, **options
+    )
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32)
+
+
+@pytest.fixture
+def target():
+    return MixedTarget.from_boxes(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[[0, 0, 16, 20]]] * 2), (32, 32))
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Undoes what a test registers."""
+    monkeypatch.setattr(patch, "_followers", dict(patch._followers))
+    monkeypatch.setattr(patch, "_originals", dict(patch._originals))
+
+
+def snapshot(model):
+    return [(name, type(module), dict(vars(module))) for name, module in model.named_modules()]
+
+
+def test_patching_is_idempotent_and_replaces_options(images, target):
+    model = tlk.patch_model(vit_tiny())
+    once = snapshot(model)
+    assert snapshot(tlk.patch_model(model)) == once
+    tlk.patch_model(model, layers=[1], residual=False, backend="reference")
+    assert type(model.blocks[0]) is vision_transformer.Block
+    assert type(model.blocks[1]) is vit.AlignedBlock
+    assert (model.blocks[1].label_residual, model.blocks[1].attn.label_backend) == (False, "reference")
+    assert snapshot(tlk.patch_model(model)) == once
+
+
+def test_unpatching_restores_everything():
+    model = vit_tiny()
+    before = snapshot(model)
+    assert snapshot(tlk.unpatch_model(model)) == before
+    assert snapshot(tlk.unpatch_model(tlk.patch_model(model))) == before
+
+
+def test_classes_of_timm_are_not_touched():
+    forwards = {cls: cls.forward for cls in patch._followers}
+    tlk.patch_model(vit_tiny())
+    assert forwards == {cls: cls.forward for cls in patch._followers}
+    assert type(vit_tiny()) is vision_transformer.VisionTransformer
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = vit_tiny()
+    model.blocks[1].attn = nn.MultiheadAttention(48, 3)
+    before = snapshot(model)
+    with pytest.raises(NotImplementedError, match=r"blocks\.1\.attn: can't follow labels through .*MultiheadAttention"):
+        tlk.patch_model(model)
+    assert snapshot(model) == before
+    with pytest.raises(ValueError, match="layers"):
+        tlk.patch_model(vit_tiny(), layers=[2])
+    tlk.patch_model(model, layers=[0])
+
+
+def test_saved_models_follow_labels(images, target):
+    model = tlk.patch_model(vit_tiny())
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert torch.equal(loaded(images, target=target)[1].ratio, model(images, target=target)[1].ratio)
+    plain = vit_tiny()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("resnet18", "model: .*resnet.ResNet"),
+        ("vit_dwee_patch16_reg1_gap_256", r"blocks\.0\.attn: .*DiffAttention"),
+        ("vit_dpwee_patch16_reg1_gap_256", r"blocks\.0: .*DiffParallelScalingBlock"),
+        ("cait_xxs24_224", "model: .*Cait"),
+    ],
+)
+def test_models_that_cannot_be_followed_are_refused_by_name(name, module):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(NotImplementedError, match=module):
+        tlk.patch_model(model)
+    assert "can't follow labels through" in patch.unfollowable_reason(model)
+
+
+def test_unknown_modules_inside_blocks_are_refused():
+    class MixesTokens(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).roll(1, dims=1)
+
+    for where, replacement in [
+        ("mlp.fc1", MixesTokens(48, 192)),
+        ("ls1", nn.Conv1d(17, 17, 1)),
+        ("norm1", nn.BatchNorm1d(17)),
+        ("mlp", nn.Softmax(dim=1)),
+    ]:
+        model = vit_tiny()
+        model.blocks[0].set_submodule(where, replacement)
+        with pytest.raises(NotImplementedError, match=rf"blocks\.0\.{where}: can't follow labels through"):
+            tlk.patch_model(model)
+
+
+def test_stems_that_attend_are_refused():
+    model = vit_tiny()
+    model.patch_embed.norm = timm.layers.Attention(48, num_heads=3)
+    with pytest.raises(NotImplementedError, match=r"patch_embed\.norm: can't follow labels through Attention"):
+        tlk.patch_model(model)
+    model.patch_embed = nn.Conv2d(3, 48, 8, 8)
+    with pytest.raises(NotImplementedError, match="patch_embed: can't follow labels through Conv2d"):
+        tlk.patch_model(model)
+
+
+def test_subclasses_are_not_taken_for_their_base():
+    class MyAttention(timm.layers.Attention):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"blocks\.0\.attn: .*MyAttention"):
+        tlk.patch_model(vit_tiny(attn_layer=MyAttention))
+
+
+def test_a_changed_forward_is_noticed(monkeypatch):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return x
+
+    monkeypatch.setattr(vision_transformer.Block, "forward", forward)
+    with pytest.raises(NotImplementedError, match=r"Block\.forward: expected the source with digest"):
+        tlk.patch_model(vit_tiny())
+
+
+@pytest.mark.parametrize("wrap", ["compile", "compile in place", "data parallel", "script", "compiled block"])
+def test_wrapped_models_are_refused(wrap):
+    model = tlk.patch_model(vit_tiny())
+    if wrap == "compile":
+        wrapped = torch.compile(model)
+    elif wrap == "compile in place":
+        wrapped = model
+        wrapped.compile()
+    elif wrap == "data parallel":
+        wrapped = nn.DataParallel(model)
+    elif wrap == "script":
+        wrapped = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
+    else:
+        model.blocks[1] = torch.compile(model.blocks[1])
+        wrapped = model
+    for change in (tlk.patch_model, tlk.unpatch_model):
+        with pytest.raises(ValueError, match="expected a model that is not compiled or wrapped"):
+            change(wrapped)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
+        tlk.patch_model("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
+        tlk.patch_model(vit_tiny(), backend="fast")
+
+
+# Modules of one's own
+
+
+class GatedMlp(nn.Module):
+    """An MLP that acts on each token alone, which only its author knows."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.fc(x).sigmoid() * x
+
+
+class RollingBlock(nn.Module):
+    """Mixes each token with the one before it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc = nn.Linear(dim, dim)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return (self.fc(x) + self.fc(x).roll(1, dims=1)) / 2
+
+
+class AlignedRollingBlock(LabelFollower, RollingBlock):
+    """Mixes labels like tokens."""
+
+    def forward(self, x, attn_mask=None, is_causal=False, share=None):
+        x = super().forward(x)
+        return x if share is None else (x, (share + share.roll(1, dims=1)) / 2)
+
+
+def test_a_pointwise_module_can_be_registered(registry, images, target):
+    model = vit_tiny()
+    model.blocks[0].mlp = GatedMlp(48)
+    with pytest.raises(NotImplementedError, match=r"blocks\.0\.mlp: .*register"):
+        tlk.patch_model(model)
+    tlk.register(GatedMlp, None)
+    logits = model(images)
+    torch.testing.assert_close(tlk.patch_model(model)(images, target=target)[0], logits)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_block_can_be_registered(registry, images, target, checkpointing):
+    model = vit_tiny()
+    model.blocks[0] = RollingBlock(48)
+    tlk.register(RollingBlock, AlignedRollingBlock)
+    logits = model(images)
+    model.set_grad_checkpointing(checkpointing)
+    ours, aligned = tlk.patch_model(model)(images, target=target, collect_layers=True)
+    torch.testing.assert_close(ours, logits)
+    first = model._first_share(model.patch_embed(images), target, (32, 32))
+    assert torch.equal(aligned.layer_shares[0], (first + first.roll(1, dims=1)) / 2)
+    assert not torch.equal(aligned.layer_shares[1], aligned.layer_shares[0])
+    assert type(tlk.unpatch_model(model).blocks[0]) is RollingBlock
+
+
+def test_followers_are_checked(registry):
+    for follower in (nn.Linear, RollingBlock, LabelFollower, AlignedRollingBlock(4)):
+        with pytest.raises(TypeError, match="follower: expected a subclass of LabelFollower and RollingBlock, or None"):
+            tlk.register(RollingBlock, follower)
+    with pytest.raises(TypeError, match=r"module_class: expected a subclass of torch\.nn\.Module"):
+        tlk.register(int, None)

@@ -1,0 +1,520 @@
+"""Patched vision transformers: logits and gradients are timm's, labels are those of a dense computation."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import set_reentrant_ckpt
+from timm.models import checkpoint
+
+import tlalign_kernels as tlk
+from tlalign_kernels import MixedTarget, mixed_cross_entropy
+from tlalign_kernels.patch import unfollowable_reason
+
+# A name for each way in which models differ; the slow test has all names.
+SAMPLE = {
+    "vit_tiny_patch16_224": "class token",
+    "vit_base_patch32_clip_quickgelu_224": "norm before the blocks, QuickGELU",
+    "vit_base_patch16_siglip_224": "attention pooling, no class token",
+    "vit_base_patch16_siglip_gap_224": "average pooling, no class token",
+    "vit_small_patch16_36x1_224": "layer scale",
+    "vit_small_patch16_18x2_224": "parallel attentions",
+    "vit_base_patch16_xp_224": "MLP beside the attention",
+    "vit_pwee_patch16_reg1_gap_256": "MLP beside the attention, fused output projection",
+    "vit_base_patch16_rpn_224": "norm after the attention",
+    "vit_medium_patch16_reg4_gap_256": "register tokens and average pooling",
+    "vit_small_patch14_reg4_dinov2": "class and register tokens",
+    "vit_giant_patch14_dinov2": "packed SwiGLU",
+    "aimv2_large_patch14_224": "RMS norm, SwiGLU",
+    "deit_tiny_patch16_224": "DeiT",
+    "deit3_small_patch16_224": "DeiT III",
+    "deit_tiny_distilled_patch16_224": "distillation token",
+    "vit_small_resnet26d_224": "hybrid",
+    "vit_base_mci_224": "convolutional stem",
+    "vitamin_small_224": "ViTamin",
+}
+
+
+def is_vit(name):
+    return timm.model_entrypoint(name).__module__ in {
+        "timm.models.vision_transformer",
+        "timm.models.vision_transformer_hybrid",
+        "timm.models.deit",
+        "timm.models.vitamin",
+    }
+
+
+def small(name, **options):
+    """A timm model of few, small blocks and 3 x 2 patches, with weights large enough that attention is not flat."""
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1)
+    stride = model.patch_embed.feat_ratio(as_scalar=False)
+    if type(model.patch_embed) is timm.layers.PatchEmbed:
+        options = {"embed_dim": 96, "num_heads": 4, **options}
+    image_size = (3 * stride[0], 2 * stride[1])
+    model = timm.create_model(name, **{"depth": 2, "img_size": image_size, "num_classes": 10, **options})
+    return randomised(model).eval()
+
+
+def randomised(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+def images_and_target(model, batch=3):
+    height, width = model.patch_embed.img_size
+    boxes = torch.tensor([[0, 0, height // 2, width], [1, 3, height - 2, width // 2], [0, 0, height, width]])
+    classes = torch.randint(0, 10, (batch, 2))
+    target = MixedTarget.from_boxes(classes, boxes[:batch, None], (height, width))
+    images = torch.randn(batch, 3, height, width, dtype=next(model.parameters()).dtype)
+    return images, target
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+
+def relative(error, scale):
+    return float((error.detach().double() - scale.detach().double()).abs().max() / scale.detach().double().abs().max())
+
+
+def check_followed(name):
+    model = small(name)
+    images, target = images_and_target(model)
+    classes, keys = [type(module) for module in model.modules()], list(model.state_dict())
+    logits = model(images)
+    own_gradients = gradients(model, logits.square().sum())
+
+    assert tlk.patch_model(model) is model
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(images), logits)
+    with_target, aligned = model(images, target=target, collect_layers=True)
+    assert relative(with_target, logits) < 2e-5
+    for ours, own in zip(gradients(model, with_target.square().sum()), own_gradients, strict=True):
+        assert (ours is None) == (own is None)
+        if own is not None and own.abs().max() > 1e-4:
+            assert relative(ours, own) < 1e-3
+
+    assert len(aligned.layer_shares) == 2
+    assert aligned.ratio.shape == (3, 1)
+    assert aligned.ratio.dtype == torch.float32
+    assert not aligned.ratio.requires_grad
+    assert torch.equal(aligned.classes, target.classes)
+    for share in (*aligned.layer_shares, aligned.ratio):
+        assert share.min() >= 0
+        assert share.max() <= 1 + 1e-6
+    # The third image is all of the other source.
+    torch.testing.assert_close(aligned.ratio[2], torch.ones(1), rtol=0, atol=1e-6)
+    constant = MixedTarget.from_ratio(target.classes, torch.full((3, 1), 0.3))
+    torch.testing.assert_close(model(images, target=constant)[1].ratio, torch.full((3, 1), 0.3), rtol=0, atol=1e-6)
+
+    tlk.unpatch_model(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert not any(name.startswith("label_") for module in model.modules() for name in vars(module))
+    assert torch.equal(model(images), logits)
+    return target, aligned
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_each_family_is_followed(name):
+    target, aligned = check_followed(name)
+    assert (aligned.ratio - target.ratio)[:2].abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_at_least_195_names_are_followed():
+    followed, refused = [], {}
+    for name in filter(is_vit, timm.list_models()):
+        with torch.device("meta"):
+            reason = unfollowable_reason(timm.create_model(name, depth=1))
+        if reason is None:
+            check_followed(name)
+            followed.append(name)
+        else:
+            refused[name] = reason
+    assert len(followed) >= 195
+    assert all("Diff" in reason for reason in refused.values()), refused
+
+
+# Labels
+
+
+def dense_oracle(model, images, token_labels):
+    """Aligned C-class labels of every token by materialised attention, from the weights of a plain ViT alone."""
+    weights = dict(model.state_dict())
+    x = F.conv2d(images, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=8)
+    x = x.flatten(2).transpose(1, 2)
+    prefix = [weights[name].expand(len(x), -1, -1) for name in ("cls_token", "dist_token") if name in weights]
+    x = torch.cat((*prefix, x), dim=1) + weights["pos_embed"]
+    labels = torch.cat((token_labels.mean(1, keepdim=True).expand(-1, len(prefix), -1), token_labels), dim=1)
+    heads = model.blocks[0].attn.num_heads
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    def linear(x, name):
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    for i in range(len(model.blocks)):
+        query, key, value = (
+            part.view(*x.shape[:2], heads, -1).transpose(1, 2)
+            for part in linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, dim=-1)
+        )
+        attention = torch.softmax(query @ key.transpose(2, 3) / query.shape[-1] ** 0.5, dim=-1)
+        labels = (attention.mean(dim=1) @ labels + labels) / 2
+        x = x + linear((attention @ value).transpose(1, 2).flatten(2), f"blocks.{i}.attn.proj")
+        hidden = F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
+        x = x + linear(hidden, f"blocks.{i}.mlp.fc2")
+    x = norm(x, "norm")
+    if len(prefix) == 2:
+        return (linear(x[:, 0], "head") + linear(x[:, 1], "head_dist")) / 2, labels
+    return linear(x[:, 0], "head"), labels
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_shares_equal_thousand_class_labels_in_float64(name):
+    model = randomised(timm.create_model(name, img_size=40, patch_size=8, embed_dim=48, depth=4)).double().eval()
+    classes = torch.tensor([[1, 998], [3, 3], [500, 2]])
+    box = torch.tensor([[[3, 5, 22, 37]], [[0, 0, 17, 9]], [[11, 0, 40, 30]]])
+    pixels = torch.zeros(3, 40, 40, 1000, dtype=torch.float64)
+    for image, (y0, x0, y1, x1) in enumerate(box[:, 0].tolist()):
+        pixels[image, ..., classes[image, 0]] = 1
+        pixels[image, y0:y1, x0:x1] = F.one_hot(classes[image, 1], 1000).double()
+    token_labels = pixels.view(3, 5, 8, 5, 8, 1000).mean(dim=(2, 4)).view(3, 25, 1000)
+    images = torch.randn(3, 3, 40, 40, dtype=torch.float64)
+    logits, labels = dense_oracle(model, images, token_labels)
+    expected = labels[:, :2].mean(dim=1) if "distilled" in name else labels[:, 0]
+
+    target = MixedTarget.from_boxes(classes, box, (40, 40))
+    ours, aligned = tlk.patch_model(model)(images, target=target, collect_layers=True)
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-10)
+    assert aligned.ratio.dtype == torch.float64
+    torch.testing.assert_close(aligned.to_dense(1000), expected, rtol=0, atol=1e-10)
+    for image in (0, 2):  # the classes of the second are the same
+        of_tokens = labels[image, :, classes[image, 1]]
+        torch.testing.assert_close(aligned.layer_shares[-1][image, :, 0], of_tokens, rtol=0, atol=1e-10)
+        assert abs(expected[image, classes[image, 1]] - target.ratio[image, 0]) > 1e-3
+
+    dense = MixedTarget.from_dense(token_labels.transpose(1, 2).reshape(3, 1000, 5, 5))
+    _, dense_aligned = model(images, target=dense)
+    torch.testing.assert_close(dense_aligned.to_dense(1000), expected, rtol=0, atol=1e-10)
+
+
+def test_parallel_attentions_and_attention_beside_an_mlp_average_over_their_residual():
+    model = tlk.patch_model(small("vit_small_patch16_18x2_224", depth=1).double())
+    images, target = images_and_target(model)
+    first = model._first_share(model.patch_embed(images), target, tuple(images.shape[2:]))
+    _, aligned = model(images, target=target, collect_layers=True)
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    attentions = []
+    for branch in model.blocks[0].attns:
+        qkv = branch.attn.qkv(branch.norm(tokens)).unflatten(-1, (3, 4, 24)).permute(2, 0, 3, 1, 4)
+        attentions.append(torch.softmax(qkv[0] @ qkv[1].transpose(2, 3) / 24**0.5, dim=-1).mean(dim=1))
+    expected = (first + attentions[0] @ first + attentions[1] @ first) / 3
+    torch.testing.assert_close(aligned.layer_shares[0], expected)
+
+
+def test_layers_choose_the_blocks_that_align():
+    model = small("vit_tiny_patch16_224", depth=4)
+    images, target = images_and_target(model)
+    _, everywhere = tlk.patch_model(model)(images, target=target, collect_layers=True)
+    _, late = tlk.patch_model(model, layers=[-1, 2])(images, target=target, collect_layers=True)
+    first = model._first_share(model.patch_embed(images), target, tuple(images.shape[2:]))
+    assert torch.equal(late.layer_shares[0], first)
+    assert torch.equal(late.layer_shares[1], first)
+    assert not torch.equal(late.layer_shares[2], first)
+    assert not torch.equal(late.layer_shares[3], late.layer_shares[2])
+    assert not torch.equal(everywhere.layer_shares[0], first)
+    assert type(model.blocks[0]) is timm.models.vision_transformer.Block
+    assert torch.equal(tlk.patch_model(model, layers=[])(images, target=target)[1].ratio, target.ratio)
+    for wrong in ([4], [-5], ["1"]):
+        with pytest.raises(ValueError, match="layers: expected block indices from -4 to 3"):
+            tlk.patch_model(model, layers=wrong)
+
+
+def test_without_residual_labels_are_only_attended():
+    model = small("vit_tiny_patch16_224", depth=1).double()
+    images, target = images_and_target(model)
+    _, with_residual = tlk.patch_model(model)(images, target=target, collect_layers=True)
+    _, without = tlk.patch_model(model, residual=False)(images, target=target, collect_layers=True)
+    first = model._first_share(model.patch_embed(images), target, tuple(images.shape[2:]))
+    torch.testing.assert_close(with_residual.layer_shares[0], (without.layer_shares[0] + first) / 2)
+    assert not torch.allclose(without.layer_shares[0], first)
+
+
+def test_labels_of_dropped_patches_go_with_them():
+    model = small("vit_tiny_patch16_224", patch_drop_rate=0.5, depth=0, pos_drop_rate=0.0).train()
+    images, _ = images_and_target(model)
+    # Without blocks the share of a token is that of its patch; mark each patch by a share of its own.
+    marks = torch.arange(6).view(1, 6) / 10
+    masks = marks.view(1, 1, 3, 1, 2, 1).expand(3, 1, 3, 16, 2, 16).reshape(3, 1, 48, 32)
+    target = MixedTarget.from_masks(torch.zeros(3, 2, dtype=torch.int64), masks)
+    seen = []
+    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    tlk.patch_model(model)
+    share = []
+    head = model._aligned_head
+    model._aligned_head = lambda x, s: share.append(s) or head(x, s)
+    model(images, target=target)
+    tokens = model._pos_embed(model.patch_embed(images))
+    assert seen[0].shape[1] == 4
+    for image in range(3):
+        for position in range(4):
+            distance = (tokens[image] - seen[0][image, position]).abs().amax(dim=-1)
+            came_from = int(distance.argmin())
+            assert distance[came_from] == 0
+            expected = marks.mean() if came_from == 0 else marks[0, came_from - 1]
+            torch.testing.assert_close(share[0][image, position, 0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(48, 32), (40, 56), (33, 47)])
+def test_any_image_size_is_followed_where_the_model_allows_it(size):
+    model = small("vit_tiny_patch16_224", dynamic_img_size=True, dynamic_img_pad=True)
+    images = torch.randn(1, 3, *size)
+    target = MixedTarget.from_boxes(torch.tensor([[0, 1]]), torch.tensor([[[5, 0, 32, 20]]]), size)
+    logits = model(images)
+    ours, aligned = tlk.patch_model(model)(images, target=target, collect_layers=True)
+    assert relative(ours, logits) < 2e-5
+    assert aligned.layer_shares[0].shape[1] == 1 + -(-size[0] // 16) * -(-size[1] // 16)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "causal"])
+def test_attention_masks_are_passed_on(kind):
+    model = small("vit_tiny_patch16_224")
+    images, target = images_and_target(model)
+    allowed = (torch.rand(1, 1, 7, 7) > 0.4) | torch.eye(7, dtype=torch.bool)
+    additive = torch.randn(1, 4, 7, 7, requires_grad=True)
+    options = {"bool": {"attn_mask": allowed}, "additive": {"attn_mask": additive}, "causal": {"is_causal": True}}[kind]
+    logits = model(images, **options)
+    tlk.patch_model(model)
+    assert torch.equal(model(images, **options), logits)
+    ours, aligned = model(images, target=target, **options)
+    assert relative(ours, logits) < 2e-5
+    if kind == "additive":
+        own, patched = (torch.autograd.grad(out.square().sum(), additive)[0] for out in (logits, ours))
+        torch.testing.assert_close(patched, own, rtol=1e-3, atol=1e-6)
+    if kind == "causal":  # the class token comes first and sees only itself
+        torch.testing.assert_close(aligned.ratio, target.ratio)
+        with pytest.raises(ValueError, match="attn_mask: expected None with is_causal=True"):
+            model(images, target=target, attn_mask=allowed, is_causal=True)
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_attn_norm": True}, {"attn_drop_rate": 0.2}])
+def test_options_of_the_attention_are_followed(options):
+    model = small("vit_tiny_patch16_224", **options)
+    images, target = images_and_target(model)
+    logits = model(images)
+    ours, _ = tlk.patch_model(model)(images, target=target)
+    assert relative(ours, logits) < 2e-5
+    if "attn_drop_rate" in options:
+        model.train()
+        assert relative(model(images, target=target)[0], logits) > 1e-2
+
+
+def test_gated_attention_is_followed():
+    attention = randomised(timm.layers.Attention(64, num_heads=4, gated=True, qkv_bias=True))
+    tokens, share = torch.randn(2, 9, 64), torch.rand(2, 9, 1)
+    expected = attention(tokens)
+    attention.__class__ = tlk.models.vit.AlignedAttention
+    torch.testing.assert_close(attention(tokens, share=share, residual=share)[0], expected)
+
+
+def test_distilled_training_gives_a_pair():
+    model = small("deit_tiny_distilled_patch16_224").train()
+    model.set_distilled_training()
+    images, target = images_and_target(model)
+    own = model(images)
+    logits, aligned = tlk.patch_model(model)(images, target=target, collect_layers=True)
+    for ours, timms in zip(logits, own, strict=True):
+        assert relative(ours, timms) < 2e-5
+    assert torch.equal(aligned[0].ratio, aligned[0].layer_shares[-1][:, 0])
+    assert torch.equal(aligned[1].ratio, aligned[0].layer_shares[-1][:, 1])
+    _, together = model.eval()(images, target=target)
+    torch.testing.assert_close(together.ratio, (aligned[0].ratio + aligned[1].ratio) / 2)
+
+
+def test_three_sources_are_followed():
+    model = small("vit_tiny_patch16_224")
+    images, _ = images_and_target(model)
+    boxes = torch.tensor([[[0, 0, 20, 20], [10, 10, 48, 32]]]).expand(3, -1, -1)
+    target = MixedTarget.from_boxes(torch.tensor([[0, 1, 2]] * 3), boxes, (48, 32))
+    _, aligned = tlk.patch_model(model)(images, target=target)
+    _, dense = model(images, target=MixedTarget.from_dense(_dense_tokens(target)))
+    torch.testing.assert_close(aligned.to_dense(10), dense.to_dense(10), rtol=0, atol=1e-6)
+
+
+def _dense_tokens(target):
+    share = target.token_share((3, 2), (16, 16))
+    labels = torch.zeros(3, 6, 10)
+    labels[..., 0], labels[..., 1:3] = 1 - share.sum(-1), share
+    return labels.transpose(1, 2).reshape(3, 10, 3, 2)
+
+
+# Ways to run a model
+
+NAMES = ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"]
+
+
+def step(model, images, target):
+    logits, aligned = model(images, target=target)
+    loss = mixed_cross_entropy(logits, aligned, smoothing=0.1)
+    return aligned.ratio, gradients(model, loss)
+
+
+@pytest.fixture(params=NAMES)
+def run(request):
+    """A patched model with its images, target, aligned ratio and gradients when run eagerly."""
+    model = tlk.patch_model(small(request.param, depth=3).train())
+    images, target = images_and_target(model)
+    return model, images, target, *step(model, images, target)
+
+
+def assert_same(result, ratio, expected, rtol=1e-4):
+    torch.testing.assert_close(result[0], ratio, rtol=0, atol=1e-6)
+    for ours, theirs in zip(result[1], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=rtol * float(theirs.abs().max()) + 1e-8)
+
+
+@pytest.fixture
+def reentrant(request):
+    set_reentrant_ckpt(request.param)
+    yield request.param
+    set_reentrant_ckpt(False)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], indirect=True, ids=["non-reentrant", "reentrant"])
+def test_checkpointing_changes_nothing(run, reentrant, monkeypatch):
+    model, images, target, ratio, expected = run
+    modes, original = [], torch.utils.checkpoint.checkpoint
+
+    def recording(*arguments, use_reentrant):
+        modes.append(use_reentrant)
+        return original(*arguments, use_reentrant=use_reentrant)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", recording)
+    model.set_grad_checkpointing()
+    logits, aligned = model(images.requires_grad_(), target=target)
+    mixed_cross_entropy(logits, aligned, smoothing=0.1).backward()
+    assert modes == [reentrant] * 3
+    assert_same((aligned.ratio, [p.grad for p in model.parameters()]), ratio, expected, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiles_into_one_graph(run, checkpointing):
+    model, images, target, ratio, expected = run
+    model.set_grad_checkpointing(checkpointing)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits, aligned = compiled(images, target=target)
+    assert isinstance(aligned, MixedTarget)
+    result = aligned.ratio, gradients(model, mixed_cross_entropy(logits, aligned, smoothing=0.1))
+    assert_same(result, ratio, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiles_with_inductor(run, checkpointing):
+    model, images, target, ratio, expected = run
+    model.set_grad_checkpointing(checkpointing)
+    torch._dynamo.reset()
+    assert_same(step(torch.compile(model, fullgraph=True), images, target), ratio, expected)
+
+
+def test_autocast_errors_are_those_of_timm(run):
+    model, images, target, ratio, expected = run
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, aligned = model(images, target=target)
+    assert aligned.ratio.dtype == torch.float32
+    torch.testing.assert_close(aligned.ratio, ratio, rtol=0, atol=0.02)
+    ours = gradients(model, mixed_cross_entropy(logits, aligned, smoothing=0.1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own_logits = model(images)
+    own = gradients(model, mixed_cross_entropy(own_logits, aligned, smoothing=0.1))
+    for ours_, own_, exact in zip(ours, own, expected, strict=True):
+        allowed = 2 * float((own_ - exact).abs().max()) + 2.0**-7 * float(exact.abs().max())
+        assert float((ours_ - exact).abs().max()) <= allowed
+
+
+def test_copies_follow_labels(run):
+    model, images, target, ratio, expected = run
+    copied = timm.utils.ModelEmaV3(model).module
+    assert_same(step(copied.train().requires_grad_(), images, target), ratio, expected, rtol=0)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.blocks[0].attn.qkv.weight.zero_()
+    assert_same(step(copied, images, target), ratio, expected, rtol=0)
+    assert torch.equal(copy.deepcopy(copied)(images, target=target)[1].ratio, ratio)
+
+
+def test_distributed_wrappers_change_nothing():
+    worker = Path(__file__).with_name("distributed_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("passed") == 2, result.stdout
+
+
+def test_forward_intermediates_is_untouched():
+    model = small("vit_tiny_patch16_224")
+    images, _ = images_and_target(model)
+    expected = model.forward_intermediates(images, intermediates_only=True)
+    patched = tlk.patch_model(model).forward_intermediates(images, intermediates_only=True)
+    assert all(torch.equal(ours, own) for ours, own in zip(patched, expected, strict=True))
+
+
+def test_blocks_can_be_used_in_a_model_of_ones_own():
+    block = tlk.models.vit.AlignedBlock(64, 4, attn_layer=tlk.models.vit.AlignedAttention)
+    tokens, share = torch.randn(2, 9, 64), torch.rand(2, 9, 1)
+    mixed_tokens, mixed = checkpoint(block, tokens, None, False, share)
+    assert mixed.shape == share.shape
+    torch.testing.assert_close(mixed_tokens, block(tokens))
+
+
+# Errors
+
+
+def test_bad_targets_are_refused():
+    model = tlk.patch_model(small("vit_tiny_patch16_224"))
+    images, target = images_and_target(model)
+    for wrong, error, message in [
+        (torch.rand(3, 10), TypeError, "target: expected a MixedTarget, got Tensor"),
+        (images_and_target(model, batch=2)[1], ValueError, "target: expected a batch of 3 images, got 2"),
+        (target.to("meta"), ValueError, "target: expected on the device of the images"),
+        (
+            MixedTarget.from_boxes(target.classes, target.boxes // 2, (24, 16)),
+            ValueError,
+            r"target: expected boxes or masks for images of \(48, 32\) pixels, got \(24, 16\)",
+        ),
+        (MixedTarget.from_dense(torch.full((3, 2, 4, 4), 0.5)), ValueError, "token_labels: expected a map of"),
+    ]:
+        with pytest.raises(error, match=message):
+            model(images, target=wrong)
+    with pytest.raises(ValueError, match="images: expected 4 dimensions"):
+        model(images[0], target=target)
+    with pytest.raises(ValueError, match="collect_layers: expected False without a target"):
+        model(images, collect_layers=True)
+
+
+def test_images_that_patches_do_not_divide_are_refused_by_name():
+    model = tlk.patch_model(small("vit_tiny_patch16_224", dynamic_img_size=True))
+    target = MixedTarget.from_ratio(torch.tensor([[0, 1]]), torch.tensor([[0.5]]))
+    with pytest.raises(AssertionError, match=r"Input height \(50\) should be divisible by patch size \(16\)"):
+        model(torch.randn(1, 3, 50, 32), target=target)
+
+
+def test_poolings_without_a_label_are_refused():
+    for pooling in ("max", "avgmax", "", "prr"):
+        with pytest.raises(NotImplementedError, match="global_pool: labels are defined for"):
+            tlk.patch_model(small("vit_medium_patch16_reg4_gap_256", global_pool=pooling))
+    model = tlk.patch_model(small("vit_medium_patch16_reg4_gap_256"))
+    model.reset_classifier(10, global_pool="max")
+    images, target = images_and_target(model)
+    with pytest.raises(NotImplementedError, match="got 'max'"):
+        model(images, target=target)
