@@ -165,8 +165,12 @@ def unfollowable_reason(model: nn.Module) -> str | None:
 
 
 def source_digest(function: object) -> str:
-    """Short digest of the source of a function, by which a changed forward is noticed."""
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    """Short digest of the source of a function, by which a changed forward is noticed; "no source" without one."""
+    try:
+        source = inspect.getsource(function)
+    except OSError:
+        return "no source"
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def _plan(model: nn.Module, layers: Iterable[int] | None) -> Iterator[tuple[nn.Module, type[LabelFollower]]]:

@@ -54,7 +54,7 @@ def small(name, **options):
     with torch.device("meta"):
         model = timm.create_model(name, depth=1)
     stride = model.patch_embed.feat_ratio(as_scalar=False)
-    if type(model.patch_embed) is timm.layers.PatchEmbed:
+    if not isinstance(model.patch_embed.proj, torch.nn.Identity):  # else the stem's width is the model's
         options = {"embed_dim": 96, "num_heads": 4, **options}
     image_size = (3 * stride[0], 2 * stride[1])
     model = timm.create_model(name, **{"depth": 2, "img_size": image_size, "num_classes": 10, **options})

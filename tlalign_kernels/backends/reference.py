@@ -65,15 +65,14 @@ def forward(
         share_out: Filled with (B, Nq, S); None exactly if `share` is.
         log_sum_exp: Filled with (B, H, Nq), -inf where a query sees no key.
     """
-    value = _computing(value)
     scores = _scores(query, key, bias, mask, scale)
-    torch.logsumexp(scores, dim=-1, out=log_sum_exp)
+    log_sum_exp.copy_(torch.logsumexp(scores, dim=-1))
     probabilities = _probabilities(scores, log_sum_exp)
     if share is not None:
         share_out.copy_(_propagate(probabilities, log_sum_exp, share, residual))
     if dropout_p > 0:
         probabilities = probabilities * _dropout_factor(probabilities, dropout_seed, dropout_p)
-    output.copy_((probabilities @ value).transpose(1, 2))
+    output.copy_((probabilities @ _computing(value)).transpose(1, 2))
 
 
 @_without_autocast
@@ -144,9 +143,10 @@ def _scores(query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None
 
 
 def _probabilities(scores: Tensor, log_sum_exp: Tensor) -> Tensor:
-    # Not exp(scores - log_sum_exp), which loses digits to a log-sum-exp of large size. Queries that see no key get 0.
+    # Not exp(scores - log_sum_exp), which loses digits to a log-sum-exp of large size. Queries that see no key get 0,
+    # where softmax alone gives NaN.
     unseeing = (log_sum_exp == float("-inf"))[..., None]
-    return scores.masked_fill(unseeing, 0.0).softmax(dim=-1).masked_fill(unseeing, 0.0)
+    return scores.softmax(dim=-1).masked_fill_(unseeing, 0.0)
 
 
 def _propagate(probabilities: Tensor, log_sum_exp: Tensor, share: Tensor, residual: Tensor | None) -> Tensor:
