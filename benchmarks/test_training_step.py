@@ -1,0 +1,97 @@
+"""Time of a training step with aligned labels, beside plain CutMix and beside materialised labels.
+
+`pytest benchmarks/ --benchmark-only`. Each measured step follows a step of plain CutMix, which is timed too, so that a
+busy machine disturbs both; the median of the ratios is printed and kept in `extra_info`.
+"""
+
+import statistics
+import time
+
+import pytest
+import timm
+import torch
+from timm.loss import SoftTargetCrossEntropy
+
+import tlalign_kernels as tlk
+
+MODEL, BATCH, CLASSES, ROUNDS, WARMUP_ROUNDS = "deit_tiny_patch16_224", 8, 1000, 7, 2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class MaterialisedAttention(timm.layers.Attention):
+    """Keeps the attention matrix and mixes C-class labels with its mean over heads, as TL-Align's official code does."""
+
+    labels = None  # (B, N, C) of the one model that is running
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        attention = (query * self.scale @ key.transpose(-2, -1)).softmax(dim=-1)
+        labels = MaterialisedAttention.labels
+        MaterialisedAttention.labels = (attention.detach().mean(dim=1) @ labels + labels) / 2
+        return self.proj((attention @ value).transpose(1, 2).reshape(batch, tokens, -1))
+
+
+def cutmix(model, images, target):
+    return None, tlk.mixed_cross_entropy(model(images), target)
+
+
+def aligned(model, images, target):
+    logits, aligned = model(images, target=target)
+    return aligned.to_dense(CLASSES), tlk.mixed_cross_entropy(logits, aligned)
+
+
+def materialised(model, images, target):
+    own, partner = torch.nn.functional.one_hot(target.classes, CLASSES).float()[:, None].unbind(2)
+    share = torch.cat((target.image_share()[:, None], target.token_share((14, 14), (16, 16))), dim=1)
+    MaterialisedAttention.labels = (1 - share) * own + share * partner
+    logits = model(images)
+    labels = MaterialisedAttention.labels[:, 0]
+    return labels, SoftTargetCrossEntropy()(logits, labels)
+
+
+@pytest.fixture
+def step():
+    """Makes a function that runs one training step of a variant on one fixed batch, and returns its labels."""
+
+    def make(variant):
+        torch.manual_seed(0)
+        attention = MaterialisedAttention if variant is materialised else timm.layers.Attention
+        model = timm.create_model(MODEL, attn_layer=attention).to(DEVICE).train()
+        if variant is aligned:
+            tlk.patch_model(model)
+        images = torch.randn(BATCH, 3, 224, 224, device=DEVICE)
+        boxes = torch.tensor([[30, 40, 150, 200]]).expand(BATCH, 1, 4)
+        target = tlk.MixedTarget.from_boxes(torch.randint(0, CLASSES, (BATCH, 2)), boxes, (224, 224)).to(DEVICE)
+
+        def run():
+            model.zero_grad()
+            labels, loss = variant(model, images, target)
+            loss.backward()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            return labels
+
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("variant", [cutmix, aligned, materialised], ids=lambda variant: variant.__name__)
+def test_training_step(benchmark, step, variant):
+    run, baseline = step(variant), step(cutmix)
+    if variant is not cutmix:
+        torch.testing.assert_close(run(), step(aligned)(), rtol=0, atol=1e-5)
+    baseline_seconds = []
+
+    def run_baseline():
+        start = time.perf_counter()
+        baseline()
+        baseline_seconds.append(time.perf_counter() - start)
+
+    benchmark.pedantic(run, setup=run_baseline, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
+    pairs = zip(benchmark.stats.stats.data, baseline_seconds[-ROUNDS:], strict=True)
+    ratio = statistics.median(own / plain for own, plain in pairs)
+    benchmark.extra_info.update(ratio_to_cutmix=ratio, device=DEVICE, threads=torch.get_num_threads())
+    print(f"\n{variant.__name__}: {ratio:.2f}x the time of plain CutMix ({MODEL}, batch {BATCH}, {DEVICE})")
