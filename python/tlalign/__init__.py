@@ -1,0 +1,4 @@
+"""Training of vision transformers with token-label alignment, on timm.
+
+`tlalign.task` holds the training task, `tlalign.mixing` the strategies that mix images, `tlalign.engine` the loop.
+"""

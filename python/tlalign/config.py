@@ -1,0 +1,213 @@
+"""Configuration of a run: a recipe, then a user's YAML file, then flags; later wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.metadata
+import importlib.resources
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Method = Literal["none", "cutmix", "mixup", "mixup-cutmix", "tl-align"]
+
+CONFIG_FILE = "config.yaml"
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done: the command line prints the message without a traceback."""
+
+
+@dataclass
+class EvalConfig:
+    """What a model is and which images it is evaluated on.
+
+    Attributes:
+        data: `digits` (ships with scikit-learn), `folder:PATH` (an image folder with PATH/train/CLASS/IMAGE and
+            PATH/val/CLASS/IMAGE) or `torch/NAME` (a set of torchvision, such as torch/cifar10).
+        model: Name of a timm model, see timm.list_models().
+        model_kwargs: Further arguments of timm.create_model, such as {drop_path_rate: 0.1, depth: 4}.
+        data_dir: Folder of the torchvision set.
+        download: Download the torchvision set if it isn't in data_dir.
+        num_classes: Number of classes; null: as many as the data set has.
+        img_size: Side of the images in pixels; null: the model's own.
+        in_chans: Channels of the images; null: the model's own.
+        mean: Mean of each channel that images are normalised by; null: the model's own.
+        std: Standard deviation of each channel that images are normalised by; null: the model's own.
+        interpolation: How images are resized: nearest, bilinear, bicubic or random; null: the model's own.
+        crop_pct: Side of the central crop that is evaluated, as a part of the resized image; null: the model's own.
+        batch_size: Images in a batch.
+        workers: Processes that load images; 0 loads them in the training process.
+        amp: Run the forward pass in bfloat16 autocast.
+        device: Device to run on, such as cpu or cuda:0; null: the accelerator if there is one.
+    """
+
+    data: str
+    model: str
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    data_dir: str | None = None
+    download: bool = False
+    num_classes: int | None = None
+    img_size: int | None = None
+    in_chans: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "random"] | None = None
+    crop_pct: float | None = None
+    batch_size: int = 256
+    workers: int = 4
+    amp: bool = False
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "img_size", "in_chans", "batch_size"):
+            self._check(name, "at least 1", lambda value: value >= 1)
+        self._check("workers", "at least 0", lambda value: value >= 0)
+        self._check("crop_pct", "more than 0 and at most 1", lambda value: 0 < value <= 1)
+
+    def _check(self, name: str, expected: str, accepts: Any) -> None:
+        value = getattr(self, name)
+        if value is not None and not (math.isfinite(value) and accepts(value)):
+            raise UsageError(f"{name}: expected {expected}, got {value}")
+
+
+@dataclass
+class TrainConfig(EvalConfig):
+    """What a model is, which images it is trained and evaluated on, and how it is trained.
+
+    Attributes:
+        method: How images are mixed and labelled: `tl-align` is CutMix with aligned targets; `cutmix`, `mixup` and
+            `mixup-cutmix` keep the plain mixing ratio; `none` does not mix.
+        cutmix_alpha: CutMix draws its ratio from Beta(cutmix_alpha, cutmix_alpha).
+        mixup_alpha: MixUp draws its ratio from Beta(mixup_alpha, mixup_alpha).
+        mix_prob: Probability that images are mixed.
+        mix_switch_prob: Probability of CutMix in `mixup-cutmix`.
+        mix_mode: What one draw is for: the whole batch, a pair of images, or one image (elem).
+        box_grid: Side in pixels of the cells that boxes of CutMix consist of; null: boxes of any pixels.
+        loss: Cross entropy (ce), or binary cross entropy of each class (bce).
+        smoothing: Label smoothing.
+        crop_scale: Least and greatest area of the random crop, as parts of the image's.
+        crop_ratio: Least and greatest aspect ratio of the random crop.
+        hflip: Probability of a horizontal flip.
+        color_jitter: Strength of colour jitter; not used with auto_augment.
+        auto_augment: Policy of timm.data, such as rand-m9-mstd0.5-inc1; null: none.
+        random_erasing: Probability that a rectangle is erased.
+        epochs: Passes over the training images.
+        opt: Name of a timm optimiser.
+        lr: Greatest learning rate.
+        weight_decay: Weight decay of the optimiser.
+        sched: Name of a timm learning-rate schedule.
+        warmup_epochs: Epochs over which the learning rate rises from warmup_lr to lr.
+        warmup_lr: Learning rate at the first step.
+        min_lr: Learning rate at the end.
+        clip_grad: Greatest norm of the gradient; null: not clipped.
+        ema_decay: Decay of the moving average of the weights, by steps; null: no average. The decay grows to this value
+            during training as 1 - (1 + steps) ** (-2/3).
+        seed: Decides the initial weights, the order and augmentation of the images, and how they are mixed.
+        output: Folder of the run, which must not hold a run already; null: a new folder runs/<time>-<model>-<method>.
+    """
+
+    method: Method = "tl-align"
+    cutmix_alpha: float = 1.0
+    mixup_alpha: float = 0.8
+    mix_prob: float = 1.0
+    mix_switch_prob: float = 0.5
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
+    box_grid: int | None = None
+    loss: Literal["ce", "bce"] = "ce"
+    smoothing: float = 0.1
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    hflip: float = 0.5
+    color_jitter: float = 0.3
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    random_erasing: float = 0.25
+    epochs: int = 300
+    opt: str = "adamw"
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    sched: str = "cosine"
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    clip_grad: float | None = None
+    ema_decay: float | None = None
+    seed: int = 0
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("epochs", "at least 1", lambda value: value >= 1)
+        self._check("batch_size", "at least 2 images to mix", lambda value: value >= 2 or self.method == "none")
+        self._check("warmup_epochs", f"0 to epochs - 1 = {self.epochs - 1}", lambda value: 0 <= value < self.epochs)
+        for name in ("smoothing", "hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay"):
+            self._check(name, "0 to 1", lambda value: 0 <= value <= 1)
+        for name in ("color_jitter", "weight_decay", "warmup_lr", "min_lr", "seed"):
+            self._check(name, "at least 0", lambda value: value >= 0)
+        for name in ("lr", "clip_grad", "cutmix_alpha", "mixup_alpha", "box_grid"):
+            self._check(name, "more than 0", lambda value: value > 0)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(file.name[:-5] for file in _recipes().iterdir() if file.name.endswith(".yaml"))
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Values that a recipe sets; `none` sets none.
+
+    Raises:
+        UsageError: If there is no such recipe.
+    """
+    if name == "none":
+        return {}
+    if name not in recipe_names():
+        raise UsageError(f"recipe: expected none or one of {', '.join(recipe_names())}, got {name}")
+    return yaml.safe_load((_recipes() / f"{name}.yaml").read_text())
+
+
+def load_config_file(path: str | Path) -> dict[str, Any]:
+    """Values that a YAML file sets.
+
+    Raises:
+        UsageError: If the file can't be read, is no mapping, or has a key that no configuration has.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config: cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"config: {path} is not YAML: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise UsageError(f"config: expected {path} to hold `name: value` lines, got a {type(values).__name__}")
+    for key in values:
+        if key not in field_names(TrainConfig):
+            raise UsageError(f"config: unknown key {key!r} in {path}{suggestion(str(key), field_names(TrainConfig))}")
+    return values
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Writes all values of a configuration, so that the file alone repeats the run."""
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "timm"))
+    values = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None)
+    path.write_text(f"# Configuration of this run, with {versions}.\n{values}")
+
+
+def field_names(config_class: type[EvalConfig]) -> list[str]:
+    """Names of the fields of a configuration."""
+    return [each.name for each in dataclasses.fields(config_class)]
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """Returns '; did you mean X?' if a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _recipes() -> Any:
+    return importlib.resources.files("tlalign") / "recipes"

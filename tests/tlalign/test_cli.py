@@ -1,0 +1,177 @@
+"""The command line from end to end: what is written, printed and returned."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from tlalign.cli import main
+from tlalign.config import CONFIG_FILE
+
+MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+TINY = [
+    "--model_kwargs",
+    str(MODEL),
+    "--img_size=16",
+    "--batch_size=128",
+    "--epochs=2",
+    "--warmup_epochs=0",
+    "--lr=0.01",
+]
+
+
+def percentages(text: str) -> list[str]:
+    return re.findall(r"top-1.*?([0-9.]+) %", text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: its folder and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("runs") / "demo", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["train", *TINY, "--output", str(folder)]) == 0
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def run(finished):
+    """The folder of a finished run."""
+    return finished[0]
+
+
+def test_a_run_writes_its_files_and_prints_where(finished):
+    folder, printed = finished
+    for name in ("last.pth.tar", "log.csv", "token_labels.png"):
+        assert (folder / name).stat().st_size > 0
+        assert str(folder / name) in printed
+    assert (folder / "model_best.pth.tar").exists()
+    assert yaml.safe_load((folder / CONFIG_FILE).read_text())["model_kwargs"] == MODEL
+    assert "mean |aligned - original| mixing ratio" in printed
+    assert re.search(r"epoch 2/2 .* images/s  loss [0-9.]+ .* left", printed)
+    with Image.open(folder / "token_labels.png") as picture:
+        assert min(picture.size) > 500
+
+
+def test_eval_repeats_the_top1_that_training_printed(finished, capsys):
+    folder, printed = finished
+    assert main(["eval", "--checkpoint", str(folder / "last.pth.tar")]) == 0
+    trained = percentages(printed.split("held-out images:")[-1])
+    assert percentages(capsys.readouterr().out) == trained
+    assert len(trained) == 2
+
+
+def test_timm_loads_the_checkpoint_as_its_own(run):
+    checkpoint = run / "last.pth.tar"
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, in_chans=1, num_classes=10, checkpoint_path=str(checkpoint), **MODEL
+    ).eval()
+    state = torch.load(checkpoint, weights_only=False)["state_dict_ema"]
+    images = torch.randn(2, 1, 16, 16)
+    logits = model(images)
+    model.load_state_dict(state, strict=True)
+    assert torch.equal(model(images), logits)
+
+
+def test_eval_takes_a_plain_timm_checkpoint_and_flags(tmp_path, capsys):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, in_chans=1, num_classes=10, **MODEL)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    options = ["--data=digits", "--model=vit_tiny_patch16_224", "--model_kwargs", str(MODEL)]
+    options += ["--img_size=16", "--in_chans=1", "--workers=0"]
+    assert main(["eval", "--checkpoint", str(tmp_path / "plain.pth"), *options]) == 0
+    assert len(percentages(capsys.readouterr().out)) == 1
+
+
+@pytest.fixture
+def on_images(tmp_path):
+    """Options to train for an epoch on a small image folder of three classes."""
+    for split in ("train", "val"):
+        for number, colour in enumerate(("red", "green", "blue")):
+            folder = tmp_path / "images" / split / colour
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (20 + number, 24), colour).save(folder / f"{index}.png")
+    return [
+        *["--recipe=none", f"--data=folder:{tmp_path / 'images'}", "--img_size=16", "--batch_size=4", "--workers=0"],
+        *["--epochs=1", "--warmup_epochs=0", "--output", str(tmp_path / "run")],
+    ]
+
+
+def test_image_folders_train_and_evaluate(on_images, tmp_path, capsys):
+    options = [*on_images, "--model=vit_tiny_patch16_224", "--model_kwargs", str(MODEL)]
+    assert main(["train", *options]) == 0
+    assert (tmp_path / "run" / "token_labels.png").exists()
+    assert main(["eval", "--checkpoint", str(tmp_path / "run" / "last.pth.tar")]) == 0
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_a_model_that_labels_cannot_be_followed_through_trains_without_alignment(on_images, capsys):
+    assert main(["train", *on_images, "--model=resnet10t", "--method=cutmix"]) == 0
+    assert "picture     none: model: can't follow labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "did you mean train?"),
+        (["eval"], "required: data, model"),
+        (["eval", "--data=digits", "--model=vit_tiny_patch16_224"], "checkpoint: expected a file, got nothing"),
+        (
+            ["eval", "--checkpoint", "nowhere.pth", "--data=digits", "--model=vit_tiny_patch16_224"],
+            "cannot read nowhere.pth",
+        ),
+        (["train", "--data", "folder:/nowhere", "--recipe=none", "--model=vit_tiny_patch16_224"], "PATH/train/CLASS"),
+        (["train", "--model", "vit_tinny_patch16_224"], "did you mean vit_tiny_patch16_224?"),
+        (["train", "--model", "resnet18", "--model_kwargs", "{}"], "tl-align can't train resnet18"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_a_message_and_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+
+
+def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(run, tmp_path, capsys):
+    checkpoint = run / "last.pth.tar"
+    assert main(["eval", "--checkpoint", str(checkpoint), "--model_kwargs.embed_dim", "32"]) == 2
+    assert "is not of this vit_tiny_patch16_224" in capsys.readouterr().err
+    damaged = tmp_path / "damaged.pth.tar"
+    damaged.write_bytes(checkpoint.read_bytes()[:1000])
+    (tmp_path / CONFIG_FILE).write_bytes((run / CONFIG_FILE).read_bytes())
+    assert main(["eval", "--checkpoint", str(damaged)]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_an_existing_run_is_left_as_it_is(run, capsys):
+    before = (run / "log.csv").read_bytes()
+    assert main(["train", *TINY, "--output", str(run)]) == 2
+    assert "expected a new or empty folder" in capsys.readouterr().err
+    assert (run / "log.csv").read_bytes() == before
+
+
+def test_ctrl_c_ends_with_a_message_and_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+    from tlalign.engine import Trainer
+
+    train_epoch = Trainer._train_epoch
+
+    def interrupted(self, epoch, progress):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(self, epoch, progress)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", interrupted)
+    folder = tmp_path / "run"
+    assert main(["train", *TINY, "--output", str(folder)]) == 130
+    assert f"interrupted; last checkpoint {folder / 'last.pth.tar'}" in capsys.readouterr().err
+    assert torch.load(folder / "last.pth.tar", weights_only=False)["epoch"] == 1
+
+
+def test_help_needs_no_torch():
+    code = "import sys, tlalign.cli; tlalign.cli.main(['--help']); assert 'torch' not in sys.modules"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "train" in printed and "eval" in printed

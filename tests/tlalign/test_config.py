@@ -1,0 +1,117 @@
+"""Configuration: what wins, what is written, and what is refused."""
+
+import dataclasses
+
+import pytest
+from tlalign import cli
+from tlalign.config import EvalConfig, TrainConfig, UsageError, load_config_file, load_recipe, recipe_names, save_config
+
+
+@pytest.fixture
+def resolved(monkeypatch):
+    """Resolves the options of `tlalign train` without training."""
+    seen = []
+    monkeypatch.setattr(cli, "_run", lambda config: seen.append(config) or 0)
+
+    def resolve(*options: str) -> TrainConfig:
+        assert cli.main(["train", *options]) == 0
+        return seen[-1]
+
+    return resolve
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path, resolved):
+    recipe = load_recipe("digits")
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 7\nlr: 2e-4\n")
+
+    config = resolved("--lr", "0.125", "--config", str(file))
+
+    assert (config.lr, config.epochs) == (0.125, 7)
+    assert config.batch_size == recipe["batch_size"]
+    assert config.model_kwargs == recipe["model_kwargs"]
+
+
+def test_numbers_in_files_may_be_written_like_2e_4(tmp_path, resolved):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 2e-4\n")
+    assert resolved("--config", str(file)).lr == 2e-4
+
+
+def test_flags_may_be_written_with_dashes(resolved):
+    assert resolved("--batch-size=32", "--mix-mode", "elem").batch_size == 32
+
+
+def test_one_argument_of_the_model_can_be_changed_by_a_flag(resolved):
+    config = resolved("--model_kwargs.depth", "2")
+    assert config.model_kwargs == load_recipe("digits")["model_kwargs"] | {"depth": 2}
+
+
+def test_every_recipe_is_a_valid_configuration():
+    for name in recipe_names():
+        TrainConfig(**load_recipe(name))
+
+
+def test_a_written_configuration_reads_back_as_it_was(tmp_path, resolved):
+    config = resolved("--mean", "[0.25]", "--clip_grad", "null")
+    save_config(config, tmp_path / "config.yaml")
+    again = resolved("--config", str(tmp_path / "config.yaml"))
+    assert dataclasses.asdict(again) == dataclasses.asdict(config)
+
+
+def test_every_field_is_explained_in_the_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}" in printed
+        assert f"        {field.name}: " in EvalConfig.__doc__ + TrainConfig.__doc__
+    assert "Passes over the training images" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epoch", "3"], "did you mean epochs?"),
+        (["--method", "cutmixx"], "'mixup-cutmix'"),
+        (["--lr", "fast"], "lr"),
+        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["--smoothing", "2"], "smoothing: expected 0 to 1, got 2"),
+        (["--lr", "nan"], "nan"),
+        (["--recipe", "digit"], "recipe: expected none or one of digits"),
+        (["--data", "folder:/pictures"], "--recipe none"),
+        (["--recipe", "none"], "data"),
+        (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+    ],
+)
+def test_wrong_options_are_usage_errors_with_a_message(options, message, capsys):
+    assert cli.main(["train", *options]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_an_unknown_key_in_a_file_gets_a_suggestion(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("learning_rate: 1\n")
+    with pytest.raises(UsageError, match=r"unknown key 'learning_rate' in .*mine.yaml"):
+        load_config_file(file)
+    file.write_text("epohcs: 3\n")
+    with pytest.raises(UsageError, match="did you mean epochs"):
+        load_config_file(file)
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "a: [", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match="config"):
+        load_config_file(file)
+
+
+def test_a_wrong_type_in_a_file_is_a_usage_error(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: many\n")
+    assert cli.main(["train", "--config", str(file)]) == 2
+    assert "epochs" in capsys.readouterr().err

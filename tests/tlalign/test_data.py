@@ -1,0 +1,113 @@
+"""Data sets: splits, classes, loaders, and what is said when something is missing."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from tlalign.config import EvalConfig, TrainConfig, UsageError, load_recipe
+from tlalign.data import Digits, create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """An image folder of three classes, of which `b` has no held-out image."""
+    colours = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
+    for split, names in (("train", "abc"), ("val", "ac")):
+        for name in names:
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (40, 30), colours[name]).save(folder / f"{number}.png")
+    return tmp_path
+
+
+def folder_config(folder, **values):
+    return EvalConfig(**{"data": f"folder:{folder}", "model": "vit_tiny_patch16_224", "workers": 0, **values})
+
+
+def test_digits_are_split_by_class_and_share_no_image():
+    train, held_out = Digits(train=True), Digits(train=False)
+    assert len(train) + len(held_out) == 1797
+    counts = np.bincount(held_out.targets, minlength=10)
+    assert counts.min() >= 34 and counts.max() <= 38
+    # A few digits were scanned twice; the split itself takes each image once.
+    assert len(train.images) + len(held_out.images) == 1797
+    assert np.array_equal(Digits(train=True).images, train.images)
+
+
+def test_digits_come_enlarged_and_normalised_through_timms_loader():
+    config = TrainConfig(**load_recipe("digits"))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=20, in_chans=1, patch_size=4, embed_dim=6, depth=1)
+    image_config = resolve_image_config(config, model)
+    data = load_data_sets(config)
+    assert data.num_classes == 10
+    images, classes = next(iter(create_eval_loader(data.held_out, config, image_config, CPU)))
+    assert images.shape == (32, 1, 20, 20) and images.dtype == torch.float32
+    assert -1.001 <= images.min() < -0.9 and 0.8 < images.max() <= 1.001
+    assert classes.tolist() == data.held_out.targets[:32]
+    images, classes = next(iter(create_train_loader(data.train, config, image_config, CPU)))
+    assert images.shape == (32, 1, 20, 20) and classes.dtype == torch.int64
+
+
+def test_held_out_images_keep_the_class_ids_of_training(image_folder):
+    data = load_data_sets(folder_config(image_folder))
+    assert data.num_classes == 3
+    assert {target for _, target in (data.held_out[i] for i in range(len(data.held_out)))} == {0, 2}
+
+
+def test_channels_and_size_follow_the_options_then_the_model(image_folder):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=6)
+    own = resolve_image_config(folder_config(image_folder), model)
+    assert own["input_size"] == (3, 224, 224) and own["mean"] == (0.5, 0.5, 0.5)
+    other = resolve_image_config(folder_config(image_folder, img_size=48, in_chans=1, std=(0.3,)), model)
+    assert other["input_size"] == (1, 48, 48) and other["mean"] == (0.5,) and other["std"] == (0.3,)
+    with pytest.raises(UsageError, match=r"mean: expected one value, or one for each of 3 channels"):
+        resolve_image_config(folder_config(image_folder, mean=(0.1, 0.2)), model)
+
+
+def test_a_missing_folder_says_which_layout_is_expected(tmp_path, image_folder):
+    with pytest.raises(UsageError, match=r"nowhere; expected PATH/train/CLASS/IMAGE"):
+        load_data_sets(folder_config(tmp_path / "nowhere"))
+    for image in (image_folder / "val").rglob("*.png"):
+        image.unlink()
+    with pytest.raises(UsageError, match="Found 0 images"):
+        load_data_sets(folder_config(image_folder))
+    (image_folder / "val").rename(image_folder / "elsewhere")
+    with pytest.raises(UsageError, match=r"no folder .*val; expected PATH/train/CLASS/IMAGE"):
+        load_data_sets(folder_config(image_folder))
+
+
+def test_an_unknown_held_out_class_is_refused(image_folder):
+    (image_folder / "val" / "a").rename(image_folder / "val" / "new")
+    with pytest.raises(UsageError, match="lacks: new"):
+        load_data_sets(folder_config(image_folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": "imagenet"}, "expected digits, folder:PATH or torch/NAME, got 'imagenet'"),
+        ({"data": "torch/cifar10"}, "data_dir: expected a folder"),
+        ({"data": "torch/cifar11", "data_dir": "."}, "Unknown torchvision dataset"),
+        ({"data": "digits", "num_classes": 5}, "num_classes: expected at least the 10 of digits, got 5"),
+    ],
+)
+def test_a_data_set_that_does_not_exist_is_a_usage_error(values, message):
+    with pytest.raises(UsageError, match=message):
+        load_data_sets(EvalConfig(model="vit_tiny_patch16_224", **values))
+
+
+def test_a_torchvision_set_that_is_not_there_says_how_to_fetch_it(tmp_path):
+    config = EvalConfig(data="torch/cifar10", model="vit_tiny_patch16_224", data_dir=str(tmp_path))
+    with pytest.raises(UsageError, match="--download true"):
+        load_data_sets(config)
+
+
+def test_a_batch_larger_than_the_data_set_is_refused():
+    config = TrainConfig(**load_recipe("digits") | {"batch_size": 5000})
+    data = load_data_sets(config)
+    with pytest.raises(UsageError, match="batch_size: expected at most the 1437 training images, got 5000"):
+        create_train_loader(data.train, config, {}, CPU)

@@ -1,0 +1,143 @@
+"""Training: repeatable, stops on a broken loss, and learns."""
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from tlalign.config import TrainConfig, UsageError, load_recipe
+from tlalign.engine import NonFiniteLossError, Trainer
+from tlalign.progress import TrainingProgress
+from tlalign.runs import RunFolder
+
+TINY = {
+    "model_kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    "img_size": 16,
+    "batch_size": 128,
+    "epochs": 1,
+    "warmup_epochs": 0,
+}
+
+
+def tiny(output, **values) -> TrainConfig:
+    return TrainConfig(**load_recipe("digits") | TINY | {"output": str(output)} | values)
+
+
+def quiet(epochs: int, steps: int) -> TrainingProgress:
+    return TrainingProgress(epochs, steps, Console(file=io.StringIO()))
+
+
+def fit(config: TrainConfig) -> tuple[Trainer, RunFolder, list]:
+    trainer, folder = Trainer(config), RunFolder(config)
+    return trainer, folder, trainer.fit(folder, quiet(config.epochs, len(trainer.train_loader)))
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = trainer.task.get_checkpoint_state()["state_dict"]
+    return state | {
+        f"ema.{key}": value for key, value in trainer.task.get_checkpoint_state(True)["state_dict_ema"].items()
+    }
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
+    runs = [fit(tiny(tmp_path / str(index), seed=seed))[0] for index, seed in enumerate((0, 0, 1))]
+    first, second, other = (weights(trainer) for trainer in runs)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+@pytest.mark.parametrize("method", ["none", "cutmix", "mixup", "mixup-cutmix", "tl-align"])
+def test_every_method_trains_and_logs(tmp_path, method):
+    trainer, folder, (record,) = fit(tiny(tmp_path / "run", method=method))
+    assert (record.ratio_change is not None) == (method == "tl-align")
+    header, row = folder.log.read_text().splitlines()
+    assert header.split(",") == [field.name for field in dataclasses.fields(record)]
+    assert row.split(",")[1] == str(record.loss)
+    assert trainer.step == len(trainer.train_loader)
+    patched = type(trainer.task.get_trainable_module()).__name__
+    assert patched == ("AlignedVisionTransformer" if method == "tl-align" else "VisionTransformer")
+
+
+def test_bfloat16_and_no_average_train(tmp_path):
+    _, folder, (record,) = fit(tiny(tmp_path / "run", amp=True, ema_decay=None, clip_grad=None))
+    assert record.top1_ema is None
+    assert "state_dict_ema" not in torch.load(folder.last_checkpoint, weights_only=False)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    config = tiny(tmp_path / "run", epochs=3)
+    trainer, folder = Trainer(config), RunFolder(config)
+    steps = len(trainer.train_loader)
+    forward = trainer.task.forward
+
+    def break_in_the_second_epoch(images, classes):
+        result = forward(images, classes)
+        return result | {"loss": result["loss"] * (float("nan") if trainer.step == steps + 2 else 1)}
+
+    monkeypatch.setattr(trainer.task, "forward", break_in_the_second_epoch)
+    with pytest.raises(NonFiniteLossError, match=rf"in epoch 2, at or before its step 3 of {steps} is nan"):
+        trainer.fit(folder, quiet(3, steps))
+    checkpoint = torch.load(folder.last_checkpoint, weights_only=False)
+    assert checkpoint["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+
+
+def test_weights_broken_by_the_last_step_are_not_saved(tmp_path, monkeypatch):
+    config = tiny(tmp_path / "run")
+    trainer, folder = Trainer(config), RunFolder(config)
+    update = trainer.optimizer.step
+
+    def break_the_last_step():
+        update()
+        if trainer.step == len(trainer.train_loader) - 1:
+            trainer.optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    monkeypatch.setattr(trainer.optimizer, "step", break_the_last_step)
+    with pytest.raises(NonFiniteLossError, match="evaluation after epoch 1"):
+        trainer.fit(folder, quiet(1, len(trainer.train_loader)))
+    assert not folder.last_checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "vit_tinny_patch16_224"}, "did you mean vit_tiny_patch16_224"),
+        ({"model_kwargs": {"nonsense": 1}}, "unexpected keyword argument 'nonsense'"),
+        ({"model_kwargs": {"img_size": 32}}, "expected img_size as an option of its own"),
+        ({"model": "resnet18", "model_kwargs": {}}, "tl-align can't train resnet18"),
+        ({"opt": "adamm"}, "adamm"),
+        ({"sched": "cosinus"}, "cosinus"),
+        ({"box_grid": 5}, "box_grid: expected a divisor of the 16 pixels"),
+        ({"device": "cuda:99"}, "device: cannot use 'cuda:99'"),
+        ({"device": "abacus"}, "device: cannot use 'abacus'"),
+    ],
+)
+def test_what_cannot_be_run_is_a_usage_error(tmp_path, values, message):
+    with pytest.raises(UsageError, match=message):
+        Trainer(tiny(tmp_path, **values))
+
+
+def test_a_run_is_never_written_over(tmp_path):
+    RunFolder(tiny(tmp_path / "run"))
+    with pytest.raises(UsageError, match="expected a new or empty folder"):
+        RunFolder(tiny(tmp_path / "run"))
+
+
+def test_two_runs_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "20250101-000000")
+    first, second = (RunFolder(TrainConfig(**load_recipe("digits"))) for _ in range(2))
+    assert str(first.path) == "runs/20250101-000000-vit_tiny_patch16_224-tl-align"
+    assert second.path != first.path
+
+
+def test_progress_on_a_terminal_is_a_bar_with_rates_and_the_time_left():
+    written = io.StringIO()
+    with TrainingProgress(2, 3, Console(file=written, force_terminal=True, width=80)) as progress:
+        progress.step_done(1, 2, 1.5, 321.0)
+        progress.epoch_done(87.5)
+        progress.step_done(2, 4, 1.25, 320.0)
+        progress.bar.refresh()
+    for text in ("epoch 2/2", "320 images/s", "loss 1.250", "top-1 87.5 %", "left", "━"):
+        assert text in written.getvalue()
