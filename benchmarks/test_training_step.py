@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class MaterialisedAttention(timm.layers.Attention):
-    """Keeps the attention matrix and mixes C-class labels with its mean over heads, as TL-Align's official code does."""
+    """Keeps the attention matrix and mixes C-class labels with its head mean, as the official code does."""
 
     labels = None  # (B, N, C) of the one model that is running
 

@@ -11,6 +11,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+
 from tlalign.cli import main
 from tlalign.config import CONFIG_FILE
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from tlalign import cli
 from tlalign.config import EvalConfig, TrainConfig, UsageError, load_config_file, load_recipe, recipe_names, save_config
 

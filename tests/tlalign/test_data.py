@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+
 from tlalign.config import EvalConfig, TrainConfig, UsageError, load_recipe
 from tlalign.data import Digits, create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
 

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from rich.console import Console
+
 from tlalign.config import TrainConfig, UsageError, load_recipe
 from tlalign.engine import NonFiniteLossError, Trainer
 from tlalign.progress import TrainingProgress

@@ -10,8 +10,8 @@ import pytest
 import timm.data.mixup as timm_mixup
 import torch
 from scipy import stats
-from tlalign.mixing import CutMix, MixUp, MixUpCutMix, draw_boxes
 
+from tlalign.mixing import CutMix, MixUp, MixUpCutMix, draw_boxes
 from tlalign_kernels.labels import MixedTarget
 
 MODES = ("batch", "pair", "elem")

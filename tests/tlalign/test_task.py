@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+import tlalign_kernels as tlk
 from tlalign.config import TrainConfig, load_recipe
 from tlalign.mixing import CutMix
 from tlalign.task import AlignedClassificationTask, create_mixing
-
-import tlalign_kernels as tlk
 
 CLASSES = 7
 
