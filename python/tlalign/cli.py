@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from tlalign.runs import RunFolder
 
 # Imports of torch wait in the functions: help and errors come at once, and this is read before they start threads.
-# OpenMP's threads spin while they wait, by default. Measured with small layers on two cores: beside another busy process
-# (loader workers, say) that takes ten times as long, while not to spin costs a sixth on an idle machine.
+# OpenMP's threads spin while they wait, by default. Measured with small layers on two cores: beside another busy
+# process (loader workers, say) that takes ten times as long, while not to spin costs a sixth on an idle machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _DEFAULT_RECIPE = "digits"
