@@ -502,11 +502,14 @@ def test_bad_targets_are_refused():
         model(images, collect_layers=True)
 
 
-def test_images_that_patches_do_not_divide_are_refused_by_name():
-    model = tlk.patch_model(small("vit_tiny_patch16_224", dynamic_img_size=True))
+def test_images_that_do_not_fit_the_patches_are_refused():
     target = MixedTarget.from_ratio(torch.tensor([[0, 1]]), torch.tensor([[0.5]]))
-    with pytest.raises(AssertionError, match=r"Input height \(50\) should be divisible by patch size \(16\)"):
+    model = tlk.patch_model(small("vit_tiny_patch16_224", dynamic_img_size=True))
+    with pytest.raises(ValueError, match=r"images: expected multiples of the patches of \(16, 16\), got \(50, 32\)"):
         model(torch.randn(1, 3, 50, 32), target=target)
+    model = tlk.patch_model(small("vit_tiny_patch16_224"))
+    with pytest.raises(ValueError, match=r"images: expected \(48, 32\) pixels, got \(64, 32\)"):
+        model(torch.randn(1, 3, 64, 32), target=target)
 
 
 def test_poolings_without_a_label_are_refused():

@@ -260,7 +260,8 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
 
         Raises:
             TypeError: If `target` is no MixedTarget.
-            ValueError: If `target` does not belong to the images, or `collect_layers` is set without a target.
+            ValueError: If `target` does not belong to the images, patches do not fit them, or `collect_layers` is set
+                without a target.
         """
         if target is None:
             if collect_layers:
@@ -268,6 +269,7 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         self.check_target(x, target)
         image_size = tuple(x.shape[-2:])
+        _check_image_size(self.patch_embed, image_size)
         x = self.patch_embed(x)
         share = self._first_share(x, target, image_size)
         x = self._pos_embed(x)
@@ -350,6 +352,19 @@ def _check_patch_embed(patch_embed: nn.Module) -> None:
     for name, module in patch_embed.named_modules():
         if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower():
             raise NotImplementedError(f"patch_embed.{name}: can't follow labels through {type(module).__name__}")
+
+
+def _check_image_size(patch_embed: nn.Module, image_size: tuple[int, int]) -> None:
+    """What timm's `PatchEmbed` asserts, as an error of ours."""
+    if not isinstance(patch_embed, tl.PatchEmbed) or patch_embed.img_size is None:
+        return
+    if patch_embed.strict_img_size:
+        if image_size != tuple(patch_embed.img_size):
+            raise ValueError(f"images: expected {tuple(patch_embed.img_size)} pixels, got {image_size}")
+    elif not patch_embed.dynamic_img_pad and any(
+        size % patch for size, patch in zip(image_size, patch_embed.patch_size, strict=True)
+    ):
+        raise ValueError(f"images: expected multiples of the patches of {patch_embed.patch_size}, got {image_size}")
 
 
 def _check_pooling(model: nn.Module) -> None:
