@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from timm.layers import set_reentrant_ckpt
 from timm.models import checkpoint
@@ -416,6 +417,21 @@ def test_compiles_into_one_graph(run, checkpointing):
     assert isinstance(aligned, MixedTarget)
     result = aligned.ratio, gradients(model, mixed_cross_entropy(logits, aligned, smoothing=0.1))
     assert_same(result, ratio, expected)
+
+
+def test_a_new_target_does_not_compile_again():
+    model = tlk.patch_model(small("vit_tiny_patch16_224").train())
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    ratios = []
+    for size in (8, 20, 32):
+        images, target = images_and_target(model)
+        target = MixedTarget.from_boxes(target.classes, torch.tensor([[[0, 0, size, size]]] * 3), (48, 32))
+        ratios.append(compiled(images, target=target)[1].ratio)
+        torch.testing.assert_close(ratios[-1], model(images, target=target)[1].ratio, rtol=0, atol=1e-6)
+    assert counter.frame_count == 1
+    assert not torch.equal(ratios[0], ratios[1])
 
 
 @pytest.mark.slow
