@@ -1,6 +1,7 @@
 """Fused attention with token-label alignment for vision transformers."""
 
 from tlalign_kernels import extension, models
+from tlalign_kernels.extension import VERSION as __version__
 from tlalign_kernels.functional import attention, attention_qkv, explain
 from tlalign_kernels.labels import MixedTarget
 from tlalign_kernels.losses import mixed_binary_cross_entropy, mixed_cross_entropy
@@ -10,6 +11,7 @@ __all__ = [
     "LabelFollower",
     "MixedTarget",
     "ModelFollower",
+    "__version__",
     "attention",
     "attention_qkv",
     "explain",
