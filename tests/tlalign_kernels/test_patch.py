@@ -150,6 +150,7 @@ def test_a_changed_forward_is_noticed(monkeypatch):
         tlk.patch_model(vit_tiny())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.parametrize("wrap", ["compile", "compile in place", "data parallel", "script", "compiled block"])
 def test_wrapped_models_are_refused(wrap):
     model = tlk.patch_model(vit_tiny())
