@@ -306,11 +306,7 @@ class MixedTarget:
 
     def _box_masks(self, dtype: torch.dtype) -> Tensor:
         """Part of each source in each pixel, (B, S, Hi, Wi): 1 where its box is and no later one lies over it."""
-        (height, width), device = self.image_size, self.boxes.device
-        y0, x0, y1, x1 = (edge[..., None, None] for edge in self.boxes.unbind(-1))
-        rows = torch.arange(height, device=device)[:, None]
-        columns = torch.arange(width, device=device)[None, :]
-        inside = (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
+        inside = box_masks(self.boxes, self.image_size)
         covered_later = inside.flip(1).cumsum(1).flip(1) - inside.long() > 0
         return (inside & ~covered_later).to(dtype)
 
@@ -323,6 +319,21 @@ class MixedTarget:
         cell = tuple(have // want for have, want in zip(given, grid_size, strict=True))
         labels = self.token_labels.to(dtype)
         return (labels if cell == (1, 1) else F.avg_pool2d(labels, cell)).flatten(2).transpose(1, 2)
+
+
+def box_masks(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Which pixels lie in each box.
+
+    Args:
+        boxes: int64 (..., 4) as y0, x0, y1, x1, half open.
+        image_size: (Hi, Wi) in pixels.
+
+    Returns:
+        bool (..., Hi, Wi).
+    """
+    y0, x0, y1, x1 = boxes[..., None].unbind(-2)
+    rows, columns = (torch.arange(pixels, device=boxes.device) for pixels in image_size)
+    return ((rows >= y0) & (rows < y1))[..., :, None] & ((columns >= x0) & (columns < x1))[..., None, :]
 
 
 def residual_share(share: Tensor, *mixed: Tensor) -> Tensor:

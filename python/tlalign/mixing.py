@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlalign_kernels.labels import MixedTarget
+from tlalign_kernels.labels import MixedTarget, box_masks
 
 Mode = Literal["batch", "pair", "elem"]
 MODES = ("batch", "pair", "elem")
@@ -372,21 +372,6 @@ def draw_boxes(
 def whole_boxes(count: int, image_size: tuple[int, int]) -> np.ndarray:
     """Returns `count` boxes (n, 4) int64 that hold the whole image."""
     return np.tile(np.array((0, 0, *image_size), dtype=np.int64), (count, 1))
-
-
-def box_masks(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Returns which pixels lie in each box.
-
-    Args:
-        boxes: (B, 4) int64: y0, x0, y1, x1, half open.
-        image_size: Hi and Wi.
-
-    Returns:
-        (B, Hi, Wi) bool, on the device of the boxes.
-    """
-    y0, x0, y1, x1 = boxes[:, :, None].unbind(1)
-    rows, columns = (torch.arange(length, device=boxes.device) for length in image_size)
-    return ((rows >= y0) & (rows < y1))[:, :, None] & ((columns >= x0) & (columns < x1))[:, None, :]
 
 
 def paste(images: Tensor, box: np.ndarray) -> Tensor:

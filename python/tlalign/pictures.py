@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from tlalign.mixing import box_masks, draw_boxes
+from tlalign.mixing import draw_boxes
 from tlalign_kernels import MixedTarget, patch_model
+from tlalign_kernels.labels import box_masks
 from tlalign_kernels.patch import ModelFollower
 
 _OWN, _PARTNER = "#b2182b", "#2166ac"
