@@ -206,7 +206,10 @@ def _check_labels(query: Tensor, keys: int, share: Tensor | None, residual: Tens
     _check_is_tensor("share", share)
     allowed = (torch.float32, torch.float64) if query.dtype == torch.float64 else (torch.float32,)
     if share.dtype not in allowed:
-        raise TypeError(f"share: expected {' or '.join(map(str, allowed))}, got {share.dtype}")
+        raise TypeError(
+            f"share: expected {' or '.join(map(str, allowed))}, got {share.dtype}; labels are never cast to the precision "
+            "of tokens (with FSDP2: cast_forward_inputs=False)"
+        )
     _check_device("share", share, query.device)
     if share.dim() != 3 or share.shape[:2] != (query.shape[0], keys) or share.shape[2] < 1:
         raise ValueError(f"share: expected shape ({query.shape[0]}, {keys}, S), got {tuple(share.shape)}")

@@ -73,29 +73,40 @@ def check_ddp(name):
             torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-6)
 
 
+def shard(name, **policy_options):
+    model = build(name)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, **policy_options)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
 def check_fsdp(name):
     aligned, gradients = expected(name)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    for dtype in (torch.float32, torch.bfloat16):
-        model = build(name)
+    pixels, target = batch(own_half())
+    for dtype, checkpointing in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
         # Casting the inputs of a block would cast its share; the images are cast once, at the root.
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        pixels, target = batch(own_half())
+        model = shard(name, param_dtype=dtype, cast_forward_inputs=False)
+        model.set_grad_checkpointing(checkpointing)
         dtypes = []
         for block in model.blocks:
             block.register_forward_hook(partial(record_share, dtypes))
         half = step(model, pixels.to(dtype), target)
-        assert dtypes == [torch.float32] * 2, dtypes
+        assert dtypes[:2] == [torch.float32] * 2, dtypes
         assert half.ratio.dtype == torch.float32
-        torch.testing.assert_close(
-            half.ratio, aligned.ratio[own_half()], rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02
-        )
+        tolerance = 1e-6 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(half.ratio, aligned.ratio[own_half()], rtol=0, atol=tolerance)
         if dtype == torch.float32:
             for key, parameter in model.named_parameters():
                 torch.testing.assert_close(parameter.grad.full_tensor(), gradients[key], rtol=1e-4, atol=1e-6)
+    try:
+        step(shard(name, param_dtype=torch.bfloat16), pixels, target)
+    except TypeError as error:
+        assert "share: expected torch.float32, got torch.bfloat16" in str(error)
+        assert "cast_forward_inputs=False" in str(error)
+    else:
+        raise AssertionError("a share that was cast to bfloat16 was accepted")
 
 
 if __name__ == "__main__":
