@@ -207,8 +207,8 @@ def _check_labels(query: Tensor, keys: int, share: Tensor | None, residual: Tens
     allowed = (torch.float32, torch.float64) if query.dtype == torch.float64 else (torch.float32,)
     if share.dtype not in allowed:
         raise TypeError(
-            f"share: expected {' or '.join(map(str, allowed))}, got {share.dtype}; labels are never cast to the precision "
-            "of tokens (with FSDP2: cast_forward_inputs=False)"
+            f"share: expected {' or '.join(map(str, allowed))}, got {share.dtype}; labels keep their "
+            "precision (with FSDP2: cast_forward_inputs=False)"
         )
     _check_device("share", share, query.device)
     if share.dim() != 3 or share.shape[:2] != (query.shape[0], keys) or share.shape[2] < 1:
