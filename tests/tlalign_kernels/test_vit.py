@@ -241,6 +241,30 @@ def test_parallel_attentions_and_attention_beside_an_mlp_average_over_their_resi
     torch.testing.assert_close(aligned.layer_shares[0], expected)
 
 
+@pytest.mark.parametrize("include_prefix", [False, True])
+def test_average_pooling_averages_the_labels_of_the_tokens_it_averages(include_prefix):
+    model = tlk.patch_model(small("vit_medium_patch16_reg4_gap_256", pool_include_prefix=include_prefix))
+    images, target = images_and_target(model)
+    _, aligned = model(images, target=target, collect_layers=True)
+    pooled = aligned.layer_shares[-1][:, 0 if include_prefix else 4 :]
+    assert pooled.shape[1] == (10 if include_prefix else 6)
+    assert torch.equal(aligned.ratio, pooled.mean(dim=1))
+    assert not torch.allclose(aligned.ratio, aligned.layer_shares[-1][:, 4 if include_prefix else 0 :].mean(dim=1))
+
+
+def test_attention_pooling_takes_the_labels_that_it_attends_to():
+    model = tlk.patch_model(small("vit_base_patch16_siglip_224").double())
+    images, target = images_and_target(model)
+    _, aligned = model(images, target=target, collect_layers=True)
+    pool = model.attn_pool
+    tokens = model.norm(model.blocks(model._pos_embed(model.patch_embed(images))))
+    query = pool.q(pool.latent).view(1, 1, 4, 24).transpose(1, 2)
+    key = pool.kv(tokens).view(3, 6, 2, 4, 24)[:, :, 0].transpose(1, 2)
+    attention = torch.softmax(query @ key.transpose(2, 3) / 24**0.5, dim=-1).mean(dim=1)
+    torch.testing.assert_close(aligned.ratio, (attention @ aligned.layer_shares[-1])[:, 0])
+    assert not torch.allclose(aligned.ratio, aligned.layer_shares[-1].mean(dim=1))
+
+
 def test_layers_choose_the_blocks_that_align():
     model = small("vit_tiny_patch16_224", depth=4)
     images, target = images_and_target(model)
