@@ -25,7 +25,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Multi-head attention that mixes labels as it mixes tokens: A.V and mean_h(A).share in one pass.
 
-    TL-Align (arXiv 2210.06455), equations 5 and 6. No gradient flows through labels, and none of size Nq x Nk is
+    The label alignment of TL-Align (arXiv 2210.06455). No gradient flows through labels, and none of size Nq x Nk is
     kept for the backward. Under autocast query, key, value and bias are cast, labels never. A query that sees no key
     gives output 0 and keeps the label `residual`.
 

@@ -2,7 +2,7 @@
 
 Each step of the algebra is a convex combination of labels, so the label of a token stays a mixture of the same few
 targets. Its state is the `share`: how much of the token comes from each extra source (TL-Align, arXiv 2210.06455,
-equations 4 to 8, written for shares instead of C-class vectors).
+written for shares instead of C-class vectors).
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def box_masks(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
 def residual_share(share: Tensor, *mixed: Tensor) -> Tensor:
     """Label of a residual connection: the mean of the label that passed by and those of the n parallel branches.
 
-    One attention branch gives (Y + Y^) / 2 (TL-Align, equation 7), n of them (Y + sum Y^_i) / (n + 1).
+    One attention branch gives (Y + Y^) / 2 (TL-Align), n of them (Y + sum Y^_i) / (n + 1).
 
     Args:
         share: (B, N, S) of the tokens that pass by.

@@ -37,7 +37,7 @@ def mixed_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: float = 
 
 
 def mixed_binary_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: float = 0.0) -> Tensor:
-    """Mean binary cross entropy of each class against the mixture (DeiT III, arXiv 2204.07118, section 3.1).
+    """Mean binary cross entropy of each class against the mixture (DeiT III, arXiv 2204.07118).
 
     Equals `torch.nn.BCEWithLogitsLoss()(logits, target.to_dense(C, smoothing))`: a mean over images and classes.
 

@@ -29,7 +29,7 @@ class LabelFollower:
     `share` is a flat argument, so that activation checkpointing sees it.
 
     Attributes:
-        label_residual: Whether residual connections average labels (TL-Align, equation 7), set by `patch_model`.
+        label_residual: Whether residual connections average labels (Y^ + Y) / 2, set by `patch_model`.
         label_backend: Backend of the attention operators, set by `patch_model`.
         mirrors: Methods of the module's class that the follower repeats or relies on, with the digest of the source
             that was read (`source_digest`). A different source is an error when patching, never a guess.

@@ -1,9 +1,8 @@
 """Mixing of a batch: each strategy takes images and classes and returns the mixed images and their `MixedTarget`.
 
 A strategy is a callable, `mixed_images, target = strategy(images, classes)`. It draws from a generator of its own and
-so never from numpy's or torch's global state: `seed=`, `reseed(seed, step, rank)` and `state_dict()` decide
-everything it does. The partner of an image is its mirror in the batch (`images.flip(0)`), as in `timm.data.Mixup`,
-whose parameters and distributions are kept. Two of timm's parameters are missing on purpose: `correct_lam=False` would
+so never from numpy's or torch's global state: `seed=` and `reseed(seed, step, rank)` decide everything it does. The
+partner of an image is its mirror in the batch (`images.flip(0)`), as in `timm.data.Mixup`, whose parameters and distributions are kept. Two of timm's parameters are missing on purpose: `correct_lam=False` would
 label a box cut off by the border with the area it was meant to have, but a token's label is the share of each image in
 the token's pixels, so that the ratio has to be the area that was really pasted; and `label_smoothing` and
 `num_classes` belong to the loss (or to `MixedTarget.to_dense`), since a `MixedTarget` needs neither.
@@ -16,8 +15,8 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -73,29 +72,6 @@ class MixingStrategy(ABC):
         # A spawn key, not more entropy: numpy pads entropy with zeros, so that seeds [1] and [1, 0] would be the same.
         sequence = np.random.SeedSequence(int(seed), spawn_key=(_STREAM, int(step), int(rank)))
         self.generator = np.random.Generator(np.random.PCG64(sequence))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the generator, as plain ints and strings; `torch.save` and JSON both keep it."""
-        return {"generator": self.generator.bit_generator.state}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues the draws from where `state_dict` was taken.
-
-        Args:
-            state: What `state_dict` returned. The strategy's arguments are not part of it.
-        """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: expected a mapping made by state_dict(), got {type(state).__name__}")
-        if set(state) != {"generator"}:
-            raise ValueError(f"state: expected the one key 'generator', got {sorted(map(str, state))}")
-        generator = np.random.Generator(np.random.PCG64())
-        try:
-            generator.bit_generator.state = state["generator"]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"state['generator']: expected a state of numpy's PCG64, got {state['generator']!r}"
-            ) from error
-        self.generator = generator
 
     def __call__(self, images: Tensor, classes: Tensor) -> tuple[Tensor, MixedTarget]:
         """Mixes each image with its mirror image in the batch.

@@ -53,14 +53,14 @@ def draw_token_labels(
         NotImplementedError: If labels can't be followed through the model.
         ValueError: If the batch has no two images of different classes.
     """
+    model = copy.deepcopy(model).eval()
     if not isinstance(model, ModelFollower):
-        model = patch_model(copy.deepcopy(model))
+        patch_model(model)
     chosen, boxes = _choose(classes, tuple(images.shape[-2:]), columns)
     partners, images = images.flip(0)[chosen], images[chosen]
     pairs = torch.stack((classes[chosen], classes.flip(0)[chosen]), dim=1)
     mixed = torch.where(box_masks(boxes, tuple(images.shape[-2:]))[:, None], partners, images)
     target = MixedTarget.from_boxes(pairs, boxes[:, None], tuple(images.shape[-2:]))
-    model.eval()
     with torch.inference_mode():
         _, aligned = model(mixed, target=target, collect_layers=True)
     after = aligned.layer_shares[-1][:, model.num_prefix_tokens :]

@@ -48,7 +48,7 @@ def forward(
     share_out: Tensor | None,
     log_sum_exp: Tensor,
 ) -> None:
-    """Computes A.V and mean_h(A).share (TL-Align, equations 5 and 6) into the given tensors.
+    """Computes A.V and mean_h(A).share (TL-Align, arXiv 2210.06455) into the given tensors.
 
     Args:
         query: (B, H, Nq, D), any strides but a unit last one, as for key and value.
@@ -120,7 +120,7 @@ def backward(
         factor = _dropout_factor(probabilities, dropout_seed, dropout_p)
         kept, grad_probabilities = probabilities * factor, grad_probabilities * factor
     grad_value.copy_(kept.transpose(-2, -1) @ grad_output)
-    # sum_j P_ij dP_ij equals dO_i . O_i, also with dropout: the usual shortcut (FlashAttention, arXiv 2205.14135, B.4).
+    # sum_j P_ij dP_ij equals dO_i . O_i, also with dropout: the usual shortcut (FlashAttention, arXiv 2205.14135).
     row_term = (grad_output * _computing(output).transpose(1, 2)).sum(dim=-1, keepdim=True)
     grad_scores = probabilities * (grad_probabilities - row_term)
     grad_query.copy_(grad_scores @ _computing(key) * scale)

@@ -24,7 +24,7 @@ from tlalign_kernels.patch import LabelFollower, ModelFollower, register
 
 
 class AlignedAttention(LabelFollower, tl.Attention):
-    """timm's `Attention` with label propagation (TL-Align, equations 5 and 6)."""
+    """timm's `Attention` with label propagation: Y^ = mean_h(A_h) . Y (TL-Align, arXiv 2210.06455)."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "37a80e0fdf45af9c"}
 
