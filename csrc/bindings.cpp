@@ -1,6 +1,9 @@
 // The Python module tlalign_kernels._C.
 #include <pybind11/pybind11.h>
 
+#if defined(TLALIGN_CPU_KERNELS)
+#include "cpu/bindings.h"
+#endif
 #include "cpu_features.h"
 
 namespace py = pybind11;
@@ -44,4 +47,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info,
              "How this extension was built: `version` of the package it was built for, `build_type`, `compiler`, "
              "`compiler_version`, `cxx_standard` (17 for C++17) and `cuda_architectures`, empty without CUDA kernels.");
+
+#if defined(TLALIGN_CPU_KERNELS)
+  tlalign::cpu::bind(module);
+#endif
 }

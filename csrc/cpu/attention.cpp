@@ -1,0 +1,208 @@
+// Divides attention on the CPU into tasks, runs them on threads, and sums what they leave to be summed.
+//
+// What a task computes does not depend on the number of threads, nor does the order of any sum: results are the same
+// bits for any number.
+#include "attention.h"
+
+#include <atomic>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+#include "cpu_features.h"
+#include "kernels.h"
+
+namespace tlalign::cpu {
+
+#define TLALIGN_DECLARE(name) extern const Kernels kernels_##name;
+TLALIGN_CPU_ISAS(TLALIGN_DECLARE)
+#undef TLALIGN_DECLARE
+
+namespace {
+
+// Instruction sets
+
+bool usable_portable(const CpuFeatures&) { return true; }
+[[maybe_unused]] bool usable_avx2(const CpuFeatures& f) { return f.avx2 && f.fma && f.f16c; }
+[[maybe_unused]] bool usable_avx512(const CpuFeatures& f) {
+  return usable_avx2(f) && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl;
+}
+
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;
+  bool (*usable)(const CpuFeatures&);
+};
+
+// The best one first.
+const InstructionSet INSTRUCTION_SETS[] = {
+#define TLALIGN_LIST(name) {#name, &kernels_##name, &usable_##name},
+    TLALIGN_CPU_ISAS(TLALIGN_LIST)
+#undef TLALIGN_LIST
+};
+
+const InstructionSet& choose(const std::string& wanted) {
+  std::string names;
+  for (const InstructionSet& set : INSTRUCTION_SETS) {
+    const bool usable = set.usable(cpu_features());
+    if (wanted == set.name && !usable)
+      throw std::invalid_argument("TLALIGN_CPU_ISA: this processor lacks instructions of " + wanted);
+    if (wanted == set.name || (wanted.empty() && usable)) return set;
+    names += (names.empty() ? "" : ", ") + std::string(set.name);
+  }
+  throw std::invalid_argument("TLALIGN_CPU_ISA: expected one of " + names + ", got " + wanted);
+}
+
+// Threads
+
+// An OpenMP runtime does not survive a fork: a child that asks it for threads waits forever. Children get one.
+bool is_forked_child() {
+#if defined(__unix__) || defined(__APPLE__)
+  static const pid_t loader = getpid();
+  return getpid() != loader;
+#else
+  return false;
+#endif
+}
+[[maybe_unused]] const bool loader_is_known = is_forked_child();  // asked at load time, so that the loader is recorded
+
+struct Free {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+Floats allocate(int64_t floats) {
+  return Floats(static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t(64))));
+}
+
+// Scratch outlives the call: fresh memory would cost more page faults than a small attention takes.
+float* scratch_of_this_thread(int64_t floats) {
+  thread_local Floats scratch;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    size = 0;
+    scratch.reset();
+    scratch = allocate(floats);
+    size = floats;
+  }
+  return scratch.get();
+}
+
+// Calls work(task, scratch) for tasks 0 to count - 1, in order of their numbers if there is one thread.
+template <class Work>
+void run(int64_t count, int threads, int64_t scratch_floats, Work work) {
+  if (is_forked_child()) threads = 1;
+  if (threads > count) threads = static_cast<int>(count);
+  const int64_t scratch_row = (scratch_floats + 15) / 16 * 16;
+  float* scratch = scratch_of_this_thread(threads * scratch_row + 1);
+#if defined(_OPENMP)
+  if (threads > 1) {
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+    {
+      float* own = scratch + omp_get_thread_num() * scratch_row;
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(task, own);
+    }
+    return;
+  }
+#endif
+  for (int64_t task = 0; task < count; ++task) work(task, scratch);
+}
+
+// Tasks
+
+// Images of a task. With a bias that all images share there are several, so that it is transposed once for them, and
+// its gradient summed over them: a number that follows from the shape alone, with memory for the sums in bounds.
+struct ImageTasks {
+  int64_t count, base, extra;
+
+  ImageTasks(const Problem& p, bool shares_bias, int64_t bias_sum) : count(p.batch) {
+    constexpr int64_t TASKS = 96, MOST_SUMS = 1 << 23;  // floats
+    if (shares_bias) {
+      int64_t most = TASKS / p.heads;
+      if (bias_sum * most * p.heads > MOST_SUMS) most = MOST_SUMS / (bias_sum * p.heads);
+      if (most < 1) most = 1;
+      if (count > most) count = most;
+    }
+    base = p.batch / count;
+    extra = p.batch % count;
+  }
+  int64_t begin(int64_t i) const { return i * base + (i < extra ? i : extra); }
+  int64_t size(int64_t i) const { return base + (i < extra); }
+};
+
+// share = mean over the heads that see a key, averaged with the residual; without any such head the residual, or 0.
+void average_heads(const Forward& f, const float* head_share, int64_t image) {
+  const int64_t image_queries = image * f.queries;
+  for (int64_t i = 0; i < f.queries; ++i) {
+    int64_t seeing = 0;
+    for (int64_t h = 0; h < f.heads; ++h)
+      seeing += f.log_sum_exp[(image * f.heads + h) * f.queries + i] != -__builtin_inff();
+    for (int64_t s = 0; s < f.sources; ++s) {
+      float sum = 0.0f;
+      for (int64_t h = 0; h < f.heads; ++h) sum += head_share[((image * f.heads + h) * f.sources + s) * f.queries + i];
+      const int64_t index = (image_queries + i) * f.sources + s;
+      const float mean = seeing > 0 ? sum / static_cast<float>(seeing) : 0.0f;
+      if (f.residual == nullptr)
+        f.share_out[index] = mean;
+      else
+        f.share_out[index] = seeing > 0 ? (mean + f.residual[index]) / 2 : f.residual[index];
+    }
+  }
+}
+
+}  // namespace
+
+const char* instruction_set(const std::string& wanted) { return choose(wanted).name; }
+
+void forward(const Forward& f, const std::string& isa, int threads) {
+  const Kernels& kernels = *choose(isa).kernels;
+  const bool dense = f.sources > MAX_FUSED_SOURCES;
+  const Floats head_share = allocate(dense ? 1 : f.batch * f.heads * f.sources * f.queries + 1);
+  const ImageTasks images(f, f.bias.data != nullptr && f.bias.image == 0, 0);
+  const int64_t chunks = kernels.forward_chunks(f);
+  run(images.count * f.heads * chunks, threads, kernels.forward_scratch(f), [&](int64_t task, float* scratch) {
+    const int64_t chunk = task % chunks, head = task / chunks % f.heads, group = task / chunks / f.heads;
+    kernels.forward(f, {images.begin(group), images.size(group), head, chunk}, head_share.get(), scratch);
+  });
+  if (dense) {
+    const int64_t label_chunks = kernels.dense_share_chunks(f);
+    run(f.batch * label_chunks, threads, kernels.dense_share_scratch(f), [&](int64_t task, float* scratch) {
+      kernels.dense_share(f, task / label_chunks, task % label_chunks, scratch);
+    });
+  } else if (f.sources > 0) {
+    run(f.batch, threads, 0, [&](int64_t image, float*) { average_heads(f, head_share.get(), image); });
+  }
+}
+
+void backward(const Backward& b, const std::string& isa, int threads) {
+  const Kernels& kernels = *choose(isa).kernels;
+  const int64_t padded = padded_queries(b, kernels.lanes), bias_sum = b.keys * padded;
+  const bool sums_bias = b.grad_bias != nullptr;
+  const bool shares_bias = b.bias.data != nullptr && (sums_bias ? b.bias_images == 1 : b.bias.image == 0);
+  const ImageTasks images(b, shares_bias, sums_bias ? bias_sum : 0);
+  const Floats parts = allocate(sums_bias ? images.count * b.heads * bias_sum : 1);
+  run(images.count * b.heads, threads, kernels.backward_scratch(b), [&](int64_t task, float* scratch) {
+    const int64_t head = task % b.heads, group = task / b.heads;
+    float* part = sums_bias ? parts.get() + task * bias_sum : nullptr;
+    for (int64_t i = 0; sums_bias && i < bias_sum; ++i) part[i] = 0.0f;
+    kernels.backward(b, {images.begin(group), images.size(group), head, 0}, part, scratch);
+  });
+  if (sums_bias) {
+    const int64_t vectors = padded / kernels.lanes;
+    run(b.bias_images * b.bias_heads * vectors, threads, 0, [&](int64_t task, float*) {
+      const int64_t vector = task % vectors, head = task / vectors % b.bias_heads, image = task / vectors / b.bias_heads;
+      kernels.sum_grad_bias(b, parts.get(), images.count, image, head, vector * kernels.lanes);
+    });
+  }
+}
+
+}  // namespace tlalign::cpu

@@ -1,0 +1,62 @@
+// Attention with label propagation on the CPU: what is passed to it. `attention.cpp` divides the work, `kernels.cpp`,
+// compiled once per instruction set, does it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace tlalign::cpu {
+
+enum class DType { float32, bfloat16, float16, boolean };
+
+// Rows of D in memory; strides in elements, that of D is one.
+struct Rows {
+  char* data = nullptr;
+  int64_t image = 0, head = 0, row = 0;
+};
+
+// What is added to the scores, or (boolean) says which keys are seen. A stride is 0 where it is broadcast.
+struct Offsets {
+  const char* data = nullptr;  // null: there is none
+  DType dtype = DType::float32;
+  int64_t image = 0, head = 0, query = 0, key = 0;
+};
+
+// Both directions. Sizes are at least 1 but for `sources`, which is 0 without labels; head_dim is at most 256.
+struct Problem {
+  int64_t batch, heads, queries, keys, head_dim, sources;
+  DType dtype;  // of query, key, value, output and their gradients: float32, bfloat16 or float16
+  float scale;
+  double dropout_p;
+  uint64_t dropout_seed;
+  Rows query, key, value;
+  Offsets bias, mask;
+};
+
+struct Forward : Problem {
+  const float* share;     // (B, Nk, S) or null
+  const float* residual;  // (B, Nq, S) or null
+  char* output;           // (B, Nq, H, D)
+  float* share_out;       // (B, Nq, S) or null
+  float* log_sum_exp;     // (B, H, Nq)
+};
+
+struct Backward : Problem {
+  Rows grad_output;
+  const char* output;        // (B, Nq, H, D)
+  const float* log_sum_exp;  // (B, H, Nq)
+  Rows grad_query, grad_key, grad_value;
+  char* grad_bias;                // (bias_images, bias_heads, Nq, Nk) in the dtype of the bias, or null
+  int64_t bias_images, bias_heads;  // 1 where the bias is broadcast, else B and H
+};
+
+// The instruction set that a call takes: the best one that the processor has, or the one that is wanted by name. Throws
+// std::invalid_argument where that is not built, or the processor lacks it.
+const char* instruction_set(const std::string& wanted);
+
+// Fill the results with at most `threads` threads; the bits do not depend on how many. Throw as `instruction_set` does,
+// and std::bad_alloc.
+void forward(const Forward& arguments, const std::string& isa, int threads);
+void backward(const Backward& arguments, const std::string& isa, int threads);
+
+}  // namespace tlalign::cpu

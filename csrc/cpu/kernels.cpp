@@ -1,0 +1,920 @@
+// Attention with label propagation for one instruction set, from matrix products in registers.
+//
+// Scores are kept transposed, keys as rows and queries as lanes: the softmax is then a walk down the rows without a
+// sum across lanes, and the share of a key a broadcast factor, one multiply-add per score. Keys and values of a block
+// are copied into scratch as padded floats, once for all queries; what is computed from them never leaves the cache.
+//
+//   forward    for each block of keys, each panel of queries:  S = K Q^T;  online softmax and share;  O = E^T V
+//   backward   for each block of keys, each block of queries:  P = exp(K Q^T - lse);  dS = P (V dO^T - delta);
+//              dQ += dS^T K;  dK += dS Q;  dV += P dO
+//
+// No function or template of the standard library is used here, see `vector.h`.
+#include "kernels.h"
+
+#include "vector.h"
+
+namespace tlalign::cpu {
+namespace {
+
+constexpr float INFINITE = __builtin_inff();
+
+// Registers decide how many rows a tile of V vectors has: its sums, V vectors of the right factor and one broadcast.
+#if TLALIGN_LANES == 16
+constexpr int MAX_VECTORS = 4;
+constexpr int TILE_ROWS[] = {0, 14, 12, 8, 6};
+#elif TLALIGN_LANES == 8
+constexpr int MAX_VECTORS = 2;
+constexpr int TILE_ROWS[] = {0, 12, 6};
+#elif defined(__aarch64__)
+constexpr int MAX_VECTORS = 4;
+constexpr int TILE_ROWS[] = {0, 12, 12, 8, 6};
+#else
+constexpr int MAX_VECTORS = 2;
+constexpr int TILE_ROWS[] = {0, 8, 4};
+#endif
+
+// Keys of a block at head dimension 64: N up to 272, that is all of ViT at 224 pixels, is one block.
+constexpr int64_t KEY_BLOCK = 272;
+constexpr int64_t QUERY_CHUNK = 272;  // of the forward
+constexpr int64_t QUERY_BLOCK = 64;   // of the backward
+constexpr int64_t LABEL_BLOCK = 64;   // labels of a pass over dense ones
+// A bias that all images share is transposed once a task, if it is no larger than this.
+constexpr int64_t OFFSET_CACHE = KEY_BLOCK * QUERY_CHUNK;
+// exp(score - log_sum_exp) is good to half a unit in the last place of the log-sum-exp: up to here to 2e-6.
+constexpr float PRECISE_LOG_SUM_EXP = 32;
+
+TLALIGN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A whole number of vectors that is an odd number of cache lines: rows so long don't compete for the same cache sets.
+constexpr int64_t row_length(int64_t floats) {
+  const int64_t lines = (floats + 15) / 16;
+  return 16 * (lines + 1 - lines % 2);
+}
+
+// `total` in as few parts of at most `most` as there can be, sizes differing by at most one.
+struct Split {
+  int64_t count, base, extra;
+  Split(int64_t total, int64_t most) : count((total + most - 1) / most), base(total / count), extra(total % count) {}
+  int64_t begin(int64_t i) const { return i * base + smaller(i, extra); }
+  int64_t size(int64_t i) const { return base + (i < extra); }
+};
+
+template <int V>
+struct Vectors {
+  static constexpr int count = V;
+};
+
+// Calls `work` with the number of vectors as a constant.
+template <class Work>
+TLALIGN_INLINE void with_vectors(int64_t vectors, Work work) {
+  static_assert(MAX_VECTORS == 2 || MAX_VECTORS == 4, "all numbers have their case");
+  switch (vectors) {
+    case 1:
+      return work(Vectors<1>{});
+    case 2:
+      return work(Vectors<2>{});
+#if TLALIGN_LANES == 16 || defined(__aarch64__)
+    case 3:
+      return work(Vectors<3>{});
+    case 4:
+      return work(Vectors<4>{});
+#endif
+  }
+}
+
+// Matrix products
+
+// C = scale . (init_scale . init + A B), scales by row; rows of A along memory, or across it (A transposed).
+struct Product {
+  int64_t depth;
+  const float* a;
+  int64_t a_row;
+  const float* b;
+  int64_t b_row;
+  float* c;
+  int64_t c_row;
+  const float* init = nullptr;  // null: 0
+  int64_t init_row = 0;
+  const float* init_scale = nullptr;  // null: 1
+  const float* scale = nullptr;       // null: 1
+};
+
+template <int R, int V, bool ACROSS>
+__attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int64_t column) {
+  Vector sums[R][V];
+  const float* a = p.a + (ACROSS ? row : row * p.a_row);
+  const float* b = p.b + column;
+  const int64_t a_row = p.a_row, b_row = p.b_row;
+  if (p.init == nullptr) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sums[r][v] = Vector{};
+  } else {
+    const float* init = p.init + row * p.init_row + column;
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        sums[r][v] = load(init + r * p.init_row + v * LANES);
+        if (p.init_scale != nullptr) sums[r][v] *= p.init_scale[row + r];
+      }
+  }
+#pragma GCC unroll 1
+  for (int64_t k = p.depth; k > 0; --k) {
+    Vector right[V];
+    for (int v = 0; v < V; ++v) right[v] = load(b + v * LANES);
+    for (int r = 0; r < R; ++r) {
+      const Vector left = broadcast(ACROSS ? a[r] : a[r * a_row]);
+      for (int v = 0; v < V; ++v) sums[r][v] += left * right[v];
+    }
+    a += ACROSS ? a_row : 1;
+    b += b_row;
+  }
+  float* c = p.c + row * p.c_row + column;
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      if (p.scale != nullptr) sums[r][v] *= p.scale[row + r];
+      store(c + r * p.c_row + v * LANES, sums[r][v]);
+    }
+}
+
+template <int V, bool ACROSS, int R = TILE_ROWS[V]>
+TLALIGN_INLINE void multiply_rows(const Product& p, int64_t rows, int64_t row, int64_t column) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_rows<V, ACROSS, R - 1>(p, rows, row, column);
+  }
+  multiply_tile<R, V, ACROSS>(p, row, column);
+}
+
+template <bool ACROSS>
+void multiply(const Product& p, int64_t rows, int64_t vectors) {
+  const Split columns(vectors, MAX_VECTORS);
+  for (int64_t j = 0; j < columns.count; ++j)
+    with_vectors(columns.size(j), [&](auto width) {
+      constexpr int V = decltype(width)::count;
+      const Split tiles(rows, TILE_ROWS[V]);
+      for (int64_t i = 0; i < tiles.count; ++i)
+        multiply_rows<V, ACROSS>(p, tiles.size(i), tiles.begin(i), columns.begin(j) * LANES);
+    });
+}
+
+// Copies between tensors and scratch
+
+// `count` rows of `width` elements as floats, times `scale`, filled up with zeros to whole vectors.
+template <class T>
+void pack_rows(const T* source, int64_t stride, int64_t count, int64_t width, float scale, float* rows, int64_t row) {
+  const int64_t whole = width / LANES * LANES;
+  for (int64_t i = 0; i < count; ++i, source += stride, rows += row) {
+    for (int64_t d = 0; d < whole; d += LANES) store(rows + d, load(source + d) * scale);
+    if (whole < width) store(rows + whole, load_first(source + whole, width - whole) * scale);
+  }
+}
+
+// The same rows as columns: (width, vectors * LANES), 0 in the lanes beyond `count`.
+template <class T>
+void pack_columns(const T* source, int64_t stride, int64_t count, int64_t width, float scale, float* columns,
+                  int64_t row, int64_t vectors) {
+  for (int64_t lane = 0; lane < vectors * LANES; lane += LANES)
+    for (int64_t d = 0; d < width; d += LANES) {
+      const int64_t present = width - d;
+      const T* corner = source + lane * stride + d;
+      Vector square[LANES];
+      if (lane + LANES <= count && present >= LANES) {
+        for (int i = 0; i < LANES; ++i) square[i] = load(corner + i * stride) * scale;
+      } else {
+        for (int i = 0; i < LANES; ++i)
+          square[i] = lane + i < count ? load_first(corner + i * stride, present) * scale : Vector{};
+      }
+      transpose(square);
+      for (int i = 0; i < LANES && i < present; ++i) store(columns + (d + i) * row + lane, square[i]);
+    }
+}
+
+template <class T>
+void unpack_rows(const float* rows, int64_t row, int64_t count, int64_t width, T* target, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i, rows += row, target += stride)
+    for (int64_t d = 0; d < width; d += LANES) store_first(target + d, load(rows + d), width - d);
+}
+
+template <class T>
+TLALIGN_INLINE T* row_of(const Rows& rows, int64_t image, int64_t head, int64_t row) {
+  return reinterpret_cast<T*>(rows.data) + image * rows.image + head * rows.head + row * rows.row;
+}
+
+float offset_at(const Offsets& offsets, int64_t index) {
+  switch (offsets.dtype) {
+    case DType::float32:
+      return reinterpret_cast<const float*>(offsets.data)[index];
+    case DType::bfloat16:
+      return load_first(reinterpret_cast<const BFloat16*>(offsets.data) + index, 1)[0];
+    case DType::float16:
+      return load_first(reinterpret_cast<const Float16*>(offsets.data) + index, 1)[0];
+    default:
+      return offsets.data[index] != 0 ? 0.0f : -INFINITE;
+  }
+}
+
+struct OffsetColumns {
+  const float* data = nullptr;  // null: there are none
+  int64_t row = 0;
+};
+
+void pack_offsets(const Offsets& offsets, int64_t image, int64_t head, int64_t query, int64_t queries, int64_t key,
+                  int64_t keys, float* columns, int64_t row, int64_t vectors) {
+  const int64_t first = image * offsets.image + head * offsets.head + query * offsets.query + key * offsets.key;
+  const auto pack = [&](auto* source) {
+    pack_columns(source + first, offsets.query, queries, keys, 1.0f, columns, row, vectors);
+  };
+  if (offsets.key == 1 && offsets.dtype == DType::float32) return pack(reinterpret_cast<const Float32*>(offsets.data));
+  if (offsets.key == 1 && offsets.dtype == DType::bfloat16) return pack(reinterpret_cast<const BFloat16*>(offsets.data));
+  if (offsets.key == 1 && offsets.dtype == DType::float16) return pack(reinterpret_cast<const Float16*>(offsets.data));
+  for (int64_t j = 0; j < keys; ++j)
+    for (int64_t i = 0; i < vectors * LANES; ++i)
+      columns[j * row + i] = i < queries ? offset_at(offsets, first + i * offsets.query + j * offsets.key) : 0.0f;
+}
+
+// Bias or mask as the kernels read it, transposed: of all queries and keys at once if the images of a task share it
+// and it is small, else of one panel at a time.
+class OffsetReader {
+ public:
+  static bool caches(const Offsets& offsets, const Problem& p) {
+    return offsets.data != nullptr && offsets.image == 0 && p.keys * padded_queries(p, LANES) <= OFFSET_CACHE;
+  }
+
+  // Floats of scratch for panels of `lanes` queries and `keys` keys.
+  static int64_t scratch(const Offsets& offsets, const Problem& p, int64_t keys, int64_t lanes) {
+    if (offsets.data == nullptr) return 0;
+    const int64_t panel = keys * lanes, all = p.keys * padded_queries(p, LANES);
+    return caches(offsets, p) && all > panel ? all : panel;
+  }
+
+  OffsetReader(const Offsets& offsets, const Problem& problem, const Task& task, float* scratch)
+      : offsets_(offsets), problem_(problem), head_(task.head), scratch_(scratch) {
+    cached_ = caches(offsets, problem) && task.images > 1;
+    const int64_t padded = padded_queries(problem, LANES);
+    if (cached_)
+      pack_offsets(offsets, 0, head_, 0, problem.queries, 0, problem.keys, scratch, padded, padded / LANES);
+  }
+
+  OffsetColumns panel(int64_t image, int64_t query, int64_t vectors, int64_t key, int64_t keys) const {
+    if (offsets_.data == nullptr) return {};
+    const int64_t padded = padded_queries(problem_, LANES), lanes = vectors * LANES;
+    if (cached_) return {scratch_ + key * padded + query, padded};
+    pack_offsets(offsets_, image, head_, query, smaller(problem_.queries - query, lanes), key, keys, scratch_, lanes,
+                 vectors);
+    return {scratch_, lanes};
+  }
+
+ private:
+  const Offsets& offsets_;
+  const Problem& problem_;
+  int64_t head_;
+  float* scratch_;
+  bool cached_;
+};
+
+// Hands out parts of the scratch, each on its own cache lines. Asked with a null pointer it only counts.
+class Arena {
+ public:
+  explicit Arena(float* scratch) : scratch_(scratch) {}
+  float* take(int64_t floats) {
+    float* part = scratch_ == nullptr ? nullptr : scratch_ + used_;
+    used_ += (floats + 15) / 16 * 16;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* scratch_;
+  int64_t used_ = 0;
+};
+
+// Sizes that all kernels derive from the problem.
+struct Plan {
+  int64_t width_vectors, row;  // of a packed row of head_dim floats
+  Split keys;                  // blocks of keys
+
+  explicit Plan(const Problem& p)
+      : width_vectors((p.head_dim + LANES - 1) / LANES),
+        row(row_length(width_vectors * LANES)),
+        keys(p.keys, KEY_BLOCK * 64 / (width_vectors * LANES > 64 ? width_vectors * LANES : 64)) {}
+  int64_t key_block() const { return keys.size(0); }
+};
+
+// Dropout
+
+// The first word of Philox4x32-10 (Salmon et al., SC 2011), as the reference computes it.
+TLALIGN_INLINE UintVector philox(LongVector index, uint64_t seed) {
+  constexpr uint64_t WORD = 0xffffffff;
+  LongVector counter[4] = {index & WORD, index >> 32, LongVector{}, LongVector{}};
+  uint64_t key[2] = {seed & WORD, seed >> 32};
+  for (int round = 0; round < 10; ++round) {
+    const LongVector first = counter[0] * 0xD2511F53, second = counter[2] * 0xCD9E8D57;
+    counter[0] = (second >> 32) ^ counter[1] ^ key[0];
+    counter[1] = second & WORD;
+    counter[2] = (first >> 32) ^ counter[3] ^ key[1];
+    counter[3] = first & WORD;
+    key[0] = (key[0] + 0x9E3779B9) & WORD;
+    key[1] = (key[1] + 0xBB67AE85) & WORD;
+  }
+  return __builtin_convertvector(counter[0], UintVector);
+}
+
+// What attention weights are multiplied with: 0, or 1 / (1 - p).
+class Dropout {
+ public:
+  Dropout(const Problem& p, int64_t image, int64_t head) : seed_(p.dropout_seed), keys_(p.keys) {
+    const double threshold = p.dropout_p * 4294967296.0 + 0.5;
+    threshold_ = threshold >= 4294967295.0 ? 0xffffffff : static_cast<uint32_t>(threshold);
+    kept_ = static_cast<float>(1.0 / (1.0 - p.dropout_p));
+    first_ = (image * p.heads + head) * p.queries * p.keys;
+    for (int lane = 0; lane < LANES; ++lane) lanes_[lane] = lane * p.keys;
+  }
+  // Of the weights of LANES queries and one key.
+  Vector factor(int64_t query, int64_t key) const {
+    const LongVector index = lanes_ + static_cast<uint64_t>(first_ + query * keys_ + key);
+    return philox(index, seed_) >= threshold_ ? broadcast(kept_) : Vector{};
+  }
+
+ private:
+  uint64_t seed_;
+  int64_t keys_, first_;
+  uint32_t threshold_;
+  float kept_;
+  LongVector lanes_;
+};
+
+// Forward
+
+// Softmax over the keys, block after block: what is known of the queries of a panel so far.
+struct RunningSoftmax {
+  float *maximum, *sum, *share;  // share: (S, share_row)
+  int64_t share_row;
+};
+
+// Scores (keys, V vectors) become exp(score - maximum); `keep` is what earlier results are to be multiplied with.
+template <int V, bool SHARE>
+void softmax_panel(float* scores, int64_t row, int64_t keys, OffsetColumns bias, OffsetColumns mask, const float* share,
+                   const RunningSoftmax& running, float* keep) {
+  Vector highest[V], sum[V], mixed[V];
+  for (int v = 0; v < V; ++v) highest[v] = load(running.maximum + v * LANES);
+  if (bias.data == nullptr && mask.data == nullptr) {
+    for (int64_t j = 0; j < keys; ++j)
+      for (int v = 0; v < V; ++v) highest[v] = maximum(load(scores + j * row + v * LANES), highest[v]);
+  } else {
+    for (int64_t j = 0; j < keys; ++j)
+      for (int v = 0; v < V; ++v) {
+        float* at = scores + j * row + v * LANES;
+        Vector score = load(at);
+        if (bias.data != nullptr) score += load(bias.data + j * bias.row + v * LANES);
+        if (mask.data != nullptr) score += load(mask.data + j * mask.row + v * LANES);
+        store(at, score);
+        highest[v] = maximum(score, highest[v]);
+      }
+  }
+  for (int v = 0; v < V; ++v) {
+    const Vector before = load(running.maximum + v * LANES);
+    store(running.maximum + v * LANES, highest[v]);
+    highest[v] = highest[v] == -INFINITE ? Vector{} : highest[v];  // no key seen yet: keep infinities apart
+    const Vector kept = exponential(before - highest[v]);
+    store(keep + v * LANES, kept);
+    sum[v] = load(running.sum + v * LANES) * kept;
+    if (SHARE) mixed[v] = load(running.share + v * LANES) * kept;
+  }
+  for (int64_t j = 0; j < keys; ++j)
+    for (int v = 0; v < V; ++v) {
+      float* at = scores + j * row + v * LANES;
+      const Vector weight = exponential(load(at) - highest[v]);
+      store(at, weight);
+      sum[v] += weight;
+      if (SHARE) mixed[v] += weight * share[j];
+    }
+  for (int v = 0; v < V; ++v) {
+    store(running.sum + v * LANES, sum[v]);
+    if (SHARE) store(running.share + v * LANES, mixed[v]);
+  }
+}
+
+// The shares of more than one source, once the weights are there.
+template <int V>
+void mix_shares(const float* weights, int64_t row, int64_t keys, const float* share, int64_t sources,
+                const RunningSoftmax& running, const float* keep) {
+  for (int64_t s = 0; s < sources; ++s) {
+    float* sums = running.share + s * running.share_row;
+    Vector mixed[V];
+    for (int v = 0; v < V; ++v) mixed[v] = load(sums + v * LANES) * load(keep + v * LANES);
+    for (int64_t j = 0; j < keys; ++j)
+      for (int v = 0; v < V; ++v) mixed[v] += load(weights + j * row + v * LANES) * share[j * sources + s];
+    for (int v = 0; v < V; ++v) store(sums + v * LANES, mixed[v]);
+  }
+}
+
+template <int V>
+void drop_weights(float* weights, int64_t row, int64_t keys, const Dropout& dropout, int64_t query, int64_t key) {
+  for (int64_t j = 0; j < keys; ++j)
+    for (int v = 0; v < V; ++v) {
+      float* at = weights + j * row + v * LANES;
+      store(at, load(at) * dropout.factor(query + v * LANES, key + j));
+    }
+}
+
+Split chunks_of(const Problem& p, int64_t queries) { return Split(padded_queries(p, LANES) / LANES, queries / LANES); }
+
+int64_t fused_sources(const Problem& p) { return p.sources <= MAX_FUSED_SOURCES ? p.sources : 0; }
+
+struct ForwardScratch {
+  static constexpr int64_t PANEL = MAX_VECTORS * LANES, SCORE_ROW = row_length(PANEL);
+  float *key, *value, *query, *scores, *output, *maximum, *sum, *share, *keep, *inverse, *bias, *mask;
+  int64_t size;
+
+  ForwardScratch(const Problem& p, const Plan& plan, float* scratch) {
+    Arena arena(scratch);
+    const int64_t keys = plan.key_block(), chunk = chunks_of(p, QUERY_CHUNK).size(0) * LANES;
+    key = arena.take(keys * plan.row);
+    query = arena.take(p.head_dim * PANEL);
+    scores = arena.take(keys * SCORE_ROW);
+    value = arena.take(keys * plan.row);
+    maximum = arena.take(chunk);
+    sum = arena.take(chunk);
+    share = arena.take(fused_sources(p) * chunk);
+    keep = arena.take(PANEL);
+    inverse = arena.take(PANEL);
+    output = arena.take(chunk * plan.row);
+    bias = arena.take(OffsetReader::scratch(p.bias, p, keys, PANEL));
+    mask = arena.take(OffsetReader::scratch(p.mask, p, keys, PANEL));
+    size = arena.used();
+  }
+};
+
+// Writes what the last block of keys completes: the log-sum-exp, the share of this head, and `inverse`, 1 / sum.
+void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query, int64_t vectors,
+                    const RunningSoftmax& running, float* head_share, float* inverse) {
+  const int64_t index = image * f.heads + head;
+  for (int64_t lane = 0; lane < vectors * LANES; lane += LANES) {
+    const int64_t first = query + lane, count = f.queries - first;
+    if (count <= 0) return;
+    const Vector sum = load(running.sum + lane), highest = load(running.maximum + lane);
+    const Vector inverted = sum == 0.0f ? Vector{} : 1.0f / sum;
+    store(inverse + lane, inverted);
+    // sum - sum is 0, or NaN if sum is: that the logarithm would lose.
+    const Vector log_sum_exp = sum == 0.0f ? broadcast(-INFINITE) : highest + logarithm(sum) + (sum - sum);
+    store_first(reinterpret_cast<Float32*>(f.log_sum_exp + index * f.queries + first), log_sum_exp, count);
+    for (int64_t s = 0; s < fused_sources(f); ++s) {
+      float* target = head_share + (index * f.sources + s) * f.queries + first;
+      store_first(reinterpret_cast<Float32*>(target), load(running.share + s * running.share_row + lane) * inverted,
+                  count);
+    }
+  }
+}
+
+template <class T>
+void forward_of(const Forward& f, const Task& task, float* head_share, float* scratch) {
+  const Plan plan(f);
+  const ForwardScratch at(f, plan, scratch);
+  const OffsetReader bias(f.bias, f, task, at.bias), mask(f.mask, f, task, at.mask);
+  const Split chunks = chunks_of(f, QUERY_CHUNK);
+  const int64_t head = task.head, sources = fused_sources(f), output_row = f.heads * f.head_dim;
+  const bool writes_output = sizeof(T) == sizeof(float) && f.head_dim % LANES == 0;
+  for (int64_t image = task.first_image; image < task.first_image + task.images; ++image)
+    {
+      const int64_t chunk = task.chunk;
+      const Split panels(chunks.size(chunk), MAX_VECTORS);
+      const int64_t chunk_lanes = chunks.size(chunk) * LANES;
+      for (int64_t i = 0; i < chunk_lanes; ++i) at.maximum[i] = -INFINITE;
+      for (int64_t i = 0; i < chunk_lanes; ++i) at.sum[i] = 0.0f;
+      for (int64_t i = 0; i < chunk_lanes * sources; ++i) at.share[i] = 0.0f;
+      for (int64_t block = 0; block < plan.keys.count; ++block) {
+        const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
+        const bool last = block == plan.keys.count - 1;
+        pack_rows(row_of<T>(f.key, image, head, key), f.key.row, keys, f.head_dim, 1.0f, at.key, plan.row);
+        pack_rows(row_of<T>(f.value, image, head, key), f.value.row, keys, f.head_dim, 1.0f, at.value, plan.row);
+        const float* share = sources > 0 ? f.share + (image * f.keys + key) * sources : nullptr;
+        for (int64_t panel = 0; panel < panels.count; ++panel)
+          with_vectors(panels.size(panel), [&](auto width) {
+            constexpr int V = decltype(width)::count;
+            constexpr int64_t SCORE_ROW = row_length(V * LANES);
+            const int64_t lane = panels.begin(panel) * LANES;
+            const int64_t query = chunks.begin(chunk) * LANES + lane;
+            const int64_t queries = smaller(f.queries - query, V * LANES);
+            const RunningSoftmax running{at.maximum + lane, at.sum + lane, at.share + lane, chunk_lanes};
+            pack_columns(row_of<T>(f.query, image, head, query), f.query.row, queries, f.head_dim, f.scale, at.query,
+                         V * LANES, V);
+            multiply<false>({f.head_dim, at.key, plan.row, at.query, V * LANES, at.scores, SCORE_ROW}, keys, V);
+            const OffsetColumns bias_panel = bias.panel(image, query, V, key, keys);
+            const OffsetColumns mask_panel = mask.panel(image, query, V, key, keys);
+            if (sources == 1)
+              softmax_panel<V, true>(at.scores, SCORE_ROW, keys, bias_panel, mask_panel, share, running, at.keep);
+            else
+              softmax_panel<V, false>(at.scores, SCORE_ROW, keys, bias_panel, mask_panel, nullptr, running, at.keep);
+            if (sources > 1) mix_shares<V>(at.scores, SCORE_ROW, keys, share, sources, running, at.keep);
+            if (last) finish_softmax(f, image, head, query, V, running, head_share, at.inverse);
+            if (f.dropout_p > 0) drop_weights<V>(at.scores, SCORE_ROW, keys, Dropout(f, image, head), query, key);
+
+            T* output = reinterpret_cast<T*>(f.output) + ((image * f.queries + query) * f.heads + head) * f.head_dim;
+            float* sums = at.output + lane * plan.row;
+            const bool direct = last && writes_output;
+            Product product{keys,
+                            at.scores,
+                            SCORE_ROW,
+                            at.value,
+                            plan.row,
+                            direct ? reinterpret_cast<float*>(output) : sums,
+                            direct ? output_row : plan.row};
+            if (block > 0) {
+              product.init = sums;
+              product.init_row = plan.row;
+              product.init_scale = at.keep;
+            }
+            if (last) product.scale = at.inverse;
+            multiply<true>(product, queries, plan.width_vectors);
+            if (last && !direct) unpack_rows(sums, plan.row, queries, f.head_dim, output, output_row);
+          });
+      }
+    }
+}
+
+// Backward
+
+// exp(score + bias + mask - log_sum_exp) * inverse, the probabilities of a panel, one row of V vectors at a time.
+template <int V>
+struct Probabilities {
+  Vector log_sum_exp[V], inverse[V];
+  OffsetColumns bias, mask;
+
+  Probabilities(const float* log_sum_exp_of_queries, const float* inverse_of_queries, OffsetColumns bias_panel,
+                OffsetColumns mask_panel)
+      : bias(bias_panel), mask(mask_panel) {
+    for (int v = 0; v < V; ++v) log_sum_exp[v] = load(log_sum_exp_of_queries + v * LANES);
+    for (int v = 0; v < V; ++v) inverse[v] = load(inverse_of_queries + v * LANES);
+  }
+  TLALIGN_INLINE Vector of(const Probabilities& p, Vector score, int64_t j, int v) {
+    if (p.bias.data != nullptr) score += load(p.bias.data + j * p.bias.row + v * LANES);
+    if (p.mask.data != nullptr) score += load(p.mask.data + j * p.mask.row + v * LANES);
+    return exponential(score - p.log_sum_exp[v]) * p.inverse[v];
+  }
+};
+
+// Scores become (dropped) probabilities, the gradients of probabilities those of scores; these are added to
+// `grad_bias` (keys, bias_row) unless it is null.
+template <int V>
+void gradient_panel(const Probabilities<V>& probabilities, float* scores, float* gradients, int64_t row, int64_t keys,
+                    const float* row_terms, const Dropout* dropout, int64_t query, int64_t key, float* grad_bias,
+                    int64_t bias_row) {
+  Vector row_term[V];
+  for (int v = 0; v < V; ++v) row_term[v] = load(row_terms + v * LANES);
+  for (int64_t j = 0; j < keys; ++j)
+    for (int v = 0; v < V; ++v) {
+      float *score_at = scores + j * row + v * LANES, *gradient_at = gradients + j * row + v * LANES;
+      const Vector probability = Probabilities<V>::of(probabilities, load(score_at), j, v);
+      Vector kept = probability, gradient = load(gradient_at);
+      if (dropout != nullptr) {
+        const Vector factor = dropout->factor(query + v * LANES, key + j);
+        kept *= factor;
+        gradient *= factor;
+      }
+      gradient = probability * (gradient - row_term[v]);
+      store(score_at, kept);
+      store(gradient_at, gradient);
+      if (grad_bias != nullptr) {
+        float* sum_at = grad_bias + j * bias_row + v * LANES;
+        store(sum_at, load(sum_at) + gradient);
+      }
+    }
+}
+
+struct BackwardScratch {
+  static constexpr int64_t PANEL = MAX_VECTORS * LANES, SCORE_ROW = row_length(QUERY_BLOCK);
+  float *key, *value, *grad_key, *grad_value, *query, *grad_output, *columns, *scores, *gradients, *log_sum_exp,
+      *inverse, *row_terms, *scale, *grad_query, *bias, *mask;
+  int64_t size;
+
+  BackwardScratch(const Problem& p, const Plan& plan, float* scratch) {
+    Arena arena(scratch);
+    const int64_t keys = plan.key_block(), padded = padded_queries(p, LANES) + PANEL;
+    key = arena.take(keys * plan.row);
+    value = arena.take(keys * plan.row);
+    grad_key = arena.take(keys * plan.row);
+    grad_value = arena.take(keys * plan.row);
+    query = arena.take(QUERY_BLOCK * plan.row);
+    grad_output = arena.take(QUERY_BLOCK * plan.row);
+    columns = arena.take(p.head_dim * PANEL);
+    scores = arena.take(keys * SCORE_ROW);
+    gradients = arena.take(keys * SCORE_ROW);
+    log_sum_exp = arena.take(padded);
+    inverse = arena.take(padded);
+    row_terms = arena.take(padded);
+    scale = arena.take(QUERY_BLOCK);
+    grad_query = arena.take((plan.keys.count > 1 ? padded : QUERY_BLOCK) * plan.row);
+    bias = arena.take(OffsetReader::scratch(p.bias, p, keys, PANEL));
+    mask = arena.take(OffsetReader::scratch(p.mask, p, keys, PANEL));
+    size = arena.used();
+  }
+};
+
+// Sums over all keys of exp(score - log_sum_exp), inverted: 1 but for the rounding of the log-sum-exp, which matters
+// where that is large. Needs the product of queries and keys once more, so it is done for such queries only.
+template <class T>
+void invert_sums(const Problem& p, const Plan& plan, const OffsetReader& bias, const OffsetReader& mask, int64_t image,
+                 int64_t head, int64_t query, int64_t vectors, const float* log_sum_exp, float* inverse, float* key_rows,
+                 float* columns, float* scores) {
+  bool precise = true;
+  for (int64_t i = 0; i < vectors * LANES; ++i) {
+    inverse[i] = 1.0f;
+    // Written so that +inf, which stands for queries that see no key, is left alone.
+    precise = precise && !(log_sum_exp[i] > PRECISE_LOG_SUM_EXP && log_sum_exp[i] < INFINITE) &&
+              !(log_sum_exp[i] < -PRECISE_LOG_SUM_EXP);
+  }
+  if (precise) return;
+  const Split panels(vectors, MAX_VECTORS);
+  for (int64_t panel = 0; panel < panels.count; ++panel)
+    with_vectors(panels.size(panel), [&](auto width) {
+      constexpr int V = decltype(width)::count;
+      constexpr int64_t ROW = V * LANES;
+      const int64_t lane = panels.begin(panel) * LANES, queries = smaller(p.queries - query - lane, ROW);
+      Vector sum[V] = {};
+      pack_columns(row_of<T>(p.query, image, head, query + lane), p.query.row, queries, p.head_dim, p.scale, columns,
+                   ROW, V);
+      for (int64_t block = 0; block < plan.keys.count; ++block) {
+        const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
+        pack_rows(row_of<T>(p.key, image, head, key), p.key.row, keys, p.head_dim, 1.0f, key_rows, plan.row);
+        multiply<false>({p.head_dim, key_rows, plan.row, columns, ROW, scores, ROW}, keys, V);
+        const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane,
+                                             bias.panel(image, query + lane, V, key, keys),
+                                             mask.panel(image, query + lane, V, key, keys));
+        for (int64_t j = 0; j < keys; ++j)
+          for (int v = 0; v < V; ++v)
+            sum[v] += Probabilities<V>::of(probabilities, load(scores + j * ROW + v * LANES), j, v);
+      }
+      for (int v = 0; v < V; ++v) store(inverse + lane + v * LANES, sum[v] == 0.0f ? Vector{} : 1.0f / sum[v]);
+    });
+}
+
+// The log-sum-exp of queries as `Probabilities` wants it: +inf, so that all of them vanish, for queries that see no key
+// and for the lanes beyond the last query.
+void load_log_sum_exp(const Problem& p, const float* log_sum_exp, int64_t image, int64_t head, int64_t query,
+                      int64_t lanes, float* target) {
+  const float* source = log_sum_exp + (image * p.heads + head) * p.queries + query;
+  for (int64_t i = 0; i < lanes; ++i)
+    target[i] = query + i < p.queries && source[i] != -INFINITE ? source[i] : INFINITE;
+}
+
+// sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135).
+template <class T>
+void sum_row_terms(const Backward& b, int64_t image, int64_t head, float* row_terms) {
+  for (int64_t i = 0; i < b.queries; ++i) {
+    const T* gradient = row_of<T>(b.grad_output, image, head, i);
+    const T* output = reinterpret_cast<const T*>(b.output) + ((image * b.queries + i) * b.heads + head) * b.head_dim;
+    Vector sums = {};
+    for (int64_t d = 0; d < b.head_dim; d += LANES)
+      sums += load_first(gradient + d, b.head_dim - d) * load_first(output + d, b.head_dim - d);
+    float sum = 0.0f;
+    for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
+    row_terms[i] = sum;
+  }
+}
+
+template <class T>
+void backward_of(const Backward& b, const Task& task, float* grad_bias_sum, float* scratch) {
+  const Plan plan(b);
+  const BackwardScratch at(b, plan, scratch);
+  const OffsetReader bias(b.bias, b, task, at.bias), mask(b.mask, b, task, at.mask);
+  const int64_t head = task.head, padded = padded_queries(b, LANES);
+  const Split query_blocks = chunks_of(b, QUERY_BLOCK);
+  const bool writes = sizeof(T) == sizeof(float) && b.head_dim % LANES == 0;
+  for (int64_t i = 0; i < QUERY_BLOCK; ++i) at.scale[i] = b.scale;
+  for (int64_t i = b.queries; i < padded; ++i) at.row_terms[i] = 0.0f;
+  for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
+    load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp);
+    sum_row_terms<T>(b, image, head, at.row_terms);
+    invert_sums<T>(b, plan, bias, mask, image, head, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key, at.columns,
+                   at.scores);
+    const Dropout dropout(b, image, head);
+    for (int64_t key_block = 0; key_block < plan.keys.count; ++key_block) {
+      const int64_t key = plan.keys.begin(key_block), keys = plan.keys.size(key_block);
+      const bool last_keys = key_block == plan.keys.count - 1;
+      pack_rows(row_of<T>(b.key, image, head, key), b.key.row, keys, b.head_dim, 1.0f, at.key, plan.row);
+      pack_rows(row_of<T>(b.value, image, head, key), b.value.row, keys, b.head_dim, 1.0f, at.value, plan.row);
+      for (int64_t query_block = 0; query_block < query_blocks.count; ++query_block) {
+        const int64_t query = query_blocks.begin(query_block) * LANES;
+        const int64_t queries = smaller(b.queries - query, query_blocks.size(query_block) * LANES);
+        const bool last_queries = query_block == query_blocks.count - 1;
+        pack_rows(row_of<T>(b.query, image, head, query), b.query.row, queries, b.head_dim, b.scale, at.query, plan.row);
+        pack_rows(row_of<T>(b.grad_output, image, head, query), b.grad_output.row, queries, b.head_dim, 1.0f,
+                  at.grad_output, plan.row);
+        const Split panels(query_blocks.size(query_block), MAX_VECTORS);
+        for (int64_t panel = 0; panel < panels.count; ++panel)
+          with_vectors(panels.size(panel), [&](auto width) {
+            constexpr int V = decltype(width)::count;
+            constexpr int64_t SCORE_ROW = BackwardScratch::SCORE_ROW;
+            const int64_t lane = panels.begin(panel) * LANES, present = smaller(queries - lane, V * LANES);
+            float *scores = at.scores + lane, *gradients = at.gradients + lane;
+            const auto times_columns = [&](const float* rows, const float* right, float* result) {
+              pack_columns(reinterpret_cast<const Float32*>(right + lane * plan.row), plan.row, present, b.head_dim,
+                           1.0f, at.columns, V * LANES, V);
+              multiply<false>({b.head_dim, rows, plan.row, at.columns, V * LANES, result, SCORE_ROW}, keys, V);
+            };
+            times_columns(at.key, at.query, scores);
+            times_columns(at.value, at.grad_output, gradients);
+            const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane,
+                                                 bias.panel(image, query + lane, V, key, keys),
+                                                 mask.panel(image, query + lane, V, key, keys));
+            gradient_panel<V>(probabilities, scores, gradients, SCORE_ROW, keys, at.row_terms + query + lane,
+                              b.dropout_p > 0 ? &dropout : nullptr, query + lane, key,
+                              grad_bias_sum == nullptr ? nullptr : grad_bias_sum + key * padded + query + lane, padded);
+          });
+
+        // Sums over blocks stay in scratch; the last one goes to the tensor at once, if that has floats in whole vectors.
+        const auto accumulate = [&](auto across, int64_t rows, int64_t depth, const float* left, const float* right,
+                                    float* sums, const Rows& target, int64_t row, bool first, bool last,
+                                    const float* scale) {
+          T* result = row_of<T>(target, image, head, row);
+          const bool direct = last && writes;
+          Product product{depth,
+                          left,
+                          BackwardScratch::SCORE_ROW,
+                          right,
+                          plan.row,
+                          direct ? reinterpret_cast<float*>(result) : sums,
+                          direct ? target.row : plan.row};
+          if (!first) {
+            product.init = sums;
+            product.init_row = plan.row;
+          }
+          if (last) product.scale = scale;
+          multiply<decltype(across)::count != 0>(product, rows, plan.width_vectors);
+          if (last && !direct) unpack_rows(sums, plan.row, rows, b.head_dim, result, target.row);
+        };
+        float* grad_query = plan.keys.count > 1 ? at.grad_query + query * plan.row : at.grad_query;
+        accumulate(Vectors<1>{}, queries, keys, at.gradients, at.key, grad_query, b.grad_query, query, key_block == 0,
+                   last_keys, at.scale);
+        accumulate(Vectors<0>{}, keys, queries, at.scores, at.grad_output, at.grad_value, b.grad_value, key,
+                   query_block == 0, last_queries, nullptr);
+        accumulate(Vectors<0>{}, keys, queries, at.gradients, at.query, at.grad_key, b.grad_key, key, query_block == 0,
+                   last_queries, nullptr);
+      }
+    }
+  }
+}
+
+// Shares of many sources: the mean of the probabilities over heads, in blocks, then one product with the labels.
+
+struct DenseShareScratch {
+  static constexpr int64_t PANEL = MAX_VECTORS * LANES, MEAN_ROW = row_length(QUERY_BLOCK), LABEL_ROW = row_length(LABEL_BLOCK);
+  float *key, *columns, *scores, *mean, *log_sum_exp, *inverse, *weight, *labels, *sums, *bias, *mask;
+  int64_t size;
+
+  DenseShareScratch(const Problem& p, const Plan& plan, float* scratch) {
+    Arena arena(scratch);
+    const int64_t keys = plan.key_block();
+    key = arena.take(keys * plan.row);
+    columns = arena.take(p.head_dim * PANEL);
+    scores = arena.take(keys * PANEL);
+    mean = arena.take(keys * MEAN_ROW);
+    log_sum_exp = arena.take(p.heads * QUERY_BLOCK);
+    inverse = arena.take(p.heads * QUERY_BLOCK);
+    weight = arena.take(QUERY_BLOCK);
+    labels = arena.take(keys * LABEL_ROW);
+    sums = arena.take(QUERY_BLOCK * LABEL_ROW);
+    bias = arena.take(OffsetReader::scratch(p.bias, p, keys, PANEL));
+    mask = arena.take(OffsetReader::scratch(p.mask, p, keys, PANEL));
+    size = arena.used();
+  }
+};
+
+template <class T>
+void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scratch) {
+  const Plan plan(f);
+  const DenseShareScratch at(f, plan, scratch);
+  const Split chunks = chunks_of(f, QUERY_BLOCK);
+  const int64_t query = chunks.begin(chunk) * LANES, vectors = chunks.size(chunk), lanes = vectors * LANES;
+  const int64_t queries = smaller(f.queries - query, lanes);
+  for (int64_t i = 0; i < lanes; ++i) at.weight[i] = 0.0f;
+  for (int64_t head = 0; head < f.heads; ++head) {
+    const Task task{image, 1, head, 0};
+    const OffsetReader bias(f.bias, f, task, at.bias), mask(f.mask, f, task, at.mask);
+    float* log_sum_exp = at.log_sum_exp + head * QUERY_BLOCK;
+    load_log_sum_exp(f, f.log_sum_exp, image, head, query, lanes, log_sum_exp);
+    invert_sums<T>(f, plan, bias, mask, image, head, query, vectors, log_sum_exp, at.inverse + head * QUERY_BLOCK,
+                   at.key, at.columns, at.scores);
+    for (int64_t i = 0; i < lanes; ++i) at.weight[i] += log_sum_exp[i] != INFINITE;
+  }
+  // Heads in which a query sees no key don't count in its mean; no residual, no halving.
+  const float part = f.residual != nullptr ? 0.5f : 1.0f;
+  for (int64_t i = 0; i < lanes; ++i) at.weight[i] = at.weight[i] > 0 ? part / at.weight[i] : 0.0f;
+
+  for (int64_t block = 0; block < plan.keys.count; ++block) {
+    const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
+    for (int64_t i = 0; i < keys * DenseShareScratch::MEAN_ROW; ++i) at.mean[i] = 0.0f;
+    for (int64_t head = 0; head < f.heads; ++head) {
+      const Task task{image, 1, head, 0};
+      const OffsetReader bias(f.bias, f, task, at.bias), mask(f.mask, f, task, at.mask);
+      pack_rows(row_of<T>(f.key, image, head, key), f.key.row, keys, f.head_dim, 1.0f, at.key, plan.row);
+      const Split panels(vectors, MAX_VECTORS);
+      for (int64_t panel = 0; panel < panels.count; ++panel)
+        with_vectors(panels.size(panel), [&](auto width) {
+          constexpr int V = decltype(width)::count;
+          const int64_t lane = panels.begin(panel) * LANES;
+          pack_columns(row_of<T>(f.query, image, head, query + lane), f.query.row, smaller(queries - lane, V * LANES),
+                       f.head_dim, f.scale, at.columns, V * LANES, V);
+          multiply<false>({f.head_dim, at.key, plan.row, at.columns, V * LANES, at.scores, V * LANES}, keys, V);
+          const Probabilities<V> probabilities(at.log_sum_exp + head * QUERY_BLOCK + lane,
+                                               at.inverse + head * QUERY_BLOCK + lane,
+                                               bias.panel(image, query + lane, V, key, keys),
+                                               mask.panel(image, query + lane, V, key, keys));
+          for (int64_t j = 0; j < keys; ++j)
+            for (int v = 0; v < V; ++v) {
+              float* mean = at.mean + j * DenseShareScratch::MEAN_ROW + lane + v * LANES;
+              const Vector score = load(at.scores + j * V * LANES + v * LANES);
+              store(mean, load(mean) + Probabilities<V>::of(probabilities, score, j, v) * load(at.weight + lane + v * LANES));
+            }
+        });
+    }
+    for (int64_t label = 0; label < f.sources; label += LABEL_BLOCK) {
+      const int64_t labels = smaller(f.sources - label, LABEL_BLOCK), row = DenseShareScratch::LABEL_ROW;
+      const auto* share = reinterpret_cast<const Float32*>(f.share + (image * f.keys + key) * f.sources + label);
+      float* result = f.share_out + (image * f.queries + query) * f.sources + label;
+      pack_rows(share, f.sources, keys, labels, 1.0f, at.labels, row);
+      Product product{keys, at.mean, DenseShareScratch::MEAN_ROW, at.labels, row, at.sums, row};
+      if (block > 0 || f.residual != nullptr) {
+        // What earlier blocks left in the result, or half the residual (all of it where no key is seen).
+        const float* start = block > 0 ? result : f.residual + (image * f.queries + query) * f.sources + label;
+        pack_rows(reinterpret_cast<const Float32*>(start), f.sources, queries, labels, 1.0f, at.sums, row);
+        for (int64_t i = 0; block == 0 && i < queries; ++i)
+          for (int64_t c = 0; c < labels && at.weight[i] > 0; ++c) at.sums[i * row + c] *= 0.5f;
+        product.init = at.sums;
+        product.init_row = row;
+      }
+      multiply<true>(product, queries, (labels + LANES - 1) / LANES);
+      unpack_rows(at.sums, row, queries, labels, reinterpret_cast<Float32*>(result), f.sources);
+    }
+  }
+}
+
+// The functions of the table: by element type.
+
+template <class Work>
+void with_type(DType dtype, Work work) {
+  if (dtype == DType::float32) return work(Float32{});
+  if (dtype == DType::bfloat16) return work(BFloat16{});
+  work(Float16{});
+}
+
+void forward_task(const Forward& f, const Task& task, float* head_share, float* scratch) {
+  with_type(f.dtype, [&](auto element) { forward_of<decltype(element)>(f, task, head_share, scratch); });
+}
+
+void backward_task(const Backward& b, const Task& task, float* grad_bias_sum, float* scratch) {
+  with_type(b.dtype, [&](auto element) { backward_of<decltype(element)>(b, task, grad_bias_sum, scratch); });
+}
+
+void dense_share_task(const Forward& f, int64_t image, int64_t chunk, float* scratch) {
+  with_type(f.dtype, [&](auto element) { dense_share_of<decltype(element)>(f, image, chunk, scratch); });
+}
+
+void sum_grad_bias(const Backward& b, const float* parts, int64_t image_tasks, int64_t image, int64_t head,
+                   int64_t first_query) {
+  const int64_t padded = padded_queries(b, LANES), size = b.keys * padded;
+  const bool all_images = b.bias_images == 1, all_heads = b.bias_heads == 1;
+  const int64_t first_task = all_images ? 0 : image, end_task = all_images ? image_tasks : image + 1;
+  const int64_t first_head = all_heads ? 0 : head, end_head = all_heads ? b.heads : head + 1;
+  const int64_t queries = smaller(b.queries - first_query, LANES);
+  with_type(b.bias.dtype, [&](auto element) {
+    using T = decltype(element);
+    T* target = reinterpret_cast<T*>(b.grad_bias) +
+                ((image * b.bias_heads + head) * b.queries + first_query) * b.keys;
+    for (int64_t key = 0; key < b.keys; key += LANES) {
+      const int64_t keys = smaller(b.keys - key, LANES);
+      Vector square[LANES] = {};
+      for (int64_t task = first_task; task < end_task; ++task)
+        for (int64_t h = first_head; h < end_head; ++h) {
+          const float* part = parts + (task * b.heads + h) * size + key * padded + first_query;
+          for (int64_t j = 0; j < keys; ++j) square[j] += load(part + j * padded);
+        }
+      transpose(square);
+      for (int64_t i = 0; i < queries; ++i) store_first(target + i * b.keys + key, square[i], keys);
+    }
+  });
+}
+
+int64_t forward_chunks(const Problem& p) { return chunks_of(p, QUERY_CHUNK).count; }
+int64_t dense_share_chunks(const Problem& p) { return chunks_of(p, QUERY_BLOCK).count; }
+
+template <class Scratch>
+int64_t scratch_of(const Problem& p) {
+  return Scratch(p, Plan(p), nullptr).size;
+}
+
+}  // namespace
+
+extern const Kernels TLALIGN_KERNELS;
+const Kernels TLALIGN_KERNELS = {
+    LANES,
+    &forward_chunks,
+    &dense_share_chunks,
+    &scratch_of<ForwardScratch>,
+    &scratch_of<BackwardScratch>,
+    &scratch_of<DenseShareScratch>,
+    &forward_task,
+    &dense_share_task,
+    &backward_task,
+    &sum_grad_bias,
+};
+
+}  // namespace tlalign::cpu

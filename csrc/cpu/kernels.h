@@ -1,0 +1,49 @@
+// The table of functions that each instruction set provides. Plain data only: see `vector.h`.
+#pragma once
+
+#include "attention.h"
+
+namespace tlalign::cpu {
+
+// Instruction sets that are compiled for this processor, the best one first.
+#if defined(__x86_64__)
+#define TLALIGN_CPU_ISAS(X) X(avx512) X(avx2) X(portable)
+#else
+#define TLALIGN_CPU_ISAS(X) X(portable)
+#endif
+
+// More sources than these take a pass of their own, whose cost does not grow with the number of heads.
+constexpr int64_t MAX_FUSED_SOURCES = 8;
+
+// What one call of a kernel is to do: one head of some images, in the forward one chunk of the queries.
+struct Task {
+  int64_t first_image, images, head, chunk;
+};
+
+struct Kernels {
+  int64_t lanes;
+  // Parts that the queries are divided into by the forward, and by the pass over dense labels.
+  int64_t (*forward_chunks)(const Problem&);
+  int64_t (*dense_share_chunks)(const Problem&);
+  // Floats that one call needs as scratch.
+  int64_t (*forward_scratch)(const Problem&);
+  int64_t (*backward_scratch)(const Problem&);
+  int64_t (*dense_share_scratch)(const Problem&);
+  // Output and log-sum-exp; the share in one head into head_share (B, H, S, Nq), up to MAX_FUSED_SOURCES.
+  void (*forward)(const Forward&, const Task&, float* head_share, float* scratch);
+  // Share of one chunk of queries of one image, from the log-sum-exp of all heads; for any number of sources.
+  void (*dense_share)(const Forward&, int64_t image, int64_t chunk, float* scratch);
+  // Gradients of query, key and value; adds that of the bias to grad_bias (Nk, padded_queries) unless that is null.
+  void (*backward)(const Backward&, const Task&, float* grad_bias, float* scratch);
+  // Gradient of the bias in one image and head of its own, for the queries of one vector: the sum of what tasks left in
+  // parts (tasks of images, H, Nk, padded_queries).
+  void (*sum_grad_bias)(const Backward&, const float* parts, int64_t image_tasks, int64_t image, int64_t head,
+                        int64_t first_query);
+};
+
+// Queries rounded up to whole vectors.
+static inline int64_t padded_queries(const Problem& problem, int64_t lanes) {
+  return (problem.queries + lanes - 1) / lanes * lanes;
+}
+
+}  // namespace tlalign::cpu

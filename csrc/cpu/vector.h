@@ -1,0 +1,205 @@
+// Vectors of LANES floats by the vector extensions of gcc and clang: one source for every instruction set.
+//
+// Compiled once per instruction set with other flags, so everything here is local to its translation unit: a function
+// shared between them could be the one that the processor at hand can't run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define TLALIGN_LANES 16
+#elif defined(__AVX2__)
+#define TLALIGN_LANES 8
+#elif !defined(TLALIGN_LANES)
+#define TLALIGN_LANES 4
+#endif
+
+#define TLALIGN_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int LANES = TLALIGN_LANES;
+
+typedef float Vector __attribute__((vector_size(LANES * 4)));
+typedef int32_t IntVector __attribute__((vector_size(LANES * 4)));
+typedef uint32_t UintVector __attribute__((vector_size(LANES * 4)));
+typedef uint64_t LongVector __attribute__((vector_size(LANES * 8)));
+typedef uint16_t ShortVector __attribute__((vector_size(LANES * 2)));
+
+// x - 0 is x for every x, -0 and NaN included, so that this is one broadcast.
+TLALIGN_INLINE Vector broadcast(float x) { return x - Vector{}; }
+
+TLALIGN_INLINE Vector load(const float* p) {
+  Vector v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+TLALIGN_INLINE void store(float* p, Vector v) { memcpy(p, &v, sizeof v); }
+
+template <class To, class From>
+TLALIGN_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Both keep a NaN in `x`, and a NaN in `y` is lost.
+TLALIGN_INLINE Vector maximum(Vector x, Vector y) { return y > x ? y : x; }
+
+// e^x for x <= 88; 0 for x below -87.3, where float32 ends but for denormal numbers. Exact at 0, relative error 1e-7
+// near it and |x| 3e-8 further down. The polynomial is the minimax one of 2^f on [-1/2, 1/2].
+TLALIGN_INLINE Vector exponential(Vector x) {
+  constexpr float LOG2_E = 1.44269504f, TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector lowest = broadcast(-88.03f);                         // -127 / log2(e), less a rounding
+  x = x < lowest ? lowest : x;
+  const Vector shifted = x * LOG2_E + TO_INTEGER;
+  const Vector fraction = x * LOG2_E - (shifted - TO_INTEGER);
+  Vector power = broadcast(1.5345812e-4f);
+  power = power * fraction + 1.3399931e-3f;
+  power = power * fraction + 9.618489e-3f;
+  power = power * fraction + 5.5503286e-2f;
+  power = power * fraction + 2.4022646e-1f;
+  power = power * fraction + 6.931472e-1f;
+  power = power * fraction + 1.0f;
+  const IntVector exponent = bits<IntVector>(shifted) - bits<int32_t>(TO_INTEGER) + 127;
+  return power * bits<Vector>(exponent << 23);
+}
+
+// ln x for normal x > 0, to 2e-7 of max(|ln x|, 1): the series of artanh on [0.75, 1.5).
+TLALIGN_INLINE Vector logarithm(Vector x) {
+  const IntVector word = bits<IntVector>(x);
+  const IntVector exponent = (word - 0x3f400000) >> 23;
+  const Vector mantissa = bits<Vector>(word - (exponent << 23));
+  const Vector z = (mantissa - 1.0f) / (mantissa + 1.0f), square = z * z;
+  Vector series = broadcast(2.0f / 11);
+  series = series * square + 2.0f / 9;
+  series = series * square + 2.0f / 7;
+  series = series * square + 2.0f / 5;
+  series = series * square + 2.0f / 3;
+  series = series * square + 2.0f;
+  return __builtin_convertvector(exponent, Vector) * 0.693147181f + series * z;
+}
+
+// The element types of queries, keys, values: how a vector of them becomes one of floats, and back.
+
+struct Float32 {
+  float value;
+};
+struct BFloat16 {
+  uint16_t word;
+};
+struct Float16 {
+  uint16_t word;
+};
+
+template <class T>
+TLALIGN_INLINE ShortVector load_words(const T* p) {
+  ShortVector v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+TLALIGN_INLINE Vector load(const Float32* p) { return load(&p->value); }
+
+TLALIGN_INLINE Vector load(const BFloat16* p) {
+  return bits<Vector>(__builtin_convertvector(load_words(p), UintVector) << 16);
+}
+
+TLALIGN_INLINE Vector load(const Float16* p) {
+  const UintVector word = __builtin_convertvector(load_words(p), UintVector);
+  const UintVector magnitude = (word & 0x7fff) << 13;
+  // Exponents are biased by 15 there and by 127 here; a product repairs that for denormal numbers too.
+  UintVector result = bits<UintVector>(bits<Vector>(magnitude) * bits<float>(uint32_t{0x77800000}));
+  result = magnitude >= (0x7c00u << 13) ? result | 0x7f800000 : result;
+  return bits<Vector>(result | (word & 0x8000) << 16);
+}
+
+TLALIGN_INLINE void store(Float32* p, Vector v) { store(&p->value, v); }
+
+// Round to nearest, ties to even, as everyone does.
+TLALIGN_INLINE void store(BFloat16* p, Vector v) {
+  const UintVector word = bits<UintVector>(v);
+  const UintVector rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  const UintVector quiet = word >> 16 | 0x40;
+  const ShortVector words = __builtin_convertvector((word & 0x7fffffff) > 0x7f800000 ? quiet : rounded, ShortVector);
+  memcpy(p, &words, sizeof words);
+}
+
+TLALIGN_INLINE void store(Float16* p, Vector v) {
+  constexpr uint32_t TO_DENORMAL = (127 - 15 + 23 - 10 + 1) << 23;  // adding it leaves the digits of a denormal number
+  const UintVector word = bits<UintVector>(v), magnitude = word & 0x7fffffff;
+  const UintVector normal = (magnitude + (0xc8000fffu + (magnitude >> 13 & 1))) >> 13;
+  const UintVector denormal = bits<UintVector>(bits<Vector>(magnitude) + bits<float>(TO_DENORMAL)) - TO_DENORMAL;
+  UintVector half = magnitude < 0x38800000 ? denormal : normal;
+  half = magnitude >= 0x47800000 ? UintVector{} + 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? UintVector{} + 0x7e00 : half;
+  const ShortVector words = __builtin_convertvector(half | (word >> 16 & 0x8000), ShortVector);
+  memcpy(p, &words, sizeof words);
+}
+
+// The first `count` elements, 0 in the other lanes; nothing beyond them is read.
+template <class T>
+TLALIGN_INLINE Vector load_first(const T* p, int64_t count) {
+  if (count >= LANES) return load(p);
+  T whole[LANES] = {};
+  for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
+  return load(whole);
+}
+
+template <class T>
+TLALIGN_INLINE void store_first(T* p, Vector v, int64_t count) {
+  if (count >= LANES) return store(p, v);
+  T whole[LANES];
+  store(whole, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
+}
+
+// Transposes LANES rows of LANES: each step swaps one bit of the row's number with the same bit of the lane's.
+
+template <int BIT, int... LANE>
+struct Butterfly {
+#if defined(__clang__)
+  TLALIGN_INLINE Vector low(Vector a, Vector b) {
+    return __builtin_shufflevector(a, b, (LANE & BIT ? LANES + LANE - BIT : LANE)...);
+  }
+  TLALIGN_INLINE Vector high(Vector a, Vector b) {
+    return __builtin_shufflevector(a, b, (LANE & BIT ? LANES + LANE : LANE + BIT)...);
+  }
+#else
+  TLALIGN_INLINE Vector low(Vector a, Vector b) {
+    return __builtin_shuffle(a, b, IntVector{(LANE & BIT ? LANES + LANE - BIT : LANE)...});
+  }
+  TLALIGN_INLINE Vector high(Vector a, Vector b) {
+    return __builtin_shuffle(a, b, IntVector{(LANE & BIT ? LANES + LANE : LANE + BIT)...});
+  }
+#endif
+};
+
+#if TLALIGN_LANES == 16
+template <int BIT>
+using ButterflyOf = Butterfly<BIT, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#elif TLALIGN_LANES == 8
+template <int BIT>
+using ButterflyOf = Butterfly<BIT, 0, 1, 2, 3, 4, 5, 6, 7>;
+#else
+template <int BIT>
+using ButterflyOf = Butterfly<BIT, 0, 1, 2, 3>;
+#endif
+
+template <int BIT = 1>
+TLALIGN_INLINE void transpose(Vector (&rows)[LANES]) {
+  if constexpr (BIT < LANES) {
+    for (int i = 0; i < LANES; ++i) {
+      if (i & BIT) continue;
+      const Vector low = ButterflyOf<BIT>::low(rows[i], rows[i + BIT]);
+      rows[i + BIT] = ButterflyOf<BIT>::high(rows[i], rows[i + BIT]);
+      rows[i] = low;
+    }
+    transpose<2 * BIT>(rows);
+  }
+}
+
+}  // namespace
