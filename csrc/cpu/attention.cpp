@@ -4,6 +4,7 @@
 // bits for any number.
 #include "attention.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -80,7 +81,8 @@ struct Free {
 using Floats = std::unique_ptr<float[], Free>;
 
 Floats allocate(int64_t floats) {
-  return Floats(static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t(64))));
+  return Floats(
+      static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t(64))));
 }
 
 // Scratch outlives the call: fresh memory would cost more page faults than a small attention takes.
@@ -119,24 +121,52 @@ void run(int64_t count, int threads, int64_t scratch_floats, Work work) {
 
 // Tasks
 
-// Images of a task. With a bias that all images share there are several, so that it is transposed once for them, and
-// its gradient summed over them: a number that follows from the shape alone, with memory for the sums in bounds.
-struct ImageTasks {
+struct Parts {
   int64_t count, base, extra;
-
-  ImageTasks(const Problem& p, bool shares_bias, int64_t bias_sum) : count(p.batch) {
-    constexpr int64_t TASKS = 96, MOST_SUMS = 1 << 23;  // floats
-    if (shares_bias) {
-      int64_t most = TASKS / p.heads;
-      if (bias_sum * most * p.heads > MOST_SUMS) most = MOST_SUMS / (bias_sum * p.heads);
-      if (most < 1) most = 1;
-      if (count > most) count = most;
-    }
-    base = p.batch / count;
-    extra = p.batch % count;
-  }
-  int64_t begin(int64_t i) const { return i * base + (i < extra ? i : extra); }
+  Parts(int64_t total, int64_t parts) : count(parts), base(total / parts), extra(total % parts) {}
+  int64_t begin(int64_t i) const { return i * base + std::min(i, extra); }
   int64_t size(int64_t i) const { return base + (i < extra); }
+};
+
+// How images, heads and chunks of queries are dealt out. Heads of an image lie beside one another in memory, so that
+// one thread should have many of them. With a bias that images share, a task has one head of several images: the bias
+// is transposed once for them and its gradient summed over them, in parts that follow from the shape alone.
+class Tasks {
+ public:
+  Tasks(const Problem& p, bool shares_bias, int64_t bias_sum, int64_t chunks, int threads)
+      : images_(p.batch, shares_bias ? image_parts(p, bias_sum) : p.batch),
+        heads_(p.heads,
+               shares_bias ? p.heads : std::clamp<int64_t>(PER_THREAD * threads / (p.batch * chunks), 1, p.heads)),
+        chunks_(chunks),
+        threads_(threads) {}
+
+  int64_t count() const { return images_.count * heads_.count * chunks_; }
+  int64_t image_parts() const { return images_.count; }
+  int64_t image_part(int64_t task) const { return task / chunks_ / heads_.count; }
+
+  Task operator[](int64_t task) const {
+    const int64_t head = task / chunks_ % heads_.count, image = image_part(task), next = task + threads_;
+    const bool ends = next >= count();
+    return {heads_.begin(head),
+            heads_.size(head),
+            images_.begin(image),
+            images_.size(image),
+            task % chunks_,
+            ends ? -1 : heads_.begin(next / chunks_ % heads_.count),
+            ends ? -1 : images_.begin(image_part(next))};
+  }
+
+ private:
+  static constexpr int64_t PER_THREAD = 4;  // tasks, so that threads end at about the same time
+
+  static int64_t image_parts(const Problem& p, int64_t bias_sum) {
+    constexpr int64_t TASKS = 96, MOST_SUMS = 1 << 23;  // floats
+    const int64_t by_memory = bias_sum == 0 ? TASKS : MOST_SUMS / (bias_sum * p.heads);
+    return std::clamp<int64_t>(std::min(TASKS / p.heads, by_memory), 1, p.batch);
+  }
+
+  Parts images_, heads_;
+  int64_t chunks_, threads_;
 };
 
 // share = mean over the heads that see a key, averaged with the residual; without any such head the residual, or 0.
@@ -167,12 +197,9 @@ void forward(const Forward& f, const std::string& isa, int threads) {
   const Kernels& kernels = *choose(isa).kernels;
   const bool dense = f.sources > MAX_FUSED_SOURCES;
   const Floats head_share = allocate(dense ? 1 : f.batch * f.heads * f.sources * f.queries + 1);
-  const ImageTasks images(f, f.bias.data != nullptr && f.bias.image == 0, 0);
-  const int64_t chunks = kernels.forward_chunks(f);
-  run(images.count * f.heads * chunks, threads, kernels.forward_scratch(f), [&](int64_t task, float* scratch) {
-    const int64_t chunk = task % chunks, head = task / chunks % f.heads, group = task / chunks / f.heads;
-    kernels.forward(f, {images.begin(group), images.size(group), head, chunk}, head_share.get(), scratch);
-  });
+  const Tasks tasks(f, f.bias.data != nullptr && f.bias.image == 0, 0, kernels.forward_chunks(f), threads);
+  run(tasks.count(), threads, kernels.forward_scratch(f),
+      [&](int64_t task, float* scratch) { kernels.forward(f, tasks[task], head_share.get(), scratch); });
   if (dense) {
     const int64_t label_chunks = kernels.dense_share_chunks(f);
     run(f.batch * label_chunks, threads, kernels.dense_share_scratch(f), [&](int64_t task, float* scratch) {
@@ -188,19 +215,18 @@ void backward(const Backward& b, const std::string& isa, int threads) {
   const int64_t padded = padded_queries(b, kernels.lanes), bias_sum = b.keys * padded;
   const bool sums_bias = b.grad_bias != nullptr;
   const bool shares_bias = b.bias.data != nullptr && (sums_bias ? b.bias_images == 1 : b.bias.image == 0);
-  const ImageTasks images(b, shares_bias, sums_bias ? bias_sum : 0);
-  const Floats parts = allocate(sums_bias ? images.count * b.heads * bias_sum : 1);
-  run(images.count * b.heads, threads, kernels.backward_scratch(b), [&](int64_t task, float* scratch) {
-    const int64_t head = task % b.heads, group = task / b.heads;
-    float* part = sums_bias ? parts.get() + task * bias_sum : nullptr;
-    for (int64_t i = 0; sums_bias && i < bias_sum; ++i) part[i] = 0.0f;
-    kernels.backward(b, {images.begin(group), images.size(group), head, 0}, part, scratch);
+  const Tasks tasks(b, shares_bias, sums_bias ? bias_sum : 0, 1, threads);
+  const Floats parts = allocate(sums_bias ? tasks.image_parts() * b.heads * bias_sum : 1);
+  run(tasks.count(), threads, kernels.backward_scratch(b), [&](int64_t task, float* scratch) {
+    float* part = sums_bias ? parts.get() + tasks.image_part(task) * b.heads * bias_sum : nullptr;
+    kernels.backward(b, tasks[task], part, scratch);
   });
   if (sums_bias) {
     const int64_t vectors = padded / kernels.lanes;
     run(b.bias_images * b.bias_heads * vectors, threads, 0, [&](int64_t task, float*) {
-      const int64_t vector = task % vectors, head = task / vectors % b.bias_heads, image = task / vectors / b.bias_heads;
-      kernels.sum_grad_bias(b, parts.get(), images.count, image, head, vector * kernels.lanes);
+      const int64_t vector = task % vectors, head = task / vectors % b.bias_heads,
+                    image = task / vectors / b.bias_heads;
+      kernels.sum_grad_bias(b, parts.get(), tasks.image_parts(), image, head, vector * kernels.lanes);
     });
   }
 }

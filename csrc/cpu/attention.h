@@ -46,7 +46,7 @@ struct Backward : Problem {
   const char* output;        // (B, Nq, H, D)
   const float* log_sum_exp;  // (B, H, Nq)
   Rows grad_query, grad_key, grad_value;
-  char* grad_bias;                // (bias_images, bias_heads, Nq, Nk) in the dtype of the bias, or null
+  char* grad_bias;                  // (bias_images, bias_heads, Nq, Nk) in the dtype of the bias, or null
   int64_t bias_images, bias_heads;  // 1 where the bias is broadcast, else B and H
 };
 

@@ -17,9 +17,9 @@ namespace tlalign::cpu {
 namespace {
 
 using Address = uintptr_t;
-using RowsTuple = std::tuple<Address, int64_t, int64_t, int64_t>;                          // image, head, row
+using RowsTuple = std::tuple<Address, int64_t, int64_t, int64_t>;                           // image, head, row
 using OffsetsTuple = std::tuple<Address, std::string, int64_t, int64_t, int64_t, int64_t>;  // image, head, query, key
-using Sizes = std::array<int64_t, 6>;                                                      // B, H, Nq, Nk, D, S
+using Sizes = std::array<int64_t, 6>;                                                       // B, H, Nq, Nk, D, S
 
 void expect(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
@@ -49,7 +49,8 @@ Offsets offsets(const std::string& argument, const std::optional<OffsetsTuple>& 
   if (!tuple) return {};
   const auto& [address, dtype, image, head, query, key] = *tuple;
   expect(image >= 0 && head >= 0 && query >= 0 && key >= 0, argument + ": expected strides that are not negative");
-  return {pointer<const char>(argument, address), dtype_of(argument, dtype, argument == "mask"), image, head, query, key};
+  return {
+      pointer<const char>(argument, address), dtype_of(argument, dtype, argument == "mask"), image, head, query, key};
 }
 
 void set_problem(Problem& p, const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
@@ -98,7 +99,8 @@ void attention_backward(const Sizes& sizes, const std::string& dtype, const Rows
                         const std::optional<OffsetsTuple>& bias, const std::optional<OffsetsTuple>& mask, double scale,
                         double dropout_p, uint64_t dropout_seed, Address output, Address log_sum_exp,
                         const RowsTuple& grad_query, const RowsTuple& grad_key, const RowsTuple& grad_value,
-                        Address grad_bias, std::pair<int64_t, int64_t> bias_shape, const std::string& isa, int threads) {
+                        Address grad_bias, std::pair<int64_t, int64_t> bias_shape, const std::string& isa,
+                        int threads) {
   Backward b;
   set_problem(b, sizes, dtype, query, key, value, bias, mask, scale, dropout_p, dropout_seed);
   b.grad_output = rows("grad_output", grad_output);

@@ -23,8 +23,8 @@ constexpr float INFINITE = __builtin_inff();
 constexpr int MAX_VECTORS = 4;
 constexpr int TILE_ROWS[] = {0, 14, 12, 8, 6};
 #elif TLALIGN_LANES == 8
-constexpr int MAX_VECTORS = 2;
-constexpr int TILE_ROWS[] = {0, 12, 6};
+constexpr int MAX_VECTORS = 3;
+constexpr int TILE_ROWS[] = {0, 12, 6, 4};
 #elif defined(__aarch64__)
 constexpr int MAX_VECTORS = 4;
 constexpr int TILE_ROWS[] = {0, 12, 12, 8, 6};
@@ -38,6 +38,8 @@ constexpr int64_t KEY_BLOCK = 272;
 constexpr int64_t QUERY_CHUNK = 272;  // of the forward
 constexpr int64_t QUERY_BLOCK = 64;   // of the backward
 constexpr int64_t LABEL_BLOCK = 64;   // labels of a pass over dense ones
+// Rows that are read no more often than this aren't worth a copy: those of short windows.
+constexpr int64_t MAX_REUSE_IN_PLACE = 4;
 // A bias that all images share is transposed once a task, if it is no larger than this.
 constexpr int64_t OFFSET_CACHE = KEY_BLOCK * QUERY_CHUNK;
 // exp(score - log_sum_exp) is good to half a unit in the last place of the log-sum-exp: up to here to 2e-6.
@@ -45,11 +47,8 @@ constexpr float PRECISE_LOG_SUM_EXP = 32;
 
 TLALIGN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// A whole number of vectors that is an odd number of cache lines: rows so long don't compete for the same cache sets.
-constexpr int64_t row_length(int64_t floats) {
-  const int64_t lines = (floats + 15) / 16;
-  return 16 * (lines + 1 - lines % 2);
-}
+// Of `floats`, a whole number of vectors: rows that are a multiple of two cache lines apart would crowd into few sets.
+constexpr int64_t row_length(int64_t floats) { return floats % 32 == 0 ? floats + 16 : floats; }
 
 // `total` in as few parts of at most `most` as there can be, sizes differing by at most one.
 struct Split {
@@ -67,24 +66,19 @@ struct Vectors {
 // Calls `work` with the number of vectors as a constant.
 template <class Work>
 TLALIGN_INLINE void with_vectors(int64_t vectors, Work work) {
-  static_assert(MAX_VECTORS == 2 || MAX_VECTORS == 4, "all numbers have their case");
-  switch (vectors) {
-    case 1:
-      return work(Vectors<1>{});
-    case 2:
-      return work(Vectors<2>{});
-#if TLALIGN_LANES == 16 || defined(__aarch64__)
-    case 3:
-      return work(Vectors<3>{});
-    case 4:
-      return work(Vectors<4>{});
-#endif
-  }
+  static_assert(MAX_VECTORS <= 4, "all numbers have their case");
+  if (vectors == 1) return work(Vectors<1>{});
+  if constexpr (MAX_VECTORS >= 2)
+    if (vectors == 2) return work(Vectors<2>{});
+  if constexpr (MAX_VECTORS >= 3)
+    if (vectors == 3) return work(Vectors<3>{});
+  if constexpr (MAX_VECTORS >= 4)
+    if (vectors == 4) return work(Vectors<4>{});
 }
 
 // Matrix products
 
-// C = scale . (init_scale . init + A B), scales by row; rows of A along memory, or across it (A transposed).
+// C = scale . (A B + init_scale . init), scales by row; rows of A along memory, or across it (A transposed).
 struct Product {
   int64_t depth;
   const float* a;
@@ -101,46 +95,58 @@ struct Product {
 
 template <int R, int V, bool ACROSS>
 __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int64_t column) {
-  Vector sums[R][V];
-  const float* a = p.a + (ACROSS ? row : row * p.a_row);
-  const float* b = p.b + column;
   const int64_t a_row = p.a_row, b_row = p.b_row;
-  if (p.init == nullptr) {
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) sums[r][v] = Vector{};
-  } else {
-    const float* init = p.init + row * p.init_row + column;
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) {
-        sums[r][v] = load(init + r * p.init_row + v * LANES);
-        if (p.init_scale != nullptr) sums[r][v] *= p.init_scale[row + r];
-      }
+  const float* b = p.b + column;
+  // A pointer for three rows: an address can add once or twice the stride, so that no more registers are needed.
+  const float* a[ACROSS ? 1 : (R + 2) / 3];
+  for (int g = 0; g < (ACROSS ? 1 : (R + 2) / 3); ++g) a[g] = p.a + (ACROSS ? row : (row + 3 * g) * a_row);
+  Vector sums[R][V];
+  TLALIGN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    TLALIGN_UNROLL
+    for (int v = 0; v < V; ++v) sums[r][v] = Vector{};
   }
-#pragma GCC unroll 1
   for (int64_t k = p.depth; k > 0; --k) {
     Vector right[V];
+    TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) right[v] = load(b + v * LANES);
+    TLALIGN_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Vector left = broadcast(ACROSS ? a[r] : a[r * a_row]);
+      const Vector left = broadcast(ACROSS ? a[0][r] : a[r / 3][r % 3 * a_row]);
+      TLALIGN_UNROLL
       for (int v = 0; v < V; ++v) sums[r][v] += left * right[v];
     }
-    a += ACROSS ? a_row : 1;
+    TLALIGN_UNROLL
+    for (int g = 0; g < (ACROSS ? 1 : (R + 2) / 3); ++g) a[g] += ACROSS ? a_row : 1;
     b += b_row;
   }
-  float* c = p.c + row * p.c_row + column;
-  for (int r = 0; r < R; ++r)
+  const int64_t c_row = p.c_row, init_row = p.init_row;
+  const float *init = p.init, *init_scale = p.init_scale, *scale = p.scale;
+  float* c = p.c + row * c_row + column;
+  if (init != nullptr) init += row * init_row + column;
+  TLALIGN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) {
-      if (p.scale != nullptr) sums[r][v] *= p.scale[row + r];
-      store(c + r * p.c_row + v * LANES, sums[r][v]);
+      Vector sum = sums[r][v];
+      if (init != nullptr) {
+        const Vector before = load(init + r * init_row + v * LANES);
+        sum += init_scale != nullptr ? before * init_scale[row + r] : before;
+      }
+      if (scale != nullptr) sum *= scale[row + r];
+      store(c + r * c_row + v * LANES, sum);
     }
+  }
 }
 
+using TileFunction = void (*)(const Product&, int64_t row, int64_t column);
+
 template <int V, bool ACROSS, int R = TILE_ROWS[V]>
-TLALIGN_INLINE void multiply_rows(const Product& p, int64_t rows, int64_t row, int64_t column) {
+TLALIGN_INLINE TileFunction tile_of(int64_t rows) {
   if constexpr (R > 1) {
-    if (rows < R) return multiply_rows<V, ACROSS, R - 1>(p, rows, row, column);
+    if (rows < R) return tile_of<V, ACROSS, R - 1>(rows);
   }
-  multiply_tile<R, V, ACROSS>(p, row, column);
+  return &multiply_tile<R, V, ACROSS>;
 }
 
 template <bool ACROSS>
@@ -150,8 +156,14 @@ void multiply(const Product& p, int64_t rows, int64_t vectors) {
     with_vectors(columns.size(j), [&](auto width) {
       constexpr int V = decltype(width)::count;
       const Split tiles(rows, TILE_ROWS[V]);
-      for (int64_t i = 0; i < tiles.count; ++i)
-        multiply_rows<V, ACROSS>(p, tiles.size(i), tiles.begin(i), columns.begin(j) * LANES);
+      const int64_t column = columns.begin(j) * LANES;
+      int64_t row = 0;
+      if (tiles.extra > 0) {
+        const TileFunction larger = tile_of<V, ACROSS>(tiles.base + 1);
+        for (int64_t i = 0; i < tiles.extra; ++i, row += tiles.base + 1) larger(p, row, column);
+      }
+      const TileFunction tile = tile_of<V, ACROSS>(tiles.base);
+      for (; row < rows; row += tiles.base) tile(p, row, column);
     });
 }
 
@@ -198,6 +210,23 @@ TLALIGN_INLINE T* row_of(const Rows& rows, int64_t image, int64_t head, int64_t 
   return reinterpret_cast<T*>(rows.data) + image * rows.image + head * rows.head + row * rows.row;
 }
 
+struct FloatRows {
+  const float* data;
+  int64_t row;
+};
+
+// Rows as floats in whole vectors: in place if they are that and `reuse`, how often they are read, is small, else a
+// copy, which lies closer together.
+template <class T>
+FloatRows read_rows(const Problem& p, const Rows& rows, int64_t image, int64_t head, int64_t first, int64_t count,
+                    int64_t reuse, float* scratch, int64_t scratch_row) {
+  const T* source = row_of<T>(rows, image, head, first);
+  if (sizeof(T) == sizeof(float) && p.head_dim % LANES == 0 && reuse <= MAX_REUSE_IN_PLACE)
+    return {reinterpret_cast<const float*>(source), rows.row};
+  pack_rows(source, rows.row, count, p.head_dim, 1.0f, scratch, scratch_row);
+  return {scratch, scratch_row};
+}
+
 float offset_at(const Offsets& offsets, int64_t index) {
   switch (offsets.dtype) {
     case DType::float32:
@@ -223,7 +252,8 @@ void pack_offsets(const Offsets& offsets, int64_t image, int64_t head, int64_t q
     pack_columns(source + first, offsets.query, queries, keys, 1.0f, columns, row, vectors);
   };
   if (offsets.key == 1 && offsets.dtype == DType::float32) return pack(reinterpret_cast<const Float32*>(offsets.data));
-  if (offsets.key == 1 && offsets.dtype == DType::bfloat16) return pack(reinterpret_cast<const BFloat16*>(offsets.data));
+  if (offsets.key == 1 && offsets.dtype == DType::bfloat16)
+    return pack(reinterpret_cast<const BFloat16*>(offsets.data));
   if (offsets.key == 1 && offsets.dtype == DType::float16) return pack(reinterpret_cast<const Float16*>(offsets.data));
   for (int64_t j = 0; j < keys; ++j)
     for (int64_t i = 0; i < vectors * LANES; ++i)
@@ -245,12 +275,11 @@ class OffsetReader {
     return caches(offsets, p) && all > panel ? all : panel;
   }
 
-  OffsetReader(const Offsets& offsets, const Problem& problem, const Task& task, float* scratch)
-      : offsets_(offsets), problem_(problem), head_(task.head), scratch_(scratch) {
-    cached_ = caches(offsets, problem) && task.images > 1;
+  OffsetReader(const Offsets& offsets, const Problem& problem, int64_t head, int64_t images, float* scratch)
+      : offsets_(offsets), problem_(problem), head_(head), scratch_(scratch) {
+    cached_ = caches(offsets, problem) && images > 1;
     const int64_t padded = padded_queries(problem, LANES);
-    if (cached_)
-      pack_offsets(offsets, 0, head_, 0, problem.queries, 0, problem.keys, scratch, padded, padded / LANES);
+    if (cached_) pack_offsets(offsets, 0, head_, 0, problem.queries, 0, problem.keys, scratch, padded, padded / LANES);
   }
 
   OffsetColumns panel(int64_t image, int64_t query, int64_t vectors, int64_t key, int64_t keys) const {
@@ -269,6 +298,60 @@ class OffsetReader {
   float* scratch_;
   bool cached_;
 };
+
+// Fetches the rows that will be needed next into the cache, a few lines at each row of a softmax: the strides of heads
+// defeat the processor's own prefetching, and all lines at once would fill the queue of misses.
+class Prefetcher {
+ public:
+  // `steps` in which all of it should be done.
+  Prefetcher(int64_t steps, int64_t row_bytes) : row_bytes_(row_bytes), steps_(steps > 0 ? steps : 1) {}
+
+  void add(const char* data, int64_t stride_bytes, int64_t rows) {
+    parts_[count_++] = {data, stride_bytes, rows};
+    lines_ += rows * ((row_bytes_ + LINE - 1) / LINE);
+    lines_per_step_ = (lines_ + steps_ - 1) / steps_;
+  }
+
+  TLALIGN_INLINE void step(Prefetcher& p) {
+    for (int64_t i = 0; i < p.lines_per_step_ && p.part_ < p.count_; ++i) {
+      Part& part = p.parts_[p.part_];
+      __builtin_prefetch(part.row + p.offset_);
+      p.offset_ += LINE;
+      if (p.offset_ < p.row_bytes_) continue;
+      p.offset_ = 0;
+      part.row += part.stride;
+      if (--part.rows == 0) ++p.part_;
+    }
+  }
+
+ private:
+  static constexpr int64_t LINE = 64;
+  struct Part {
+    const char* row;
+    int64_t stride, rows;
+  };
+  Part parts_[4];
+  int64_t row_bytes_, steps_, count_ = 0, part_ = 0, offset_ = 0, lines_ = 0, lines_per_step_ = 0;
+};
+
+// The image and head after this one in a task, or where its thread will probably go on.
+struct Next {
+  int64_t image, head;
+  Next(const Task& task, int64_t now_image, int64_t now_head) : image(now_image + 1), head(now_head) {
+    if (image < task.first_image + task.images) return;
+    image = task.first_image;
+    ++head;
+    if (head < task.first_head + task.heads) return;
+    image = task.next_image;
+    head = task.next_head;
+  }
+};
+
+template <class T>
+void prefetch_rows(Prefetcher& prefetcher, const Rows& rows, const Next& next, int64_t first, int64_t count) {
+  prefetcher.add(reinterpret_cast<const char*>(row_of<T>(rows, next.image, next.head, first)), rows.row * sizeof(T),
+                 count);
+}
 
 // Hands out parts of the scratch, each on its own cache lines. Asked with a null pointer it only counts.
 class Arena {
@@ -352,23 +435,25 @@ struct RunningSoftmax {
 // Scores (keys, V vectors) become exp(score - maximum); `keep` is what earlier results are to be multiplied with.
 template <int V, bool SHARE>
 void softmax_panel(float* scores, int64_t row, int64_t keys, OffsetColumns bias, OffsetColumns mask, const float* share,
-                   const RunningSoftmax& running, float* keep) {
+                   const RunningSoftmax& running, float* keep, Prefetcher& prefetcher) {
   Vector highest[V], sum[V], mixed[V];
+  TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) highest[v] = load(running.maximum + v * LANES);
   if (bias.data == nullptr && mask.data == nullptr) {
-    for (int64_t j = 0; j < keys; ++j)
-      for (int v = 0; v < V; ++v) highest[v] = maximum(load(scores + j * row + v * LANES), highest[v]);
+    for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
+    for (int v = 0; v < V; ++v) highest[v] = maximum(load(scores + j * row + v * LANES), highest[v]);
   } else {
-    for (int64_t j = 0; j < keys; ++j)
-      for (int v = 0; v < V; ++v) {
-        float* at = scores + j * row + v * LANES;
-        Vector score = load(at);
-        if (bias.data != nullptr) score += load(bias.data + j * bias.row + v * LANES);
-        if (mask.data != nullptr) score += load(mask.data + j * mask.row + v * LANES);
-        store(at, score);
-        highest[v] = maximum(score, highest[v]);
-      }
+    for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
+    for (int v = 0; v < V; ++v) {
+      float* at = scores + j * row + v * LANES;
+      Vector score = load(at);
+      if (bias.data != nullptr) score += load(bias.data + j * bias.row + v * LANES);
+      if (mask.data != nullptr) score += load(mask.data + j * mask.row + v * LANES);
+      store(at, score);
+      highest[v] = maximum(score, highest[v]);
+    }
   }
+  TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) {
     const Vector before = load(running.maximum + v * LANES);
     store(running.maximum + v * LANES, highest[v]);
@@ -378,7 +463,9 @@ void softmax_panel(float* scores, int64_t row, int64_t keys, OffsetColumns bias,
     sum[v] = load(running.sum + v * LANES) * kept;
     if (SHARE) mixed[v] = load(running.share + v * LANES) * kept;
   }
-  for (int64_t j = 0; j < keys; ++j)
+  for (int64_t j = 0; j < keys; ++j) {
+    Prefetcher::step(prefetcher);
+    TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) {
       float* at = scores + j * row + v * LANES;
       const Vector weight = exponential(load(at) - highest[v]);
@@ -386,6 +473,8 @@ void softmax_panel(float* scores, int64_t row, int64_t keys, OffsetColumns bias,
       sum[v] += weight;
       if (SHARE) mixed[v] += weight * share[j];
     }
+  }
+  TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) {
     store(running.sum + v * LANES, sum[v]);
     if (SHARE) store(running.share + v * LANES, mixed[v]);
@@ -399,20 +488,22 @@ void mix_shares(const float* weights, int64_t row, int64_t keys, const float* sh
   for (int64_t s = 0; s < sources; ++s) {
     float* sums = running.share + s * running.share_row;
     Vector mixed[V];
+    TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) mixed[v] = load(sums + v * LANES) * load(keep + v * LANES);
-    for (int64_t j = 0; j < keys; ++j)
-      for (int v = 0; v < V; ++v) mixed[v] += load(weights + j * row + v * LANES) * share[j * sources + s];
+    for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
+    for (int v = 0; v < V; ++v) mixed[v] += load(weights + j * row + v * LANES) * share[j * sources + s];
+    TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) store(sums + v * LANES, mixed[v]);
   }
 }
 
 template <int V>
 void drop_weights(float* weights, int64_t row, int64_t keys, const Dropout& dropout, int64_t query, int64_t key) {
-  for (int64_t j = 0; j < keys; ++j)
-    for (int v = 0; v < V; ++v) {
-      float* at = weights + j * row + v * LANES;
-      store(at, load(at) * dropout.factor(query + v * LANES, key + j));
-    }
+  for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
+  for (int v = 0; v < V; ++v) {
+    float* at = weights + j * row + v * LANES;
+    store(at, load(at) * dropout.factor(query + v * LANES, key + j));
+  }
 }
 
 Split chunks_of(const Problem& p, int64_t queries) { return Split(padded_queries(p, LANES) / LANES, queries / LANES); }
@@ -468,41 +559,49 @@ template <class T>
 void forward_of(const Forward& f, const Task& task, float* head_share, float* scratch) {
   const Plan plan(f);
   const ForwardScratch at(f, plan, scratch);
-  const OffsetReader bias(f.bias, f, task, at.bias), mask(f.mask, f, task, at.mask);
-  const Split chunks = chunks_of(f, QUERY_CHUNK);
-  const int64_t head = task.head, sources = fused_sources(f), output_row = f.heads * f.head_dim;
+  const Split chunks = chunks_of(f, QUERY_CHUNK), panels(chunks.size(task.chunk), MAX_VECTORS);
+  const int64_t sources = fused_sources(f), output_row = f.heads * f.head_dim;
+  const int64_t chunk_query = chunks.begin(task.chunk) * LANES, chunk_lanes = chunks.size(task.chunk) * LANES;
   const bool writes_output = sizeof(T) == sizeof(float) && f.head_dim % LANES == 0;
-  for (int64_t image = task.first_image; image < task.first_image + task.images; ++image)
-    {
-      const int64_t chunk = task.chunk;
-      const Split panels(chunks.size(chunk), MAX_VECTORS);
-      const int64_t chunk_lanes = chunks.size(chunk) * LANES;
+  for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
+    const OffsetReader bias(f.bias, f, head, task.images, at.bias), mask(f.mask, f, head, task.images, at.mask);
+    for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
+      const Next next(task, image, head);
+      Prefetcher prefetcher(f.keys * panels.count, f.head_dim * sizeof(T));
+      if (next.image >= 0 && plan.keys.count == 1) {
+        prefetch_rows<T>(prefetcher, f.key, next, 0, f.keys);
+        prefetch_rows<T>(prefetcher, f.value, next, 0, f.keys);
+        prefetch_rows<T>(prefetcher, f.query, next, chunk_query, smaller(f.queries - chunk_query, chunk_lanes));
+      }
       for (int64_t i = 0; i < chunk_lanes; ++i) at.maximum[i] = -INFINITE;
       for (int64_t i = 0; i < chunk_lanes; ++i) at.sum[i] = 0.0f;
       for (int64_t i = 0; i < chunk_lanes * sources; ++i) at.share[i] = 0.0f;
       for (int64_t block = 0; block < plan.keys.count; ++block) {
         const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
         const bool last = block == plan.keys.count - 1;
-        pack_rows(row_of<T>(f.key, image, head, key), f.key.row, keys, f.head_dim, 1.0f, at.key, plan.row);
-        pack_rows(row_of<T>(f.value, image, head, key), f.value.row, keys, f.head_dim, 1.0f, at.value, plan.row);
+        const FloatRows key_rows = read_rows<T>(f, f.key, image, head, key, keys, panels.count, at.key, plan.row);
+        const FloatRows value_rows = read_rows<T>(f, f.value, image, head, key, keys, panels.count, at.value, plan.row);
         const float* share = sources > 0 ? f.share + (image * f.keys + key) * sources : nullptr;
         for (int64_t panel = 0; panel < panels.count; ++panel)
           with_vectors(panels.size(panel), [&](auto width) {
             constexpr int V = decltype(width)::count;
             constexpr int64_t SCORE_ROW = row_length(V * LANES);
             const int64_t lane = panels.begin(panel) * LANES;
-            const int64_t query = chunks.begin(chunk) * LANES + lane;
+            const int64_t query = chunk_query + lane;
             const int64_t queries = smaller(f.queries - query, V * LANES);
             const RunningSoftmax running{at.maximum + lane, at.sum + lane, at.share + lane, chunk_lanes};
             pack_columns(row_of<T>(f.query, image, head, query), f.query.row, queries, f.head_dim, f.scale, at.query,
                          V * LANES, V);
-            multiply<false>({f.head_dim, at.key, plan.row, at.query, V * LANES, at.scores, SCORE_ROW}, keys, V);
+            multiply<false>({f.head_dim, key_rows.data, key_rows.row, at.query, V * LANES, at.scores, SCORE_ROW}, keys,
+                            V);
             const OffsetColumns bias_panel = bias.panel(image, query, V, key, keys);
             const OffsetColumns mask_panel = mask.panel(image, query, V, key, keys);
             if (sources == 1)
-              softmax_panel<V, true>(at.scores, SCORE_ROW, keys, bias_panel, mask_panel, share, running, at.keep);
+              softmax_panel<V, true>(at.scores, SCORE_ROW, keys, bias_panel, mask_panel, share, running, at.keep,
+                                     prefetcher);
             else
-              softmax_panel<V, false>(at.scores, SCORE_ROW, keys, bias_panel, mask_panel, nullptr, running, at.keep);
+              softmax_panel<V, false>(at.scores, SCORE_ROW, keys, bias_panel, mask_panel, nullptr, running, at.keep,
+                                      prefetcher);
             if (sources > 1) mix_shares<V>(at.scores, SCORE_ROW, keys, share, sources, running, at.keep);
             if (last) finish_softmax(f, image, head, query, V, running, head_share, at.inverse);
             if (f.dropout_p > 0) drop_weights<V>(at.scores, SCORE_ROW, keys, Dropout(f, image, head), query, key);
@@ -513,8 +612,8 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             Product product{keys,
                             at.scores,
                             SCORE_ROW,
-                            at.value,
-                            plan.row,
+                            value_rows.data,
+                            value_rows.row,
                             direct ? reinterpret_cast<float*>(output) : sums,
                             direct ? output_row : plan.row};
             if (block > 0) {
@@ -528,6 +627,7 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
           });
       }
     }
+  }
 }
 
 // Backward
@@ -541,7 +641,9 @@ struct Probabilities {
   Probabilities(const float* log_sum_exp_of_queries, const float* inverse_of_queries, OffsetColumns bias_panel,
                 OffsetColumns mask_panel)
       : bias(bias_panel), mask(mask_panel) {
+    TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) log_sum_exp[v] = load(log_sum_exp_of_queries + v * LANES);
+    TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) inverse[v] = load(inverse_of_queries + v * LANES);
   }
   TLALIGN_INLINE Vector of(const Probabilities& p, Vector score, int64_t j, int v) {
@@ -556,10 +658,13 @@ struct Probabilities {
 template <int V>
 void gradient_panel(const Probabilities<V>& probabilities, float* scores, float* gradients, int64_t row, int64_t keys,
                     const float* row_terms, const Dropout* dropout, int64_t query, int64_t key, float* grad_bias,
-                    int64_t bias_row) {
+                    int64_t bias_row, Prefetcher& prefetcher) {
   Vector row_term[V];
+  TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) row_term[v] = load(row_terms + v * LANES);
-  for (int64_t j = 0; j < keys; ++j)
+  for (int64_t j = 0; j < keys; ++j) {
+    Prefetcher::step(prefetcher);
+    TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) {
       float *score_at = scores + j * row + v * LANES, *gradient_at = gradients + j * row + v * LANES;
       const Vector probability = Probabilities<V>::of(probabilities, load(score_at), j, v);
@@ -577,10 +682,12 @@ void gradient_panel(const Probabilities<V>& probabilities, float* scores, float*
         store(sum_at, load(sum_at) + gradient);
       }
     }
+  }
 }
 
 struct BackwardScratch {
   static constexpr int64_t PANEL = MAX_VECTORS * LANES, SCORE_ROW = row_length(QUERY_BLOCK);
+  static constexpr int64_t SCALES = KEY_BLOCK > QUERY_BLOCK ? KEY_BLOCK : QUERY_BLOCK;
   float *key, *value, *grad_key, *grad_value, *query, *grad_output, *columns, *scores, *gradients, *log_sum_exp,
       *inverse, *row_terms, *scale, *grad_query, *bias, *mask;
   int64_t size;
@@ -600,7 +707,7 @@ struct BackwardScratch {
     log_sum_exp = arena.take(padded);
     inverse = arena.take(padded);
     row_terms = arena.take(padded);
-    scale = arena.take(QUERY_BLOCK);
+    scale = arena.take(SCALES);
     grad_query = arena.take((plan.keys.count > 1 ? padded : QUERY_BLOCK) * plan.row);
     bias = arena.take(OffsetReader::scratch(p.bias, p, keys, PANEL));
     mask = arena.take(OffsetReader::scratch(p.mask, p, keys, PANEL));
@@ -612,8 +719,8 @@ struct BackwardScratch {
 // where that is large. Needs the product of queries and keys once more, so it is done for such queries only.
 template <class T>
 void invert_sums(const Problem& p, const Plan& plan, const OffsetReader& bias, const OffsetReader& mask, int64_t image,
-                 int64_t head, int64_t query, int64_t vectors, const float* log_sum_exp, float* inverse, float* key_rows,
-                 float* columns, float* scores) {
+                 int64_t head, int64_t query, int64_t vectors, const float* log_sum_exp, float* inverse,
+                 float* key_rows, float* columns, float* scores) {
   bool precise = true;
   for (int64_t i = 0; i < vectors * LANES; ++i) {
     inverse[i] = 1.0f;
@@ -638,10 +745,11 @@ void invert_sums(const Problem& p, const Plan& plan, const OffsetReader& bias, c
         const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane,
                                              bias.panel(image, query + lane, V, key, keys),
                                              mask.panel(image, query + lane, V, key, keys));
-        for (int64_t j = 0; j < keys; ++j)
-          for (int v = 0; v < V; ++v)
-            sum[v] += Probabilities<V>::of(probabilities, load(scores + j * ROW + v * LANES), j, v);
+        for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
+        for (int v = 0; v < V; ++v)
+          sum[v] += Probabilities<V>::of(probabilities, load(scores + j * ROW + v * LANES), j, v);
       }
+      TLALIGN_UNROLL
       for (int v = 0; v < V; ++v) store(inverse + lane + v * LANES, sum[v] == 0.0f ? Vector{} : 1.0f / sum[v]);
     });
 }
@@ -671,83 +779,98 @@ void sum_row_terms(const Backward& b, int64_t image, int64_t head, float* row_te
 }
 
 template <class T>
-void backward_of(const Backward& b, const Task& task, float* grad_bias_sum, float* scratch) {
+void backward_of(const Backward& b, const Task& task, float* grad_bias, float* scratch) {
   const Plan plan(b);
   const BackwardScratch at(b, plan, scratch);
-  const OffsetReader bias(b.bias, b, task, at.bias), mask(b.mask, b, task, at.mask);
-  const int64_t head = task.head, padded = padded_queries(b, LANES);
+  const int64_t padded = padded_queries(b, LANES);
   const Split query_blocks = chunks_of(b, QUERY_BLOCK);
   const bool writes = sizeof(T) == sizeof(float) && b.head_dim % LANES == 0;
-  for (int64_t i = 0; i < QUERY_BLOCK; ++i) at.scale[i] = b.scale;
+  for (int64_t i = 0; i < BackwardScratch::SCALES; ++i) at.scale[i] = b.scale;
   for (int64_t i = b.queries; i < padded; ++i) at.row_terms[i] = 0.0f;
-  for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
-    load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp);
-    sum_row_terms<T>(b, image, head, at.row_terms);
-    invert_sums<T>(b, plan, bias, mask, image, head, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key, at.columns,
-                   at.scores);
-    const Dropout dropout(b, image, head);
-    for (int64_t key_block = 0; key_block < plan.keys.count; ++key_block) {
-      const int64_t key = plan.keys.begin(key_block), keys = plan.keys.size(key_block);
-      const bool last_keys = key_block == plan.keys.count - 1;
-      pack_rows(row_of<T>(b.key, image, head, key), b.key.row, keys, b.head_dim, 1.0f, at.key, plan.row);
-      pack_rows(row_of<T>(b.value, image, head, key), b.value.row, keys, b.head_dim, 1.0f, at.value, plan.row);
-      for (int64_t query_block = 0; query_block < query_blocks.count; ++query_block) {
-        const int64_t query = query_blocks.begin(query_block) * LANES;
-        const int64_t queries = smaller(b.queries - query, query_blocks.size(query_block) * LANES);
-        const bool last_queries = query_block == query_blocks.count - 1;
-        pack_rows(row_of<T>(b.query, image, head, query), b.query.row, queries, b.head_dim, b.scale, at.query, plan.row);
-        pack_rows(row_of<T>(b.grad_output, image, head, query), b.grad_output.row, queries, b.head_dim, 1.0f,
-                  at.grad_output, plan.row);
-        const Split panels(query_blocks.size(query_block), MAX_VECTORS);
-        for (int64_t panel = 0; panel < panels.count; ++panel)
-          with_vectors(panels.size(panel), [&](auto width) {
-            constexpr int V = decltype(width)::count;
-            constexpr int64_t SCORE_ROW = BackwardScratch::SCORE_ROW;
-            const int64_t lane = panels.begin(panel) * LANES, present = smaller(queries - lane, V * LANES);
-            float *scores = at.scores + lane, *gradients = at.gradients + lane;
-            const auto times_columns = [&](const float* rows, const float* right, float* result) {
-              pack_columns(reinterpret_cast<const Float32*>(right + lane * plan.row), plan.row, present, b.head_dim,
-                           1.0f, at.columns, V * LANES, V);
-              multiply<false>({b.head_dim, rows, plan.row, at.columns, V * LANES, result, SCORE_ROW}, keys, V);
-            };
-            times_columns(at.key, at.query, scores);
-            times_columns(at.value, at.grad_output, gradients);
-            const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane,
-                                                 bias.panel(image, query + lane, V, key, keys),
-                                                 mask.panel(image, query + lane, V, key, keys));
-            gradient_panel<V>(probabilities, scores, gradients, SCORE_ROW, keys, at.row_terms + query + lane,
-                              b.dropout_p > 0 ? &dropout : nullptr, query + lane, key,
-                              grad_bias_sum == nullptr ? nullptr : grad_bias_sum + key * padded + query + lane, padded);
-          });
+  for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
+    const OffsetReader bias(b.bias, b, head, task.images, at.bias), mask(b.mask, b, head, task.images, at.mask);
+    float* grad_bias_sum = grad_bias == nullptr ? nullptr : grad_bias + head * b.keys * padded;
+    for (int64_t i = 0; grad_bias != nullptr && i < b.keys * padded; ++i) grad_bias_sum[i] = 0.0f;
+    for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
+      const Next next(task, image, head);
+      Prefetcher prefetcher(b.keys * (padded / LANES / MAX_VECTORS), b.head_dim * sizeof(T));
+      if (next.image >= 0 && plan.keys.count == 1) {
+        prefetch_rows<T>(prefetcher, b.key, next, 0, b.keys);
+        prefetch_rows<T>(prefetcher, b.value, next, 0, b.keys);
+        prefetch_rows<T>(prefetcher, b.query, next, 0, b.queries);
+        prefetch_rows<T>(prefetcher, b.grad_output, next, 0, b.queries);
+      }
+      load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp);
+      sum_row_terms<T>(b, image, head, at.row_terms);
+      invert_sums<T>(b, plan, bias, mask, image, head, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key,
+                     at.columns, at.scores);
+      const Dropout dropout(b, image, head);
+      for (int64_t key_block = 0; key_block < plan.keys.count; ++key_block) {
+        const int64_t key = plan.keys.begin(key_block), keys = plan.keys.size(key_block);
+        const bool last_keys = key_block == plan.keys.count - 1;
+        const int64_t reuse = padded / LANES / MAX_VECTORS;
+        const FloatRows key_rows = read_rows<T>(b, b.key, image, head, key, keys, reuse, at.key, plan.row);
+        const FloatRows value_rows = read_rows<T>(b, b.value, image, head, key, keys, reuse, at.value, plan.row);
+        for (int64_t query_block = 0; query_block < query_blocks.count; ++query_block) {
+          const int64_t query = query_blocks.begin(query_block) * LANES;
+          const int64_t queries = smaller(b.queries - query, query_blocks.size(query_block) * LANES);
+          const bool last_queries = query_block == query_blocks.count - 1;
+          const FloatRows query_rows = read_rows<T>(b, b.query, image, head, query, queries, reuse, at.query, plan.row);
+          const FloatRows grad_output_rows =
+              read_rows<T>(b, b.grad_output, image, head, query, queries, reuse, at.grad_output, plan.row);
+          const Split panels(query_blocks.size(query_block), MAX_VECTORS);
+          for (int64_t panel = 0; panel < panels.count; ++panel)
+            with_vectors(panels.size(panel), [&](auto width) {
+              constexpr int V = decltype(width)::count;
+              constexpr int64_t SCORE_ROW = BackwardScratch::SCORE_ROW;
+              const int64_t lane = panels.begin(panel) * LANES, present = smaller(queries - lane, V * LANES);
+              float *scores = at.scores + lane, *gradients = at.gradients + lane;
+              const auto times_columns = [&](FloatRows left, FloatRows right, float scale, float* result) {
+                pack_columns(reinterpret_cast<const Float32*>(right.data + lane * right.row), right.row, present,
+                             b.head_dim, scale, at.columns, V * LANES, V);
+                multiply<false>({b.head_dim, left.data, left.row, at.columns, V * LANES, result, SCORE_ROW}, keys, V);
+              };
+              times_columns(key_rows, query_rows, b.scale, scores);
+              times_columns(value_rows, grad_output_rows, 1.0f, gradients);
+              const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane,
+                                                   bias.panel(image, query + lane, V, key, keys),
+                                                   mask.panel(image, query + lane, V, key, keys));
+              gradient_panel<V>(probabilities, scores, gradients, SCORE_ROW, keys, at.row_terms + query + lane,
+                                b.dropout_p > 0 ? &dropout : nullptr, query + lane, key,
+                                grad_bias_sum == nullptr ? nullptr : grad_bias_sum + key * padded + query + lane,
+                                padded, prefetcher);
+            });
 
-        // Sums over blocks stay in scratch; the last one goes to the tensor at once, if that has floats in whole vectors.
-        const auto accumulate = [&](auto across, int64_t rows, int64_t depth, const float* left, const float* right,
-                                    float* sums, const Rows& target, int64_t row, bool first, bool last,
-                                    const float* scale) {
-          T* result = row_of<T>(target, image, head, row);
-          const bool direct = last && writes;
-          Product product{depth,
-                          left,
-                          BackwardScratch::SCORE_ROW,
-                          right,
-                          plan.row,
-                          direct ? reinterpret_cast<float*>(result) : sums,
-                          direct ? target.row : plan.row};
-          if (!first) {
-            product.init = sums;
-            product.init_row = plan.row;
-          }
-          if (last) product.scale = scale;
-          multiply<decltype(across)::count != 0>(product, rows, plan.width_vectors);
-          if (last && !direct) unpack_rows(sums, plan.row, rows, b.head_dim, result, target.row);
-        };
-        float* grad_query = plan.keys.count > 1 ? at.grad_query + query * plan.row : at.grad_query;
-        accumulate(Vectors<1>{}, queries, keys, at.gradients, at.key, grad_query, b.grad_query, query, key_block == 0,
-                   last_keys, at.scale);
-        accumulate(Vectors<0>{}, keys, queries, at.scores, at.grad_output, at.grad_value, b.grad_value, key,
-                   query_block == 0, last_queries, nullptr);
-        accumulate(Vectors<0>{}, keys, queries, at.gradients, at.query, at.grad_key, b.grad_key, key, query_block == 0,
-                   last_queries, nullptr);
+          // Sums over blocks stay in scratch; the last one goes to the tensor at once, if that has floats in whole
+          // vectors.
+          const auto accumulate = [&](auto across, int64_t rows, int64_t depth, const float* left, FloatRows right,
+                                      float* sums, const Rows& target, int64_t row, bool first, bool last,
+                                      const float* scale) {
+            T* result = row_of<T>(target, image, head, row);
+            const bool direct = last && writes;
+            Product product{depth,
+                            left,
+                            BackwardScratch::SCORE_ROW,
+                            right.data,
+                            right.row,
+                            direct ? reinterpret_cast<float*>(result) : sums,
+                            direct ? target.row : plan.row};
+            if (!first) {
+              product.init = sums;
+              product.init_row = plan.row;
+            }
+            if (last) product.scale = scale;
+            multiply<decltype(across)::count != 0>(product, rows, plan.width_vectors);
+            if (last && !direct) unpack_rows(sums, plan.row, rows, b.head_dim, result, target.row);
+          };
+          float* grad_query = plan.keys.count > 1 ? at.grad_query + query * plan.row : at.grad_query;
+          accumulate(Vectors<1>{}, queries, keys, at.gradients, key_rows, grad_query, b.grad_query, query,
+                     key_block == 0, last_keys, at.scale);
+          accumulate(Vectors<0>{}, keys, queries, at.scores, grad_output_rows, at.grad_value, b.grad_value, key,
+                     query_block == 0, last_queries, nullptr);
+          accumulate(Vectors<0>{}, keys, queries, at.gradients, query_rows, at.grad_key, b.grad_key, key,
+                     query_block == 0, last_queries, at.scale);
+        }
       }
     }
   }
@@ -756,7 +879,8 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias_sum, floa
 // Shares of many sources: the mean of the probabilities over heads, in blocks, then one product with the labels.
 
 struct DenseShareScratch {
-  static constexpr int64_t PANEL = MAX_VECTORS * LANES, MEAN_ROW = row_length(QUERY_BLOCK), LABEL_ROW = row_length(LABEL_BLOCK);
+  static constexpr int64_t PANEL = MAX_VECTORS * LANES, MEAN_ROW = row_length(QUERY_BLOCK),
+                           LABEL_ROW = row_length(LABEL_BLOCK);
   float *key, *columns, *scores, *mean, *log_sum_exp, *inverse, *weight, *labels, *sums, *bias, *mask;
   int64_t size;
 
@@ -787,8 +911,7 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
   const int64_t queries = smaller(f.queries - query, lanes);
   for (int64_t i = 0; i < lanes; ++i) at.weight[i] = 0.0f;
   for (int64_t head = 0; head < f.heads; ++head) {
-    const Task task{image, 1, head, 0};
-    const OffsetReader bias(f.bias, f, task, at.bias), mask(f.mask, f, task, at.mask);
+    const OffsetReader bias(f.bias, f, head, 1, at.bias), mask(f.mask, f, head, 1, at.mask);
     float* log_sum_exp = at.log_sum_exp + head * QUERY_BLOCK;
     load_log_sum_exp(f, f.log_sum_exp, image, head, query, lanes, log_sum_exp);
     invert_sums<T>(f, plan, bias, mask, image, head, query, vectors, log_sum_exp, at.inverse + head * QUERY_BLOCK,
@@ -803,8 +926,7 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
     const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
     for (int64_t i = 0; i < keys * DenseShareScratch::MEAN_ROW; ++i) at.mean[i] = 0.0f;
     for (int64_t head = 0; head < f.heads; ++head) {
-      const Task task{image, 1, head, 0};
-      const OffsetReader bias(f.bias, f, task, at.bias), mask(f.mask, f, task, at.mask);
+      const OffsetReader bias(f.bias, f, head, 1, at.bias), mask(f.mask, f, head, 1, at.mask);
       pack_rows(row_of<T>(f.key, image, head, key), f.key.row, keys, f.head_dim, 1.0f, at.key, plan.row);
       const Split panels(vectors, MAX_VECTORS);
       for (int64_t panel = 0; panel < panels.count; ++panel)
@@ -814,16 +936,16 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
           pack_columns(row_of<T>(f.query, image, head, query + lane), f.query.row, smaller(queries - lane, V * LANES),
                        f.head_dim, f.scale, at.columns, V * LANES, V);
           multiply<false>({f.head_dim, at.key, plan.row, at.columns, V * LANES, at.scores, V * LANES}, keys, V);
-          const Probabilities<V> probabilities(at.log_sum_exp + head * QUERY_BLOCK + lane,
-                                               at.inverse + head * QUERY_BLOCK + lane,
-                                               bias.panel(image, query + lane, V, key, keys),
-                                               mask.panel(image, query + lane, V, key, keys));
-          for (int64_t j = 0; j < keys; ++j)
-            for (int v = 0; v < V; ++v) {
-              float* mean = at.mean + j * DenseShareScratch::MEAN_ROW + lane + v * LANES;
-              const Vector score = load(at.scores + j * V * LANES + v * LANES);
-              store(mean, load(mean) + Probabilities<V>::of(probabilities, score, j, v) * load(at.weight + lane + v * LANES));
-            }
+          const Probabilities<V> probabilities(
+              at.log_sum_exp + head * QUERY_BLOCK + lane, at.inverse + head * QUERY_BLOCK + lane,
+              bias.panel(image, query + lane, V, key, keys), mask.panel(image, query + lane, V, key, keys));
+          for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
+          for (int v = 0; v < V; ++v) {
+            float* mean = at.mean + j * DenseShareScratch::MEAN_ROW + lane + v * LANES;
+            const Vector score = load(at.scores + j * V * LANES + v * LANES);
+            store(mean,
+                  load(mean) + Probabilities<V>::of(probabilities, score, j, v) * load(at.weight + lane + v * LANES));
+          }
         });
     }
     for (int64_t label = 0; label < f.sources; label += LABEL_BLOCK) {
@@ -860,32 +982,31 @@ void forward_task(const Forward& f, const Task& task, float* head_share, float* 
   with_type(f.dtype, [&](auto element) { forward_of<decltype(element)>(f, task, head_share, scratch); });
 }
 
-void backward_task(const Backward& b, const Task& task, float* grad_bias_sum, float* scratch) {
-  with_type(b.dtype, [&](auto element) { backward_of<decltype(element)>(b, task, grad_bias_sum, scratch); });
+void backward_task(const Backward& b, const Task& task, float* grad_bias, float* scratch) {
+  with_type(b.dtype, [&](auto element) { backward_of<decltype(element)>(b, task, grad_bias, scratch); });
 }
 
 void dense_share_task(const Forward& f, int64_t image, int64_t chunk, float* scratch) {
   with_type(f.dtype, [&](auto element) { dense_share_of<decltype(element)>(f, image, chunk, scratch); });
 }
 
-void sum_grad_bias(const Backward& b, const float* parts, int64_t image_tasks, int64_t image, int64_t head,
+void sum_grad_bias(const Backward& b, const float* parts, int64_t image_parts, int64_t image, int64_t head,
                    int64_t first_query) {
   const int64_t padded = padded_queries(b, LANES), size = b.keys * padded;
   const bool all_images = b.bias_images == 1, all_heads = b.bias_heads == 1;
-  const int64_t first_task = all_images ? 0 : image, end_task = all_images ? image_tasks : image + 1;
+  const int64_t first_part = all_images ? 0 : image, end_part = all_images ? image_parts : image + 1;
   const int64_t first_head = all_heads ? 0 : head, end_head = all_heads ? b.heads : head + 1;
   const int64_t queries = smaller(b.queries - first_query, LANES);
   with_type(b.bias.dtype, [&](auto element) {
     using T = decltype(element);
-    T* target = reinterpret_cast<T*>(b.grad_bias) +
-                ((image * b.bias_heads + head) * b.queries + first_query) * b.keys;
+    T* target = reinterpret_cast<T*>(b.grad_bias) + ((image * b.bias_heads + head) * b.queries + first_query) * b.keys;
     for (int64_t key = 0; key < b.keys; key += LANES) {
       const int64_t keys = smaller(b.keys - key, LANES);
       Vector square[LANES] = {};
-      for (int64_t task = first_task; task < end_task; ++task)
+      for (int64_t part = first_part; part < end_part; ++part)
         for (int64_t h = first_head; h < end_head; ++h) {
-          const float* part = parts + (task * b.heads + h) * size + key * padded + first_query;
-          for (int64_t j = 0; j < keys; ++j) square[j] += load(part + j * padded);
+          const float* sum = parts + (part * b.heads + h) * size + key * padded + first_query;
+          for (int64_t j = 0; j < keys; ++j) square[j] += load(sum + j * padded);
         }
       transpose(square);
       for (int64_t i = 0; i < queries; ++i) store_first(target + i * b.keys + key, square[i], keys);

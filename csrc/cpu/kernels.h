@@ -15,9 +15,12 @@ namespace tlalign::cpu {
 // More sources than these take a pass of their own, whose cost does not grow with the number of heads.
 constexpr int64_t MAX_FUSED_SOURCES = 8;
 
-// What one call of a kernel is to do: one head of some images, in the forward one chunk of the queries.
+// What one call of a kernel is to do: some heads of some images, image after image within a head; in the forward one
+// chunk of the queries.
 struct Task {
-  int64_t first_image, images, head, chunk;
+  int64_t first_head, heads, first_image, images, chunk;
+  // Where the thread will probably go on, so that the first rows can be fetched ahead; image -1 if nowhere.
+  int64_t next_head, next_image;
 };
 
 struct Kernels {
@@ -33,11 +36,12 @@ struct Kernels {
   void (*forward)(const Forward&, const Task&, float* head_share, float* scratch);
   // Share of one chunk of queries of one image, from the log-sum-exp of all heads; for any number of sources.
   void (*dense_share)(const Forward&, int64_t image, int64_t chunk, float* scratch);
-  // Gradients of query, key and value; adds that of the bias to grad_bias (Nk, padded_queries) unless that is null.
+  // Gradients of query, key and value; that of the bias, summed over the images of the task, into grad_bias (H, Nk,
+  // padded_queries) unless that is null.
   void (*backward)(const Backward&, const Task&, float* grad_bias, float* scratch);
   // Gradient of the bias in one image and head of its own, for the queries of one vector: the sum of what tasks left in
-  // parts (tasks of images, H, Nk, padded_queries).
-  void (*sum_grad_bias)(const Backward&, const float* parts, int64_t image_tasks, int64_t image, int64_t head,
+  // parts (parts of the images, H, Nk, padded_queries).
+  void (*sum_grad_bias)(const Backward&, const float* parts, int64_t image_parts, int64_t image, int64_t head,
                         int64_t first_query);
 };
 
