@@ -198,15 +198,20 @@ void forward(const Forward& f, const std::string& isa, int threads) {
   const bool dense = f.sources > MAX_FUSED_SOURCES;
   const Floats head_share = allocate(dense ? 1 : f.batch * f.heads * f.sources * f.queries + 1);
   const Tasks tasks(f, f.bias.data != nullptr && f.bias.image == 0, 0, kernels.forward_chunks(f), threads);
-  run(tasks.count(), threads, kernels.forward_scratch(f),
-      [&](int64_t task, float* scratch) { kernels.forward(f, tasks[task], head_share.get(), scratch); });
+  // Heads of an image, times chunks, that are still to be done: whoever does the last one averages its shares.
+  const std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[f.batch]);
+  for (int64_t image = 0; image < f.batch; ++image) left[image] = f.heads * kernels.forward_chunks(f);
+  run(tasks.count(), threads, kernels.forward_scratch(f), [&](int64_t number, float* scratch) {
+    const Task task = tasks[number];
+    kernels.forward(f, task, head_share.get(), scratch);
+    for (int64_t image = task.first_image; image < task.first_image + task.images; ++image)
+      if (left[image].fetch_sub(task.heads) == task.heads && !dense) average_heads(f, head_share.get(), image);
+  });
   if (dense) {
     const int64_t label_chunks = kernels.dense_share_chunks(f);
     run(f.batch * label_chunks, threads, kernels.dense_share_scratch(f), [&](int64_t task, float* scratch) {
       kernels.dense_share(f, task / label_chunks, task % label_chunks, scratch);
     });
-  } else if (f.sources > 0) {
-    run(f.batch, threads, 0, [&](int64_t image, float*) { average_heads(f, head_share.get(), image); });
   }
 }
 

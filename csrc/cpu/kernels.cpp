@@ -36,8 +36,11 @@ constexpr int TILE_ROWS[] = {0, 8, 4};
 // Keys of a block at head dimension 64: N up to 272, that is all of ViT at 224 pixels, is one block.
 constexpr int64_t KEY_BLOCK = 272;
 constexpr int64_t QUERY_CHUNK = 272;  // of the forward
-constexpr int64_t QUERY_BLOCK = 64;   // of the backward
-constexpr int64_t LABEL_BLOCK = 64;   // labels of a pass over dense ones
+// Of the backward: whole panels, 64 or a little more.
+constexpr int64_t PANEL = MAX_VECTORS * LANES;
+constexpr int64_t QUERY_BLOCK = (64 + PANEL - 1) / PANEL * PANEL;
+
+constexpr int64_t LABEL_BLOCK = 64;  // labels of a pass over dense ones
 // Rows that are read no more often than this aren't worth a copy: those of short windows.
 constexpr int64_t MAX_REUSE_IN_PLACE = 4;
 // A bias that all images share is transposed once a task, if it is no larger than this.
@@ -315,7 +318,7 @@ class Prefetcher {
   TLALIGN_INLINE void step(Prefetcher& p) {
     for (int64_t i = 0; i < p.lines_per_step_ && p.part_ < p.count_; ++i) {
       Part& part = p.parts_[p.part_];
-      __builtin_prefetch(part.row + p.offset_);
+      __builtin_prefetch(part.row + p.offset_, 0, 2);  // to read, into the second level
       p.offset_ += LINE;
       if (p.offset_ < p.row_bytes_) continue;
       p.offset_ = 0;
@@ -511,7 +514,7 @@ Split chunks_of(const Problem& p, int64_t queries) { return Split(padded_queries
 int64_t fused_sources(const Problem& p) { return p.sources <= MAX_FUSED_SOURCES ? p.sources : 0; }
 
 struct ForwardScratch {
-  static constexpr int64_t PANEL = MAX_VECTORS * LANES, SCORE_ROW = row_length(PANEL);
+  static constexpr int64_t SCORE_ROW = row_length(PANEL);
   float *key, *value, *query, *scores, *output, *maximum, *sum, *share, *keep, *inverse, *bias, *mask;
   int64_t size;
 
@@ -686,7 +689,7 @@ void gradient_panel(const Probabilities<V>& probabilities, float* scores, float*
 }
 
 struct BackwardScratch {
-  static constexpr int64_t PANEL = MAX_VECTORS * LANES, SCORE_ROW = row_length(QUERY_BLOCK);
+  static constexpr int64_t SCORE_ROW = row_length(QUERY_BLOCK);
   static constexpr int64_t SCALES = KEY_BLOCK > QUERY_BLOCK ? KEY_BLOCK : QUERY_BLOCK;
   float *key, *value, *grad_key, *grad_value, *query, *grad_output, *columns, *scores, *gradients, *log_sum_exp,
       *inverse, *row_terms, *scale, *grad_query, *bias, *mask;
@@ -879,8 +882,7 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
 // Shares of many sources: the mean of the probabilities over heads, in blocks, then one product with the labels.
 
 struct DenseShareScratch {
-  static constexpr int64_t PANEL = MAX_VECTORS * LANES, MEAN_ROW = row_length(QUERY_BLOCK),
-                           LABEL_ROW = row_length(LABEL_BLOCK);
+  static constexpr int64_t MEAN_ROW = row_length(QUERY_BLOCK), LABEL_ROW = row_length(LABEL_BLOCK);
   float *key, *columns, *scores, *mean, *log_sum_exp, *inverse, *weight, *labels, *sums, *bias, *mask;
   int64_t size;
 
