@@ -7,11 +7,13 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+// Vectors wider than the registers work too, slowly: -DTLALIGN_LANES=16 runs the layout of AVX-512 on any processor.
+#if defined(TLALIGN_LANES)
+#elif defined(__AVX512F__)
 #define TLALIGN_LANES 16
 #elif defined(__AVX2__)
 #define TLALIGN_LANES 8
-#elif !defined(TLALIGN_LANES)
+#else
 #define TLALIGN_LANES 4
 #endif
 

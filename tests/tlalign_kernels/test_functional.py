@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tlalign_kernels as tlk
-from tlalign_kernels import ops, selftest
-from tlalign_kernels.backends import BACKENDS, reference
+from tlalign_kernels import extension, ops, selftest
+from tlalign_kernels.backends import AUTO_ORDER, BACKENDS, reference
 from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator, run_plain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize(
+    "backend", [name for name, module in BACKENDS.items() if name != "cpu" or extension.compiled is not None]
+)
 
 
 @pytest.fixture
@@ -238,11 +240,11 @@ def test_inputs_of_any_strides_are_handled(backend):
 
 @backends
 def test_bias_and_mask_broadcast(backend):
-    inputs = cast_inputs(make_inputs(Case("broadcast", queries=5, keys=7, head_dim=8), "cpu"), torch.float64)
-    scores = torch.zeros(2, 3, 5, 7, dtype=torch.float64)
+    inputs = cast_inputs(make_inputs(Case("broadcast", queries=5, keys=7, head_dim=8), "cpu"), torch.float32)
+    scores = torch.zeros(2, 3, 5, 7)
     shapes = [(), (7,), (5, 7), (5, 1), (3, 5, 7), (3, 1, 1), (1, 3, 5, 7), (2, 1, 5, 7), (2, 1, 1, 7), (2, 3, 5, 7)]
     for shape in shapes:
-        bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        bias = torch.randn(shape, requires_grad=True)
         output, share = call(inputs, bias=bias, backend=backend)
         full = (scores + bias.detach()).requires_grad_()
         full_output, full_share = call(inputs, bias=full, backend=backend)
@@ -250,10 +252,10 @@ def test_bias_and_mask_broadcast(backend):
         torch.testing.assert_close(share, full_share)
         (gradient,) = torch.autograd.grad(output, bias, inputs["grad_output"])
         (full_gradient,) = torch.autograd.grad(full_output, full, inputs["grad_output"])
-        torch.testing.assert_close(gradient, full_gradient.sum_to_size(shape))
+        torch.testing.assert_close(gradient, full_gradient.sum_to_size(shape), rtol=1e-5, atol=1e-5)
         allowed = torch.rand(shape) > 0.3
         masked, masked_share = call(inputs, mask=allowed, backend=backend)
-        added = torch.zeros(shape, dtype=torch.float64).masked_fill(~allowed, float("-inf"))
+        added = torch.zeros(shape).masked_fill(~allowed, float("-inf"))
         added_output, added_share = call(inputs, mask=added, backend=backend)
         assert torch.equal(masked, added_output)
         assert torch.equal(masked_share, added_share)
@@ -328,9 +330,9 @@ def philox_by_the_book(counter, key):
 @backends
 def test_dropout_drops_attention_weights_but_no_labels(backend):
     case = Case("dropout", batch=4, heads=3, queries=32, keys=32, head_dim=32, residual=False)
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float64)
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
     # With the identity as value, the output is the dropped attention matrix itself.
-    inputs["value"] = torch.eye(32, dtype=torch.float64).expand(4, 3, 32, 32)
+    inputs["value"] = torch.eye(32).expand(4, 3, 32, 32)
     full, share = call(inputs, backend=backend)
     torch.manual_seed(1)
     dropped, dropped_share = call(inputs, dropout_p=0.25, backend=backend)
@@ -343,15 +345,15 @@ def test_dropout_drops_attention_weights_but_no_labels(backend):
     assert not torch.equal(call(inputs, dropout_p=0.25, backend=backend)[0], dropped)
 
 
-@backends
-def test_gradients_see_the_same_dropout(backend):
+def test_gradients_see_the_same_dropout():
     case = Case("dropout", batch=1, heads=2, queries=6, keys=5, head_dim=8, residual=False)
     inputs = cast_inputs(make_inputs(case, "cpu"), torch.float64)
 
     def attend(query, key, value):
         torch.manual_seed(3)
-        return tlk.attention(query, key, value, dropout_p=0.5, backend=backend)[0]
+        return tlk.attention(query, key, value, dropout_p=0.5, backend="reference")[0]
 
+    # In float64, which other backends need not have: they are compared with this one, dropout included.
     leaves = [inputs[name].clone().requires_grad_() for name in ("query", "key", "value")]
     assert torch.autograd.gradcheck(attend, leaves)
 
@@ -449,7 +451,7 @@ def test_explain_names_the_choice_and_all_reasons(another_backend):
     another_backend(unsupported_reasons=only_float16)
     tensors = torch.randn(3, 1, 2, 5, 8).unbind(0)
     explanation = tlk.explain(*tensors)
-    assert explanation.backend == "reference"
+    assert explanation.backend == next(name for name in AUTO_ORDER["cpu"] if not explanation.reasons[name])
     assert explanation.reasons["another"] == ["dtype: expected float16, got torch.float32"]
     assert re.search(r"another: dtype: expected float16", str(explanation))
     assert tlk.explain(*tensors, backend="another").backend is None

@@ -1,0 +1,256 @@
+"""The CPU kernels beyond what all backends are tested for: instruction sets, threads, forks, large and odd shapes."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tlalign_kernels as tlk
+from tlalign_kernels import extension
+from tlalign_kernels.backends import cpu
+from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator
+
+if not hasattr(extension.compiled, "cpu_attention_forward"):
+    pytest.skip("built without CPU kernels", allow_module_level=True)
+
+
+def usable(isa):
+    try:
+        return extension.compiled.cpu_instruction_set(isa) == isa
+    except ValueError:
+        return False
+
+
+isas = pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(isa, marks=pytest.mark.skipif(not usable(isa), reason="not built, or the processor lacks it"))
+        for isa in ("avx512", "avx2", "portable")
+    ],
+)
+
+
+@st.composite
+def large_cases(draw):
+    """Shapes beyond one block of keys, of queries, of a vector; scores up to 1e4."""
+    packed = draw(st.booleans())
+    queries = draw(st.integers(1, 600))
+    return Case(
+        "random",
+        batch=draw(st.integers(1, 2)),
+        heads=draw(st.integers(1, 3)),
+        queries=queries,
+        keys=queries if packed else draw(st.integers(1, 600)),
+        head_dim=draw(st.integers(8, 256)),
+        sources=draw(st.sampled_from([1, 2, 8, 9, 70])),
+        packed=packed,
+        residual=draw(st.booleans()),
+        bias_scale=draw(st.sampled_from([0.0, 1.0, 1e4])),
+        mask=draw(st.sampled_from([None, "causal", "rows", "additive"])),
+    )
+
+
+@given(case=large_cases(), seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_errors_are_within_the_bound_at_large_shapes(case, seed, dtype):
+    assert [check for check in compare(case, dtype, "cpu", seed=seed) if not check.passed] == []
+
+
+# Instruction sets
+
+
+@isas
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_instruction_set_is_within_the_bound(monkeypatch, isa, dtype, case):
+    monkeypatch.setenv("TLALIGN_CPU_ISA", isa)
+    assert [check for check in compare(case, dtype, "cpu") if not check.passed] == []
+
+
+@isas
+@pytest.mark.parametrize("queries", [1, 7, 16, 49, 196, 197, 198, 257, 577])
+def test_each_instruction_set_at_odd_lengths(monkeypatch, isa, queries):
+    monkeypatch.setenv("TLALIGN_CPU_ISA", isa)
+    case = Case("length", batch=1, heads=2, queries=queries, keys=queries, head_dim=24, packed=True)
+    assert [check for check in compare(case, torch.float32, "cpu") if not check.passed] == []
+
+
+@isas
+def test_half_precision_rounds_as_torch_does(monkeypatch, isa):
+    monkeypatch.setenv("TLALIGN_CPU_ISA", isa)
+    # One key: the output is the value, through float32 and back. All 2**16 words, NaNs, infinities and denormals too.
+    words = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(1, 256, 1, 256)
+    for dtype in (torch.bfloat16, torch.float16):
+        value = words.view(dtype)
+        zeros = torch.zeros_like(value)
+        output, _ = tlk.attention(zeros, zeros, value, backend="cpu")
+        assert torch.equal(output.isnan(), value.isnan())
+        known = ~value.isnan()
+        assert torch.equal(output[known], value[known])
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("TLALIGN_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match=r"TLALIGN_CPU_ISA: expected one of .*portable, got mmx"):
+        tlk.attention(*torch.randn(3, 1, 1, 4, 8).unbind(0), backend="cpu")
+
+
+# Threads
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("ViT", heads=3, packed=True),
+        Case("windows", batch=70, queries=49, keys=49, head_dim=32, bias_scale=1.0, packed=True),
+        Case("long", batch=1, heads=2, queries=700, keys=300, head_dim=16, sources=3),
+        Case("dense", queries=150, keys=150, sources=40),
+    ],
+    ids=lambda case: case.name,
+)
+def test_any_number_of_threads_gives_the_same_bits(case):
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(run_operator(case, inputs, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(result[name], results[0][name]) for name in result)
+
+
+def test_python_threads_may_call_at_once():
+    case = Case("threads", queries=100, keys=100, bias_scale=1.0)
+    inputs = [cast_inputs(make_inputs(case, "cpu", seed), torch.float32) for seed in range(4)]
+    expected = [run_operator(case, each, "cpu") for each in inputs]
+    results = [None] * 4
+
+    def work(i):
+        for _ in range(5):
+            results[i] = run_operator(case, inputs[i], "cpu")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(result[name], wanted[name]) for name in wanted)
+
+
+CHILD = """
+import os, sys, torch, tlalign_kernels as tlk
+torch.set_num_threads(2)
+qkv, share = torch.randn(2, 64, 3, 2, 16), torch.rand(2, 64, 1)
+torch.randn(256, 256) @ torch.randn(256, 256)
+expected = tlk.attention_qkv(qkv, share, backend="cpu")[0]
+"""
+
+
+def run_python(script):
+    return subprocess.run([sys.executable, "-c", CHILD + script], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_computes_the_same_and_does_not_hang():
+    done = run_python(
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if torch.equal(tlk.attention_qkv(qkv, share, backend='cpu')[0], expected) else 3)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("first", ["torch", "tlalign_kernels._C"])
+def test_one_openmp_runtime_serves_torch_and_the_kernels(first):
+    # Two in one process would each keep threads spinning against the other's.
+    script = (
+        "import re\n"
+        "names = set(re.findall(r'lib[gi]?omp[0-9]*[^/ \\n]*[.]so[^ \\n]*', open('/proc/self/maps').read()))\n"
+        "print(names)\n"
+        "sys.exit(len(names) != 1)"
+    )
+    # The extension alone, without the package, which imports torch.
+    path = extension.compiled.__file__
+    load = f"import ctypes; ctypes.CDLL({path!r})\n" if first != "torch" else "import torch\n"
+    done = subprocess.run([sys.executable, "-c", load + CHILD + script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Memory
+
+
+def guarded(*shape, dtype=torch.float32):
+    """A contiguous tensor in the middle of a larger one, and a check that the rest of that was left alone."""
+    size, margin = torch.Size(shape).numel(), 64
+    whole = torch.full((size + 2 * margin,), 7.0, dtype=dtype)
+
+    def check():
+        assert (whole[:margin] == 7).all()
+        assert (whole[-margin:] == 7).all()
+        assert not (whole[margin:-margin] == 7).all()
+
+    return whole[margin:-margin].view(shape), check
+
+
+@isas
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("queries", "keys", "head_dim"), [(1, 1, 8), (33, 50, 20), (49, 49, 32), (300, 290, 9)])
+def test_nothing_is_written_beyond_the_results(monkeypatch, isa, dtype, queries, keys, head_dim):
+    monkeypatch.setenv("TLALIGN_CPU_ISA", isa)
+    case = Case("bounds", queries=queries, keys=keys, head_dim=head_dim, sources=3, bias_scale=1.0)
+    inputs = cast_inputs(make_inputs(case, "cpu"), dtype)
+    query, key, value = (inputs[name] for name in ("query", "key", "value"))
+    bias = inputs["bias"][None]
+    output, check_output = guarded(2, queries, 3, head_dim, dtype=dtype)
+    share, check_share = guarded(2, queries, 3)
+    log_sum_exp, check_log_sum_exp = guarded(2, 3, queries)
+    options = (bias, None, None, head_dim**-0.5, 0.0)
+    cpu.forward(query, key, value, inputs["share"], inputs["residual"], *options, output, share, log_sum_exp)
+    gradients = [guarded(*tensor.transpose(1, 2).shape, dtype=dtype) for tensor in (query, key, value)]
+    grad_bias, check_grad_bias = guarded(*bias.shape, dtype=dtype)
+    views = [gradient.transpose(1, 2) for gradient, _ in gradients]
+    grad_output = inputs["grad_output"].transpose(1, 2)
+    cpu.backward(grad_output, query, key, value, output, log_sum_exp, *options, *views, grad_bias)
+    for check in (check_output, check_share, check_log_sum_exp, check_grad_bias, *(check for _, check in gradients)):
+        check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key": (2, 3, 6, 9)}, "key: expected"),
+        ({"value": (2, 3, 5, 8)}, "value: expected"),
+        ({"share": (2, 5, 1)}, "share: expected"),
+        ({"bias": (2, 2, 4, 6)}, "bias: expected"),
+    ],
+)
+def test_the_operator_itself_refuses_shapes_that_disagree(changes, message):
+    shapes = {"query": (2, 3, 4, 8), "key": (2, 3, 6, 8), "value": (2, 3, 6, 8), "share": (2, 6, 1)}
+    shapes = {**shapes, "residual": None, "bias": None, **changes}
+    tensors = [None if shape is None else torch.rand(shape) for shape in shapes.values()]
+    with pytest.raises(ValueError, match=message):
+        torch.ops.tlalign_kernels.attention(*tensors, None, None, 1.0, 0.0, "cpu")
+
+
+def test_scratch_does_not_grow_with_the_square_of_the_length():
+    # A matrix of 16384 x 16384 scores would take 1 GiB; the limit is for scratch and results together.
+    script = (
+        "import resource\n"
+        "tlk.attention_qkv(torch.randn(1, 512, 3, 1, 16), torch.rand(1, 512, 1), backend='cpu')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "qkv = torch.randn(1, 16384, 3, 1, 16, requires_grad=True)\n"
+        "tlk.attention_qkv(qkv, torch.rand(1, 16384, 1), backend='cpu')[0].sum().backward()\n"
+        "sys.exit(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 100_000)"
+    )
+    done = run_python(script)
+    assert done.returncode == 0, done.stderr
