@@ -14,7 +14,8 @@ from timm.loss import SoftTargetCrossEntropy
 
 import tlalign_kernels as tlk
 
-MODEL, BATCH, CLASSES, ROUNDS, WARMUP_ROUNDS = "deit_tiny_patch16_224", 8, 1000, 7, 2
+MODELS = [("deit_tiny_patch16_224", 16), ("deit_small_patch16_224", 8)]
+CLASSES, ROUNDS, WARMUP_ROUNDS = 1000, 7, 1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -55,15 +56,15 @@ def materialised(model, images, target):
 def step():
     """Makes a function that runs one training step of a variant on one fixed batch, and returns its labels."""
 
-    def make(variant):
+    def make(variant, name, batch):
         torch.manual_seed(0)
         attention = MaterialisedAttention if variant is materialised else timm.layers.Attention
-        model = timm.create_model(MODEL, attn_layer=attention).to(DEVICE).train()
+        model = timm.create_model(name, attn_layer=attention).to(DEVICE).train()
         if variant is aligned:
             tlk.patch_model(model)
-        images = torch.randn(BATCH, 3, 224, 224, device=DEVICE)
-        boxes = torch.tensor([[30, 40, 150, 200]]).expand(BATCH, 1, 4)
-        target = tlk.MixedTarget.from_boxes(torch.randint(0, CLASSES, (BATCH, 2)), boxes, (224, 224)).to(DEVICE)
+        images = torch.randn(batch, 3, 224, 224, device=DEVICE)
+        boxes = torch.tensor([[30, 40, 150, 200]]).expand(batch, 1, 4)
+        target = tlk.MixedTarget.from_boxes(torch.randint(0, CLASSES, (batch, 2)), boxes, (224, 224)).to(DEVICE)
 
         def run():
             model.zero_grad()
@@ -79,10 +80,11 @@ def step():
 
 
 @pytest.mark.parametrize("variant", [cutmix, aligned, materialised], ids=lambda variant: variant.__name__)
-def test_training_step(benchmark, step, variant):
-    run, baseline = step(variant), step(cutmix)
+@pytest.mark.parametrize(("name", "batch"), MODELS)
+def test_training_step(benchmark, step, variant, name, batch):
+    run, baseline = step(variant, name, batch), step(cutmix, name, batch)
     if variant is not cutmix:
-        torch.testing.assert_close(run(), step(aligned)(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(run(), step(aligned, name, batch)(), rtol=0, atol=1e-5)
     baseline_seconds = []
 
     def run_baseline():
@@ -94,4 +96,4 @@ def test_training_step(benchmark, step, variant):
     pairs = zip(benchmark.stats.stats.data, baseline_seconds[-ROUNDS:], strict=True)
     ratio = statistics.median(own / plain for own, plain in pairs)
     benchmark.extra_info.update(ratio_to_cutmix=ratio, device=DEVICE, threads=torch.get_num_threads())
-    print(f"\n{variant.__name__}: {ratio:.2f}x the time of plain CutMix ({MODEL}, batch {BATCH}, {DEVICE})")
+    print(f"\n{variant.__name__}: {ratio:.2f}x the time of plain CutMix ({name}, batch {batch}, {DEVICE})")

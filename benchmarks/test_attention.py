@@ -1,0 +1,133 @@
+"""Time of the operator on the CPU, labels on, beside PyTorch's own attention without labels.
+
+`pytest benchmarks/test_attention.py --benchmark-only -s`. In each round ours and its peers run one after another, so
+that a busy machine disturbs all of them; ratios are medians over rounds. Every peer's output is checked first.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import tlalign_kernels as tlk
+
+ROUNDS = 15
+PRODUCT = 1024  # size of the matrix product that tells what the machine can do at the moment
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A problem; `bias` has a gradient."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+
+    def __str__(self):
+        name = f"B={self.batch} H={self.heads} N={self.queries}"
+        if self.keys != self.queries:
+            name += f" Nk={self.keys}"
+        return f"{name} D={self.head_dim} {str(self.dtype).removeprefix('torch.')}" + (" bias" if self.bias else "")
+
+
+SHAPES = [
+    Shape(8, 3, 197, 197, 64),
+    Shape(8, 6, 197, 197, 64),
+    Shape(8, 12, 197, 197, 64),
+    Shape(512, 3, 49, 49, 32, bias=True),
+    Shape(8, 6, 197, 197, 64, torch.bfloat16),
+    Shape(1, 8, 3136, 49, 64),
+    Shape(2, 3, 4096, 4096, 64),
+]
+
+
+def eager(query, key, value, attn_mask):
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+    return (scores if attn_mask is None else scores + attn_mask).softmax(dim=-1) @ value
+
+
+def seconds(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@pytest.mark.skipif(bool(tlk.backends.cpu.unsupported_reasons(
+    tlk.backends.Problem("cpu", torch.float32, 1, 1, 1, 1, 8, 1, torch.float32, False, False, 0.0, False)
+)), reason="the CPU kernels are not built")  # fmt: skip
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(benchmark, shape, backward):
+    torch.manual_seed(0)
+
+    def draw(tokens):
+        drawn = torch.randn(shape.batch, tokens, shape.heads, shape.head_dim).to(shape.dtype)
+        return drawn.transpose(1, 2).requires_grad_(backward)
+
+    tensors = [draw(shape.queries), draw(shape.keys), draw(shape.keys)]
+    bias = None
+    if shape.bias:
+        bias = torch.randn(shape.heads, shape.queries, shape.keys).to(shape.dtype).requires_grad_(backward)
+    share = torch.rand(shape.batch, shape.keys, 1)
+    residual = torch.rand(shape.batch, shape.queries, 1)
+    grad_output = torch.randn_like(tensors[0].detach())
+    leaves = tensors if bias is None else [*tensors, bias]
+
+    def run(attend):
+        output = attend()
+        return (output, *torch.autograd.grad(output, leaves, grad_output)) if backward else (output,)
+
+    variants = {
+        "ours": lambda: tlk.attention(*tensors, share, residual, bias=bias, backend="cpu")[0],
+        "ours without labels": lambda: tlk.attention(*tensors, bias=bias, backend="cpu")[0],
+        "SDPA": lambda: scaled_dot_product_attention(*tensors, attn_mask=bias),
+    }
+    # The scores of the longest shape alone would fill the memory of a small machine, that of bf16 takes seconds.
+    if shape.queries * shape.keys < 4096**2 and shape.dtype == torch.float32:
+        variants["eager"] = lambda: eager(*tensors, bias)
+    ours = run(variants["ours"])
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if shape.dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    for attend in variants.values():
+        for given, wanted in zip(run(attend), ours, strict=True):
+            torch.testing.assert_close(given, wanted, **tolerance)
+
+    matrix = torch.randn(PRODUCT, PRODUCT)
+    times = {name: [] for name in (*variants, "product")}
+
+    def run_all():
+        # Turned by one each round: what runs before leaves its mark on the caches.
+        names = list(times)
+        turn = len(times["product"]) % len(names)
+        for name in names[turn:] + names[:turn]:
+            work = (lambda: matrix @ matrix) if name == "product" else (lambda name=name: run(variants[name]))
+            times[name].append(seconds(work))
+
+    rounds = ROUNDS if shape.queries < 4096 else 5
+    benchmark.pedantic(lambda: run(variants["ours"]), setup=run_all, rounds=rounds, warmup_rounds=1)
+    times = {name: values[-rounds:] for name, values in times.items()}
+    own = times["ours"]
+
+    def ratio(name):
+        return statistics.median(theirs / mine for theirs, mine in zip(times[name], own, strict=True))
+
+    work = 4 * shape.batch * shape.heads * shape.queries * shape.keys * shape.head_dim * (3.5 if backward else 1)
+    rate = work / statistics.median(own) / 1e9
+    product_rate = 2 * PRODUCT**3 / statistics.median(times["product"]) / 1e9
+    peers = {name: ratio(name) for name in ("SDPA", "eager") if name in times}
+    labels = 1 / ratio("ours without labels")
+    benchmark.extra_info.update(
+        speed_up=peers, labels=labels, gflops=rate, product_gflops=product_rate, threads=torch.get_num_threads()
+    )
+    print(
+        f"\n{shape} {'forward + backward' if backward else 'forward'}: "
+        + ", ".join(f"{value:.2f}x faster than {name}" for name, value in peers.items())
+        + f"; labels {100 * (labels - 1):+.1f} %; {rate:.0f} GFLOP/s, matrix product {product_rate:.0f}"
+        + f"; {torch.get_num_threads()} threads"
+    )
