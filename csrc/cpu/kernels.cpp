@@ -2,7 +2,8 @@
 //
 // Scores are kept transposed, keys as rows and queries as lanes: the softmax is then a walk down the rows without a
 // sum across lanes, and the share of a key a broadcast factor, one multiply-add per score. Keys and values of a block
-// are copied into scratch as padded floats, once for all queries; what is computed from them never leaves the cache.
+// are copied into scratch as padded floats, once for all queries (short windows are read in place); what is computed
+// from them never leaves the cache.
 //
 //   forward    for each block of keys, each panel of queries:  S = K Q^T;  online softmax and share;  O = E^T V
 //   backward   for each block of keys, each block of queries:  P = exp(K Q^T - lse);  dS = P (V dO^T - delta);
