@@ -36,6 +36,7 @@ bool usable_portable(const CpuFeatures&) { return true; }
 [[maybe_unused]] bool usable_avx512(const CpuFeatures& f) {
   return usable_avx2(f) && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl;
 }
+[[maybe_unused]] bool usable_avx512bf16(const CpuFeatures& f) { return usable_avx512(f) && f.avx512_bf16; }
 
 struct InstructionSet {
   const char* name;

@@ -82,7 +82,8 @@ TLALIGN_INLINE void with_vectors(int64_t vectors, Work work) {
 
 // Matrix products
 
-// C = scale . (A B + init_scale . init), scales by row; rows of A along memory, or across it (A transposed).
+// C = scale . (A B + init_scale . init), scales by row; rows of A along memory, or across it (A transposed). A and B
+// hold floats, or words of two bfloat16 that follow one another along the depth, which then counts words.
 struct Product {
   int64_t depth;
   const float* a;
@@ -97,7 +98,18 @@ struct Product {
   const float* scale = nullptr;       // null: 1
 };
 
-template <int R, int V, bool ACROSS>
+template <bool PAIRS>
+TLALIGN_INLINE Vector add_product(Vector sum, const float* left, Vector right) {
+  if constexpr (PAIRS) {
+    uint32_t word;
+    memcpy(&word, left, sizeof word);
+    return add_products(sum, UintVector{} + word, bits<UintVector>(right));
+  } else {
+    return sum + broadcast(*left) * right;
+  }
+}
+
+template <int R, int V, bool ACROSS, bool PAIRS>
 __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int64_t column) {
   const int64_t a_row = p.a_row, b_row = p.b_row;
   const float* b = p.b + column;
@@ -116,9 +128,9 @@ __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int6
     for (int v = 0; v < V; ++v) right[v] = load(b + v * LANES);
     TLALIGN_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Vector left = broadcast(ACROSS ? a[0][r] : a[r / 3][r % 3 * a_row]);
+      const float* left = ACROSS ? a[0] + r : a[r / 3] + r % 3 * a_row;
       TLALIGN_UNROLL
-      for (int v = 0; v < V; ++v) sums[r][v] += left * right[v];
+      for (int v = 0; v < V; ++v) sums[r][v] = add_product<PAIRS>(sums[r][v], left, right[v]);
     }
     TLALIGN_UNROLL
     for (int g = 0; g < (ACROSS ? 1 : (R + 2) / 3); ++g) a[g] += ACROSS ? a_row : 1;
@@ -145,15 +157,15 @@ __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int6
 
 using TileFunction = void (*)(const Product&, int64_t row, int64_t column);
 
-template <int V, bool ACROSS, int R = TILE_ROWS[V]>
+template <int V, bool ACROSS, bool PAIRS, int R = TILE_ROWS[V]>
 TLALIGN_INLINE TileFunction tile_of(int64_t rows) {
   if constexpr (R > 1) {
-    if (rows < R) return tile_of<V, ACROSS, R - 1>(rows);
+    if (rows < R) return tile_of<V, ACROSS, PAIRS, R - 1>(rows);
   }
-  return &multiply_tile<R, V, ACROSS>;
+  return &multiply_tile<R, V, ACROSS, PAIRS>;
 }
 
-template <bool ACROSS>
+template <bool ACROSS, bool PAIRS = false>
 void multiply(const Product& p, int64_t rows, int64_t vectors) {
   const Split columns(vectors, MAX_VECTORS);
   for (int64_t j = 0; j < columns.count; ++j)
@@ -163,43 +175,79 @@ void multiply(const Product& p, int64_t rows, int64_t vectors) {
       const int64_t column = columns.begin(j) * LANES;
       int64_t row = 0;
       if (tiles.extra > 0) {
-        const TileFunction larger = tile_of<V, ACROSS>(tiles.base + 1);
+        const TileFunction larger = tile_of<V, ACROSS, PAIRS>(tiles.base + 1);
         for (int64_t i = 0; i < tiles.extra; ++i, row += tiles.base + 1) larger(p, row, column);
       }
-      const TileFunction tile = tile_of<V, ACROSS>(tiles.base);
+      const TileFunction tile = tile_of<V, ACROSS, PAIRS>(tiles.base);
       for (; row < rows; row += tiles.base) tile(p, row, column);
     });
 }
 
 // Copies between tensors and scratch
 
-// `count` rows of `width` elements as floats, times `scale`, filled up with zeros to whole vectors.
+// Whether products take the numbers of a tensor as pairs of bfloat16, not as floats.
 template <class T>
-void pack_rows(const T* source, int64_t stride, int64_t count, int64_t width, float scale, float* rows, int64_t row) {
-  const int64_t whole = width / LANES * LANES;
-  for (int64_t i = 0; i < count; ++i, source += stride, rows += row) {
-    for (int64_t d = 0; d < whole; d += LANES) store(rows + d, load(source + d) * scale);
-    if (whole < width) store(rows + whole, load_first(source + whole, width - whole) * scale);
+constexpr bool PAIRED = false;
+#if TLALIGN_PAIRS
+template <>
+constexpr bool PAIRED<BFloat16> = true;
+#endif
+
+// Words along the depth of a product of so many numbers.
+template <bool PAIRS>
+TLALIGN_INLINE int64_t words_of(int64_t numbers) {
+  return PAIRS ? (numbers + 1) / 2 : numbers;
+}
+
+// LANES words from the first `count` elements, the others 0.
+template <bool PAIRS, class T>
+TLALIGN_INLINE Vector load_words_of(const T* p, int64_t count) {
+  if constexpr (PAIRS) {
+    Vector words = {};
+    memcpy(&words, p, static_cast<size_t>(smaller(count, 2 * LANES)) * sizeof(T));
+    return words;
+  } else {
+    return load_first(p, count);
   }
 }
 
-// The same rows as columns: (width, vectors * LANES), 0 in the lanes beyond `count`.
-template <class T>
-void pack_columns(const T* source, int64_t stride, int64_t count, int64_t width, float scale, float* columns,
-                  int64_t row, int64_t vectors) {
+// `count` rows of `width` elements as words, filled up with zeros to whole vectors.
+template <bool PAIRS = false, class T>
+void pack_rows(const T* source, int64_t stride, int64_t count, int64_t width, float* rows, int64_t row) {
+  constexpr int64_t STEP = PAIRS ? 2 * LANES : LANES;
+  for (int64_t i = 0; i < count; ++i, source += stride)
+    for (int64_t d = 0; d < width; d += STEP)
+      store(rows + i * row + d / STEP * LANES, load_words_of<PAIRS>(source + d, width - d));
+}
+
+// The same rows as columns of words: (words, vectors * LANES), 0 in the lanes beyond `count`.
+template <bool PAIRS = false, class T>
+void pack_columns(const T* source, int64_t stride, int64_t count, int64_t width, float* columns, int64_t row,
+                  int64_t vectors) {
+  constexpr int64_t STEP = PAIRS ? 2 * LANES : LANES;
   for (int64_t lane = 0; lane < vectors * LANES; lane += LANES)
-    for (int64_t d = 0; d < width; d += LANES) {
-      const int64_t present = width - d;
+    for (int64_t d = 0; d < width; d += STEP) {
+      const int64_t present = smaller(width - d, STEP), words = words_of<PAIRS>(present);
       const T* corner = source + lane * stride + d;
       Vector square[LANES];
-      if (lane + LANES <= count && present >= LANES) {
-        for (int i = 0; i < LANES; ++i) square[i] = load(corner + i * stride) * scale;
+      if (lane + LANES <= count && present == STEP) {
+        for (int i = 0; i < LANES; ++i) square[i] = load_words_of<PAIRS>(corner + i * stride, STEP);
       } else {
         for (int i = 0; i < LANES; ++i)
-          square[i] = lane + i < count ? load_first(corner + i * stride, present) * scale : Vector{};
+          square[i] = lane + i < count ? load_words_of<PAIRS>(corner + i * stride, present) : Vector{};
       }
       transpose(square);
-      for (int i = 0; i < LANES && i < present; ++i) store(columns + (d + i) * row + lane, square[i]);
+      for (int i = 0; i < words; ++i) store(columns + (d / STEP * LANES + i) * row + lane, square[i]);
+    }
+}
+
+// Two rows after one another as one row of pairs, an odd one with zeros.
+template <class T>
+void pair_rows(const T* source, int64_t stride, int64_t count, int64_t width, float* rows, int64_t row) {
+  for (int64_t i = 0; i < count; i += 2, source += 2 * stride, rows += row)
+    for (int64_t d = 0; d < width; d += LANES) {
+      const Vector first = load_first(source + d, width - d);
+      store(rows + d, bits<Vector>(pair(first, i + 1 < count ? load_first(source + stride + d, width - d) : Vector{})));
     }
 }
 
@@ -214,21 +262,36 @@ TLALIGN_INLINE T* row_of(const Rows& rows, int64_t image, int64_t head, int64_t 
   return reinterpret_cast<T*>(rows.data) + image * rows.image + head * rows.head + row * rows.row;
 }
 
-struct FloatRows {
+// Words of a product in memory.
+struct Factor {
   const float* data;
   int64_t row;
 };
 
-// Rows as floats in whole vectors: in place if they are that and `reuse`, how often they are read, is small, else a
-// copy, which lies closer together.
+// Rows as left factor of a product along them: in place if they are words in whole vectors and `reuse`, how often they
+// are read, is small, else a copy, which lies closer together.
 template <class T>
-FloatRows read_rows(const Problem& p, const Rows& rows, int64_t image, int64_t head, int64_t first, int64_t count,
-                    int64_t reuse, float* scratch, int64_t scratch_row) {
+Factor left_factor(const Problem& p, const Rows& rows, int64_t image, int64_t head, int64_t first, int64_t count,
+                   int64_t reuse, float* scratch, int64_t scratch_row) {
+  constexpr int64_t PER_WORD = sizeof(float) / sizeof(T);
   const T* source = row_of<T>(rows, image, head, first);
-  if (sizeof(T) == sizeof(float) && p.head_dim % LANES == 0 && reuse <= MAX_REUSE_IN_PLACE)
-    return {reinterpret_cast<const float*>(source), rows.row};
-  pack_rows(source, rows.row, count, p.head_dim, 1.0f, scratch, scratch_row);
+  const bool has_words =
+      (PER_WORD == 1 || PAIRED<T>) && p.head_dim % (LANES * PER_WORD) == 0 && rows.row % PER_WORD == 0;
+  if (has_words && reuse <= MAX_REUSE_IN_PLACE) return {reinterpret_cast<const float*>(source), rows.row / PER_WORD};
+  pack_rows<PAIRED<T>>(source, rows.row, count, p.head_dim, scratch, scratch_row);
   return {scratch, scratch_row};
+}
+
+// Rows as right factor of a product across them.
+template <class T>
+Factor right_factor(const Problem& p, const Rows& rows, int64_t image, int64_t head, int64_t first, int64_t count,
+                    int64_t reuse, float* scratch, int64_t scratch_row) {
+  if constexpr (PAIRED<T>) {
+    pair_rows(row_of<T>(rows, image, head, first), rows.row, count, p.head_dim, scratch, scratch_row);
+    return {scratch, scratch_row};
+  } else {
+    return left_factor<T>(p, rows, image, head, first, count, reuse, scratch, scratch_row);
+  }
 }
 
 float offset_at(const Offsets& offsets, int64_t index) {
@@ -253,7 +316,7 @@ void pack_offsets(const Offsets& offsets, int64_t image, int64_t head, int64_t q
                   int64_t keys, float* columns, int64_t row, int64_t vectors) {
   const int64_t first = image * offsets.image + head * offsets.head + query * offsets.query + key * offsets.key;
   const auto pack = [&](auto* source) {
-    pack_columns(source + first, offsets.query, queries, keys, 1.0f, columns, row, vectors);
+    pack_columns(source + first, offsets.query, queries, keys, columns, row, vectors);
   };
   if (offsets.key == 1 && offsets.dtype == DType::float32) return pack(reinterpret_cast<const Float32*>(offsets.data));
   if (offsets.key == 1 && offsets.dtype == DType::bfloat16)
@@ -436,26 +499,27 @@ struct RunningSoftmax {
   int64_t share_row;
 };
 
-// Scores (keys, V vectors) become exp(score - maximum); `keep` is what earlier results are to be multiplied with.
+// Products (keys, V vectors) become exp(score - maximum); `keep` is what earlier results are to be multiplied with.
 template <int V, bool SHARE>
-void softmax_panel(float* scores, int64_t row, int64_t keys, OffsetColumns bias, OffsetColumns mask, const float* share,
-                   const RunningSoftmax& running, float* keep, Prefetcher& prefetcher) {
+void softmax_panel(float* scores, int64_t row, int64_t keys, float scale, OffsetColumns bias, OffsetColumns mask,
+                   const float* share, const RunningSoftmax& running, float* keep, Prefetcher& prefetcher) {
   Vector highest[V], sum[V], mixed[V];
   TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) highest[v] = load(running.maximum + v * LANES);
   if (bias.data == nullptr && mask.data == nullptr) {
     for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
-    for (int v = 0; v < V; ++v) highest[v] = maximum(load(scores + j * row + v * LANES), highest[v]);
+    for (int v = 0; v < V; ++v) highest[v] = maximum(load(scores + j * row + v * LANES) * scale, highest[v]);
   } else {
     for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) {
       float* at = scores + j * row + v * LANES;
-      Vector score = load(at);
+      Vector score = load(at) * scale;
       if (bias.data != nullptr) score += load(bias.data + j * bias.row + v * LANES);
       if (mask.data != nullptr) score += load(mask.data + j * mask.row + v * LANES);
       store(at, score);
       highest[v] = maximum(score, highest[v]);
     }
+    scale = 1.0f;  // it is in the scores now
   }
   TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) {
@@ -472,7 +536,7 @@ void softmax_panel(float* scores, int64_t row, int64_t keys, OffsetColumns bias,
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) {
       float* at = scores + j * row + v * LANES;
-      const Vector weight = exponential(load(at) - highest[v]);
+      const Vector weight = exponential(load(at) * scale - highest[v]);
       store(at, weight);
       sum[v] += weight;
       if (SHARE) mixed[v] += weight * share[j];
@@ -507,6 +571,17 @@ void drop_weights(float* weights, int64_t row, int64_t keys, const Dropout& drop
   for (int v = 0; v < V; ++v) {
     float* at = weights + j * row + v * LANES;
     store(at, load(at) * dropout.factor(query + v * LANES, key + j));
+  }
+}
+
+// Weights of two keys after one another become pairs, an odd key's with zeros: row i of them takes that of the weights.
+template <int V>
+void pair_weights(float* weights, int64_t row, int64_t keys) {
+  for (int64_t j = 0; j < keys; j += 2) TLALIGN_UNROLL
+  for (int v = 0; v < V; ++v) {
+    const float* at = weights + j * row + v * LANES;
+    const Vector second = j + 1 < keys ? load(at + row) : Vector{};
+    store(weights + j / 2 * row + v * LANES, bits<Vector>(pair(load(at), second)));
   }
 }
 
@@ -564,6 +639,7 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
   const Plan plan(f);
   const ForwardScratch at(f, plan, scratch);
   const Split chunks = chunks_of(f, QUERY_CHUNK), panels(chunks.size(task.chunk), MAX_VECTORS);
+  constexpr bool PAIRS = PAIRED<T>;
   const int64_t sources = fused_sources(f), output_row = f.heads * f.head_dim;
   const int64_t chunk_query = chunks.begin(task.chunk) * LANES, chunk_lanes = chunks.size(task.chunk) * LANES;
   const bool writes_output = sizeof(T) == sizeof(float) && f.head_dim % LANES == 0;
@@ -583,8 +659,8 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
       for (int64_t block = 0; block < plan.keys.count; ++block) {
         const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
         const bool last = block == plan.keys.count - 1;
-        const FloatRows key_rows = read_rows<T>(f, f.key, image, head, key, keys, panels.count, at.key, plan.row);
-        const FloatRows value_rows = read_rows<T>(f, f.value, image, head, key, keys, panels.count, at.value, plan.row);
+        const Factor key_rows = left_factor<T>(f, f.key, image, head, key, keys, panels.count, at.key, plan.row);
+        const Factor value_rows = right_factor<T>(f, f.value, image, head, key, keys, panels.count, at.value, plan.row);
         const float* share = sources > 0 ? f.share + (image * f.keys + key) * sources : nullptr;
         for (int64_t panel = 0; panel < panels.count; ++panel)
           with_vectors(panels.size(panel), [&](auto width) {
@@ -594,26 +670,28 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             const int64_t query = chunk_query + lane;
             const int64_t queries = smaller(f.queries - query, V * LANES);
             const RunningSoftmax running{at.maximum + lane, at.sum + lane, at.share + lane, chunk_lanes};
-            pack_columns(row_of<T>(f.query, image, head, query), f.query.row, queries, f.head_dim, f.scale, at.query,
-                         V * LANES, V);
-            multiply<false>({f.head_dim, key_rows.data, key_rows.row, at.query, V * LANES, at.scores, SCORE_ROW}, keys,
-                            V);
+            pack_columns<PAIRS>(row_of<T>(f.query, image, head, query), f.query.row, queries, f.head_dim, at.query,
+                                V * LANES, V);
+            multiply<false, PAIRS>(
+                {words_of<PAIRS>(f.head_dim), key_rows.data, key_rows.row, at.query, V * LANES, at.scores, SCORE_ROW},
+                keys, V);
             const OffsetColumns bias_panel = bias.panel(image, query, V, key, keys);
             const OffsetColumns mask_panel = mask.panel(image, query, V, key, keys);
             if (sources == 1)
-              softmax_panel<V, true>(at.scores, SCORE_ROW, keys, bias_panel, mask_panel, share, running, at.keep,
-                                     prefetcher);
+              softmax_panel<V, true>(at.scores, SCORE_ROW, keys, f.scale, bias_panel, mask_panel, share, running,
+                                     at.keep, prefetcher);
             else
-              softmax_panel<V, false>(at.scores, SCORE_ROW, keys, bias_panel, mask_panel, nullptr, running, at.keep,
-                                      prefetcher);
+              softmax_panel<V, false>(at.scores, SCORE_ROW, keys, f.scale, bias_panel, mask_panel, nullptr, running,
+                                      at.keep, prefetcher);
             if (sources > 1) mix_shares<V>(at.scores, SCORE_ROW, keys, share, sources, running, at.keep);
             if (last) finish_softmax(f, image, head, query, V, running, head_share, at.inverse);
             if (f.dropout_p > 0) drop_weights<V>(at.scores, SCORE_ROW, keys, Dropout(f, image, head), query, key);
+            if (PAIRS) pair_weights<V>(at.scores, SCORE_ROW, keys);
 
             T* output = reinterpret_cast<T*>(f.output) + ((image * f.queries + query) * f.heads + head) * f.head_dim;
             float* sums = at.output + lane * plan.row;
             const bool direct = last && writes_output;
-            Product product{keys,
+            Product product{words_of<PAIRS>(keys),
                             at.scores,
                             SCORE_ROW,
                             value_rows.data,
@@ -626,7 +704,7 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
               product.init_scale = at.keep;
             }
             if (last) product.scale = at.inverse;
-            multiply<true>(product, queries, plan.width_vectors);
+            multiply<true, PAIRS>(product, queries, plan.width_vectors);
             if (last && !direct) unpack_rows(sums, plan.row, queries, f.head_dim, output, output_row);
           });
       }
@@ -636,78 +714,103 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
 
 // Backward
 
-// exp(score + bias + mask - log_sum_exp) * inverse, the probabilities of a panel, one row of V vectors at a time.
+// exp(scale * product + bias + mask - log_sum_exp) * inverse, the probabilities of a panel, one row of V vectors at a
+// time.
 template <int V>
 struct Probabilities {
   Vector log_sum_exp[V], inverse[V];
+  float scale;
   OffsetColumns bias, mask;
 
-  Probabilities(const float* log_sum_exp_of_queries, const float* inverse_of_queries, OffsetColumns bias_panel,
-                OffsetColumns mask_panel)
-      : bias(bias_panel), mask(mask_panel) {
+  Probabilities(const float* log_sum_exp_of_queries, const float* inverse_of_queries, float scale_of_scores,
+                OffsetColumns bias_panel, OffsetColumns mask_panel)
+      : scale(scale_of_scores), bias(bias_panel), mask(mask_panel) {
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) log_sum_exp[v] = load(log_sum_exp_of_queries + v * LANES);
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) inverse[v] = load(inverse_of_queries + v * LANES);
   }
-  TLALIGN_INLINE Vector of(const Probabilities& p, Vector score, int64_t j, int v) {
+  TLALIGN_INLINE Vector of(const Probabilities& p, Vector product, int64_t j, int v) {
+    Vector score = product * p.scale;
     if (p.bias.data != nullptr) score += load(p.bias.data + j * p.bias.row + v * LANES);
     if (p.mask.data != nullptr) score += load(p.mask.data + j * p.mask.row + v * LANES);
     return exponential(score - p.log_sum_exp[v]) * p.inverse[v];
   }
 };
 
-// Scores become (dropped) probabilities, the gradients of probabilities those of scores; these are added to
-// `grad_bias` (keys, bias_row) unless it is null.
-template <int V>
-void gradient_panel(const Probabilities<V>& probabilities, float* scores, float* gradients, int64_t row, int64_t keys,
+// Scores, gradients and, with PAIRS, pairs of a panel of a block of queries: rows of keys, and the first lane.
+struct ScorePanel {
+  float *scores, *gradients, *pairs;
+  int64_t lane;
+  static constexpr int64_t ROW = row_length(QUERY_BLOCK);
+};
+
+// Products of queries and keys become (dropped) probabilities, the gradients of probabilities those of scores; these
+// are added to `grad_bias` (keys, bias_row) unless it is null. With PAIRS both become rows of bfloat16 where they are,
+// and the gradients those of scores once more, as pairs of keys.
+template <int V, bool PAIRS>
+void gradient_panel(const Probabilities<V>& probabilities, const ScorePanel& panel, int64_t keys,
                     const float* row_terms, const Dropout* dropout, int64_t query, int64_t key, float* grad_bias,
                     int64_t bias_row, Prefetcher& prefetcher) {
-  Vector row_term[V];
+  constexpr int64_t ROW = ScorePanel::ROW;
+  Vector row_term[V], before[V] = {};
   TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) row_term[v] = load(row_terms + v * LANES);
   for (int64_t j = 0; j < keys; ++j) {
     Prefetcher::step(prefetcher);
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) {
-      float *score_at = scores + j * row + v * LANES, *gradient_at = gradients + j * row + v * LANES;
-      const Vector probability = Probabilities<V>::of(probabilities, load(score_at), j, v);
-      Vector kept = probability, gradient = load(gradient_at);
+      const int64_t first = panel.lane + v * LANES;
+      float *score_row = panel.scores + j * ROW, *gradient_row = panel.gradients + j * ROW;
+      const Vector probability = Probabilities<V>::of(probabilities, load(score_row + first), j, v);
+      Vector kept = probability, gradient = load(gradient_row + first);
       if (dropout != nullptr) {
         const Vector factor = dropout->factor(query + v * LANES, key + j);
         kept *= factor;
         gradient *= factor;
       }
       gradient = probability * (gradient - row_term[v]);
-      store(score_at, kept);
-      store(gradient_at, gradient);
+      if constexpr (PAIRS) {
+        store(reinterpret_cast<BFloat16*>(score_row) + first, kept);
+        store(reinterpret_cast<BFloat16*>(gradient_row) + first, gradient);
+        if (j % 2 != 0) store(panel.pairs + j / 2 * ROW + first, bits<Vector>(pair(before[v], gradient)));
+        before[v] = gradient;
+      } else {
+        store(score_row + first, kept);
+        store(gradient_row + first, gradient);
+      }
       if (grad_bias != nullptr) {
         float* sum_at = grad_bias + j * bias_row + v * LANES;
         store(sum_at, load(sum_at) + gradient);
       }
     }
   }
+  if (PAIRS && keys % 2 != 0) TLALIGN_UNROLL
+  for (int v = 0; v < V; ++v)
+    store(panel.pairs + keys / 2 * ROW + panel.lane + v * LANES, bits<Vector>(pair(before[v], Vector{})));
 }
 
 struct BackwardScratch {
-  static constexpr int64_t SCORE_ROW = row_length(QUERY_BLOCK);
   static constexpr int64_t SCALES = KEY_BLOCK > QUERY_BLOCK ? KEY_BLOCK : QUERY_BLOCK;
-  float *key, *value, *grad_key, *grad_value, *query, *grad_output, *columns, *scores, *gradients, *log_sum_exp,
-      *inverse, *row_terms, *scale, *grad_query, *bias, *mask;
+  float *key, *key_pairs, *value, *grad_key, *grad_value, *query, *grad_output, *columns, *scores, *gradients, *pairs,
+      *log_sum_exp, *inverse, *row_terms, *scale, *grad_query, *bias, *mask;
   int64_t size;
 
   BackwardScratch(const Problem& p, const Plan& plan, float* scratch) {
     Arena arena(scratch);
     const int64_t keys = plan.key_block(), padded = padded_queries(p, LANES) + PANEL;
+    const int64_t key_pairs_rows = TLALIGN_PAIRS && p.dtype == DType::bfloat16 ? (keys + 1) / 2 : 0;
     key = arena.take(keys * plan.row);
+    key_pairs = arena.take(key_pairs_rows * plan.row);
     value = arena.take(keys * plan.row);
     grad_key = arena.take(keys * plan.row);
     grad_value = arena.take(keys * plan.row);
     query = arena.take(QUERY_BLOCK * plan.row);
     grad_output = arena.take(QUERY_BLOCK * plan.row);
     columns = arena.take(p.head_dim * PANEL);
-    scores = arena.take(keys * SCORE_ROW);
-    gradients = arena.take(keys * SCORE_ROW);
+    scores = arena.take(keys * ScorePanel::ROW);
+    gradients = arena.take(keys * ScorePanel::ROW);
+    pairs = arena.take(key_pairs_rows * ScorePanel::ROW);
     log_sum_exp = arena.take(padded);
     inverse = arena.take(padded);
     row_terms = arena.take(padded);
@@ -740,13 +843,12 @@ void invert_sums(const Problem& p, const Plan& plan, const OffsetReader& bias, c
       constexpr int64_t ROW = V * LANES;
       const int64_t lane = panels.begin(panel) * LANES, queries = smaller(p.queries - query - lane, ROW);
       Vector sum[V] = {};
-      pack_columns(row_of<T>(p.query, image, head, query + lane), p.query.row, queries, p.head_dim, p.scale, columns,
-                   ROW, V);
+      pack_columns(row_of<T>(p.query, image, head, query + lane), p.query.row, queries, p.head_dim, columns, ROW, V);
       for (int64_t block = 0; block < plan.keys.count; ++block) {
         const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
-        pack_rows(row_of<T>(p.key, image, head, key), p.key.row, keys, p.head_dim, 1.0f, key_rows, plan.row);
+        pack_rows(row_of<T>(p.key, image, head, key), p.key.row, keys, p.head_dim, key_rows, plan.row);
         multiply<false>({p.head_dim, key_rows, plan.row, columns, ROW, scores, ROW}, keys, V);
-        const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane,
+        const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane, p.scale,
                                              bias.panel(image, query + lane, V, key, keys),
                                              mask.panel(image, query + lane, V, key, keys));
         for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
@@ -784,6 +886,8 @@ void sum_row_terms(const Backward& b, int64_t image, int64_t head, float* row_te
 
 template <class T>
 void backward_of(const Backward& b, const Task& task, float* grad_bias, float* scratch) {
+  constexpr bool PAIRS = PAIRED<T>;
+  constexpr int64_t SCORE_ROW = ScorePanel::ROW;
   const Plan plan(b);
   const BackwardScratch at(b, plan, scratch);
   const int64_t padded = padded_queries(b, LANES);
@@ -813,48 +917,51 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
         const int64_t key = plan.keys.begin(key_block), keys = plan.keys.size(key_block);
         const bool last_keys = key_block == plan.keys.count - 1;
         const int64_t reuse = padded / LANES / MAX_VECTORS;
-        const FloatRows key_rows = read_rows<T>(b, b.key, image, head, key, keys, reuse, at.key, plan.row);
-        const FloatRows value_rows = read_rows<T>(b, b.value, image, head, key, keys, reuse, at.value, plan.row);
+        const Factor key_rows = left_factor<T>(b, b.key, image, head, key, keys, reuse, at.key, plan.row);
+        const Factor value_rows = left_factor<T>(b, b.value, image, head, key, keys, reuse, at.value, plan.row);
+        const Factor key_factor =
+            PAIRS ? right_factor<T>(b, b.key, image, head, key, keys, reuse, at.key_pairs, plan.row) : key_rows;
         for (int64_t query_block = 0; query_block < query_blocks.count; ++query_block) {
           const int64_t query = query_blocks.begin(query_block) * LANES;
           const int64_t queries = smaller(b.queries - query, query_blocks.size(query_block) * LANES);
           const bool last_queries = query_block == query_blocks.count - 1;
-          const FloatRows query_rows = read_rows<T>(b, b.query, image, head, query, queries, reuse, at.query, plan.row);
-          const FloatRows grad_output_rows =
-              read_rows<T>(b, b.grad_output, image, head, query, queries, reuse, at.grad_output, plan.row);
+          const Factor query_factor =
+              right_factor<T>(b, b.query, image, head, query, queries, reuse, at.query, plan.row);
+          const Factor grad_output_factor =
+              right_factor<T>(b, b.grad_output, image, head, query, queries, reuse, at.grad_output, plan.row);
           const Split panels(query_blocks.size(query_block), MAX_VECTORS);
           for (int64_t panel = 0; panel < panels.count; ++panel)
             with_vectors(panels.size(panel), [&](auto width) {
               constexpr int V = decltype(width)::count;
-              constexpr int64_t SCORE_ROW = BackwardScratch::SCORE_ROW;
               const int64_t lane = panels.begin(panel) * LANES, present = smaller(queries - lane, V * LANES);
-              float *scores = at.scores + lane, *gradients = at.gradients + lane;
-              const auto times_columns = [&](FloatRows left, FloatRows right, float scale, float* result) {
-                pack_columns(reinterpret_cast<const Float32*>(right.data + lane * right.row), right.row, present,
-                             b.head_dim, scale, at.columns, V * LANES, V);
-                multiply<false>({b.head_dim, left.data, left.row, at.columns, V * LANES, result, SCORE_ROW}, keys, V);
+              const auto times_columns = [&](Factor left, const Rows& rows, float* result) {
+                pack_columns<PAIRS>(row_of<T>(rows, image, head, query + lane), rows.row, present, b.head_dim,
+                                    at.columns, V * LANES, V);
+                multiply<false, PAIRS>(
+                    {words_of<PAIRS>(b.head_dim), left.data, left.row, at.columns, V * LANES, result + lane, SCORE_ROW},
+                    keys, V);
               };
-              times_columns(key_rows, query_rows, b.scale, scores);
-              times_columns(value_rows, grad_output_rows, 1.0f, gradients);
-              const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane,
+              times_columns(key_rows, b.query, at.scores);
+              times_columns(value_rows, b.grad_output, at.gradients);
+              const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane, b.scale,
                                                    bias.panel(image, query + lane, V, key, keys),
                                                    mask.panel(image, query + lane, V, key, keys));
-              gradient_panel<V>(probabilities, scores, gradients, SCORE_ROW, keys, at.row_terms + query + lane,
-                                b.dropout_p > 0 ? &dropout : nullptr, query + lane, key,
-                                grad_bias_sum == nullptr ? nullptr : grad_bias_sum + key * padded + query + lane,
-                                padded, prefetcher);
+              gradient_panel<V, PAIRS>(
+                  probabilities, {at.scores, at.gradients, at.pairs, lane}, keys, at.row_terms + query + lane,
+                  b.dropout_p > 0 ? &dropout : nullptr, query + lane, key,
+                  grad_bias_sum == nullptr ? nullptr : grad_bias_sum + key * padded + query + lane, padded, prefetcher);
             });
 
           // Sums over blocks stay in scratch; the last one goes to the tensor at once, if that has floats in whole
           // vectors.
-          const auto accumulate = [&](auto across, int64_t rows, int64_t depth, const float* left, FloatRows right,
+          const auto accumulate = [&](auto across, int64_t rows, int64_t depth, const float* left, Factor right,
                                       float* sums, const Rows& target, int64_t row, bool first, bool last,
                                       const float* scale) {
             T* result = row_of<T>(target, image, head, row);
             const bool direct = last && writes;
-            Product product{depth,
+            Product product{words_of<PAIRS>(depth),
                             left,
-                            BackwardScratch::SCORE_ROW,
+                            SCORE_ROW,
                             right.data,
                             right.row,
                             direct ? reinterpret_cast<float*>(result) : sums,
@@ -864,15 +971,15 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
               product.init_row = plan.row;
             }
             if (last) product.scale = scale;
-            multiply<decltype(across)::count != 0>(product, rows, plan.width_vectors);
+            multiply<decltype(across)::count != 0, PAIRS>(product, rows, plan.width_vectors);
             if (last && !direct) unpack_rows(sums, plan.row, rows, b.head_dim, result, target.row);
           };
           float* grad_query = plan.keys.count > 1 ? at.grad_query + query * plan.row : at.grad_query;
-          accumulate(Vectors<1>{}, queries, keys, at.gradients, key_rows, grad_query, b.grad_query, query,
-                     key_block == 0, last_keys, at.scale);
-          accumulate(Vectors<0>{}, keys, queries, at.scores, grad_output_rows, at.grad_value, b.grad_value, key,
+          accumulate(Vectors<1>{}, queries, keys, PAIRS ? at.pairs : at.gradients, key_factor, grad_query, b.grad_query,
+                     query, key_block == 0, last_keys, at.scale);
+          accumulate(Vectors<0>{}, keys, queries, at.scores, grad_output_factor, at.grad_value, b.grad_value, key,
                      query_block == 0, last_queries, nullptr);
-          accumulate(Vectors<0>{}, keys, queries, at.gradients, query_rows, at.grad_key, b.grad_key, key,
+          accumulate(Vectors<0>{}, keys, queries, at.gradients, query_factor, at.grad_key, b.grad_key, key,
                      query_block == 0, last_queries, at.scale);
         }
       }
@@ -930,17 +1037,17 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
     for (int64_t i = 0; i < keys * DenseShareScratch::MEAN_ROW; ++i) at.mean[i] = 0.0f;
     for (int64_t head = 0; head < f.heads; ++head) {
       const OffsetReader bias(f.bias, f, head, 1, at.bias), mask(f.mask, f, head, 1, at.mask);
-      pack_rows(row_of<T>(f.key, image, head, key), f.key.row, keys, f.head_dim, 1.0f, at.key, plan.row);
+      pack_rows(row_of<T>(f.key, image, head, key), f.key.row, keys, f.head_dim, at.key, plan.row);
       const Split panels(vectors, MAX_VECTORS);
       for (int64_t panel = 0; panel < panels.count; ++panel)
         with_vectors(panels.size(panel), [&](auto width) {
           constexpr int V = decltype(width)::count;
           const int64_t lane = panels.begin(panel) * LANES;
           pack_columns(row_of<T>(f.query, image, head, query + lane), f.query.row, smaller(queries - lane, V * LANES),
-                       f.head_dim, f.scale, at.columns, V * LANES, V);
+                       f.head_dim, at.columns, V * LANES, V);
           multiply<false>({f.head_dim, at.key, plan.row, at.columns, V * LANES, at.scores, V * LANES}, keys, V);
           const Probabilities<V> probabilities(
-              at.log_sum_exp + head * QUERY_BLOCK + lane, at.inverse + head * QUERY_BLOCK + lane,
+              at.log_sum_exp + head * QUERY_BLOCK + lane, at.inverse + head * QUERY_BLOCK + lane, f.scale,
               bias.panel(image, query + lane, V, key, keys), mask.panel(image, query + lane, V, key, keys));
           for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
           for (int v = 0; v < V; ++v) {
@@ -955,12 +1062,12 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
       const int64_t labels = smaller(f.sources - label, LABEL_BLOCK), row = DenseShareScratch::LABEL_ROW;
       const auto* share = reinterpret_cast<const Float32*>(f.share + (image * f.keys + key) * f.sources + label);
       float* result = f.share_out + (image * f.queries + query) * f.sources + label;
-      pack_rows(share, f.sources, keys, labels, 1.0f, at.labels, row);
+      pack_rows(share, f.sources, keys, labels, at.labels, row);
       Product product{keys, at.mean, DenseShareScratch::MEAN_ROW, at.labels, row, at.sums, row};
       if (block > 0 || f.residual != nullptr) {
         // What earlier blocks left in the result, or half the residual (all of it where no key is seen).
         const float* start = block > 0 ? result : f.residual + (image * f.queries + query) * f.sources + label;
-        pack_rows(reinterpret_cast<const Float32*>(start), f.sources, queries, labels, 1.0f, at.sums, row);
+        pack_rows(reinterpret_cast<const Float32*>(start), f.sources, queries, labels, at.sums, row);
         for (int64_t i = 0; block == 0 && i < queries; ++i)
           for (int64_t c = 0; c < labels && at.weight[i] > 0; ++c) at.sums[i * row + c] *= 0.5f;
         product.init = at.sums;

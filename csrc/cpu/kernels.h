@@ -7,7 +7,7 @@ namespace tlalign::cpu {
 
 // Instruction sets that are compiled for this processor, the best one first.
 #if defined(__x86_64__)
-#define TLALIGN_CPU_ISAS(X) X(avx512) X(avx2) X(portable)
+#define TLALIGN_CPU_ISAS(X) X(avx512bf16) X(avx512) X(avx2) X(portable)
 #else
 #define TLALIGN_CPU_ISAS(X) X(portable)
 #endif

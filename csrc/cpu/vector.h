@@ -17,6 +17,15 @@
 #define TLALIGN_LANES 4
 #endif
 
+// Products of bfloat16 take two at a time where the processor has instructions for it: -DTLALIGN_PAIRS=1 runs that
+// layout on any processor, slowly.
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#define TLALIGN_PAIRS 1
+#elif !defined(TLALIGN_PAIRS)
+#define TLALIGN_PAIRS 0
+#endif
+
 #define TLALIGN_INLINE static inline __attribute__((always_inline))
 
 // Before a loop of a constant count over an array of vectors: early enough that the array becomes registers.
@@ -129,11 +138,15 @@ TLALIGN_INLINE Vector load(const Float16* p) {
 TLALIGN_INLINE void store(Float32* p, Vector v) { store(&p->value, v); }
 
 // Round to nearest, ties to even, as everyone does.
-TLALIGN_INLINE void store(BFloat16* p, Vector v) {
+TLALIGN_INLINE UintVector round_to_bfloat16(Vector v) {
   const UintVector word = bits<UintVector>(v);
   const UintVector rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
   const UintVector quiet = word >> 16 | 0x40;
-  const ShortVector words = __builtin_convertvector((word & 0x7fffffff) > 0x7f800000 ? quiet : rounded, ShortVector);
+  return (word & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
+}
+
+TLALIGN_INLINE void store(BFloat16* p, Vector v) {
+  const ShortVector words = __builtin_convertvector(round_to_bfloat16(v), ShortVector);
   memcpy(p, &words, sizeof words);
 }
 
@@ -164,6 +177,28 @@ TLALIGN_INLINE void store_first(T* p, Vector v, int64_t count) {
   T whole[LANES];
   store(whole, v);
   for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
+}
+
+// Pairs of bfloat16: two numbers to a lane, the first of them in the low half.
+
+// sum + a.first * b.first + a.second * b.second. The instruction takes denormal numbers as 0.
+TLALIGN_INLINE Vector add_products(Vector sum, UintVector a, UintVector b) {
+#if defined(__AVX512BF16__)
+  return bits<Vector>(_mm512_dpbf16_ps(bits<__m512>(sum), bits<__m512bh>(a), bits<__m512bh>(b)));
+#else
+  sum += bits<Vector>(a & 0xffff0000) * bits<Vector>(b & 0xffff0000);
+  return sum + bits<Vector>(a << 16) * bits<Vector>(b << 16);
+#endif
+}
+
+TLALIGN_INLINE UintVector pair(Vector first, Vector second) {
+#if defined(__AVX512BF16__)
+  const __m512i words = bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(second), bits<__m512>(first)));
+  const UintVector lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return bits<UintVector>(_mm512_permutexvar_epi16(bits<__m512i>(lane | (lane + 16) << 16), words));
+#else
+  return round_to_bfloat16(first) | round_to_bfloat16(second) << 16;
+#endif
 }
 
 // Transposes LANES rows of LANES: each step swaps one bit of the row's number with the same bit of the lane's.

@@ -31,7 +31,7 @@ isas = pytest.mark.parametrize(
     "isa",
     [
         pytest.param(isa, marks=pytest.mark.skipif(not usable(isa), reason="not built, or the processor lacks it"))
-        for isa in ("avx512", "avx2", "portable")
+        for isa in ("avx512bf16", "avx512", "avx2", "portable")
     ],
 )
 
@@ -87,6 +87,9 @@ def test_half_precision_rounds_as_torch_does(monkeypatch, isa):
     words = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(1, 256, 1, 256)
     for dtype in (torch.bfloat16, torch.float16):
         value = words.view(dtype)
+        if isa == "avx512bf16" and dtype == torch.bfloat16:
+            # Its dot products take denormal numbers as 0.
+            value = torch.where(value.abs() < torch.finfo(dtype).tiny, torch.zeros_like(value), value)
         zeros = torch.zeros_like(value)
         output, _ = tlk.attention(zeros, zeros, value, backend="cpu")
         assert torch.equal(output.isnan(), value.isnan())

@@ -1,6 +1,6 @@
 """Attention with label propagation by the native kernels of csrc/cpu: fused, for any CPU, on all of torch's threads.
 
-`TLALIGN_CPU_ISA` forces an instruction set (avx512, avx2, portable), for tests.
+`TLALIGN_CPU_ISA` forces an instruction set (avx512bf16, avx512, avx2, portable), for tests.
 """
 
 from __future__ import annotations
