@@ -42,8 +42,7 @@ struct Forward : Problem {
 };
 
 struct Backward : Problem {
-  Rows grad_output;
-  const char* output;        // (B, Nq, H, D)
+  Rows grad_output, output;
   const float* log_sum_exp;  // (B, H, Nq)
   Rows grad_query, grad_key, grad_value;
   char* grad_bias;                  // (bias_images, bias_heads, Nq, Nk) in the dtype of the bias, or null

@@ -104,7 +104,7 @@ void attention_backward(const Sizes& sizes, const std::string& dtype, const Rows
   Backward b;
   set_problem(b, sizes, dtype, query, key, value, bias, mask, scale, dropout_p, dropout_seed);
   b.grad_output = rows("grad_output", grad_output);
-  b.output = pointer<const char>("output", output);
+  b.output = {pointer<char>("output", output), b.queries * b.heads * b.head_dim, b.head_dim, b.heads * b.head_dim};
   b.log_sum_exp = pointer<const float>("log_sum_exp", log_sum_exp);
   b.grad_query = rows("grad_query", grad_query);
   b.grad_key = rows("grad_key", grad_key);

@@ -50,6 +50,7 @@ constexpr int64_t OFFSET_CACHE = KEY_BLOCK * QUERY_CHUNK;
 constexpr float PRECISE_LOG_SUM_EXP = 32;
 
 TLALIGN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+TLALIGN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Of `floats`, a whole number of vectors: rows that are a multiple of two cache lines apart would crowd into few sets.
 constexpr int64_t row_length(int64_t floats) { return floats % 32 == 0 ? floats + 16 : floats; }
@@ -96,6 +97,7 @@ struct Product {
   int64_t init_row = 0;
   const float* init_scale = nullptr;  // null: 1
   const float* scale = nullptr;       // null: 1
+  bool streams = false;               // C past the caches
 };
 
 template <bool PAIRS>
@@ -136,23 +138,29 @@ __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int6
     for (int g = 0; g < (ACROSS ? 1 : (R + 2) / 3); ++g) a[g] += ACROSS ? a_row : 1;
     b += b_row;
   }
-  const int64_t c_row = p.c_row, init_row = p.init_row;
-  const float *init = p.init, *init_scale = p.init_scale, *scale = p.scale;
-  float* c = p.c + row * c_row + column;
-  if (init != nullptr) init += row * init_row + column;
-  TLALIGN_UNROLL
-  for (int r = 0; r < R; ++r) {
+  // The conditions outside, not at each vector.
+  const auto each = [&](auto work) __attribute__((always_inline)) {
     TLALIGN_UNROLL
-    for (int v = 0; v < V; ++v) {
-      Vector sum = sums[r][v];
-      if (init != nullptr) {
-        const Vector before = load(init + r * init_row + v * LANES);
-        sum += init_scale != nullptr ? before * init_scale[row + r] : before;
-      }
-      if (scale != nullptr) sum *= scale[row + r];
-      store(c + r * c_row + v * LANES, sum);
+    for (int r = 0; r < R; ++r) {
+      TLALIGN_UNROLL
+      for (int v = 0; v < V; ++v) work(sums[r][v], r, v * LANES);
     }
+  };
+  if (p.init != nullptr) {
+    const float* init = p.init + row * p.init_row + column;
+    const int64_t init_row = p.init_row;
+    if (p.init_scale != nullptr)
+      each([&](Vector& sum, int r, int lane) { sum += load(init + r * init_row + lane) * p.init_scale[row + r]; });
+    else
+      each([&](Vector& sum, int r, int lane) { sum += load(init + r * init_row + lane); });
   }
+  if (p.scale != nullptr) each([&](Vector& sum, int r, int) { sum *= p.scale[row + r]; });
+  float* c = p.c + row * p.c_row + column;
+  const int64_t c_row = p.c_row;
+  if (p.streams)
+    each([&](Vector& sum, int r, int lane) { stream(c + r * c_row + lane, sum); });
+  else
+    each([&](Vector& sum, int r, int lane) { store(c + r * c_row + lane, sum); });
 }
 
 using TileFunction = void (*)(const Product&, int64_t row, int64_t column);
@@ -175,8 +183,8 @@ void multiply(const Product& p, int64_t rows, int64_t vectors) {
       const int64_t column = columns.begin(j) * LANES;
       int64_t row = 0;
       if (tiles.extra > 0) {
-        const TileFunction larger = tile_of<V, ACROSS, PAIRS>(tiles.base + 1);
-        for (int64_t i = 0; i < tiles.extra; ++i, row += tiles.base + 1) larger(p, row, column);
+        const TileFunction tile = tile_of<V, ACROSS, PAIRS>(tiles.base + 1);
+        for (int64_t i = 0; i < tiles.extra; ++i, row += tiles.base + 1) tile(p, row, column);
       }
       const TileFunction tile = tile_of<V, ACROSS, PAIRS>(tiles.base);
       for (; row < rows; row += tiles.base) tile(p, row, column);
@@ -255,6 +263,14 @@ template <class T>
 void unpack_rows(const float* rows, int64_t row, int64_t count, int64_t width, T* target, int64_t stride) {
   for (int64_t i = 0; i < count; ++i, rows += row, target += stride)
     for (int64_t d = 0; d < width; d += LANES) store_first(target + d, load(rows + d), width - d);
+}
+
+// Whether results of so many floats are written past the caches, which they would only fill.
+bool streams(const Rows& rows, int64_t floats) {
+  constexpr int64_t SMALLEST = 2 << 20;
+  constexpr uint64_t VECTOR = sizeof(Vector);
+  const uint64_t strides = static_cast<uint64_t>(rows.image | rows.head | rows.row) * sizeof(float);
+  return floats >= SMALLEST && (reinterpret_cast<uintptr_t>(rows.data) | strides) % VECTOR == 0;
 }
 
 template <class T>
@@ -366,28 +382,24 @@ class OffsetReader {
   bool cached_;
 };
 
-// Fetches the rows that will be needed next into the cache, a few lines at each row of a softmax: the strides of heads
-// defeat the processor's own prefetching, and all lines at once would fill the queue of misses.
+// Fetches the rows that will be needed next into the cache, a few at each row of a softmax: the strides of heads defeat
+// the processor's own prefetching, and all lines at once would fill the queue of misses.
 class Prefetcher {
  public:
-  // `steps` in which all of it should be done.
-  Prefetcher(int64_t steps, int64_t row_bytes) : row_bytes_(row_bytes), steps_(steps > 0 ? steps : 1) {}
+  // `steps` in which all of at most `rows` rows of a tensor should be done.
+  Prefetcher(int64_t steps, int64_t rows, int64_t row_bytes)
+      : row_bytes_(row_bytes), rows_per_step_((rows + steps - 1) / steps), steps_per_row_(steps / rows) {}
 
-  void add(const char* data, int64_t stride_bytes, int64_t rows) {
-    parts_[count_++] = {data, stride_bytes, rows};
-    lines_ += rows * ((row_bytes_ + LINE - 1) / LINE);
-    lines_per_step_ = (lines_ + steps_ - 1) / steps_;
-  }
+  void add(const char* data, int64_t stride_bytes, int64_t rows) { parts_[count_++] = {data, stride_bytes, rows}; }
 
   TLALIGN_INLINE void step(Prefetcher& p) {
-    for (int64_t i = 0; i < p.lines_per_step_ && p.part_ < p.count_; ++i) {
-      Part& part = p.parts_[p.part_];
-      __builtin_prefetch(part.row + p.offset_, 0, 2);  // to read, into the second level
-      p.offset_ += LINE;
-      if (p.offset_ < p.row_bytes_) continue;
-      p.offset_ = 0;
-      part.row += part.stride;
-      if (--part.rows == 0) ++p.part_;
+    if (++p.step_ < p.steps_per_row_) return;
+    p.step_ = 0;
+    for (int64_t i = 0; i < p.count_; ++i) {
+      Part& part = p.parts_[i];
+      for (int64_t row = 0; row < p.rows_per_step_ && part.rows > 0; ++row, --part.rows, part.row += part.stride)
+        for (int64_t line = 0; line < p.row_bytes_; line += LINE)
+          __builtin_prefetch(part.row + line, 0, 2);  // to read, into the second level
     }
   }
 
@@ -397,8 +409,8 @@ class Prefetcher {
     const char* row;
     int64_t stride, rows;
   };
-  Part parts_[4];
-  int64_t row_bytes_, steps_, count_ = 0, part_ = 0, offset_ = 0, lines_ = 0, lines_per_step_ = 0;
+  Part parts_[5];
+  int64_t row_bytes_, rows_per_step_, steps_per_row_, count_ = 0, step_ = 0;
 };
 
 // The image and head after this one in a task, or where its thread will probably go on.
@@ -643,11 +655,13 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
   const int64_t sources = fused_sources(f), output_row = f.heads * f.head_dim;
   const int64_t chunk_query = chunks.begin(task.chunk) * LANES, chunk_lanes = chunks.size(task.chunk) * LANES;
   const bool writes_output = sizeof(T) == sizeof(float) && f.head_dim % LANES == 0;
+  const bool streams_output =
+      streams({f.output, 0, f.head_dim, output_row}, f.batch * f.queries * f.heads * f.head_dim);
   for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
     const OffsetReader bias(f.bias, f, head, task.images, at.bias), mask(f.mask, f, head, task.images, at.mask);
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
       const Next next(task, image, head);
-      Prefetcher prefetcher(f.keys * panels.count, f.head_dim * sizeof(T));
+      Prefetcher prefetcher(f.keys * panels.count, larger(f.keys, chunk_lanes), f.head_dim * sizeof(T));
       if (next.image >= 0 && plan.keys.count == 1) {
         prefetch_rows<T>(prefetcher, f.key, next, 0, f.keys);
         prefetch_rows<T>(prefetcher, f.value, next, 0, f.keys);
@@ -704,6 +718,7 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
               product.init_scale = at.keep;
             }
             if (last) product.scale = at.inverse;
+            product.streams = direct && streams_output;
             multiply<true, PAIRS>(product, queries, plan.width_vectors);
             if (last && !direct) unpack_rows(sums, plan.row, queries, f.head_dim, output, output_row);
           });
@@ -865,22 +880,30 @@ void invert_sums(const Problem& p, const Plan& plan, const OffsetReader& bias, c
 void load_log_sum_exp(const Problem& p, const float* log_sum_exp, int64_t image, int64_t head, int64_t query,
                       int64_t lanes, float* target) {
   const float* source = log_sum_exp + (image * p.heads + head) * p.queries + query;
-  for (int64_t i = 0; i < lanes; ++i)
-    target[i] = query + i < p.queries && source[i] != -INFINITE ? source[i] : INFINITE;
+  const int64_t present = p.queries - query;
+  for (int64_t i = 0; i < lanes; i += LANES) {
+    const Vector known = load_first(reinterpret_cast<const Float32*>(source + i), present - i);
+    store(target + i, known == -INFINITE ? broadcast(INFINITE) : known);
+  }
+  for (int64_t i = present; i < lanes; ++i) target[i] = INFINITE;
 }
 
 // sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135).
 template <class T>
 void sum_row_terms(const Backward& b, int64_t image, int64_t head, float* row_terms) {
-  for (int64_t i = 0; i < b.queries; ++i) {
-    const T* gradient = row_of<T>(b.grad_output, image, head, i);
-    const T* output = reinterpret_cast<const T*>(b.output) + ((image * b.queries + i) * b.heads + head) * b.head_dim;
-    Vector sums = {};
-    for (int64_t d = 0; d < b.head_dim; d += LANES)
-      sums += load_first(gradient + d, b.head_dim - d) * load_first(output + d, b.head_dim - d);
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
-    row_terms[i] = sum;
+  for (int64_t first = 0; first < b.queries; first += LANES) {
+    const int64_t count = smaller(b.queries - first, LANES);
+    Vector square[LANES] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const T* left = row_of<T>(b.grad_output, image, head, first + i);
+      const T* right = row_of<T>(b.output, image, head, first + i);
+      for (int64_t d = 0; d < b.head_dim; d += LANES)
+        square[i] += load_first(left + d, b.head_dim - d) * load_first(right + d, b.head_dim - d);
+    }
+    transpose(square);
+    Vector sum = square[0];
+    for (int i = 1; i < LANES; ++i) sum += square[i];
+    store(row_terms + first, sum);
   }
 }
 
@@ -893,20 +916,22 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
   const int64_t padded = padded_queries(b, LANES);
   const Split query_blocks = chunks_of(b, QUERY_BLOCK);
   const bool writes = sizeof(T) == sizeof(float) && b.head_dim % LANES == 0;
+  const int64_t gradients = b.batch * (b.queries + 2 * b.keys) * b.heads * b.head_dim;
   for (int64_t i = 0; i < BackwardScratch::SCALES; ++i) at.scale[i] = b.scale;
-  for (int64_t i = b.queries; i < padded; ++i) at.row_terms[i] = 0.0f;
   for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
     const OffsetReader bias(b.bias, b, head, task.images, at.bias), mask(b.mask, b, head, task.images, at.mask);
     float* grad_bias_sum = grad_bias == nullptr ? nullptr : grad_bias + head * b.keys * padded;
     for (int64_t i = 0; grad_bias != nullptr && i < b.keys * padded; ++i) grad_bias_sum[i] = 0.0f;
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
       const Next next(task, image, head);
-      Prefetcher prefetcher(b.keys * (padded / LANES / MAX_VECTORS), b.head_dim * sizeof(T));
+      Prefetcher prefetcher(b.keys * ((padded / LANES + MAX_VECTORS - 1) / MAX_VECTORS), larger(b.keys, b.queries),
+                            b.head_dim * sizeof(T));
       if (next.image >= 0 && plan.keys.count == 1) {
         prefetch_rows<T>(prefetcher, b.key, next, 0, b.keys);
         prefetch_rows<T>(prefetcher, b.value, next, 0, b.keys);
         prefetch_rows<T>(prefetcher, b.query, next, 0, b.queries);
         prefetch_rows<T>(prefetcher, b.grad_output, next, 0, b.queries);
+        prefetch_rows<T>(prefetcher, b.output, next, 0, b.queries);
       }
       load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp);
       sum_row_terms<T>(b, image, head, at.row_terms);
@@ -971,6 +996,7 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
               product.init_row = plan.row;
             }
             if (last) product.scale = scale;
+            product.streams = direct && streams(target, gradients);
             multiply<decltype(across)::count != 0, PAIRS>(product, rows, plan.width_vectors);
             if (last && !direct) unpack_rows(sums, plan.row, rows, b.head_dim, result, target.row);
           };
@@ -1090,10 +1116,12 @@ void with_type(DType dtype, Work work) {
 
 void forward_task(const Forward& f, const Task& task, float* head_share, float* scratch) {
   with_type(f.dtype, [&](auto element) { forward_of<decltype(element)>(f, task, head_share, scratch); });
+  finish_streams();
 }
 
 void backward_task(const Backward& b, const Task& task, float* grad_bias, float* scratch) {
   with_type(b.dtype, [&](auto element) { backward_of<decltype(element)>(b, task, grad_bias, scratch); });
+  finish_streams();
 }
 
 void dense_share_task(const Forward& f, int64_t image, int64_t chunk, float* scratch) {

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 // Vectors wider than the registers work too, slowly: -DTLALIGN_LANES=16 runs the layout of AVX-512 on any processor.
 #if defined(TLALIGN_LANES)
 #elif defined(__AVX512F__)
@@ -20,7 +24,6 @@
 // Products of bfloat16 take two at a time where the processor has instructions for it: -DTLALIGN_PAIRS=1 runs that
 // layout on any processor, slowly.
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
 #define TLALIGN_PAIRS 1
 #elif !defined(TLALIGN_PAIRS)
 #define TLALIGN_PAIRS 0
@@ -55,6 +58,26 @@ TLALIGN_INLINE Vector load(const float* p) {
 }
 
 TLALIGN_INLINE void store(float* p, Vector v) { memcpy(p, &v, sizeof v); }
+
+// Past the caches, for what is too large to stay in them; `p` lies at a multiple of the vector's size. Others see it
+// after `finish_streams` only.
+TLALIGN_INLINE void stream(float* p, Vector v) {
+#if defined(__AVX512F__) && TLALIGN_LANES == 16
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX__) && TLALIGN_LANES == 8
+  _mm256_stream_ps(p, v);
+#elif defined(__x86_64__) && TLALIGN_LANES == 4
+  _mm_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+
+TLALIGN_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 template <class To, class From>
 TLALIGN_INLINE To bits(From from) {
@@ -146,7 +169,11 @@ TLALIGN_INLINE UintVector round_to_bfloat16(Vector v) {
 }
 
 TLALIGN_INLINE void store(BFloat16* p, Vector v) {
+#if defined(__AVX512BF16__)
+  const __m256bh words = _mm512_cvtneps_pbh(bits<__m512>(v));  // denormal numbers become 0
+#else
   const ShortVector words = __builtin_convertvector(round_to_bfloat16(v), ShortVector);
+#endif
   memcpy(p, &words, sizeof words);
 }
 
