@@ -96,7 +96,7 @@ TLALIGN_INLINE Vector exponential(Vector x) {
   // 1.5 * 2^23 + 127: adding it rounds to an integer, whose last bits are then those of the exponent of 2^integer.
   constexpr float LOG2_E = 1.44269504f, TO_EXPONENT = 12583039.0f;
   const Vector lowest = broadcast(-88.03f);  // -127 / log2(e), less a rounding
-  x = x < lowest ? lowest : x;
+  x = maximum(x, lowest);
   const Vector shifted = x * LOG2_E + TO_EXPONENT;
   const Vector fraction = x * LOG2_E - (shifted - TO_EXPONENT);
   Vector power = broadcast(1.5345812e-4f);
