@@ -170,26 +170,6 @@ class Tasks {
   int64_t chunks_, threads_;
 };
 
-// share = mean over the heads that see a key, averaged with the residual; without any such head the residual, or 0.
-void average_heads(const Forward& f, const float* head_share, int64_t image) {
-  const int64_t image_queries = image * f.queries;
-  for (int64_t i = 0; i < f.queries; ++i) {
-    int64_t seeing = 0;
-    for (int64_t h = 0; h < f.heads; ++h)
-      seeing += f.log_sum_exp[(image * f.heads + h) * f.queries + i] != -__builtin_inff();
-    for (int64_t s = 0; s < f.sources; ++s) {
-      float sum = 0.0f;
-      for (int64_t h = 0; h < f.heads; ++h) sum += head_share[((image * f.heads + h) * f.sources + s) * f.queries + i];
-      const int64_t index = (image_queries + i) * f.sources + s;
-      const float mean = seeing > 0 ? sum / static_cast<float>(seeing) : 0.0f;
-      if (f.residual == nullptr)
-        f.share_out[index] = mean;
-      else
-        f.share_out[index] = seeing > 0 ? (mean + f.residual[index]) / 2 : f.residual[index];
-    }
-  }
-}
-
 }  // namespace
 
 const char* instruction_set(const std::string& wanted) { return choose(wanted).name; }
@@ -206,7 +186,8 @@ void forward(const Forward& f, const std::string& isa, int threads) {
     const Task task = tasks[number];
     kernels.forward(f, task, head_share.get(), scratch);
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image)
-      if (left[image].fetch_sub(task.heads) == task.heads && !dense) average_heads(f, head_share.get(), image);
+      if (left[image].fetch_sub(task.heads) == task.heads && !dense)
+        kernels.average_heads(f, head_share.get(), image);
   });
   if (dense) {
     const int64_t label_chunks = kernels.dense_share_chunks(f);

@@ -1,11 +1,12 @@
 // Attention with label propagation for one instruction set, from matrix products in registers.
 //
 // Scores are kept transposed, keys as rows and queries as lanes: the softmax is then a walk down the rows without a
-// sum across lanes, and the share of a key a broadcast factor, one multiply-add per score. Keys and values of a block
-// are copied into scratch as padded floats, once for all queries (short windows are read in place); what is computed
-// from them never leaves the cache.
+// sum across lanes, and the share of a key a broadcast factor, one multiply-add per score. They are in units of ln 2, so
+// that a power of two is all that the softmax takes. Keys and values of a block are copied into scratch as padded
+// floats, once for all queries (short windows are read in place); what is computed from them never leaves the cache.
 //
-//   forward    for each block of keys, each panel of queries:  S = K Q^T;  online softmax and share;  O = E^T V
+//   forward    for each block of keys, each panel of queries:  S = K Q^T and its maximum;  online softmax and share;
+//              O = E^T V
 //   backward   for each block of keys, each block of queries:  P = exp(K Q^T - lse);  dS = P (V dO^T - delta);
 //              dQ += dS^T K;  dK += dS Q;  dV += P dO
 //
@@ -18,6 +19,7 @@ namespace tlalign::cpu {
 namespace {
 
 constexpr float INFINITE = __builtin_inff();
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 // Registers decide how many rows a tile of V vectors has: its sums, V vectors of the right factor and one broadcast.
 #if TLALIGN_LANES == 16
@@ -44,7 +46,7 @@ constexpr int64_t QUERY_BLOCK = (64 + PANEL - 1) / PANEL * PANEL;
 constexpr int64_t LABEL_BLOCK = 64;  // labels of a pass over dense ones
 // Rows that are read no more often than this aren't worth a copy: those of short windows.
 constexpr int64_t MAX_REUSE_IN_PLACE = 4;
-// A bias that all images share is transposed once a task, if it is no larger than this.
+// A bias or mask that all images share is transposed once a task, if it is no larger than this.
 constexpr int64_t OFFSET_CACHE = KEY_BLOCK * QUERY_CHUNK;
 // exp(score - log_sum_exp) is good to half a unit in the last place of the log-sum-exp: up to here to 2e-6.
 constexpr float PRECISE_LOG_SUM_EXP = 32;
@@ -81,10 +83,19 @@ TLALIGN_INLINE void with_vectors(int64_t vectors, Work work) {
     if (vectors == 4) return work(Vectors<4>{});
 }
 
+// Calls `work` with an element of the type.
+template <class Work>
+void with_type(DType dtype, Work work) {
+  if (dtype == DType::float32) return work(Float32{});
+  if (dtype == DType::bfloat16) return work(BFloat16{});
+  work(Float16{});
+}
+
 // Matrix products
 
-// C = scale . (A B + init_scale . init), scales by row; rows of A along memory, or across it (A transposed). A and B
-// hold floats, or words of two bfloat16 that follow one another along the depth, which then counts words.
+// Sums: C = scale . (A B + init_scale . init), scales by row. Scores: C = factor A B + offset, and `maximum` becomes that
+// of its columns. Rows of A lie along memory, or across it (A transposed). A and B hold floats, or words of two bfloat16
+// that follow one another along the depth, which then counts words.
 struct Product {
   int64_t depth;
   const float* a;
@@ -98,6 +109,10 @@ struct Product {
   const float* init_scale = nullptr;  // null: 1
   const float* scale = nullptr;       // null: 1
   bool streams = false;               // C past the caches
+  float factor = 1.0f;
+  const float* offset = nullptr;  // null: 0
+  int64_t offset_row = 0;
+  float* maximum = nullptr;  // null: not wanted
 };
 
 template <bool PAIRS>
@@ -155,6 +170,25 @@ __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int6
       each([&](Vector& sum, int r, int lane) { sum += load(init + r * init_row + lane); });
   }
   if (p.scale != nullptr) each([&](Vector& sum, int r, int) { sum *= p.scale[row + r]; });
+  if constexpr (!ACROSS) {
+    if (p.offset != nullptr) {
+      const float* offset = p.offset + row * p.offset_row + column;
+      const int64_t offset_row = p.offset_row;
+      each([&](Vector& sum, int r, int lane) { sum = sum * p.factor + load(offset + r * offset_row + lane); });
+    } else if (p.factor != 1.0f) {
+      each([&](Vector& sum, int, int) { sum *= p.factor; });
+    }
+    if (p.maximum != nullptr) {
+      TLALIGN_UNROLL
+      for (int v = 0; v < V; ++v) {
+        float* at = p.maximum + column + v * LANES;
+        Vector highest = load(at);
+        TLALIGN_UNROLL
+        for (int r = 0; r < R; ++r) highest = maximum(sums[r][v], highest);
+        store(at, highest);
+      }
+    }
+  }
   float* c = p.c + row * p.c_row + column;
   const int64_t c_row = p.c_row;
   if (p.streams)
@@ -310,76 +344,92 @@ Factor right_factor(const Problem& p, const Rows& rows, int64_t image, int64_t h
   }
 }
 
-float offset_at(const Offsets& offsets, int64_t index) {
-  switch (offsets.dtype) {
-    case DType::float32:
-      return reinterpret_cast<const float*>(offsets.data)[index];
-    case DType::bfloat16:
-      return load_first(reinterpret_cast<const BFloat16*>(offsets.data) + index, 1)[0];
-    case DType::float16:
-      return load_first(reinterpret_cast<const Float16*>(offsets.data) + index, 1)[0];
-    default:
-      return offsets.data[index] != 0 ? 0.0f : -INFINITE;
-  }
-}
-
+// What is added to the scores, transposed, in units of ln 2.
 struct OffsetColumns {
-  const float* data = nullptr;  // null: there are none
+  const float* data = nullptr;  // null: there is nothing to add
   int64_t row = 0;
 };
 
-void pack_offsets(const Offsets& offsets, int64_t image, int64_t head, int64_t query, int64_t queries, int64_t key,
-                  int64_t keys, float* columns, int64_t row, int64_t vectors) {
-  const int64_t first = image * offsets.image + head * offsets.head + query * offsets.query + key * offsets.key;
-  const auto pack = [&](auto* source) {
-    pack_columns(source + first, offsets.query, queries, keys, columns, row, vectors);
+// Writes the offsets of some queries and keys as columns, or adds them to what is there.
+void pack_offsets(const Offsets& offsets, bool adds, int64_t image, int64_t head, int64_t query, int64_t queries,
+                  int64_t key, int64_t keys, float* columns, int64_t row, int64_t vectors) {
+  const auto pack = [&](auto element) {
+    const auto* first = reinterpret_cast<const decltype(element)*>(offsets.data) + image * offsets.image +
+                        head * offsets.head + query * offsets.query + key * offsets.key;
+    for (int64_t lane = 0; lane < vectors * LANES; lane += LANES)
+      for (int64_t j = 0; j < keys; j += LANES) {
+        const int64_t present = smaller(keys - j, LANES);
+        Vector square[LANES];
+        for (int i = 0; i < LANES; ++i) {
+          const auto* at = first + (lane + i) * offsets.query + j * offsets.key;
+          square[i] = lane + i < queries ? load_strided(at, offsets.key, present) : Vector{};
+        }
+        transpose(square);
+        for (int i = 0; i < present; ++i) {
+          float* at = columns + (j + i) * row + lane;
+          store(at, square[i] * LOG2_E + (adds ? load(at) : Vector{}));
+        }
+      }
   };
-  if (offsets.key == 1 && offsets.dtype == DType::float32) return pack(reinterpret_cast<const Float32*>(offsets.data));
-  if (offsets.key == 1 && offsets.dtype == DType::bfloat16)
-    return pack(reinterpret_cast<const BFloat16*>(offsets.data));
-  if (offsets.key == 1 && offsets.dtype == DType::float16) return pack(reinterpret_cast<const Float16*>(offsets.data));
-  for (int64_t j = 0; j < keys; ++j)
-    for (int64_t i = 0; i < vectors * LANES; ++i)
-      columns[j * row + i] = i < queries ? offset_at(offsets, first + i * offsets.query + j * offsets.key) : 0.0f;
+  if (offsets.dtype == DType::boolean)
+    pack(Boolean{});
+  else
+    with_type(offsets.dtype, pack);
 }
 
-// Bias or mask as the kernels read it, transposed: of all queries and keys at once if the images of a task share it
-// and it is small, else of one panel at a time.
+// Bias and mask of a problem, and their sum as the kernels read it. What images share is summed once a task, for all
+// queries and keys, if it is small and a task has several images; the rest once a panel.
 class OffsetReader {
  public:
-  static bool caches(const Offsets& offsets, const Problem& p) {
-    return offsets.data != nullptr && offsets.image == 0 && p.keys * padded_queries(p, LANES) <= OFFSET_CACHE;
-  }
-
   // Floats of scratch for panels of `lanes` queries and `keys` keys.
-  static int64_t scratch(const Offsets& offsets, const Problem& p, int64_t keys, int64_t lanes) {
-    if (offsets.data == nullptr) return 0;
-    const int64_t panel = keys * lanes, all = p.keys * padded_queries(p, LANES);
-    return caches(offsets, p) && all > panel ? all : panel;
+  static int64_t scratch(const Problem& p, int64_t keys, int64_t lanes) {
+    if (p.bias.data == nullptr && p.mask.data == nullptr) return 0;
+    return (caches(p, p.bias) || caches(p, p.mask) ? p.keys * padded_queries(p, LANES) : 0) + keys * lanes;
   }
 
-  OffsetReader(const Offsets& offsets, const Problem& problem, int64_t head, int64_t images, float* scratch)
-      : offsets_(offsets), problem_(problem), head_(head), scratch_(scratch) {
-    cached_ = caches(offsets, problem) && images > 1;
-    const int64_t padded = padded_queries(problem, LANES);
-    if (cached_) pack_offsets(offsets, 0, head_, 0, problem.queries, 0, problem.keys, scratch, padded, padded / LANES);
+  OffsetReader(const Problem& problem, int64_t head, int64_t images, float* scratch)
+      : problem_(problem), head_(head), cache_(scratch), panel_(scratch), padded_(padded_queries(problem, LANES)) {
+    const Offsets* const both[] = {&problem.bias, &problem.mask};
+    for (const Offsets* offsets : both) {
+      if (offsets->data == nullptr) continue;
+      if (images == 1 || !caches(problem, *offsets)) {
+        varying_[varying_count_++] = offsets;
+        continue;
+      }
+      pack_offsets(*offsets, has_cache_, 0, head, 0, problem.queries, 0, problem.keys, cache_, padded_,
+                   padded_ / LANES);
+      has_cache_ = true;
+      panel_ = scratch + problem.keys * padded_;
+    }
   }
 
   OffsetColumns panel(int64_t image, int64_t query, int64_t vectors, int64_t key, int64_t keys) const {
-    if (offsets_.data == nullptr) return {};
-    const int64_t padded = padded_queries(problem_, LANES), lanes = vectors * LANES;
-    if (cached_) return {scratch_ + key * padded + query, padded};
-    pack_offsets(offsets_, image, head_, query, smaller(problem_.queries - query, lanes), key, keys, scratch_, lanes,
-                 vectors);
-    return {scratch_, lanes};
+    const OffsetColumns cached{has_cache_ ? cache_ + key * padded_ + query : nullptr, padded_};
+    if (varying_count_ == 0) return cached;
+    const int64_t lanes = vectors * LANES;
+    for (int i = 0; i < varying_count_; ++i)
+      pack_offsets(*varying_[i], i > 0, image, head_, query, smaller(problem_.queries - query, lanes), key, keys,
+                   panel_, lanes, vectors);
+    for (int64_t j = 0; has_cache_ && j < keys; ++j)
+      for (int64_t lane = 0; lane < lanes; lane += LANES) {
+        float* at = panel_ + j * lanes + lane;
+        store(at, load(at) + load(cached.data + j * padded_ + lane));
+      }
+    return {panel_, lanes};
   }
 
  private:
-  const Offsets& offsets_;
+  static bool caches(const Problem& p, const Offsets& offsets) {
+    return offsets.data != nullptr && offsets.image == 0 && p.keys * padded_queries(p, LANES) <= OFFSET_CACHE;
+  }
+
   const Problem& problem_;
   int64_t head_;
-  float* scratch_;
-  bool cached_;
+  float *cache_, *panel_;
+  int64_t padded_;
+  bool has_cache_ = false;
+  const Offsets* varying_[2] = {};
+  int varying_count_ = 0;
 };
 
 // Fetches the rows that will be needed next into the cache, a few at each row of a softmax: the strides of heads defeat
@@ -503,57 +553,70 @@ class Dropout {
   LongVector lanes_;
 };
 
+// Scores
+
+// Products K Q^T of the keys of a block, (keys, V vectors), and in `maximum` (unless null) the maximum of each query.
+// Returns what they are yet to be multiplied with to be scores: offsets or a negative scale take that at once.
+template <int V, class T, bool PAIRS>
+float multiply_scores(const Problem& p, int64_t image, int64_t head, int64_t query, Factor key_rows, int64_t keys,
+                      OffsetColumns offsets, float* columns, float* scores, int64_t row, float* maximum) {
+  pack_columns<PAIRS>(row_of<T>(p.query, image, head, query), p.query.row, smaller(p.queries - query, V * LANES),
+                      p.head_dim, columns, V * LANES, V);
+  const float factor = p.scale * LOG2_E;
+  const bool leaves_factor = offsets.data == nullptr && factor > 0;
+  Product product{words_of<PAIRS>(p.head_dim), key_rows.data, key_rows.row, columns, V * LANES, scores, row};
+  product.factor = leaves_factor ? 1.0f : factor;
+  product.offset = offsets.data;
+  product.offset_row = offsets.row;
+  product.maximum = maximum;
+  multiply<false, PAIRS>(product, keys, V);
+  return leaves_factor ? factor : 1.0f;
+}
+
 // Forward
 
 // Softmax over the keys, block after block: what is known of the queries of a panel so far.
 struct RunningSoftmax {
-  float *maximum, *sum, *share;  // share: (S, share_row)
+  float *maximum, *sum, *share;  // maximum: of the products; share: (S, share_row)
   int64_t share_row;
 };
 
-// Products (keys, V vectors) become exp(score - maximum); `keep` is what earlier results are to be multiplied with.
-template <int V, bool SHARE>
-void softmax_panel(float* scores, int64_t row, int64_t keys, float scale, OffsetColumns bias, OffsetColumns mask,
-                   const float* share, const RunningSoftmax& running, float* keep, Prefetcher& prefetcher) {
-  Vector highest[V], sum[V], mixed[V];
-  TLALIGN_UNROLL
-  for (int v = 0; v < V; ++v) highest[v] = load(running.maximum + v * LANES);
-  if (bias.data == nullptr && mask.data == nullptr) {
-    for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
-    for (int v = 0; v < V; ++v) highest[v] = maximum(load(scores + j * row + v * LANES) * scale, highest[v]);
-  } else {
-    for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
-    for (int v = 0; v < V; ++v) {
-      float* at = scores + j * row + v * LANES;
-      Vector score = load(at) * scale;
-      if (bias.data != nullptr) score += load(bias.data + j * bias.row + v * LANES);
-      if (mask.data != nullptr) score += load(mask.data + j * mask.row + v * LANES);
-      store(at, score);
-      highest[v] = maximum(score, highest[v]);
-    }
-    scale = 1.0f;  // it is in the scores now
-  }
+// Products (keys, V vectors), which `factor` makes scores, become exp(score - maximum), with PAIR those of two keys after
+// one another a row of pairs: row i of the pairs takes that of the products. `keep`, the maximum before these keys,
+// becomes what earlier results are to be multiplied with.
+template <int V, bool SHARE, bool PAIR>
+void softmax_panel(float* scores, int64_t row, int64_t keys, float factor, const float* share,
+                   const RunningSoftmax& running, float* keep, Prefetcher& prefetcher) {
+  Vector shift[V], sum[V], mixed[V];
   TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) {
-    const Vector before = load(running.maximum + v * LANES);
-    store(running.maximum + v * LANES, highest[v]);
-    highest[v] = highest[v] == -INFINITE ? Vector{} : highest[v];  // no key seen yet: keep infinities apart
-    const Vector kept = exponential(before - highest[v]);
+    const Vector highest = load(running.maximum + v * LANES) * factor;
+    shift[v] = highest == -INFINITE ? Vector{} : highest;  // no key seen yet: keep infinities apart
+    const Vector kept = power_of_two(load(keep + v * LANES) * factor - shift[v]);
     store(keep + v * LANES, kept);
     sum[v] = load(running.sum + v * LANES) * kept;
     if (SHARE) mixed[v] = load(running.share + v * LANES) * kept;
   }
-  for (int64_t j = 0; j < keys; ++j) {
+  const auto weigh = [&](int64_t j, int v) __attribute__((always_inline)) {
+    const Vector weight = power_of_two(load(scores + j * row + v * LANES) * factor - shift[v]);
+    sum[v] += weight;
+    if (SHARE) mixed[v] += weight * share[j];
+    return weight;
+  };
+  const int64_t whole = PAIR ? keys / 2 * 2 : keys;
+  for (int64_t j = 0; j < whole; j += PAIR ? 2 : 1) {
     Prefetcher::step(prefetcher);
+    if (PAIR) Prefetcher::step(prefetcher);
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) {
-      float* at = scores + j * row + v * LANES;
-      const Vector weight = exponential(load(at) * scale - highest[v]);
-      store(at, weight);
-      sum[v] += weight;
-      if (SHARE) mixed[v] += weight * share[j];
+      Vector weight = weigh(j, v);
+      if constexpr (PAIR) weight = bits<Vector>(pair(weight, weigh(j + 1, v)));
+      store(scores + (PAIR ? j / 2 : j) * row + v * LANES, weight);
     }
   }
+  if (whole < keys) TLALIGN_UNROLL
+  for (int v = 0; v < V; ++v)
+    store(scores + whole / 2 * row + v * LANES, bits<Vector>(pair(weigh(whole, v), Vector{})));
   TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) {
     store(running.sum + v * LANES, sum[v]);
@@ -586,7 +649,7 @@ void drop_weights(float* weights, int64_t row, int64_t keys, const Dropout& drop
   }
 }
 
-// Weights of two keys after one another become pairs, an odd key's with zeros: row i of them takes that of the weights.
+// Weights become pairs as in `softmax_panel`, where something else needs them before.
 template <int V>
 void pair_weights(float* weights, int64_t row, int64_t keys) {
   for (int64_t j = 0; j < keys; j += 2) TLALIGN_UNROLL
@@ -603,7 +666,7 @@ int64_t fused_sources(const Problem& p) { return p.sources <= MAX_FUSED_SOURCES 
 
 struct ForwardScratch {
   static constexpr int64_t SCORE_ROW = row_length(PANEL);
-  float *key, *value, *query, *scores, *output, *maximum, *sum, *share, *keep, *inverse, *bias, *mask;
+  float *key, *value, *query, *scores, *output, *maximum, *sum, *share, *keep, *inverse, *offsets;
   int64_t size;
 
   ForwardScratch(const Problem& p, const Plan& plan, float* scratch) {
@@ -619,24 +682,23 @@ struct ForwardScratch {
     keep = arena.take(PANEL);
     inverse = arena.take(PANEL);
     output = arena.take(chunk * plan.row);
-    bias = arena.take(OffsetReader::scratch(p.bias, p, keys, PANEL));
-    mask = arena.take(OffsetReader::scratch(p.mask, p, keys, PANEL));
+    offsets = arena.take(OffsetReader::scratch(p, keys, PANEL));
     size = arena.used();
   }
 };
 
 // Writes what the last block of keys completes: the log-sum-exp, the share of this head, and `inverse`, 1 / sum.
-void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query, int64_t vectors,
+void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query, int64_t vectors, float factor,
                     const RunningSoftmax& running, float* head_share, float* inverse) {
   const int64_t index = image * f.heads + head;
   for (int64_t lane = 0; lane < vectors * LANES; lane += LANES) {
     const int64_t first = query + lane, count = f.queries - first;
     if (count <= 0) return;
-    const Vector sum = load(running.sum + lane), highest = load(running.maximum + lane);
+    const Vector sum = load(running.sum + lane), highest = load(running.maximum + lane) * factor;
     const Vector inverted = sum == 0.0f ? Vector{} : 1.0f / sum;
     store(inverse + lane, inverted);
     // sum - sum is 0, or NaN if sum is: that the logarithm would lose.
-    const Vector log_sum_exp = sum == 0.0f ? broadcast(-INFINITE) : highest + logarithm(sum) + (sum - sum);
+    const Vector log_sum_exp = sum == 0.0f ? broadcast(-INFINITE) : highest * LN_2 + logarithm(sum) + (sum - sum);
     store_first(reinterpret_cast<Float32*>(f.log_sum_exp + index * f.queries + first), log_sum_exp, count);
     for (int64_t s = 0; s < fused_sources(f); ++s) {
       float* target = head_share + (index * f.sources + s) * f.queries + first;
@@ -655,10 +717,11 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
   const int64_t sources = fused_sources(f), output_row = f.heads * f.head_dim;
   const int64_t chunk_query = chunks.begin(task.chunk) * LANES, chunk_lanes = chunks.size(task.chunk) * LANES;
   const bool writes_output = sizeof(T) == sizeof(float) && f.head_dim % LANES == 0;
+  const bool pairs_at_once = PAIRS && sources <= 1 && !(f.dropout_p > 0);
   const bool streams_output =
       streams({f.output, 0, f.head_dim, output_row}, f.batch * f.queries * f.heads * f.head_dim);
   for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
-    const OffsetReader bias(f.bias, f, head, task.images, at.bias), mask(f.mask, f, head, task.images, at.mask);
+    const OffsetReader offsets(f, head, task.images, at.offsets);
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
       const Next next(task, image, head);
       Prefetcher prefetcher(f.keys * panels.count, larger(f.keys, chunk_lanes), f.head_dim * sizeof(T));
@@ -684,23 +747,22 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             const int64_t query = chunk_query + lane;
             const int64_t queries = smaller(f.queries - query, V * LANES);
             const RunningSoftmax running{at.maximum + lane, at.sum + lane, at.share + lane, chunk_lanes};
-            pack_columns<PAIRS>(row_of<T>(f.query, image, head, query), f.query.row, queries, f.head_dim, at.query,
-                                V * LANES, V);
-            multiply<false, PAIRS>(
-                {words_of<PAIRS>(f.head_dim), key_rows.data, key_rows.row, at.query, V * LANES, at.scores, SCORE_ROW},
-                keys, V);
-            const OffsetColumns bias_panel = bias.panel(image, query, V, key, keys);
-            const OffsetColumns mask_panel = mask.panel(image, query, V, key, keys);
-            if (sources == 1)
-              softmax_panel<V, true>(at.scores, SCORE_ROW, keys, f.scale, bias_panel, mask_panel, share, running,
-                                     at.keep, prefetcher);
+            for (int64_t i = 0; i < V * LANES; i += LANES) store(at.keep + i, load(running.maximum + i));
+            const float factor = multiply_scores<V, T, PAIRS>(f, image, head, query, key_rows, keys,
+                                                              offsets.panel(image, query, V, key, keys), at.query,
+                                                              at.scores, SCORE_ROW, running.maximum);
+            const auto softmax = [&](auto shares, auto pairs) {
+              softmax_panel<V, decltype(shares)::count != 0, decltype(pairs)::count != 0>(
+                  at.scores, SCORE_ROW, keys, factor, share, running, at.keep, prefetcher);
+            };
+            if (pairs_at_once)
+              sources == 1 ? softmax(Vectors<1>{}, Vectors<PAIRS>{}) : softmax(Vectors<0>{}, Vectors<PAIRS>{});
             else
-              softmax_panel<V, false>(at.scores, SCORE_ROW, keys, f.scale, bias_panel, mask_panel, nullptr, running,
-                                      at.keep, prefetcher);
+              sources == 1 ? softmax(Vectors<1>{}, Vectors<0>{}) : softmax(Vectors<0>{}, Vectors<0>{});
             if (sources > 1) mix_shares<V>(at.scores, SCORE_ROW, keys, share, sources, running, at.keep);
-            if (last) finish_softmax(f, image, head, query, V, running, head_share, at.inverse);
+            if (last) finish_softmax(f, image, head, query, V, factor, running, head_share, at.inverse);
             if (f.dropout_p > 0) drop_weights<V>(at.scores, SCORE_ROW, keys, Dropout(f, image, head), query, key);
-            if (PAIRS) pair_weights<V>(at.scores, SCORE_ROW, keys);
+            if (PAIRS && !pairs_at_once) pair_weights<V>(at.scores, SCORE_ROW, keys);
 
             T* output = reinterpret_cast<T*>(f.output) + ((image * f.queries + query) * f.heads + head) * f.head_dim;
             float* sums = at.output + lane * plan.row;
@@ -727,29 +789,49 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
   }
 }
 
+// share = mean over the heads that see a key, averaged with the residual; without any such head the residual, or 0.
+void average_heads(const Forward& f, const float* head_share, int64_t image) {
+  for (int64_t query = 0; query < f.queries; query += LANES) {
+    const int64_t count = smaller(f.queries - query, LANES);
+    const auto of_head = [&](const float* p, int64_t row) {
+      return load_first(reinterpret_cast<const Float32*>(p + row * f.queries + query), count);
+    };
+    Vector seeing = {};
+    for (int64_t row = image * f.heads; row < (image + 1) * f.heads; ++row)
+      seeing += of_head(f.log_sum_exp, row) == -INFINITE ? Vector{} : broadcast(1.0f);
+    for (int64_t s = 0; s < f.sources; ++s) {
+      Vector mean = {};
+      for (int64_t row = image * f.heads; row < (image + 1) * f.heads; ++row)
+        mean += of_head(head_share, row * f.sources + s);
+      mean = seeing > 0.0f ? mean / seeing : Vector{};
+      const int64_t first = (image * f.queries + query) * f.sources + s;
+      if (f.residual != nullptr) {
+        const Vector own = load_strided(reinterpret_cast<const Float32*>(f.residual + first), f.sources, count);
+        mean = seeing > 0.0f ? (mean + own) * 0.5f : own;
+      }
+      store_strided(reinterpret_cast<Float32*>(f.share_out + first), mean, f.sources, count);
+    }
+  }
+}
+
 // Backward
 
-// exp(scale * product + bias + mask - log_sum_exp) * inverse, the probabilities of a panel, one row of V vectors at a
-// time.
+// exp(score - log_sum_exp) * inverse, the probabilities of a panel, from products that `factor` makes scores. The
+// log-sum-exp is in units of ln 2.
 template <int V>
 struct Probabilities {
   Vector log_sum_exp[V], inverse[V];
-  float scale;
-  OffsetColumns bias, mask;
+  float factor;
 
-  Probabilities(const float* log_sum_exp_of_queries, const float* inverse_of_queries, float scale_of_scores,
-                OffsetColumns bias_panel, OffsetColumns mask_panel)
-      : scale(scale_of_scores), bias(bias_panel), mask(mask_panel) {
+  Probabilities(const float* log_sum_exp_of_queries, const float* inverse_of_queries, float factor_of_products)
+      : factor(factor_of_products) {
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) log_sum_exp[v] = load(log_sum_exp_of_queries + v * LANES);
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) inverse[v] = load(inverse_of_queries + v * LANES);
   }
-  TLALIGN_INLINE Vector of(const Probabilities& p, Vector product, int64_t j, int v) {
-    Vector score = product * p.scale;
-    if (p.bias.data != nullptr) score += load(p.bias.data + j * p.bias.row + v * LANES);
-    if (p.mask.data != nullptr) score += load(p.mask.data + j * p.mask.row + v * LANES);
-    return exponential(score - p.log_sum_exp[v]) * p.inverse[v];
+  TLALIGN_INLINE Vector of(const Probabilities& p, Vector product, int v) {
+    return power_of_two(product * p.factor - p.log_sum_exp[v]) * p.inverse[v];
   }
 };
 
@@ -777,7 +859,7 @@ void gradient_panel(const Probabilities<V>& probabilities, const ScorePanel& pan
     for (int v = 0; v < V; ++v) {
       const int64_t first = panel.lane + v * LANES;
       float *score_row = panel.scores + j * ROW, *gradient_row = panel.gradients + j * ROW;
-      const Vector probability = Probabilities<V>::of(probabilities, load(score_row + first), j, v);
+      const Vector probability = Probabilities<V>::of(probabilities, load(score_row + first), v);
       Vector kept = probability, gradient = load(gradient_row + first);
       if (dropout != nullptr) {
         const Vector factor = dropout->factor(query + v * LANES, key + j);
@@ -808,7 +890,7 @@ void gradient_panel(const Probabilities<V>& probabilities, const ScorePanel& pan
 struct BackwardScratch {
   static constexpr int64_t SCALES = KEY_BLOCK > QUERY_BLOCK ? KEY_BLOCK : QUERY_BLOCK;
   float *key, *key_pairs, *value, *grad_key, *grad_value, *query, *grad_output, *columns, *scores, *gradients, *pairs,
-      *log_sum_exp, *inverse, *row_terms, *scale, *grad_query, *bias, *mask;
+      *log_sum_exp, *inverse, *row_terms, *scale, *grad_query, *offsets;
   int64_t size;
 
   BackwardScratch(const Problem& p, const Plan& plan, float* scratch) {
@@ -831,24 +913,35 @@ struct BackwardScratch {
     row_terms = arena.take(padded);
     scale = arena.take(SCALES);
     grad_query = arena.take((plan.keys.count > 1 ? padded : QUERY_BLOCK) * plan.row);
-    bias = arena.take(OffsetReader::scratch(p.bias, p, keys, PANEL));
-    mask = arena.take(OffsetReader::scratch(p.mask, p, keys, PANEL));
+    offsets = arena.take(OffsetReader::scratch(p, keys, PANEL));
     size = arena.used();
   }
 };
 
-// Sums over all keys of exp(score - log_sum_exp), inverted: 1 but for the rounding of the log-sum-exp, which matters
-// where that is large. Needs the product of queries and keys once more, so it is done for such queries only.
+// The log-sum-exp of queries as `Probabilities` wants it, in units of ln 2: infinite, so that all of them vanish, for
+// queries that see no key and for the lanes beyond the last query. `inverse` makes up for the rounding of the units.
+void load_log_sum_exp(const Problem& p, const float* log_sum_exp, int64_t image, int64_t head, int64_t query,
+                      int64_t lanes, float* target, float* inverse) {
+  const float* source = log_sum_exp + (image * p.heads + head) * p.queries + query;
+  for (int64_t i = 0; i < lanes; ++i) {
+    const float known = i < p.queries - query ? source[i] : INFINITE;
+    const double exact = (known == -INFINITE ? INFINITE : known) * 1.4426950408889634;
+    target[i] = static_cast<float>(exact);
+    inverse[i] = target[i] == INFINITE ? 1.0f : 1.0f - LN_2 * static_cast<float>(exact - target[i]);
+  }
+}
+
+// Divides `inverse` by the sums over all keys of exp(score - log_sum_exp): 1 but for the rounding of the log-sum-exp,
+// which matters where that is large. Needs the product of queries and keys once more, so it is done for such queries
+// only.
 template <class T>
-void invert_sums(const Problem& p, const Plan& plan, const OffsetReader& bias, const OffsetReader& mask, int64_t image,
-                 int64_t head, int64_t query, int64_t vectors, const float* log_sum_exp, float* inverse,
-                 float* key_rows, float* columns, float* scores) {
+void divide_by_sums(const Problem& p, const Plan& plan, const OffsetReader& offsets, int64_t image, int64_t head,
+                    int64_t query, int64_t vectors, const float* log_sum_exp, float* inverse, float* key_rows,
+                    float* columns, float* scores) {
   bool precise = true;
   for (int64_t i = 0; i < vectors * LANES; ++i) {
-    inverse[i] = 1.0f;
-    // Written so that +inf, which stands for queries that see no key, is left alone.
-    precise = precise && !(log_sum_exp[i] > PRECISE_LOG_SUM_EXP && log_sum_exp[i] < INFINITE) &&
-              !(log_sum_exp[i] < -PRECISE_LOG_SUM_EXP);
+    constexpr float LIMIT = PRECISE_LOG_SUM_EXP * LOG2_E;
+    precise = precise && !(log_sum_exp[i] > LIMIT && log_sum_exp[i] < INFINITE) && !(log_sum_exp[i] < -LIMIT);
   }
   if (precise) return;
   const Split panels(vectors, MAX_VECTORS);
@@ -856,36 +949,25 @@ void invert_sums(const Problem& p, const Plan& plan, const OffsetReader& bias, c
     with_vectors(panels.size(panel), [&](auto width) {
       constexpr int V = decltype(width)::count;
       constexpr int64_t ROW = V * LANES;
-      const int64_t lane = panels.begin(panel) * LANES, queries = smaller(p.queries - query - lane, ROW);
+      const int64_t lane = panels.begin(panel) * LANES;
       Vector sum[V] = {};
-      pack_columns(row_of<T>(p.query, image, head, query + lane), p.query.row, queries, p.head_dim, columns, ROW, V);
       for (int64_t block = 0; block < plan.keys.count; ++block) {
         const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
         pack_rows(row_of<T>(p.key, image, head, key), p.key.row, keys, p.head_dim, key_rows, plan.row);
-        multiply<false>({p.head_dim, key_rows, plan.row, columns, ROW, scores, ROW}, keys, V);
-        const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane, p.scale,
-                                             bias.panel(image, query + lane, V, key, keys),
-                                             mask.panel(image, query + lane, V, key, keys));
+        const float factor = multiply_scores<V, T, false>(p, image, head, query + lane, {key_rows, plan.row}, keys,
+                                                          offsets.panel(image, query + lane, V, key, keys), columns,
+                                                          scores, ROW, nullptr);
+        const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane, factor);
         for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
         for (int v = 0; v < V; ++v)
-          sum[v] += Probabilities<V>::of(probabilities, load(scores + j * ROW + v * LANES), j, v);
+          sum[v] += Probabilities<V>::of(probabilities, load(scores + j * ROW + v * LANES), v);
       }
       TLALIGN_UNROLL
-      for (int v = 0; v < V; ++v) store(inverse + lane + v * LANES, sum[v] == 0.0f ? Vector{} : 1.0f / sum[v]);
+      for (int v = 0; v < V; ++v) {
+        float* at = inverse + lane + v * LANES;
+        store(at, sum[v] == 0.0f ? Vector{} : load(at) / sum[v]);
+      }
     });
-}
-
-// The log-sum-exp of queries as `Probabilities` wants it: +inf, so that all of them vanish, for queries that see no key
-// and for the lanes beyond the last query.
-void load_log_sum_exp(const Problem& p, const float* log_sum_exp, int64_t image, int64_t head, int64_t query,
-                      int64_t lanes, float* target) {
-  const float* source = log_sum_exp + (image * p.heads + head) * p.queries + query;
-  const int64_t present = p.queries - query;
-  for (int64_t i = 0; i < lanes; i += LANES) {
-    const Vector known = load_first(reinterpret_cast<const Float32*>(source + i), present - i);
-    store(target + i, known == -INFINITE ? broadcast(INFINITE) : known);
-  }
-  for (int64_t i = present; i < lanes; ++i) target[i] = INFINITE;
 }
 
 // sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135).
@@ -919,7 +1001,7 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
   const int64_t gradients = b.batch * (b.queries + 2 * b.keys) * b.heads * b.head_dim;
   for (int64_t i = 0; i < BackwardScratch::SCALES; ++i) at.scale[i] = b.scale;
   for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
-    const OffsetReader bias(b.bias, b, head, task.images, at.bias), mask(b.mask, b, head, task.images, at.mask);
+    const OffsetReader offsets(b, head, task.images, at.offsets);
     float* grad_bias_sum = grad_bias == nullptr ? nullptr : grad_bias + head * b.keys * padded;
     for (int64_t i = 0; grad_bias != nullptr && i < b.keys * padded; ++i) grad_bias_sum[i] = 0.0f;
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
@@ -933,10 +1015,10 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
         prefetch_rows<T>(prefetcher, b.grad_output, next, 0, b.queries);
         prefetch_rows<T>(prefetcher, b.output, next, 0, b.queries);
       }
-      load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp);
+      load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp, at.inverse);
       sum_row_terms<T>(b, image, head, at.row_terms);
-      invert_sums<T>(b, plan, bias, mask, image, head, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key,
-                     at.columns, at.scores);
+      divide_by_sums<T>(b, plan, offsets, image, head, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key,
+                        at.columns, at.scores);
       const Dropout dropout(b, image, head);
       for (int64_t key_block = 0; key_block < plan.keys.count; ++key_block) {
         const int64_t key = plan.keys.begin(key_block), keys = plan.keys.size(key_block);
@@ -959,18 +1041,15 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
             with_vectors(panels.size(panel), [&](auto width) {
               constexpr int V = decltype(width)::count;
               const int64_t lane = panels.begin(panel) * LANES, present = smaller(queries - lane, V * LANES);
-              const auto times_columns = [&](Factor left, const Rows& rows, float* result) {
-                pack_columns<PAIRS>(row_of<T>(rows, image, head, query + lane), rows.row, present, b.head_dim,
-                                    at.columns, V * LANES, V);
-                multiply<false, PAIRS>(
-                    {words_of<PAIRS>(b.head_dim), left.data, left.row, at.columns, V * LANES, result + lane, SCORE_ROW},
-                    keys, V);
-              };
-              times_columns(key_rows, b.query, at.scores);
-              times_columns(value_rows, b.grad_output, at.gradients);
-              const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane, b.scale,
-                                                   bias.panel(image, query + lane, V, key, keys),
-                                                   mask.panel(image, query + lane, V, key, keys));
+              const float factor = multiply_scores<V, T, PAIRS>(b, image, head, query + lane, key_rows, keys,
+                                                                offsets.panel(image, query + lane, V, key, keys),
+                                                                at.columns, at.scores + lane, SCORE_ROW, nullptr);
+              pack_columns<PAIRS>(row_of<T>(b.grad_output, image, head, query + lane), b.grad_output.row, present,
+                                  b.head_dim, at.columns, V * LANES, V);
+              multiply<false, PAIRS>({words_of<PAIRS>(b.head_dim), value_rows.data, value_rows.row, at.columns,
+                                      V * LANES, at.gradients + lane, SCORE_ROW},
+                                     keys, V);
+              const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane, factor);
               gradient_panel<V, PAIRS>(
                   probabilities, {at.scores, at.gradients, at.pairs, lane}, keys, at.row_terms + query + lane,
                   b.dropout_p > 0 ? &dropout : nullptr, query + lane, key,
@@ -1017,7 +1096,7 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
 
 struct DenseShareScratch {
   static constexpr int64_t MEAN_ROW = row_length(QUERY_BLOCK), LABEL_ROW = row_length(LABEL_BLOCK);
-  float *key, *columns, *scores, *mean, *log_sum_exp, *inverse, *weight, *labels, *sums, *bias, *mask;
+  float *key, *columns, *scores, *mean, *log_sum_exp, *inverse, *weight, *labels, *sums, *offsets;
   int64_t size;
 
   DenseShareScratch(const Problem& p, const Plan& plan, float* scratch) {
@@ -1032,8 +1111,7 @@ struct DenseShareScratch {
     weight = arena.take(QUERY_BLOCK);
     labels = arena.take(keys * LABEL_ROW);
     sums = arena.take(QUERY_BLOCK * LABEL_ROW);
-    bias = arena.take(OffsetReader::scratch(p.bias, p, keys, PANEL));
-    mask = arena.take(OffsetReader::scratch(p.mask, p, keys, PANEL));
+    offsets = arena.take(OffsetReader::scratch(p, keys, PANEL));
     size = arena.used();
   }
 };
@@ -1047,11 +1125,11 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
   const int64_t queries = smaller(f.queries - query, lanes);
   for (int64_t i = 0; i < lanes; ++i) at.weight[i] = 0.0f;
   for (int64_t head = 0; head < f.heads; ++head) {
-    const OffsetReader bias(f.bias, f, head, 1, at.bias), mask(f.mask, f, head, 1, at.mask);
-    float* log_sum_exp = at.log_sum_exp + head * QUERY_BLOCK;
-    load_log_sum_exp(f, f.log_sum_exp, image, head, query, lanes, log_sum_exp);
-    invert_sums<T>(f, plan, bias, mask, image, head, query, vectors, log_sum_exp, at.inverse + head * QUERY_BLOCK,
-                   at.key, at.columns, at.scores);
+    const OffsetReader offsets(f, head, 1, at.offsets);
+    float *log_sum_exp = at.log_sum_exp + head * QUERY_BLOCK, *inverse = at.inverse + head * QUERY_BLOCK;
+    load_log_sum_exp(f, f.log_sum_exp, image, head, query, lanes, log_sum_exp, inverse);
+    divide_by_sums<T>(f, plan, offsets, image, head, query, vectors, log_sum_exp, inverse, at.key, at.columns,
+                      at.scores);
     for (int64_t i = 0; i < lanes; ++i) at.weight[i] += log_sum_exp[i] != INFINITE;
   }
   // Heads in which a query sees no key don't count in its mean; no residual, no halving.
@@ -1062,25 +1140,24 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
     const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
     for (int64_t i = 0; i < keys * DenseShareScratch::MEAN_ROW; ++i) at.mean[i] = 0.0f;
     for (int64_t head = 0; head < f.heads; ++head) {
-      const OffsetReader bias(f.bias, f, head, 1, at.bias), mask(f.mask, f, head, 1, at.mask);
+      const OffsetReader offsets(f, head, 1, at.offsets);
       pack_rows(row_of<T>(f.key, image, head, key), f.key.row, keys, f.head_dim, at.key, plan.row);
       const Split panels(vectors, MAX_VECTORS);
       for (int64_t panel = 0; panel < panels.count; ++panel)
         with_vectors(panels.size(panel), [&](auto width) {
           constexpr int V = decltype(width)::count;
           const int64_t lane = panels.begin(panel) * LANES;
-          pack_columns(row_of<T>(f.query, image, head, query + lane), f.query.row, smaller(queries - lane, V * LANES),
-                       f.head_dim, at.columns, V * LANES, V);
-          multiply<false>({f.head_dim, at.key, plan.row, at.columns, V * LANES, at.scores, V * LANES}, keys, V);
-          const Probabilities<V> probabilities(
-              at.log_sum_exp + head * QUERY_BLOCK + lane, at.inverse + head * QUERY_BLOCK + lane, f.scale,
-              bias.panel(image, query + lane, V, key, keys), mask.panel(image, query + lane, V, key, keys));
+          const float factor = multiply_scores<V, T, false>(f, image, head, query + lane, {at.key, plan.row}, keys,
+                                                            offsets.panel(image, query + lane, V, key, keys),
+                                                            at.columns, at.scores, V * LANES, nullptr);
+          const Probabilities<V> probabilities(at.log_sum_exp + head * QUERY_BLOCK + lane,
+                                               at.inverse + head * QUERY_BLOCK + lane, factor);
           for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
           for (int v = 0; v < V; ++v) {
             float* mean = at.mean + j * DenseShareScratch::MEAN_ROW + lane + v * LANES;
             const Vector score = load(at.scores + j * V * LANES + v * LANES);
             store(mean,
-                  load(mean) + Probabilities<V>::of(probabilities, score, j, v) * load(at.weight + lane + v * LANES));
+                  load(mean) + Probabilities<V>::of(probabilities, score, v) * load(at.weight + lane + v * LANES));
           }
         });
     }
@@ -1106,13 +1183,6 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
 }
 
 // The functions of the table: by element type.
-
-template <class Work>
-void with_type(DType dtype, Work work) {
-  if (dtype == DType::float32) return work(Float32{});
-  if (dtype == DType::bfloat16) return work(BFloat16{});
-  work(Float16{});
-}
 
 void forward_task(const Forward& f, const Task& task, float* head_share, float* scratch) {
   with_type(f.dtype, [&](auto element) { forward_of<decltype(element)>(f, task, head_share, scratch); });
@@ -1171,6 +1241,7 @@ const Kernels TLALIGN_KERNELS = {
     &scratch_of<BackwardScratch>,
     &scratch_of<DenseShareScratch>,
     &forward_task,
+    &average_heads,
     &dense_share_task,
     &backward_task,
     &sum_grad_bias,

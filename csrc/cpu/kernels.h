@@ -34,6 +34,8 @@ struct Kernels {
   int64_t (*dense_share_scratch)(const Problem&);
   // Output and log-sum-exp; the share in one head into head_share (B, H, S, Nq), up to MAX_FUSED_SOURCES.
   void (*forward)(const Forward&, const Task&, float* head_share, float* scratch);
+  // Share of one image from those of its heads.
+  void (*average_heads)(const Forward&, const float* head_share, int64_t image);
   // Share of one chunk of queries of one image, from the log-sum-exp of all heads; for any number of sources.
   void (*dense_share)(const Forward&, int64_t image, int64_t chunk, float* scratch);
   // Gradients of query, key and value; that of the bias, summed over the images of the task, into grad_bias (H, Nk,

@@ -47,6 +47,7 @@ typedef int32_t IntVector __attribute__((vector_size(LANES * 4)));
 typedef uint32_t UintVector __attribute__((vector_size(LANES * 4)));
 typedef uint64_t LongVector __attribute__((vector_size(LANES * 8)));
 typedef uint16_t ShortVector __attribute__((vector_size(LANES * 2)));
+typedef uint8_t ByteVector __attribute__((vector_size(LANES)));
 
 // x - 0 is x for every x, -0 and NaN included, so that this is one broadcast.
 TLALIGN_INLINE Vector broadcast(float x) { return x - Vector{}; }
@@ -90,23 +91,28 @@ TLALIGN_INLINE To bits(From from) {
 // Both keep a NaN in `x`, and a NaN in `y` is lost.
 TLALIGN_INLINE Vector maximum(Vector x, Vector y) { return y > x ? y : x; }
 
-// e^x for x <= 88; 0 for x below -87.7, where normal numbers end. Exact at 0, relative error 1e-7
-// near it and |x| 3e-8 further down. The polynomial is the minimax one of 2^f on [-1/2, 1/2].
-TLALIGN_INLINE Vector exponential(Vector x) {
+// 2^x for x < 128; 0 below about -126, where normal numbers end. Exact at 0, relative error 2e-7: the polynomial is the minimax
+// one of 2^f on [-1/2, 1/2] among those that are 1 at 0.
+TLALIGN_INLINE Vector power_of_two(Vector x) {
+  const auto polynomial = [](Vector fraction) __attribute__((always_inline)) {
+    Vector power = broadcast(1.3264705e-3f);
+    power = power * fraction + 9.671513e-3f;
+    power = power * fraction + 5.550734e-2f;
+    power = power * fraction + 2.4022242e-1f;
+    power = power * fraction + 6.93147e-1f;
+    return power * fraction + 1.0f;
+  };
+#if defined(__AVX512F__) && TLALIGN_LANES == 16
+  const __mmask16 is_normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const Vector whole = _mm512_maskz_roundscale_ps(is_normal, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_maskz_scalef_ps(is_normal, polynomial(x - whole), whole);
+#else
   // 1.5 * 2^23 + 127: adding it rounds to an integer, whose last bits are then those of the exponent of 2^integer.
-  constexpr float LOG2_E = 1.44269504f, TO_EXPONENT = 12583039.0f;
-  const Vector lowest = broadcast(-88.03f);  // -127 / log2(e), less a rounding
-  x = maximum(x, lowest);
-  const Vector shifted = x * LOG2_E + TO_EXPONENT;
-  const Vector fraction = x * LOG2_E - (shifted - TO_EXPONENT);
-  Vector power = broadcast(1.5345812e-4f);
-  power = power * fraction + 1.3399931e-3f;
-  power = power * fraction + 9.618489e-3f;
-  power = power * fraction + 5.5503286e-2f;
-  power = power * fraction + 2.4022646e-1f;
-  power = power * fraction + 6.931472e-1f;
-  power = power * fraction + 1.0f;
-  return power * bits<Vector>(bits<UintVector>(shifted) << 23);
+  constexpr float TO_EXPONENT = 12583039.0f;
+  x = maximum(x, broadcast(-127.0f));
+  const Vector shifted = x + TO_EXPONENT;
+  return polynomial(x - (shifted - TO_EXPONENT)) * bits<Vector>(bits<UintVector>(shifted) << 23);
+#endif
 }
 
 // ln x for normal x > 0, to 2e-7 of max(|ln x|, 1): the series of artanh on [0.75, 1.5).
@@ -135,6 +141,10 @@ struct BFloat16 {
 struct Float16 {
   uint16_t word;
 };
+// Of a mask: what is added to a score, 0 where the key is seen.
+struct Boolean {
+  uint8_t byte;
+};
 
 template <class T>
 TLALIGN_INLINE ShortVector load_words(const T* p) {
@@ -156,6 +166,13 @@ TLALIGN_INLINE Vector load(const Float16* p) {
   UintVector result = bits<UintVector>(bits<Vector>(magnitude) * bits<float>(uint32_t{0x77800000}));
   result = magnitude >= (0x7c00u << 13) ? result | 0x7f800000 : result;
   return bits<Vector>(result | (word & 0x8000) << 16);
+}
+
+TLALIGN_INLINE Vector load(const Boolean* p) {
+  ByteVector bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  const UintVector seen = __builtin_convertvector(bytes, UintVector);
+  return seen != 0 ? Vector{} : broadcast(-__builtin_inff());
 }
 
 TLALIGN_INLINE void store(Float32* p, Vector v) { store(&p->value, v); }
@@ -198,12 +215,29 @@ TLALIGN_INLINE Vector load_first(const T* p, int64_t count) {
   return load(whole);
 }
 
+// The same of elements that are `stride` apart.
+template <class T>
+TLALIGN_INLINE Vector load_strided(const T* p, int64_t stride, int64_t count) {
+  if (stride == 1) return load_first(p, count);
+  T whole[LANES] = {};
+  for (int64_t i = 0; i < count && i < LANES; ++i) whole[i] = p[i * stride];
+  return load(whole);
+}
+
 template <class T>
 TLALIGN_INLINE void store_first(T* p, Vector v, int64_t count) {
   if (count >= LANES) return store(p, v);
   T whole[LANES];
   store(whole, v);
   for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
+}
+
+template <class T>
+TLALIGN_INLINE void store_strided(T* p, Vector v, int64_t stride, int64_t count) {
+  if (stride == 1) return store_first(p, v, count);
+  T whole[LANES];
+  store(whole, v);
+  for (int64_t i = 0; i < count && i < LANES; ++i) p[i * stride] = whole[i];
 }
 
 // Pairs of bfloat16: two numbers to a lane, the first of them in the low half.
