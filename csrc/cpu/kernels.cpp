@@ -97,13 +97,12 @@ void with_type(DType dtype, Work work) {
 // of its columns. Rows of A lie along memory, or across it (A transposed). A and B hold floats, or words of two bfloat16
 // that follow one another along the depth, which then counts words.
 struct Product {
-  int64_t depth;
   const float* a;
   int64_t a_row;
-  const float* b;
-  int64_t b_row;
   float* c;
   int64_t c_row;
+  const float* b = nullptr;
+  int64_t b_row = 0, depth = 0;
   const float* init = nullptr;  // null: 0
   int64_t init_row = 0;
   const float* init_scale = nullptr;  // null: 1
@@ -553,23 +552,81 @@ class Dropout {
   LongVector lanes_;
 };
 
-// Scores
+// Products of keys and queries
+
+// A last vector of at most so many queries isn't worth a product of whole vectors.
+constexpr int64_t MAX_FEW = LANES / 8;
+
+// One column of vectors of a product as scores, for a few queries, the last of them repeated in the lanes beyond: sums
+// along the rows. The right factor of the product is not used.
+template <class T>
+void multiply_few(const Product& product, int64_t keys, const T* queries, int64_t stride, int64_t count,
+                  int64_t width) {
+  const Product p = product;  // which no store can change
+  Vector highest = p.maximum != nullptr ? load(p.maximum) : Vector{};
+  for (int64_t j = 0; j < keys; j += LANES) {
+    const int64_t present = smaller(keys - j, LANES);
+    Vector sums[MAX_FEW];
+    TLALIGN_UNROLL
+    for (int q = 0; q < MAX_FEW; ++q) {
+      if (q == count) break;
+      Vector rows[LANES] = {};
+      for (int64_t d = 0; d < width; d += LANES) {
+        const Vector right = load_first(queries + q * stride + d, width - d);
+        TLALIGN_UNROLL
+        for (int i = 0; i < LANES; ++i) rows[i] += load(p.a + (j + smaller(i, present - 1)) * p.a_row + d) * right;
+      }
+      sums[q] = sum_rows(rows);
+    }
+    for (int64_t i = 0; i < present; ++i) {
+      Vector score = broadcast(sums[0][i]);
+      TLALIGN_UNROLL
+      for (int q = 1; q < MAX_FEW; ++q) score = q < count && LANE_NUMBERS >= q ? broadcast(sums[q][i]) : score;
+      score *= p.factor;
+      if (p.offset != nullptr) score += load(p.offset + (j + i) * p.offset_row);
+      highest = maximum(score, highest);
+      store(p.c + (j + i) * p.c_row, score);
+    }
+  }
+  if (p.maximum != nullptr) store(p.maximum, highest);
+}
+
+// The product, as scores, of the keys of a block and V vectors of queries, `rows` from `query` on, packed into `columns`.
+template <int V, class T, bool PAIRS>
+void multiply_queries(Product product, const Problem& p, const Rows& rows, int64_t image, int64_t head, int64_t query,
+                      int64_t keys, float* columns) {
+  constexpr bool TAKES_FEW = !PAIRS && MAX_FEW > 0;
+  const T* first = row_of<T>(rows, image, head, query);
+  const int64_t queries = smaller(p.queries - query, V * LANES), few = queries - (V - 1) * LANES;
+  const int64_t vectors = TAKES_FEW && few <= MAX_FEW ? V - 1 : V;
+  pack_columns<PAIRS>(first, rows.row, queries, p.head_dim, columns, V * LANES, vectors);
+  product.depth = words_of<PAIRS>(p.head_dim);
+  product.b = columns;
+  product.b_row = V * LANES;
+  if (vectors > 0) multiply<false, PAIRS>(product, keys, vectors);
+  if constexpr (TAKES_FEW) {
+    if (vectors == V) return;
+    constexpr int64_t LANE = (V - 1) * LANES;
+    product.c += LANE;
+    if (product.offset != nullptr) product.offset += LANE;
+    if (product.maximum != nullptr) product.maximum += LANE;
+    multiply_few(product, keys, first + LANE * rows.row, rows.row, few, p.head_dim);
+  }
+}
 
 // Products K Q^T of the keys of a block, (keys, V vectors), and in `maximum` (unless null) the maximum of each query.
 // Returns what they are yet to be multiplied with to be scores: offsets or a negative scale take that at once.
 template <int V, class T, bool PAIRS>
 float multiply_scores(const Problem& p, int64_t image, int64_t head, int64_t query, Factor key_rows, int64_t keys,
                       OffsetColumns offsets, float* columns, float* scores, int64_t row, float* maximum) {
-  pack_columns<PAIRS>(row_of<T>(p.query, image, head, query), p.query.row, smaller(p.queries - query, V * LANES),
-                      p.head_dim, columns, V * LANES, V);
   const float factor = p.scale * LOG2_E;
   const bool leaves_factor = offsets.data == nullptr && factor > 0;
-  Product product{words_of<PAIRS>(p.head_dim), key_rows.data, key_rows.row, columns, V * LANES, scores, row};
+  Product product{key_rows.data, key_rows.row, scores, row};
   product.factor = leaves_factor ? 1.0f : factor;
   product.offset = offsets.data;
   product.offset_row = offsets.row;
   product.maximum = maximum;
-  multiply<false, PAIRS>(product, keys, V);
+  multiply_queries<V, T, PAIRS>(product, p, p.query, image, head, query, keys, columns);
   return leaves_factor ? factor : 1.0f;
 }
 
@@ -767,13 +824,13 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             T* output = reinterpret_cast<T*>(f.output) + ((image * f.queries + query) * f.heads + head) * f.head_dim;
             float* sums = at.output + lane * plan.row;
             const bool direct = last && writes_output;
-            Product product{words_of<PAIRS>(keys),
-                            at.scores,
+            Product product{at.scores,
                             SCORE_ROW,
+                            direct ? reinterpret_cast<float*>(output) : sums,
+                            direct ? output_row : plan.row,
                             value_rows.data,
                             value_rows.row,
-                            direct ? reinterpret_cast<float*>(output) : sums,
-                            direct ? output_row : plan.row};
+                            words_of<PAIRS>(keys)};
             if (block > 0) {
               product.init = sums;
               product.init_row = plan.row;
@@ -923,12 +980,17 @@ struct BackwardScratch {
 void load_log_sum_exp(const Problem& p, const float* log_sum_exp, int64_t image, int64_t head, int64_t query,
                       int64_t lanes, float* target, float* inverse) {
   const float* source = log_sum_exp + (image * p.heads + head) * p.queries + query;
-  for (int64_t i = 0; i < lanes; ++i) {
-    const float known = i < p.queries - query ? source[i] : INFINITE;
-    const double exact = (known == -INFINITE ? INFINITE : known) * 1.4426950408889634;
-    target[i] = static_cast<float>(exact);
-    inverse[i] = target[i] == INFINITE ? 1.0f : 1.0f - LN_2 * static_cast<float>(exact - target[i]);
+  const int64_t present = p.queries - query;
+  for (int64_t i = 0; i < lanes; i += LANES) {
+    const Vector known = load_first(reinterpret_cast<const Float32*>(source + i), present - i);
+    const DoubleVector exact = __builtin_convertvector(known, DoubleVector) * 1.4426950408889634;
+    const Vector rounded = __builtin_convertvector(exact, Vector);
+    const DoubleVector rest = exact - __builtin_convertvector(rounded, DoubleVector);
+    const auto is_infinite = rounded == -INFINITE;
+    store(target + i, is_infinite ? broadcast(INFINITE) : rounded);
+    store(inverse + i, is_infinite ? broadcast(1.0f) : 1.0f - LN_2 * __builtin_convertvector(rest, Vector));
   }
+  for (int64_t i = present; i < lanes; ++i) target[i] = INFINITE;
 }
 
 // Divides `inverse` by the sums over all keys of exp(score - log_sum_exp): 1 but for the rounding of the log-sum-exp,
@@ -975,17 +1037,14 @@ template <class T>
 void sum_row_terms(const Backward& b, int64_t image, int64_t head, float* row_terms) {
   for (int64_t first = 0; first < b.queries; first += LANES) {
     const int64_t count = smaller(b.queries - first, LANES);
-    Vector square[LANES] = {};
+    Vector rows[LANES] = {};
     for (int64_t i = 0; i < count; ++i) {
       const T* left = row_of<T>(b.grad_output, image, head, first + i);
       const T* right = row_of<T>(b.output, image, head, first + i);
       for (int64_t d = 0; d < b.head_dim; d += LANES)
-        square[i] += load_first(left + d, b.head_dim - d) * load_first(right + d, b.head_dim - d);
+        rows[i] += load_first(left + d, b.head_dim - d) * load_first(right + d, b.head_dim - d);
     }
-    transpose(square);
-    Vector sum = square[0];
-    for (int i = 1; i < LANES; ++i) sum += square[i];
-    store(row_terms + first, sum);
+    store(row_terms + first, sum_rows(rows));
   }
 }
 
@@ -1040,15 +1099,12 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
           for (int64_t panel = 0; panel < panels.count; ++panel)
             with_vectors(panels.size(panel), [&](auto width) {
               constexpr int V = decltype(width)::count;
-              const int64_t lane = panels.begin(panel) * LANES, present = smaller(queries - lane, V * LANES);
+              const int64_t lane = panels.begin(panel) * LANES;
               const float factor = multiply_scores<V, T, PAIRS>(b, image, head, query + lane, key_rows, keys,
                                                                 offsets.panel(image, query + lane, V, key, keys),
                                                                 at.columns, at.scores + lane, SCORE_ROW, nullptr);
-              pack_columns<PAIRS>(row_of<T>(b.grad_output, image, head, query + lane), b.grad_output.row, present,
-                                  b.head_dim, at.columns, V * LANES, V);
-              multiply<false, PAIRS>({words_of<PAIRS>(b.head_dim), value_rows.data, value_rows.row, at.columns,
-                                      V * LANES, at.gradients + lane, SCORE_ROW},
-                                     keys, V);
+              multiply_queries<V, T, PAIRS>({value_rows.data, value_rows.row, at.gradients + lane, SCORE_ROW}, b,
+                                            b.grad_output, image, head, query + lane, keys, at.columns);
               const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane, factor);
               gradient_panel<V, PAIRS>(
                   probabilities, {at.scores, at.gradients, at.pairs, lane}, keys, at.row_terms + query + lane,
@@ -1063,13 +1119,13 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
                                       const float* scale) {
             T* result = row_of<T>(target, image, head, row);
             const bool direct = last && writes;
-            Product product{words_of<PAIRS>(depth),
-                            left,
+            Product product{left,
                             SCORE_ROW,
+                            direct ? reinterpret_cast<float*>(result) : sums,
+                            direct ? target.row : plan.row,
                             right.data,
                             right.row,
-                            direct ? reinterpret_cast<float*>(result) : sums,
-                            direct ? target.row : plan.row};
+                            words_of<PAIRS>(depth)};
             if (!first) {
               product.init = sums;
               product.init_row = plan.row;
@@ -1166,7 +1222,7 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
       const auto* share = reinterpret_cast<const Float32*>(f.share + (image * f.keys + key) * f.sources + label);
       float* result = f.share_out + (image * f.queries + query) * f.sources + label;
       pack_rows(share, f.sources, keys, labels, at.labels, row);
-      Product product{keys, at.mean, DenseShareScratch::MEAN_ROW, at.labels, row, at.sums, row};
+      Product product{at.mean, DenseShareScratch::MEAN_ROW, at.sums, row, at.labels, row, keys};
       if (block > 0 || f.residual != nullptr) {
         // What earlier blocks left in the result, or half the residual (all of it where no key is seen).
         const float* start = block > 0 ? result : f.residual + (image * f.queries + query) * f.sources + label;

@@ -45,6 +45,7 @@ constexpr int LANES = TLALIGN_LANES;
 typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef int32_t IntVector __attribute__((vector_size(LANES * 4)));
 typedef uint32_t UintVector __attribute__((vector_size(LANES * 4)));
+typedef double DoubleVector __attribute__((vector_size(LANES * 8)));
 typedef uint64_t LongVector __attribute__((vector_size(LANES * 8)));
 typedef uint16_t ShortVector __attribute__((vector_size(LANES * 2)));
 typedef uint8_t ByteVector __attribute__((vector_size(LANES)));
@@ -88,31 +89,32 @@ TLALIGN_INLINE To bits(From from) {
   return to;
 }
 
-// Both keep a NaN in `x`, and a NaN in `y` is lost.
-TLALIGN_INLINE Vector maximum(Vector x, Vector y) { return y > x ? y : x; }
+// Keeps a NaN in `x`, and a NaN in `y` is lost.
+TLALIGN_INLINE Vector maximum(Vector x, Vector y) {
+#if defined(__AVX512F__) && TLALIGN_LANES == 16
+  return _mm512_maskz_max_ps(0xffff, y, x);  // without a mask gcc 12 warns of its own header
+#elif defined(__AVX__) && TLALIGN_LANES == 8
+  return _mm256_max_ps(y, x);
+#else
+  return y > x ? y : x;
+#endif
+}
 
 // 2^x for x < 128; 0 below about -126, where normal numbers end. Exact at 0, relative error 2e-7: the polynomial is the minimax
 // one of 2^f on [-1/2, 1/2] among those that are 1 at 0.
 TLALIGN_INLINE Vector power_of_two(Vector x) {
-  const auto polynomial = [](Vector fraction) __attribute__((always_inline)) {
-    Vector power = broadcast(1.3264705e-3f);
-    power = power * fraction + 9.671513e-3f;
-    power = power * fraction + 5.550734e-2f;
-    power = power * fraction + 2.4022242e-1f;
-    power = power * fraction + 6.93147e-1f;
-    return power * fraction + 1.0f;
-  };
-#if defined(__AVX512F__) && TLALIGN_LANES == 16
-  const __mmask16 is_normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  const Vector whole = _mm512_maskz_roundscale_ps(is_normal, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_maskz_scalef_ps(is_normal, polynomial(x - whole), whole);
-#else
   // 1.5 * 2^23 + 127: adding it rounds to an integer, whose last bits are then those of the exponent of 2^integer.
   constexpr float TO_EXPONENT = 12583039.0f;
   x = maximum(x, broadcast(-127.0f));
   const Vector shifted = x + TO_EXPONENT;
-  return polynomial(x - (shifted - TO_EXPONENT)) * bits<Vector>(bits<UintVector>(shifted) << 23);
-#endif
+  const Vector fraction = x - (shifted - TO_EXPONENT);
+  Vector power = broadcast(1.3264705e-3f);
+  power = power * fraction + 9.671513e-3f;
+  power = power * fraction + 5.550734e-2f;
+  power = power * fraction + 2.4022242e-1f;
+  power = power * fraction + 6.93147e-1f;
+  power = power * fraction + 1.0f;
+  return power * bits<Vector>(bits<UintVector>(shifted) << 23);
 }
 
 // ln x for normal x > 0, to 2e-7 of max(|ln x|, 1): the series of artanh on [0.75, 1.5).
@@ -284,15 +286,16 @@ struct Butterfly {
 };
 
 #if TLALIGN_LANES == 16
-template <int BIT>
-using ButterflyOf = Butterfly<BIT, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#define TLALIGN_LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #elif TLALIGN_LANES == 8
-template <int BIT>
-using ButterflyOf = Butterfly<BIT, 0, 1, 2, 3, 4, 5, 6, 7>;
+#define TLALIGN_LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
 #else
-template <int BIT>
-using ButterflyOf = Butterfly<BIT, 0, 1, 2, 3>;
+#define TLALIGN_LANE_NUMBERS 0, 1, 2, 3
 #endif
+
+constexpr IntVector LANE_NUMBERS = {TLALIGN_LANE_NUMBERS};
+template <int BIT>
+using ButterflyOf = Butterfly<BIT, TLALIGN_LANE_NUMBERS>;
 
 template <int BIT = 1>
 TLALIGN_INLINE void transpose(Vector (&rows)[LANES]) {
@@ -305,6 +308,17 @@ TLALIGN_INLINE void transpose(Vector (&rows)[LANES]) {
     }
     transpose<2 * BIT>(rows);
   }
+}
+
+// The sum of each row, one to a lane; leaves nothing of use in the rows.
+template <int BIT = 1>
+TLALIGN_INLINE Vector sum_rows(Vector (&rows)[LANES]) {
+  if constexpr (BIT < LANES) {
+    for (int i = 0; i < LANES; i += 2 * BIT)
+      rows[i] = ButterflyOf<BIT>::low(rows[i], rows[i + BIT]) + ButterflyOf<BIT>::high(rows[i], rows[i + BIT]);
+    return sum_rows<2 * BIT>(rows);
+  }
+  return rows[0];
 }
 
 }  // namespace
