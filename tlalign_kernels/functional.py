@@ -55,8 +55,9 @@ def attention(
         NotImplementedError: If the backend can't do it, with its reasons.
     """
     query, key, value, bias = _autocast(query, key, value, bias)
-    bias, mask, scale, problem = _prepare(query, key, value, share, residual, bias, mask, scale, dropout_p)
-    output, share_out, _ = torch.ops.tlalign_kernels.attention(
+    sizes = _check_views(query, key, value)
+    bias, mask, scale, problem = _prepare((query, key, value), sizes, share, residual, bias, mask, scale, dropout_p)
+    output, share_out, _ = torch.ops.tlalign_kernels.attention.default(
         query, key, value, share, residual, bias, mask, _seed(dropout_p, query.device), scale, dropout_p,
         choose(problem, backend),
     )  # fmt: skip
@@ -94,13 +95,15 @@ def attention_qkv(
         ValueError: If shapes or devices disagree, or an option is out of range.
         NotImplementedError: If the backend can't do it, with its reasons.
     """
+    qkv, bias = _autocast(qkv, bias)
     _check_is_tensor("qkv", qkv)
+    _check_dtype("qkv", qkv.dtype)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: expected shape (B, N, 3, H, D), got {tuple(qkv.shape)}")
-    qkv, bias = _autocast(qkv, bias)
-    query, key, value = ops.unpack_qkv(qkv)
-    bias, mask, scale, problem = _prepare(query, key, value, share, residual, bias, mask, scale, dropout_p)
-    output, share_out, _ = torch.ops.tlalign_kernels.attention_qkv(
+    batch, tokens, _, heads, head_dim = qkv.shape
+    sizes = (batch, heads, tokens, tokens, head_dim)
+    bias, mask, scale, problem = _prepare((qkv,), sizes, share, residual, bias, mask, scale, dropout_p)
+    output, share_out, _ = torch.ops.tlalign_kernels.attention_qkv.default(
         qkv, share, residual, bias, mask, _seed(dropout_p, qkv.device), scale, dropout_p, choose(problem, backend)
     )
     return output, None if share is None else share_out
@@ -123,7 +126,8 @@ def explain(
     Args and exceptions are those of `attention`, but a backend that can't do it does not raise.
     """
     query, key, value, bias = _autocast(query, key, value, bias)
-    *_, problem = _prepare(query, key, value, share, residual, bias, mask, scale, dropout_p)
+    sizes = _check_views(query, key, value)
+    *_, problem = _prepare((query, key, value), sizes, share, residual, bias, mask, scale, dropout_p)
     return explain_choice(problem, backend)
 
 
@@ -145,28 +149,36 @@ def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if dropout_p > 0 else None
 
 
-def _prepare(query, key, value, share, residual, bias, mask, scale, dropout_p):
-    """Checks all arguments; returns bias and mask in four dimensions, the scale, and the problem."""
+def _check_views(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int]:
+    """Checks query, key and value; returns B, H, Nq, Nk and D."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_is_tensor(name, tensor)
-        if tensor.dtype not in _DTYPES or tensor.dtype != query.dtype:
-            wanted = f"{query.dtype} as query" if query.dtype in _DTYPES else f"one of {_DTYPES}"
-            raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
+        _check_dtype(name, tensor.dtype, query.dtype)
         _check_device(name, tensor, query.device)
         if tensor.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions (B, H, N, D), got shape {tuple(tensor.shape)}")
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
-    if min(batch, heads, queries, keys, head_dim) < 1:
-        raise ValueError(f"query, key: expected no empty dimension, got {tuple(query.shape)} and {tuple(key.shape)}")
-    if not 8 <= head_dim <= 256:
-        raise ValueError(f"query: expected a head dimension D of 8 to 256, got {head_dim}")
     _check_shape("key", key, (batch, heads, keys, head_dim))
     _check_shape("value", value, (batch, heads, keys, head_dim))
-    _check_labels(query, keys, share, residual)
+    return batch, heads, queries, keys, head_dim
+
+
+def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
+    """Checks the other arguments; returns bias and mask in four dimensions, the scale, and the problem.
+
+    `tensors` are query, key and value, or the one that holds them; `sizes` are B, H, Nq, Nk and D.
+    """
+    query = tensors[0]
+    batch, heads, queries, keys, head_dim = sizes
+    if min(sizes) < 1:
+        raise ValueError(f"query, key: expected no empty dimension, got B, H, Nq, Nk, D = {sizes}")
+    if not 8 <= head_dim <= 256:
+        raise ValueError(f"query: expected a head dimension D of 8 to 256, got {head_dim}")
+    _check_labels(query, batch, queries, keys, share, residual)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}")
-    scores = (batch, heads, queries, keys)
+    scores = sizes[:4]
     if bias is not None:
         _check_is_tensor("bias", bias)
         if not bias.is_floating_point():
@@ -193,12 +205,14 @@ def _prepare(query, key, value, share, residual, bias, mask, scale, dropout_p):
         has_mask=mask is not None,
         dropout_p=dropout_p,
         needs_gradient=torch.is_grad_enabled()
-        and any(tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias)),
+        and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, bias)),
     )
     return bias, mask, head_dim**-0.5 if scale is None else float(scale), problem
 
 
-def _check_labels(query: Tensor, keys: int, share: Tensor | None, residual: Tensor | None) -> None:
+def _check_labels(
+    query: Tensor, batch: int, queries: int, keys: int, share: Tensor | None, residual: Tensor | None
+) -> None:
     if share is None:
         if residual is not None:
             raise ValueError("residual: expected None without a share, got a tensor")
@@ -211,14 +225,14 @@ def _check_labels(query: Tensor, keys: int, share: Tensor | None, residual: Tens
             "precision (with FSDP2: cast_forward_inputs=False)"
         )
     _check_device("share", share, query.device)
-    if share.dim() != 3 or share.shape[:2] != (query.shape[0], keys) or share.shape[2] < 1:
-        raise ValueError(f"share: expected shape ({query.shape[0]}, {keys}, S), got {tuple(share.shape)}")
+    if share.dim() != 3 or share.shape[:2] != (batch, keys) or share.shape[2] < 1:
+        raise ValueError(f"share: expected shape ({batch}, {keys}, S), got {tuple(share.shape)}")
     if residual is not None:
         _check_is_tensor("residual", residual)
         if residual.dtype != share.dtype:
             raise TypeError(f"residual: expected {share.dtype} as share, got {residual.dtype}")
         _check_device("residual", residual, query.device)
-        _check_shape("residual", residual, (query.shape[0], query.shape[2], share.shape[2]))
+        _check_shape("residual", residual, (batch, queries, share.shape[2]))
 
 
 def _over_scores(name: str, tensor: Tensor, scores: tuple[int, ...], device: torch.device) -> Tensor:
@@ -234,6 +248,12 @@ def _over_scores(name: str, tensor: Tensor, scores: tuple[int, ...], device: tor
 def _check_is_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def _check_dtype(name: str, dtype: torch.dtype, wanted: torch.dtype | None = None) -> None:
+    if dtype not in _DTYPES or (wanted is not None and dtype != wanted):
+        expected = f"{wanted} as query" if wanted in _DTYPES else f"one of {_DTYPES}"
+        raise TypeError(f"{name}: expected {expected}, got {dtype}")
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -108,6 +108,7 @@ struct Product {
   const float* init_scale = nullptr;  // null: 1
   const float* scale = nullptr;       // null: 1
   bool streams = false;               // C past the caches
+  bool rounds = false;                // C holds bfloat16; of products of pairs only
   float factor = 1.0f;
   const float* offset = nullptr;  // null: 0
   int64_t offset_row = 0;
@@ -188,8 +189,14 @@ __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int6
       }
     }
   }
-  float* c = p.c + row * p.c_row + column;
   const int64_t c_row = p.c_row;
+  if constexpr (PAIRS) {
+    if (p.rounds) {
+      BFloat16* c = reinterpret_cast<BFloat16*>(p.c) + row * c_row + column;
+      return each([&](Vector& sum, int r, int lane) { store(c + r * c_row + lane, sum); });
+    }
+  }
+  float* c = p.c + row * c_row + column;
   if (p.streams)
     each([&](Vector& sum, int r, int lane) { stream(c + r * c_row + lane, sum); });
   else
@@ -283,12 +290,12 @@ void pack_columns(const T* source, int64_t stride, int64_t count, int64_t width,
 }
 
 // Two rows after one another as one row of pairs, an odd one with zeros.
-template <class T>
-void pair_rows(const T* source, int64_t stride, int64_t count, int64_t width, float* rows, int64_t row) {
+[[maybe_unused]] void pair_rows(const BFloat16* source, int64_t stride, int64_t count, int64_t width, float* rows, int64_t row) {
   for (int64_t i = 0; i < count; i += 2, source += 2 * stride, rows += row)
     for (int64_t d = 0; d < width; d += LANES) {
       const Vector first = load_first(source + d, width - d);
-      store(rows + d, bits<Vector>(pair(first, i + 1 < count ? load_first(source + stride + d, width - d) : Vector{})));
+      const Vector second = i + 1 < count ? load_first(source + stride + d, width - d) : Vector{};
+      store(rows + d, bits<Vector>(bits<UintVector>(first) >> 16 | bits<UintVector>(second)));
     }
 }
 
@@ -296,6 +303,12 @@ template <class T>
 void unpack_rows(const float* rows, int64_t row, int64_t count, int64_t width, T* target, int64_t stride) {
   for (int64_t i = 0; i < count; ++i, rows += row, target += stride)
     for (int64_t d = 0; d < width; d += LANES) store_first(target + d, load(rows + d), width - d);
+}
+
+// Whether products write their results as rows of the tensor itself.
+template <class T>
+bool writes_in_place(const Problem& p) {
+  return (sizeof(T) == sizeof(float) || PAIRED<T>) && p.head_dim % LANES == 0;
 }
 
 // Whether results of so many floats are written past the caches, which they would only fill.
@@ -773,7 +786,6 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
   constexpr bool PAIRS = PAIRED<T>;
   const int64_t sources = fused_sources(f), output_row = f.heads * f.head_dim;
   const int64_t chunk_query = chunks.begin(task.chunk) * LANES, chunk_lanes = chunks.size(task.chunk) * LANES;
-  const bool writes_output = sizeof(T) == sizeof(float) && f.head_dim % LANES == 0;
   const bool pairs_at_once = PAIRS && sources <= 1 && !(f.dropout_p > 0);
   const bool streams_output =
       streams({f.output, 0, f.head_dim, output_row}, f.batch * f.queries * f.heads * f.head_dim);
@@ -823,7 +835,7 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
 
             T* output = reinterpret_cast<T*>(f.output) + ((image * f.queries + query) * f.heads + head) * f.head_dim;
             float* sums = at.output + lane * plan.row;
-            const bool direct = last && writes_output;
+            const bool direct = last && writes_in_place<T>(f);
             Product product{at.scores,
                             SCORE_ROW,
                             direct ? reinterpret_cast<float*>(output) : sums,
@@ -838,6 +850,7 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             }
             if (last) product.scale = at.inverse;
             product.streams = direct && streams_output;
+            product.rounds = direct && PAIRS;
             multiply<true, PAIRS>(product, queries, plan.width_vectors);
             if (last && !direct) unpack_rows(sums, plan.row, queries, f.head_dim, output, output_row);
           });
@@ -1056,7 +1069,6 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
   const BackwardScratch at(b, plan, scratch);
   const int64_t padded = padded_queries(b, LANES);
   const Split query_blocks = chunks_of(b, QUERY_BLOCK);
-  const bool writes = sizeof(T) == sizeof(float) && b.head_dim % LANES == 0;
   const int64_t gradients = b.batch * (b.queries + 2 * b.keys) * b.heads * b.head_dim;
   for (int64_t i = 0; i < BackwardScratch::SCALES; ++i) at.scale[i] = b.scale;
   for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
@@ -1118,7 +1130,7 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
                                       float* sums, const Rows& target, int64_t row, bool first, bool last,
                                       const float* scale) {
             T* result = row_of<T>(target, image, head, row);
-            const bool direct = last && writes;
+            const bool direct = last && writes_in_place<T>(b);
             Product product{left,
                             SCORE_ROW,
                             direct ? reinterpret_cast<float*>(result) : sums,
@@ -1132,6 +1144,7 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
             }
             if (last) product.scale = scale;
             product.streams = direct && streams(target, gradients);
+            product.rounds = direct && PAIRS;
             multiply<decltype(across)::count != 0, PAIRS>(product, rows, plan.width_vectors);
             if (last && !direct) unpack_rows(sums, plan.row, rows, b.head_dim, result, target.row);
           };
