@@ -208,12 +208,53 @@ TLALIGN_INLINE void store(Float16* p, Vector v) {
   memcpy(p, &words, sizeof words);
 }
 
+#if defined(__AVX512F__) && TLALIGN_LANES == 16
+
+TLALIGN_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1); }
+
+// Less than LANES elements, 0 after them.
+template <class T>
+TLALIGN_INLINE void copy_first(T (&whole)[LANES], const T* p, int64_t count) {
+  if constexpr (sizeof(T) == 4) {
+    const __m512i words = _mm512_maskz_loadu_epi32(first_lanes(count), p);
+    memcpy(whole, &words, sizeof whole);
+  } else if constexpr (sizeof(T) == 2) {
+    const __m256i words = _mm256_maskz_loadu_epi16(first_lanes(count), p);
+    memcpy(whole, &words, sizeof whole);
+  } else {
+    const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(count), p);
+    memcpy(whole, &bytes, sizeof whole);
+  }
+}
+
+template <class T>
+TLALIGN_INLINE void copy_first(T* p, const T (&whole)[LANES], int64_t count) {
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_epi32(p, first_lanes(count), _mm512_loadu_si512(whole));
+  else
+    _mm256_mask_storeu_epi16(p, first_lanes(count), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(whole)));
+}
+
+#else
+
+template <class T>
+TLALIGN_INLINE void copy_first(T (&whole)[LANES], const T* p, int64_t count) {
+  for (int64_t i = 0; i < LANES; ++i) whole[i] = i < count ? p[i] : T{};
+}
+
+template <class T>
+TLALIGN_INLINE void copy_first(T* p, const T (&whole)[LANES], int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
+}
+
+#endif
+
 // The first `count` elements, 0 in the other lanes; nothing beyond them is read.
 template <class T>
 TLALIGN_INLINE Vector load_first(const T* p, int64_t count) {
   if (count >= LANES) return load(p);
-  T whole[LANES] = {};
-  for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
+  T whole[LANES];
+  copy_first(whole, p, count);
   return load(whole);
 }
 
@@ -231,7 +272,7 @@ TLALIGN_INLINE void store_first(T* p, Vector v, int64_t count) {
   if (count >= LANES) return store(p, v);
   T whole[LANES];
   store(whole, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
+  copy_first(p, whole, count);
 }
 
 template <class T>
