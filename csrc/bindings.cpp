@@ -31,6 +31,11 @@ py::dict build_info() {
   result["compiler"] = TLALIGN_COMPILER;
   result["compiler_version"] = TLALIGN_COMPILER_VERSION;
   result["cxx_standard"] = standard / 100 % 100;
+#if defined(TLALIGN_LIBGOMP)
+  result["threads"] = "libgomp";
+#else
+  result["threads"] = "of their own";
+#endif
   result["cuda_architectures"] = py::list();
   return result;
 }
@@ -46,7 +51,8 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("build_info", &build_info,
              "How this extension was built: `version` of the package it was built for, `build_type`, `compiler`, "
-             "`compiler_version`, `cxx_standard` (17 for C++17) and `cuda_architectures`, empty without CUDA kernels.");
+             "`compiler_version`, `cxx_standard` (17 for C++17), `threads` of the CPU kernels (those of libgomp, which "
+             "are torch's too, or of their own) and `cuda_architectures`, empty without CUDA kernels.");
 
 #if defined(TLALIGN_CPU_KERNELS)
   tlalign::cpu::bind(module);

@@ -11,8 +11,10 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(_OPENMP)
-#include <omp.h>
+#if !defined(TLALIGN_LIBGOMP)
+#include <system_error>
+#include <thread>
+#include <vector>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
@@ -20,6 +22,12 @@
 
 #include "cpu_features.h"
 #include "kernels.h"
+
+#if defined(TLALIGN_LIBGOMP)
+// What gcc makes of `#pragma omp parallel`. Called by its name so that clang, whose pragma brings a runtime of its own
+// along, takes the threads that torch has too: two pools in one process spin against each other.
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+#endif
 
 namespace tlalign::cpu {
 
@@ -99,6 +107,23 @@ float* scratch_of_this_thread(int64_t floats) {
   return scratch.get();
 }
 
+// Calls `work` on at most `threads` threads, of which the caller is one.
+template <class Work>
+void on_threads(int threads, Work work) {
+#if defined(TLALIGN_LIBGOMP)
+  GOMP_parallel([](void* data) { (*static_cast<Work*>(data))(); }, &work, static_cast<unsigned>(threads), 0);
+#else
+  std::vector<std::thread> others;
+  try {
+    while (static_cast<int>(others.size()) < threads - 1) others.emplace_back(work);
+  } catch (const std::system_error&) {
+    // The system has no more of them: those that there are do the work.
+  }
+  work();
+  for (std::thread& other : others) other.join();
+#endif
+}
+
 // Calls work(task, scratch) for tasks 0 to count - 1, in order of their numbers if there is one thread.
 template <class Work>
 void run(int64_t count, int threads, int64_t scratch_floats, Work work) {
@@ -106,18 +131,15 @@ void run(int64_t count, int threads, int64_t scratch_floats, Work work) {
   if (threads > count) threads = static_cast<int>(count);
   const int64_t scratch_row = (scratch_floats + 15) / 16 * 16;
   float* scratch = scratch_of_this_thread(threads * scratch_row + 1);
-#if defined(_OPENMP)
-  if (threads > 1) {
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads)
-    {
-      float* own = scratch + omp_get_thread_num() * scratch_row;
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(task, own);
-    }
+  if (threads <= 1) {
+    for (int64_t task = 0; task < count; ++task) work(task, scratch);
     return;
   }
-#endif
-  for (int64_t task = 0; task < count; ++task) work(task, scratch);
+  std::atomic<int64_t> next_task{0}, next_scratch{0};
+  on_threads(threads, [&] {
+    float* own = scratch + next_scratch.fetch_add(1, std::memory_order_relaxed) * scratch_row;
+    for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < count;) work(task, own);
+  });
 }
 
 // Tasks
@@ -186,8 +208,7 @@ void forward(const Forward& f, const std::string& isa, int threads) {
     const Task task = tasks[number];
     kernels.forward(f, task, head_share.get(), scratch);
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image)
-      if (left[image].fetch_sub(task.heads) == task.heads && !dense)
-        kernels.average_heads(f, head_share.get(), image);
+      if (left[image].fetch_sub(task.heads) == task.heads && !dense) kernels.average_heads(f, head_share.get(), image);
   });
   if (dense) {
     const int64_t label_chunks = kernels.dense_share_chunks(f);

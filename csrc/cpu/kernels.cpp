@@ -1,8 +1,8 @@
 // Attention with label propagation for one instruction set, from matrix products in registers.
 //
 // Scores are kept transposed, keys as rows and queries as lanes: the softmax is then a walk down the rows without a
-// sum across lanes, and the share of a key a broadcast factor, one multiply-add per score. They are in units of ln 2, so
-// that a power of two is all that the softmax takes. Keys and values of a block are copied into scratch as padded
+// sum across lanes, and the share of a key a broadcast factor, one multiply-add per score. They are in units of ln 2,
+// so that a power of two is all that the softmax takes. Keys and values of a block are copied into scratch as padded
 // floats, once for all queries (short windows are read in place); what is computed from them never leaves the cache.
 //
 //   forward    for each block of keys, each panel of queries:  S = K Q^T and its maximum;  online softmax and share;
@@ -93,9 +93,9 @@ void with_type(DType dtype, Work work) {
 
 // Matrix products
 
-// Sums: C = scale . (A B + init_scale . init), scales by row. Scores: C = factor A B + offset, and `maximum` becomes that
-// of its columns. Rows of A lie along memory, or across it (A transposed). A and B hold floats, or words of two bfloat16
-// that follow one another along the depth, which then counts words.
+// Sums: C = scale . (A B + init_scale . init), scales by row. Scores: C = factor A B + offset, and `maximum` becomes
+// that of its columns. Rows of A lie along memory, or across it (A transposed). A and B hold floats, or words of two
+// bfloat16 that follow one another along the depth, which then counts words.
 struct Product {
   const float* a;
   int64_t a_row;
@@ -290,7 +290,8 @@ void pack_columns(const T* source, int64_t stride, int64_t count, int64_t width,
 }
 
 // Two rows after one another as one row of pairs, an odd one with zeros.
-[[maybe_unused]] void pair_rows(const BFloat16* source, int64_t stride, int64_t count, int64_t width, float* rows, int64_t row) {
+[[maybe_unused]] void pair_rows(const BFloat16* source, int64_t stride, int64_t count, int64_t width, float* rows,
+                                int64_t row) {
   for (int64_t i = 0; i < count; i += 2, source += 2 * stride, rows += row)
     for (int64_t d = 0; d < width; d += LANES) {
       const Vector first = load_first(source + d, width - d);
@@ -310,6 +311,9 @@ template <class T>
 bool writes_in_place(const Problem& p) {
   return (sizeof(T) == sizeof(float) || PAIRED<T>) && p.head_dim % LANES == 0;
 }
+
+// Whether even sums that are not complete can be kept there.
+bool sums_in_place(const Problem& p) { return p.dtype == DType::float32 && writes_in_place<Float32>(p); }
 
 // Whether results of so many floats are written past the caches, which they would only fill.
 bool streams(const Rows& rows, int64_t floats) {
@@ -582,7 +586,7 @@ void multiply_few(const Product& product, int64_t keys, const T* queries, int64_
     Vector sums[MAX_FEW];
     TLALIGN_UNROLL
     for (int q = 0; q < MAX_FEW; ++q) {
-      if (q == count) break;
+      if (q >= count) continue;
       Vector rows[LANES] = {};
       for (int64_t d = 0; d < width; d += LANES) {
         const Vector right = load_first(queries + q * stride + d, width - d);
@@ -604,7 +608,8 @@ void multiply_few(const Product& product, int64_t keys, const T* queries, int64_
   if (p.maximum != nullptr) store(p.maximum, highest);
 }
 
-// The product, as scores, of the keys of a block and V vectors of queries, `rows` from `query` on, packed into `columns`.
+// The product, as scores, of the keys of a block and V vectors of queries, `rows` from `query` on, packed into
+// `columns`.
 template <int V, class T, bool PAIRS>
 void multiply_queries(Product product, const Problem& p, const Rows& rows, int64_t image, int64_t head, int64_t query,
                       int64_t keys, float* columns) {
@@ -651,9 +656,9 @@ struct RunningSoftmax {
   int64_t share_row;
 };
 
-// Products (keys, V vectors), which `factor` makes scores, become exp(score - maximum), with PAIR those of two keys after
-// one another a row of pairs: row i of the pairs takes that of the products. `keep`, the maximum before these keys,
-// becomes what earlier results are to be multiplied with.
+// Products (keys, V vectors), which `factor` makes scores, become exp(score - maximum), with PAIR those of two keys
+// after one another a row of pairs: row i of the pairs takes that of the products. `keep`, the maximum before these
+// keys, becomes what earlier results are to be multiplied with.
 template <int V, bool SHARE, bool PAIR>
 void softmax_panel(float* scores, int64_t row, int64_t keys, float factor, const float* share,
                    const RunningSoftmax& running, float* keep, Prefetcher& prefetcher) {
@@ -982,7 +987,7 @@ struct BackwardScratch {
     inverse = arena.take(padded);
     row_terms = arena.take(padded);
     scale = arena.take(SCALES);
-    grad_query = arena.take((plan.keys.count > 1 ? padded : QUERY_BLOCK) * plan.row);
+    grad_query = arena.take(sums_in_place(p) ? 0 : (plan.keys.count > 1 ? padded : QUERY_BLOCK) * plan.row);
     offsets = arena.take(OffsetReader::scratch(p, keys, PANEL));
     size = arena.used();
   }
@@ -1127,33 +1132,35 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
           // Sums over blocks stay in scratch; the last one goes to the tensor at once, if that has floats in whole
           // vectors.
           const auto accumulate = [&](auto across, int64_t rows, int64_t depth, const float* left, Factor right,
-                                      float* sums, const Rows& target, int64_t row, bool first, bool last,
-                                      const float* scale) {
+                                      float* sums, int64_t sums_row, const Rows& target, int64_t row, bool first,
+                                      bool last, const float* scale) {
             T* result = row_of<T>(target, image, head, row);
             const bool direct = last && writes_in_place<T>(b);
             Product product{left,
                             SCORE_ROW,
                             direct ? reinterpret_cast<float*>(result) : sums,
-                            direct ? target.row : plan.row,
+                            direct ? target.row : sums_row,
                             right.data,
                             right.row,
                             words_of<PAIRS>(depth)};
             if (!first) {
               product.init = sums;
-              product.init_row = plan.row;
+              product.init_row = sums_row;
             }
             if (last) product.scale = scale;
             product.streams = direct && streams(target, gradients);
             product.rounds = direct && PAIRS;
             multiply<decltype(across)::count != 0, PAIRS>(product, rows, plan.width_vectors);
-            if (last && !direct) unpack_rows(sums, plan.row, rows, b.head_dim, result, target.row);
+            if (last && !direct) unpack_rows(sums, sums_row, rows, b.head_dim, result, target.row);
           };
           float* grad_query = plan.keys.count > 1 ? at.grad_query + query * plan.row : at.grad_query;
-          accumulate(Vectors<1>{}, queries, keys, PAIRS ? at.pairs : at.gradients, key_factor, grad_query, b.grad_query,
-                     query, key_block == 0, last_keys, at.scale);
-          accumulate(Vectors<0>{}, keys, queries, at.scores, grad_output_factor, at.grad_value, b.grad_value, key,
-                     query_block == 0, last_queries, nullptr);
-          accumulate(Vectors<0>{}, keys, queries, at.gradients, query_factor, at.grad_key, b.grad_key, key,
+          if (sums_in_place(b)) grad_query = reinterpret_cast<float*>(row_of<T>(b.grad_query, image, head, query));
+          accumulate(Vectors<1>{}, queries, keys, PAIRS ? at.pairs : at.gradients, key_factor, grad_query,
+                     sums_in_place(b) ? b.grad_query.row : plan.row, b.grad_query, query, key_block == 0, last_keys,
+                     at.scale);
+          accumulate(Vectors<0>{}, keys, queries, at.scores, grad_output_factor, at.grad_value, plan.row, b.grad_value,
+                     key, query_block == 0, last_queries, nullptr);
+          accumulate(Vectors<0>{}, keys, queries, at.gradients, query_factor, at.grad_key, plan.row, b.grad_key, key,
                      query_block == 0, last_queries, at.scale);
         }
       }

@@ -100,8 +100,8 @@ TLALIGN_INLINE Vector maximum(Vector x, Vector y) {
 #endif
 }
 
-// 2^x for x < 128; 0 below about -126, where normal numbers end. Exact at 0, relative error 2e-7: the polynomial is the minimax
-// one of 2^f on [-1/2, 1/2] among those that are 1 at 0.
+// 2^x for x < 128; 0 below about -126, where normal numbers end. Exact at 0, relative error 2e-7: the polynomial is the
+// minimax one of 2^f on [-1/2, 1/2] among those that are 1 at 0.
 TLALIGN_INLINE Vector power_of_two(Vector x) {
   // 1.5 * 2^23 + 127: adding it rounds to an integer, whose last bits are then those of the exponent of 2^integer.
   constexpr float TO_EXPONENT = 12583039.0f;
@@ -210,7 +210,9 @@ TLALIGN_INLINE void store(Float16* p, Vector v) {
 
 #if defined(__AVX512F__) && TLALIGN_LANES == 16
 
-TLALIGN_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1); }
+TLALIGN_INLINE __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
+}
 
 // Less than LANES elements, 0 after them.
 template <class T>
