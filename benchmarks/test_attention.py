@@ -1,9 +1,12 @@
 """Time of the operator on the CPU, labels on, beside PyTorch's own attention without labels.
 
-`pytest benchmarks/test_attention.py --benchmark-only -s`. In each round ours and its peers run one after another, so
-that a busy machine disturbs all of them; ratios are medians over rounds. Every peer's output is checked first.
+`pytest benchmarks/test_attention.py --benchmark-only -s`. In each round ours and its peers run one after another, in
+random order, so that a busy machine and what the one before left in the caches disturb all of them alike; ratios are
+medians over rounds. Self-attention starts from the packed projection and ends at its gradient, as in timm's models: the
+peers take views of it. Every peer's output is checked first.
 """
 
+import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tlalign_kernels as tlk
 
-ROUNDS = 15
+ROUNDS = 25
 PRODUCT = 1024  # size of the matrix product that tells what the machine can do at the moment
 
 
@@ -67,43 +70,55 @@ def seconds(work):
 def test_attention(benchmark, shape, backward):
     torch.manual_seed(0)
 
-    def draw(tokens):
-        drawn = torch.randn(shape.batch, tokens, shape.heads, shape.head_dim).to(shape.dtype)
-        return drawn.transpose(1, 2).requires_grad_(backward)
+    def draw(*sizes):
+        return torch.randn(sizes).to(shape.dtype).requires_grad_(backward)
 
-    tensors = [draw(shape.queries), draw(shape.keys), draw(shape.keys)]
-    bias = None
+    heads = (shape.heads, shape.head_dim)
+    packed = shape.queries == shape.keys
+    query = key_value = qkv = bias = None
+    if packed:
+        qkv = draw(shape.batch, shape.queries, 3, *heads)
+    else:
+        query, key_value = draw(shape.batch, shape.queries, *heads), draw(shape.batch, shape.keys, 2, *heads)
     if shape.bias:
-        bias = torch.randn(shape.heads, shape.queries, shape.keys).to(shape.dtype).requires_grad_(backward)
+        bias = draw(shape.heads, shape.queries, shape.keys)
     share = torch.rand(shape.batch, shape.keys, 1)
     residual = torch.rand(shape.batch, shape.queries, 1)
-    grad_output = torch.randn_like(tensors[0].detach())
-    leaves = tensors if bias is None else [*tensors, bias]
+    grad_output = torch.randn(shape.batch, shape.queries, *heads).to(shape.dtype)
+    leaves = [tensor for tensor in (qkv, query, key_value, bias) if tensor is not None]
+
+    def views():
+        if packed:
+            return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return query.transpose(1, 2), *key_value.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def ours(*labels):
+        if packed:
+            return tlk.attention_qkv(qkv, *labels, bias=bias, backend="cpu")[0]
+        return tlk.attention(*views(), *labels, bias=bias, backend="cpu")[0].transpose(1, 2)
 
     def run(attend):
         output = attend()
         return (output, *torch.autograd.grad(output, leaves, grad_output)) if backward else (output,)
 
     variants = {
-        "ours": lambda: tlk.attention(*tensors, share, residual, bias=bias, backend="cpu")[0],
-        "ours without labels": lambda: tlk.attention(*tensors, bias=bias, backend="cpu")[0],
-        "SDPA": lambda: scaled_dot_product_attention(*tensors, attn_mask=bias),
-        "eager": lambda: eager(*tensors, bias),
+        "ours": lambda: ours(share, residual),
+        "ours without labels": ours,
+        "SDPA": lambda: scaled_dot_product_attention(*views(), attn_mask=bias).transpose(1, 2),
+        "eager": lambda: eager(*views(), bias).transpose(1, 2),
     }
-    ours = run(variants["ours"])
+    expected = run(variants["ours"])
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if shape.dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
     for attend in variants.values():
-        for given, wanted in zip(run(attend), ours, strict=True):
+        for given, wanted in zip(run(attend), expected, strict=True):
             torch.testing.assert_close(given, wanted, **tolerance)
 
     matrix = torch.randn(PRODUCT, PRODUCT)
     times = {name: [] for name in (*variants, "product")}
+    order = random.Random(0)
 
     def run_all():
-        # Turned by one each round: what runs before leaves its mark on the caches.
-        names = list(times)
-        turn = len(times["product"]) % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in order.sample(list(times), len(times)):
             work = (lambda: matrix @ matrix) if name == "product" else (lambda name=name: run(variants[name]))
             times[name].append(seconds(work))
 

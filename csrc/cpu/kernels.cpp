@@ -91,6 +91,47 @@ void with_type(DType dtype, Work work) {
   work(Float16{});
 }
 
+// Fetches rows that will be needed next into the cache, spread over the work at hand: the strides of heads defeat the
+// processor's own prefetching, and many lines at once fill its queue of misses and wait there.
+class Prefetcher {
+ public:
+  // `work`, an estimate: vector operations until then. The last rows are fetched after six tenths of them, since few
+  // queries make less work, and what comes late is waited for.
+  explicit Prefetcher(int64_t work) : work_(work) {}
+
+  void add(const char* data, int64_t stride, int64_t rows, int64_t row_bytes) {
+    row_bytes_ = row_bytes;
+    parts_[count_++] = {data, stride, rows};
+    rows_ = larger(rows_, rows);
+    interval_ = larger(work_ * 6 / 10 / rows_, 1);
+  }
+
+  // So many vector operations are done.
+  void advance(int64_t work) {
+    for (credit_ += work; credit_ >= interval_ && rows_ > 0; credit_ -= interval_, --rows_)
+      for (int i = 0; i < count_; ++i) {
+        Part& part = parts_[i];
+        if (--part.rows < 0) continue;
+        for (int64_t line = 0; line < row_bytes_; line += LINE)
+          __builtin_prefetch(part.row + line, 0, 2);  // to read, into the second level
+        part.row += part.stride;
+      }
+  }
+
+ private:
+  static constexpr int64_t LINE = 64;
+  struct Part {
+    const char* row;
+    int64_t stride, rows;
+  };
+  Part parts_[5];
+  int64_t work_, row_bytes_ = 0, rows_ = 0, interval_ = 1, credit_ = 0;
+  int count_ = 0;
+};
+
+// Vector operations that the softmax, or its gradient, takes for a vector of scores; rows of scores between fetches.
+constexpr int64_t SOFTMAX_WORK = 16, GRADIENT_WORK = 24, ROWS_BETWEEN_FETCHES = 4;
+
 // Matrix products
 
 // Sums: C = scale . (A B + init_scale . init), scales by row. Scores: C = factor A B + offset, and `maximum` becomes
@@ -113,6 +154,7 @@ struct Product {
   const float* offset = nullptr;  // null: 0
   int64_t offset_row = 0;
   float* maximum = nullptr;  // null: not wanted
+  Prefetcher* prefetcher = nullptr;
 };
 
 template <bool PAIRS>
@@ -222,12 +264,15 @@ void multiply(const Product& p, int64_t rows, int64_t vectors) {
       const Split tiles(rows, TILE_ROWS[V]);
       const int64_t column = columns.begin(j) * LANES;
       int64_t row = 0;
-      if (tiles.extra > 0) {
-        const TileFunction tile = tile_of<V, ACROSS, PAIRS>(tiles.base + 1);
-        for (int64_t i = 0; i < tiles.extra; ++i, row += tiles.base + 1) tile(p, row, column);
-      }
-      const TileFunction tile = tile_of<V, ACROSS, PAIRS>(tiles.base);
-      for (; row < rows; row += tiles.base) tile(p, row, column);
+      const auto multiply_tiles = [&](int64_t count, int64_t size) {
+        const TileFunction tile = tile_of<V, ACROSS, PAIRS>(size);
+        for (int64_t i = 0; i < count; ++i, row += size) {
+          tile(p, row, column);
+          if (p.prefetcher != nullptr) p.prefetcher->advance(size * V * p.depth);
+        }
+      };
+      if (tiles.extra > 0) multiply_tiles(tiles.extra, tiles.base + 1);
+      multiply_tiles(tiles.count - tiles.extra, tiles.base);
     });
 }
 
@@ -448,37 +493,6 @@ class OffsetReader {
   int varying_count_ = 0;
 };
 
-// Fetches the rows that will be needed next into the cache, a few at each row of a softmax: the strides of heads defeat
-// the processor's own prefetching, and all lines at once would fill the queue of misses.
-class Prefetcher {
- public:
-  // `steps` in which all of at most `rows` rows of a tensor should be done.
-  Prefetcher(int64_t steps, int64_t rows, int64_t row_bytes)
-      : row_bytes_(row_bytes), rows_per_step_((rows + steps - 1) / steps), steps_per_row_(steps / rows) {}
-
-  void add(const char* data, int64_t stride_bytes, int64_t rows) { parts_[count_++] = {data, stride_bytes, rows}; }
-
-  TLALIGN_INLINE void step(Prefetcher& p) {
-    if (++p.step_ < p.steps_per_row_) return;
-    p.step_ = 0;
-    for (int64_t i = 0; i < p.count_; ++i) {
-      Part& part = p.parts_[i];
-      for (int64_t row = 0; row < p.rows_per_step_ && part.rows > 0; ++row, --part.rows, part.row += part.stride)
-        for (int64_t line = 0; line < p.row_bytes_; line += LINE)
-          __builtin_prefetch(part.row + line, 0, 2);  // to read, into the second level
-    }
-  }
-
- private:
-  static constexpr int64_t LINE = 64;
-  struct Part {
-    const char* row;
-    int64_t stride, rows;
-  };
-  Part parts_[5];
-  int64_t row_bytes_, rows_per_step_, steps_per_row_, count_ = 0, step_ = 0;
-};
-
 // The image and head after this one in a task, or where its thread will probably go on.
 struct Next {
   int64_t image, head;
@@ -493,9 +507,10 @@ struct Next {
 };
 
 template <class T>
-void prefetch_rows(Prefetcher& prefetcher, const Rows& rows, const Next& next, int64_t first, int64_t count) {
+void prefetch_rows(Prefetcher& prefetcher, const Problem& p, const Rows& rows, const Next& next, int64_t first,
+                   int64_t count) {
   prefetcher.add(reinterpret_cast<const char*>(row_of<T>(rows, next.image, next.head, first)), rows.row * sizeof(T),
-                 count);
+                 count, p.head_dim * sizeof(T));
 }
 
 // Hands out parts of the scratch, each on its own cache lines. Asked with a null pointer it only counts.
@@ -636,7 +651,8 @@ void multiply_queries(Product product, const Problem& p, const Rows& rows, int64
 // Returns what they are yet to be multiplied with to be scores: offsets or a negative scale take that at once.
 template <int V, class T, bool PAIRS>
 float multiply_scores(const Problem& p, int64_t image, int64_t head, int64_t query, Factor key_rows, int64_t keys,
-                      OffsetColumns offsets, float* columns, float* scores, int64_t row, float* maximum) {
+                      OffsetColumns offsets, float* columns, float* scores, int64_t row, float* maximum,
+                      Prefetcher* prefetcher = nullptr) {
   const float factor = p.scale * LOG2_E;
   const bool leaves_factor = offsets.data == nullptr && factor > 0;
   Product product{key_rows.data, key_rows.row, scores, row};
@@ -644,6 +660,7 @@ float multiply_scores(const Problem& p, int64_t image, int64_t head, int64_t que
   product.offset = offsets.data;
   product.offset_row = offsets.row;
   product.maximum = maximum;
+  product.prefetcher = prefetcher;
   multiply_queries<V, T, PAIRS>(product, p, p.query, image, head, query, keys, columns);
   return leaves_factor ? factor : 1.0f;
 }
@@ -680,8 +697,7 @@ void softmax_panel(float* scores, int64_t row, int64_t keys, float factor, const
   };
   const int64_t whole = PAIR ? keys / 2 * 2 : keys;
   for (int64_t j = 0; j < whole; j += PAIR ? 2 : 1) {
-    Prefetcher::step(prefetcher);
-    if (PAIR) Prefetcher::step(prefetcher);
+    if (j % ROWS_BETWEEN_FETCHES == 0) prefetcher.advance(ROWS_BETWEEN_FETCHES * V * SOFTMAX_WORK);
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) {
       Vector weight = weigh(j, v);
@@ -798,11 +814,12 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
     const OffsetReader offsets(f, head, task.images, at.offsets);
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
       const Next next(task, image, head);
-      Prefetcher prefetcher(f.keys * panels.count, larger(f.keys, chunk_lanes), f.head_dim * sizeof(T));
+      Prefetcher prefetcher(chunk_lanes / LANES * f.keys * (words_of<PAIRS>(f.head_dim) + SOFTMAX_WORK) +
+                            chunk_lanes * words_of<PAIRS>(f.keys) * plan.width_vectors);
       if (next.image >= 0 && plan.keys.count == 1) {
-        prefetch_rows<T>(prefetcher, f.key, next, 0, f.keys);
-        prefetch_rows<T>(prefetcher, f.value, next, 0, f.keys);
-        prefetch_rows<T>(prefetcher, f.query, next, chunk_query, smaller(f.queries - chunk_query, chunk_lanes));
+        prefetch_rows<T>(prefetcher, f, f.key, next, 0, f.keys);
+        prefetch_rows<T>(prefetcher, f, f.value, next, 0, f.keys);
+        prefetch_rows<T>(prefetcher, f, f.query, next, chunk_query, smaller(f.queries - chunk_query, chunk_lanes));
       }
       for (int64_t i = 0; i < chunk_lanes; ++i) at.maximum[i] = -INFINITE;
       for (int64_t i = 0; i < chunk_lanes; ++i) at.sum[i] = 0.0f;
@@ -824,7 +841,7 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             for (int64_t i = 0; i < V * LANES; i += LANES) store(at.keep + i, load(running.maximum + i));
             const float factor = multiply_scores<V, T, PAIRS>(f, image, head, query, key_rows, keys,
                                                               offsets.panel(image, query, V, key, keys), at.query,
-                                                              at.scores, SCORE_ROW, running.maximum);
+                                                              at.scores, SCORE_ROW, running.maximum, &prefetcher);
             const auto softmax = [&](auto shares, auto pairs) {
               softmax_panel<V, decltype(shares)::count != 0, decltype(pairs)::count != 0>(
                   at.scores, SCORE_ROW, keys, factor, share, running, at.keep, prefetcher);
@@ -856,6 +873,7 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             if (last) product.scale = at.inverse;
             product.streams = direct && streams_output;
             product.rounds = direct && PAIRS;
+            product.prefetcher = &prefetcher;
             multiply<true, PAIRS>(product, queries, plan.width_vectors);
             if (last && !direct) unpack_rows(sums, plan.row, queries, f.head_dim, output, output_row);
           });
@@ -920,24 +938,24 @@ struct ScorePanel {
 // Products of queries and keys become (dropped) probabilities, the gradients of probabilities those of scores; these
 // are added to `grad_bias` (keys, bias_row) unless it is null. With PAIRS both become rows of bfloat16 where they are,
 // and the gradients those of scores once more, as pairs of keys.
-template <int V, bool PAIRS>
-void gradient_panel(const Probabilities<V>& probabilities, const ScorePanel& panel, int64_t keys,
-                    const float* row_terms, const Dropout* dropout, int64_t query, int64_t key, float* grad_bias,
-                    int64_t bias_row, Prefetcher& prefetcher) {
+template <int V, bool PAIRS, bool DROPS>
+void gradient_panel(const Probabilities<V> probabilities, const ScorePanel panel, int64_t keys, const float* row_terms,
+                    const Dropout& dropout, int64_t query, int64_t key, float* grad_bias, int64_t bias_row,
+                    Prefetcher& prefetcher) {
   constexpr int64_t ROW = ScorePanel::ROW;
   Vector row_term[V], before[V] = {};
   TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) row_term[v] = load(row_terms + v * LANES);
   for (int64_t j = 0; j < keys; ++j) {
-    Prefetcher::step(prefetcher);
+    if (j % ROWS_BETWEEN_FETCHES == 0) prefetcher.advance(ROWS_BETWEEN_FETCHES * V * GRADIENT_WORK);
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) {
       const int64_t first = panel.lane + v * LANES;
       float *score_row = panel.scores + j * ROW, *gradient_row = panel.gradients + j * ROW;
       const Vector probability = Probabilities<V>::of(probabilities, load(score_row + first), v);
       Vector kept = probability, gradient = load(gradient_row + first);
-      if (dropout != nullptr) {
-        const Vector factor = dropout->factor(query + v * LANES, key + j);
+      if constexpr (DROPS) {
+        const Vector factor = dropout.factor(query + v * LANES, key + j);
         kept *= factor;
         gradient *= factor;
       }
@@ -1082,14 +1100,14 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
     for (int64_t i = 0; grad_bias != nullptr && i < b.keys * padded; ++i) grad_bias_sum[i] = 0.0f;
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
       const Next next(task, image, head);
-      Prefetcher prefetcher(b.keys * ((padded / LANES + MAX_VECTORS - 1) / MAX_VECTORS), larger(b.keys, b.queries),
-                            b.head_dim * sizeof(T));
+      Prefetcher prefetcher(padded / LANES * b.keys * (2 * words_of<PAIRS>(b.head_dim) + GRADIENT_WORK) +
+                            3 * padded * words_of<PAIRS>(b.keys) * plan.width_vectors);
       if (next.image >= 0 && plan.keys.count == 1) {
-        prefetch_rows<T>(prefetcher, b.key, next, 0, b.keys);
-        prefetch_rows<T>(prefetcher, b.value, next, 0, b.keys);
-        prefetch_rows<T>(prefetcher, b.query, next, 0, b.queries);
-        prefetch_rows<T>(prefetcher, b.grad_output, next, 0, b.queries);
-        prefetch_rows<T>(prefetcher, b.output, next, 0, b.queries);
+        prefetch_rows<T>(prefetcher, b, b.key, next, 0, b.keys);
+        prefetch_rows<T>(prefetcher, b, b.value, next, 0, b.keys);
+        prefetch_rows<T>(prefetcher, b, b.query, next, 0, b.queries);
+        prefetch_rows<T>(prefetcher, b, b.grad_output, next, 0, b.queries);
+        prefetch_rows<T>(prefetcher, b, b.output, next, 0, b.queries);
       }
       load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp, at.inverse);
       sum_row_terms<T>(b, image, head, at.row_terms);
@@ -1117,16 +1135,21 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
             with_vectors(panels.size(panel), [&](auto width) {
               constexpr int V = decltype(width)::count;
               const int64_t lane = panels.begin(panel) * LANES;
-              const float factor = multiply_scores<V, T, PAIRS>(b, image, head, query + lane, key_rows, keys,
-                                                                offsets.panel(image, query + lane, V, key, keys),
-                                                                at.columns, at.scores + lane, SCORE_ROW, nullptr);
-              multiply_queries<V, T, PAIRS>({value_rows.data, value_rows.row, at.gradients + lane, SCORE_ROW}, b,
-                                            b.grad_output, image, head, query + lane, keys, at.columns);
+              const float factor = multiply_scores<V, T, PAIRS>(
+                  b, image, head, query + lane, key_rows, keys, offsets.panel(image, query + lane, V, key, keys),
+                  at.columns, at.scores + lane, SCORE_ROW, nullptr, &prefetcher);
+              Product product{value_rows.data, value_rows.row, at.gradients + lane, SCORE_ROW};
+              product.prefetcher = &prefetcher;
+              multiply_queries<V, T, PAIRS>(product, b, b.grad_output, image, head, query + lane, keys, at.columns);
               const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane, factor);
-              gradient_panel<V, PAIRS>(
-                  probabilities, {at.scores, at.gradients, at.pairs, lane}, keys, at.row_terms + query + lane,
-                  b.dropout_p > 0 ? &dropout : nullptr, query + lane, key,
-                  grad_bias_sum == nullptr ? nullptr : grad_bias_sum + key * padded + query + lane, padded, prefetcher);
+              const auto gradients_of_scores = [&](auto drops) {
+                gradient_panel<V, PAIRS, decltype(drops)::count != 0>(
+                    probabilities, {at.scores, at.gradients, at.pairs, lane}, keys, at.row_terms + query + lane,
+                    dropout, query + lane, key,
+                    grad_bias_sum == nullptr ? nullptr : grad_bias_sum + key * padded + query + lane, padded,
+                    prefetcher);
+              };
+              b.dropout_p > 0 ? gradients_of_scores(Vectors<1>{}) : gradients_of_scores(Vectors<0>{});
             });
 
           // Sums over blocks stay in scratch; the last one goes to the tensor at once, if that has floats in whole
@@ -1150,6 +1173,7 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
             if (last) product.scale = scale;
             product.streams = direct && streams(target, gradients);
             product.rounds = direct && PAIRS;
+            product.prefetcher = &prefetcher;
             multiply<decltype(across)::count != 0, PAIRS>(product, rows, plan.width_vectors);
             if (last && !direct) unpack_rows(sums, sums_row, rows, b.head_dim, result, target.row);
           };
