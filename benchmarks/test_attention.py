@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tlalign_kernels as tlk
 
-ROUNDS = 25
+ROUNDS = 51
 PRODUCT = 1024  # size of the matrix product that tells what the machine can do at the moment
 
 

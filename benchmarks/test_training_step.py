@@ -1,10 +1,14 @@
-"""Time of a training step with aligned labels, beside plain CutMix and beside materialised labels.
+"""Time and peak memory of a training step with aligned labels, beside plain CutMix and beside materialised labels.
 
-`pytest benchmarks/ --benchmark-only`. Each measured step follows a step of plain CutMix, which is timed too, so that a
-busy machine disturbs both; the median of the ratios is printed and kept in `extra_info`.
+`pytest benchmarks/test_training_step.py --benchmark-only -s`. Each measured step follows a step of plain CutMix, which
+is timed too, so that a busy machine disturbs both; the median of the ratios is printed and kept in `extra_info`. Memory
+is that of a process of its own.
 """
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
@@ -52,39 +56,37 @@ def materialised(model, images, target):
     return labels, SoftTargetCrossEntropy()(logits, labels)
 
 
-@pytest.fixture
-def step():
+VARIANTS = {variant.__name__: variant for variant in (cutmix, aligned, materialised)}
+
+
+def make_step(variant, name, batch):
     """Makes a function that runs one training step of a variant on one fixed batch, and returns its labels."""
+    torch.manual_seed(0)
+    attention = MaterialisedAttention if variant is materialised else timm.layers.Attention
+    model = timm.create_model(name, attn_layer=attention).to(DEVICE).train()
+    if variant is aligned:
+        tlk.patch_model(model)
+    images = torch.randn(batch, 3, 224, 224, device=DEVICE)
+    boxes = torch.tensor([[30, 40, 150, 200]]).expand(batch, 1, 4)
+    target = tlk.MixedTarget.from_boxes(torch.randint(0, CLASSES, (batch, 2)), boxes, (224, 224)).to(DEVICE)
 
-    def make(variant, name, batch):
-        torch.manual_seed(0)
-        attention = MaterialisedAttention if variant is materialised else timm.layers.Attention
-        model = timm.create_model(name, attn_layer=attention).to(DEVICE).train()
-        if variant is aligned:
-            tlk.patch_model(model)
-        images = torch.randn(batch, 3, 224, 224, device=DEVICE)
-        boxes = torch.tensor([[30, 40, 150, 200]]).expand(batch, 1, 4)
-        target = tlk.MixedTarget.from_boxes(torch.randint(0, CLASSES, (batch, 2)), boxes, (224, 224)).to(DEVICE)
+    def step():
+        model.zero_grad()
+        labels, loss = variant(model, images, target)
+        loss.backward()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return labels
 
-        def run():
-            model.zero_grad()
-            labels, loss = variant(model, images, target)
-            loss.backward()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            return labels
-
-        return run
-
-    return make
+    return step
 
 
-@pytest.mark.parametrize("variant", [cutmix, aligned, materialised], ids=lambda variant: variant.__name__)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize(("name", "batch"), MODELS)
-def test_training_step(benchmark, step, variant, name, batch):
-    run, baseline = step(variant, name, batch), step(cutmix, name, batch)
+def test_training_step(benchmark, variant, name, batch):
+    step, baseline = make_step(variant, name, batch), make_step(cutmix, name, batch)
     if variant is not cutmix:
-        torch.testing.assert_close(run(), step(aligned, name, batch)(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(step(), make_step(aligned, name, batch)(), rtol=0, atol=1e-5)
     baseline_seconds = []
 
     def run_baseline():
@@ -92,8 +94,54 @@ def test_training_step(benchmark, step, variant, name, batch):
         baseline()
         baseline_seconds.append(time.perf_counter() - start)
 
-    benchmark.pedantic(run, setup=run_baseline, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
+    benchmark.pedantic(step, setup=run_baseline, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
     pairs = zip(benchmark.stats.stats.data, baseline_seconds[-ROUNDS:], strict=True)
     ratio = statistics.median(own / plain for own, plain in pairs)
     benchmark.extra_info.update(ratio_to_cutmix=ratio, device=DEVICE, threads=torch.get_num_threads())
     print(f"\n{variant.__name__}: {ratio:.2f}x the time of plain CutMix ({name}, batch {batch}, {DEVICE})")
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and sys.platform == "win32", reason="Windows does not tell the peak")
+@pytest.mark.parametrize(("name", "batch"), MODELS)
+def test_peak_memory(benchmark, name, batch):
+    # glibc then gives each tensor pages of its own and takes them back at once: the peak is that of what is alive,
+    # without what its heap holds back, which differs by 5 % from run to run.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+
+    def measure():
+        peaks = {}
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, variant, name, str(batch)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+            peaks[variant] = int(done.stdout)
+        return peaks
+
+    peaks = benchmark.pedantic(measure, rounds=1)
+    benchmark.extra_info.update(peak_bytes=peaks, device=DEVICE)
+    ratios = {variant: peak / peaks["cutmix"] for variant, peak in peaks.items()}
+    print(
+        f"\npeak memory over that of plain CutMix ({name}, batch {batch}, {DEVICE}, {peaks['cutmix'] / 2**20:.0f} MiB):"
+    )
+    print(", ".join(f"{variant} {ratio:.3f}x" for variant, ratio in ratios.items()))
+
+
+def peak_memory(step):
+    """Bytes that three steps add to the peak of this process, on the CPU; that they have on the GPU at most."""
+    if DEVICE == "cuda":
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    before = peak()
+    for _ in range(3):
+        step()
+    return peak() - before
+
+
+if __name__ == "__main__":
+    variant, name, batch = sys.argv[1:]
+    print(peak_memory(make_step(VARIANTS[variant], name, int(batch))))

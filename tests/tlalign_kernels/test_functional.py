@@ -223,6 +223,18 @@ def test_gradients_of_any_strides_are_handled(backend):
 
 
 @backends
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0])
+@pytest.mark.parametrize("bias_scale", [0.0, 1.0])
+def test_any_scale_gives_the_scores_of_a_scaled_query(backend, scale, bias_scale):
+    case = Case("scale", queries=18, keys=21, head_dim=20, bias_scale=bias_scale)
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    scaled = {**inputs, "query": inputs["query"] * scale}
+    results = call(inputs, scale=scale, backend=backend)
+    for result, expected in zip(results, call(scaled, scale=1.0, backend=backend), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@backends
 def test_inputs_of_any_strides_are_handled(backend):
     case = Case("strides", queries=9, keys=11, bias_scale=1.0)
     inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
@@ -258,6 +270,24 @@ def test_bias_and_mask_broadcast(backend):
         added_output, added_share = call(inputs, mask=added, backend=backend)
         assert torch.equal(masked, added_output)
         assert torch.equal(masked_share, added_share)
+
+
+@backends
+@pytest.mark.parametrize("mask_shape", [(1, 1, 20, 20), (70, 1, 20, 20)])
+def test_a_bias_that_images_share_and_a_mask_add_up(backend, mask_shape):
+    # So many images that a task of the CPU kernels has several, for which it keeps what they share.
+    case = Case("windows", batch=70, heads=2, queries=20, keys=20, head_dim=8, bias_scale=1.0)
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    mask = (torch.rand(mask_shape) > 0.3) | torch.eye(20, dtype=torch.bool)
+    whole = (inputs["bias"] + torch.zeros(mask_shape).masked_fill(~mask, float("-inf"))).expand(70, 2, 20, 20)
+    results = []
+    for changes in ({"mask": mask}, {"bias": whole}):
+        query = inputs["query"].clone().requires_grad_()
+        output, share = call(inputs, query=query, backend=backend, **changes)
+        (gradient,) = torch.autograd.grad(output, query, inputs["grad_output"])
+        results.append((output.detach(), share, gradient))
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @backends
