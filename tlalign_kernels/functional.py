@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tlalign_kernels import ops
 from tlalign_kernels.backends import Explanation, Problem, choose, explain_choice
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

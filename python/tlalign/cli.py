@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from tlalign.runs import RunFolder
 
 # Imports of torch wait in the functions: help and errors come at once, and this is read before they start threads.
-# OpenMP's threads spin while they wait, by default. Measured with small layers on two cores: beside another busy
-# process (loader workers, say) that takes ten times as long, while not to spin costs a sixth on an idle machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The threads of libgomp spin while they wait, by default so long that a step takes several times as long beside another
+# busy process (loader workers, say); not to spin costs a third with small layers on an idle machine. Four epochs of the
+# digits on two cores, idle and beside one busy process: 1000 rounds 10 and 15 s, none 13 and 12 s, 10000 10 and 22 s.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _DEFAULT_RECIPE = "digits"
 _USAGE = """usage: tlalign COMMAND [options]
