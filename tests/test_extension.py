@@ -45,6 +45,7 @@ def test_build_info_describes_this_build():
     assert info["compiler"]
     assert info["compiler_version"][0].isdigit()
     assert info["cxx_standard"] == 17
+    assert info["threads"] in {"libgomp", "of their own"}
     assert info["build_type"] in {"Release", "Debug", "RelWithDebInfo", "MinSizeRel"}
     assert all(isinstance(architecture, str) for architecture in info["cuda_architectures"])
 

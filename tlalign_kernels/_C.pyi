@@ -8,6 +8,7 @@ class BuildInfo(TypedDict):
     compiler: str
     compiler_version: str
     cxx_standard: int
+    threads: str
     cuda_architectures: list[str]
 
 def cpu_features() -> dict[str, bool]: ...
