@@ -313,10 +313,11 @@ void pack_rows(const T* source, int64_t stride, int64_t count, int64_t width, fl
       store(rows + i * row + d / STEP * LANES, load_words_of<PAIRS>(source + d, width - d));
 }
 
-// The same rows as columns of words: (words, vectors * LANES), 0 in the lanes beyond `count`.
+// The same rows as columns of words: (words, vectors * LANES), 0 in the lanes beyond `count`. Floats are multiplied
+// with `factor`.
 template <bool PAIRS = false, class T>
-void pack_columns(const T* source, int64_t stride, int64_t count, int64_t width, float* columns, int64_t row,
-                  int64_t vectors) {
+void pack_columns(const T* source, int64_t stride, int64_t count, int64_t width, float factor, float* columns,
+                  int64_t row, int64_t vectors) {
   constexpr int64_t STEP = PAIRS ? 2 * LANES : LANES;
   for (int64_t lane = 0; lane < vectors * LANES; lane += LANES)
     for (int64_t d = 0; d < width; d += STEP) {
@@ -330,7 +331,8 @@ void pack_columns(const T* source, int64_t stride, int64_t count, int64_t width,
           square[i] = lane + i < count ? load_words_of<PAIRS>(corner + i * stride, present) : Vector{};
       }
       transpose(square);
-      for (int i = 0; i < words; ++i) store(columns + (d / STEP * LANES + i) * row + lane, square[i]);
+      for (int i = 0; i < words; ++i)
+        store(columns + (d / STEP * LANES + i) * row + lane, PAIRS ? square[i] : square[i] * factor);
     }
 }
 
@@ -624,7 +626,7 @@ void multiply_few(const Product& product, int64_t keys, const T* queries, int64_
 }
 
 // The product, as scores, of the keys of a block and V vectors of queries, `rows` from `query` on, packed into
-// `columns`.
+// `columns`. Floats take the product's factor there: queries are fewer than scores.
 template <int V, class T, bool PAIRS>
 void multiply_queries(Product product, const Problem& p, const Rows& rows, int64_t image, int64_t head, int64_t query,
                       int64_t keys, float* columns) {
@@ -632,7 +634,9 @@ void multiply_queries(Product product, const Problem& p, const Rows& rows, int64
   const T* first = row_of<T>(rows, image, head, query);
   const int64_t queries = smaller(p.queries - query, V * LANES), few = queries - (V - 1) * LANES;
   const int64_t vectors = TAKES_FEW && few <= MAX_FEW ? V - 1 : V;
-  pack_columns<PAIRS>(first, rows.row, queries, p.head_dim, columns, V * LANES, vectors);
+  const float factor = product.factor;
+  pack_columns<PAIRS>(first, rows.row, queries, p.head_dim, factor, columns, V * LANES, vectors);
+  product.factor = PAIRS ? factor : 1.0f;
   product.depth = words_of<PAIRS>(p.head_dim);
   product.b = columns;
   product.b_row = V * LANES;
@@ -640,6 +644,7 @@ void multiply_queries(Product product, const Problem& p, const Rows& rows, int64
   if constexpr (TAKES_FEW) {
     if (vectors == V) return;
     constexpr int64_t LANE = (V - 1) * LANES;
+    product.factor = factor;
     product.c += LANE;
     if (product.offset != nullptr) product.offset += LANE;
     if (product.maximum != nullptr) product.maximum += LANE;
@@ -647,50 +652,46 @@ void multiply_queries(Product product, const Problem& p, const Rows& rows, int64
   }
 }
 
-// Products K Q^T of the keys of a block, (keys, V vectors), and in `maximum` (unless null) the maximum of each query.
-// Returns what they are yet to be multiplied with to be scores: offsets or a negative scale take that at once.
+// Scores of the keys of a block, (keys, V vectors), and in `maximum` (unless null) the maximum of each query.
 template <int V, class T, bool PAIRS>
-float multiply_scores(const Problem& p, int64_t image, int64_t head, int64_t query, Factor key_rows, int64_t keys,
-                      OffsetColumns offsets, float* columns, float* scores, int64_t row, float* maximum,
-                      Prefetcher* prefetcher = nullptr) {
-  const float factor = p.scale * LOG2_E;
-  const bool leaves_factor = offsets.data == nullptr && factor > 0;
+void multiply_scores(const Problem& p, int64_t image, int64_t head, int64_t query, Factor key_rows, int64_t keys,
+                     OffsetColumns offsets, float* columns, float* scores, int64_t row, float* maximum,
+                     Prefetcher* prefetcher = nullptr) {
   Product product{key_rows.data, key_rows.row, scores, row};
-  product.factor = leaves_factor ? 1.0f : factor;
+  product.factor = p.scale * LOG2_E;
   product.offset = offsets.data;
   product.offset_row = offsets.row;
   product.maximum = maximum;
   product.prefetcher = prefetcher;
   multiply_queries<V, T, PAIRS>(product, p, p.query, image, head, query, keys, columns);
-  return leaves_factor ? factor : 1.0f;
 }
 
 // Forward
 
 // Softmax over the keys, block after block: what is known of the queries of a panel so far.
 struct RunningSoftmax {
-  float *maximum, *sum, *share;  // maximum: of the products; share: (S, share_row)
+  float *maximum, *sum, *share;  // share: (S, share_row)
   int64_t share_row;
 };
 
-// Products (keys, V vectors), which `factor` makes scores, become exp(score - maximum), with PAIR those of two keys
-// after one another a row of pairs: row i of the pairs takes that of the products. `keep`, the maximum before these
-// keys, becomes what earlier results are to be multiplied with.
+// Scores (keys, V vectors) become exp(score - maximum), with PAIR those of two keys after one another a row of pairs:
+// row i of the pairs takes that of the scores. `keep`, the maximum before these keys, becomes what earlier results are
+// to be multiplied with.
 template <int V, bool SHARE, bool PAIR>
-void softmax_panel(float* scores, int64_t row, int64_t keys, float factor, const float* share,
-                   const RunningSoftmax& running, float* keep, Prefetcher& prefetcher) {
+void softmax_panel(float* scores, int64_t row, int64_t keys, const float* share, const RunningSoftmax& running,
+                   float* keep, Prefetcher& prefetcher) {
   Vector shift[V], sum[V], mixed[V];
   TLALIGN_UNROLL
   for (int v = 0; v < V; ++v) {
-    const Vector highest = load(running.maximum + v * LANES) * factor;
+    const Vector highest = load(running.maximum + v * LANES);
     shift[v] = highest == -INFINITE ? Vector{} : highest;  // no key seen yet: keep infinities apart
-    const Vector kept = power_of_two(load(keep + v * LANES) * factor - shift[v]);
+    const Vector kept = power_of_two(load(keep + v * LANES) - shift[v]);
     store(keep + v * LANES, kept);
     sum[v] = load(running.sum + v * LANES) * kept;
     if (SHARE) mixed[v] = load(running.share + v * LANES) * kept;
   }
   const auto weigh = [&](int64_t j, int v) __attribute__((always_inline)) {
-    const Vector weight = power_of_two(load(scores + j * row + v * LANES) * factor - shift[v]);
+    const Vector weight = power_of_two(load(scores + j * row + v * LANES) - shift[v]);
     sum[v] += weight;
     if (SHARE) mixed[v] += weight * share[j];
     return weight;
@@ -779,13 +780,13 @@ struct ForwardScratch {
 };
 
 // Writes what the last block of keys completes: the log-sum-exp, the share of this head, and `inverse`, 1 / sum.
-void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query, int64_t vectors, float factor,
+void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query, int64_t vectors,
                     const RunningSoftmax& running, float* head_share, float* inverse) {
   const int64_t index = image * f.heads + head;
   for (int64_t lane = 0; lane < vectors * LANES; lane += LANES) {
     const int64_t first = query + lane, count = f.queries - first;
     if (count <= 0) return;
-    const Vector sum = load(running.sum + lane), highest = load(running.maximum + lane) * factor;
+    const Vector sum = load(running.sum + lane), highest = load(running.maximum + lane);
     const Vector inverted = sum == 0.0f ? Vector{} : 1.0f / sum;
     store(inverse + lane, inverted);
     // sum - sum is 0, or NaN if sum is: that the logarithm would lose.
@@ -839,19 +840,19 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             const int64_t queries = smaller(f.queries - query, V * LANES);
             const RunningSoftmax running{at.maximum + lane, at.sum + lane, at.share + lane, chunk_lanes};
             for (int64_t i = 0; i < V * LANES; i += LANES) store(at.keep + i, load(running.maximum + i));
-            const float factor = multiply_scores<V, T, PAIRS>(f, image, head, query, key_rows, keys,
-                                                              offsets.panel(image, query, V, key, keys), at.query,
-                                                              at.scores, SCORE_ROW, running.maximum, &prefetcher);
+            multiply_scores<V, T, PAIRS>(f, image, head, query, key_rows, keys,
+                                         offsets.panel(image, query, V, key, keys), at.query, at.scores, SCORE_ROW,
+                                         running.maximum, &prefetcher);
             const auto softmax = [&](auto shares, auto pairs) {
               softmax_panel<V, decltype(shares)::count != 0, decltype(pairs)::count != 0>(
-                  at.scores, SCORE_ROW, keys, factor, share, running, at.keep, prefetcher);
+                  at.scores, SCORE_ROW, keys, share, running, at.keep, prefetcher);
             };
             if (pairs_at_once)
               sources == 1 ? softmax(Vectors<1>{}, Vectors<PAIRS>{}) : softmax(Vectors<0>{}, Vectors<PAIRS>{});
             else
               sources == 1 ? softmax(Vectors<1>{}, Vectors<0>{}) : softmax(Vectors<0>{}, Vectors<0>{});
             if (sources > 1) mix_shares<V>(at.scores, SCORE_ROW, keys, share, sources, running, at.keep);
-            if (last) finish_softmax(f, image, head, query, V, factor, running, head_share, at.inverse);
+            if (last) finish_softmax(f, image, head, query, V, running, head_share, at.inverse);
             if (f.dropout_p > 0) drop_weights<V>(at.scores, SCORE_ROW, keys, Dropout(f, image, head), query, key);
             if (PAIRS && !pairs_at_once) pair_weights<V>(at.scores, SCORE_ROW, keys);
 
@@ -909,22 +910,19 @@ void average_heads(const Forward& f, const float* head_share, int64_t image) {
 
 // Backward
 
-// exp(score - log_sum_exp) * inverse, the probabilities of a panel, from products that `factor` makes scores. The
-// log-sum-exp is in units of ln 2.
+// exp(score - log_sum_exp) * inverse, the probabilities of a panel; the log-sum-exp is in units of ln 2.
 template <int V>
 struct Probabilities {
   Vector log_sum_exp[V], inverse[V];
-  float factor;
 
-  Probabilities(const float* log_sum_exp_of_queries, const float* inverse_of_queries, float factor_of_products)
-      : factor(factor_of_products) {
+  Probabilities(const float* log_sum_exp_of_queries, const float* inverse_of_queries) {
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) log_sum_exp[v] = load(log_sum_exp_of_queries + v * LANES);
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) inverse[v] = load(inverse_of_queries + v * LANES);
   }
-  TLALIGN_INLINE Vector of(const Probabilities& p, Vector product, int v) {
-    return power_of_two(product * p.factor - p.log_sum_exp[v]) * p.inverse[v];
+  TLALIGN_INLINE Vector of(const Probabilities& p, Vector score, int v) {
+    return power_of_two(score - p.log_sum_exp[v]) * p.inverse[v];
   }
 };
 
@@ -1052,10 +1050,9 @@ void divide_by_sums(const Problem& p, const Plan& plan, const OffsetReader& offs
       for (int64_t block = 0; block < plan.keys.count; ++block) {
         const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
         pack_rows(row_of<T>(p.key, image, head, key), p.key.row, keys, p.head_dim, key_rows, plan.row);
-        const float factor = multiply_scores<V, T, false>(p, image, head, query + lane, {key_rows, plan.row}, keys,
-                                                          offsets.panel(image, query + lane, V, key, keys), columns,
-                                                          scores, ROW, nullptr);
-        const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane, factor);
+        multiply_scores<V, T, false>(p, image, head, query + lane, {key_rows, plan.row}, keys,
+                                     offsets.panel(image, query + lane, V, key, keys), columns, scores, ROW, nullptr);
+        const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane);
         for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
         for (int v = 0; v < V; ++v)
           sum[v] += Probabilities<V>::of(probabilities, load(scores + j * ROW + v * LANES), v);
@@ -1135,13 +1132,13 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
             with_vectors(panels.size(panel), [&](auto width) {
               constexpr int V = decltype(width)::count;
               const int64_t lane = panels.begin(panel) * LANES;
-              const float factor = multiply_scores<V, T, PAIRS>(
-                  b, image, head, query + lane, key_rows, keys, offsets.panel(image, query + lane, V, key, keys),
-                  at.columns, at.scores + lane, SCORE_ROW, nullptr, &prefetcher);
+              multiply_scores<V, T, PAIRS>(b, image, head, query + lane, key_rows, keys,
+                                           offsets.panel(image, query + lane, V, key, keys), at.columns,
+                                           at.scores + lane, SCORE_ROW, nullptr, &prefetcher);
               Product product{value_rows.data, value_rows.row, at.gradients + lane, SCORE_ROW};
               product.prefetcher = &prefetcher;
               multiply_queries<V, T, PAIRS>(product, b, b.grad_output, image, head, query + lane, keys, at.columns);
-              const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane, factor);
+              const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane);
               const auto gradients_of_scores = [&](auto drops) {
                 gradient_panel<V, PAIRS, decltype(drops)::count != 0>(
                     probabilities, {at.scores, at.gradients, at.pairs, lane}, keys, at.row_terms + query + lane,
@@ -1247,11 +1244,11 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
         with_vectors(panels.size(panel), [&](auto width) {
           constexpr int V = decltype(width)::count;
           const int64_t lane = panels.begin(panel) * LANES;
-          const float factor = multiply_scores<V, T, false>(f, image, head, query + lane, {at.key, plan.row}, keys,
-                                                            offsets.panel(image, query + lane, V, key, keys),
-                                                            at.columns, at.scores, V * LANES, nullptr);
+          multiply_scores<V, T, false>(f, image, head, query + lane, {at.key, plan.row}, keys,
+                                       offsets.panel(image, query + lane, V, key, keys), at.columns, at.scores,
+                                       V * LANES, nullptr);
           const Probabilities<V> probabilities(at.log_sum_exp + head * QUERY_BLOCK + lane,
-                                               at.inverse + head * QUERY_BLOCK + lane, factor);
+                                               at.inverse + head * QUERY_BLOCK + lane);
           for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
           for (int v = 0; v < V; ++v) {
             float* mean = at.mean + j * DenseShareScratch::MEAN_ROW + lane + v * LANES;
