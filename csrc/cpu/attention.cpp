@@ -94,19 +94,6 @@ Floats allocate(int64_t floats) {
       static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t(64))));
 }
 
-// Scratch outlives the call: fresh memory would cost more page faults than a small attention takes.
-float* scratch_of_this_thread(int64_t floats) {
-  thread_local Floats scratch;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    size = 0;
-    scratch.reset();
-    scratch = allocate(floats);
-    size = floats;
-  }
-  return scratch.get();
-}
-
 // Calls `work` on at most `threads` threads, of which the caller is one.
 template <class Work>
 void on_threads(int threads, Work work) {
@@ -130,14 +117,14 @@ void run(int64_t count, int threads, int64_t scratch_floats, Work work) {
   if (is_forked_child()) threads = 1;
   if (threads > count) threads = static_cast<int>(count);
   const int64_t scratch_row = (scratch_floats + 15) / 16 * 16;
-  float* scratch = scratch_of_this_thread(threads * scratch_row + 1);
+  const Floats scratch = allocate(std::max(threads, 1) * scratch_row + 1);
   if (threads <= 1) {
-    for (int64_t task = 0; task < count; ++task) work(task, scratch);
+    for (int64_t task = 0; task < count; ++task) work(task, scratch.get());
     return;
   }
   std::atomic<int64_t> next_task{0}, next_scratch{0};
   on_threads(threads, [&] {
-    float* own = scratch + next_scratch.fetch_add(1, std::memory_order_relaxed) * scratch_row;
+    float* own = scratch.get() + next_scratch.fetch_add(1, std::memory_order_relaxed) * scratch_row;
     for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < count;) work(task, own);
   });
 }
