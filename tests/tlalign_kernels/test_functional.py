@@ -10,13 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tlalign_kernels as tlk
-from tlalign_kernels import extension, ops, selftest
+from tlalign_kernels import ops, selftest
 from tlalign_kernels.backends import AUTO_ORDER, BACKENDS, reference
 from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator, run_plain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HAS_CPU_KERNELS = hasattr(extension.compiled, "cpu_attention_forward")
-backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cpu" or HAS_CPU_KERNELS])
+
+
+def is_usable(backend, dtype=torch.float32):
+    tensor = torch.empty(1, 1, 1, 8, dtype=dtype)
+    return tlk.explain(tensor, tensor, tensor, backend=backend).backend is not None
+
+
+# Triton is among them under TRITON_INTERPRET=1: see test_triton.py.
+backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if is_usable(name)])
 
 
 @pytest.fixture
@@ -77,6 +84,8 @@ def test_reference_in_float64_is_plain_attention(case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_errors_are_within_the_bound(backend, dtype, case, seed):
+    if not is_usable(backend, dtype):
+        pytest.skip(f"{backend} has no {dtype} here")
     checks = compare(case, dtype, backend, seed=seed)
     assert {check.tensor for check in checks} >= {"output", "share", "gradient of query", "gradient of value"}
     assert [check for check in checks if not check.passed] == []
@@ -230,8 +239,9 @@ def test_any_scale_gives_the_scores_of_a_scaled_query(backend, scale, bias_scale
     inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
     scaled = {**inputs, "query": inputs["query"] * scale}
     results = call(inputs, scale=scale, backend=backend)
+    # Scores of up to about 60, a product and a query each rounded.
     for result, expected in zip(results, call(scaled, scale=1.0, backend=backend), strict=True):
-        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=3e-5)
 
 
 @backends
@@ -455,12 +465,13 @@ def test_compiled_dropout_is_drawn_anew_at_each_call(backend):
 
 @backends
 def test_autocast_casts_tokens_and_never_labels(backend):
+    dtype = torch.bfloat16 if is_usable(backend, torch.bfloat16) else torch.float16
     inputs = cast_inputs(make_inputs(Case("autocast", queries=9, keys=9, bias_scale=1.0), "cpu"), torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         output, share = call(inputs, backend=backend)
         packed, _ = tlk.attention_qkv(torch.randn(1, 9, 3, 2, 16), backend=backend)
-    assert (output.dtype, packed.dtype, share.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-    expected, expected_share = call(cast_inputs(inputs, torch.bfloat16), backend=backend)
+    assert (output.dtype, packed.dtype, share.dtype) == (dtype, dtype, torch.float32)
+    expected, expected_share = call(cast_inputs(inputs, dtype), backend=backend)
     assert torch.equal(output, expected)
     assert torch.equal(share, expected_share)
 

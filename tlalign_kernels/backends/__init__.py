@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from tlalign_kernels import ops
-from tlalign_kernels.backends import cpu, reference
+from tlalign_kernels.backends import cpu, reference, triton
 
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
 # Order of preference for `backend="auto"`; a device without an entry takes the reference.
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 ops.LAUNCHERS.update(BACKENDS)
 

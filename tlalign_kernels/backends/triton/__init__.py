@@ -1,0 +1,283 @@
+"""Attention with label propagation by Triton kernels: any GPU that Triton knows, no compiler needed.
+
+Under `TRITON_INTERPRET=1` the kernels run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+
+    from tlalign_kernels.backends.triton import kernels
+
+    # Decided where the kernels are decorated: at import.
+    _interpreted = triton.knobs.runtime.interpret
+except ImportError as error:
+    triton, _interpreted, _missing = None, False, str(error)
+
+if TYPE_CHECKING:
+    from tlalign_kernels.backends import Problem
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOG2_E = 1.4426950408889634
+# More sources than these take a pass of their own, whose cost does not grow with the number of heads.
+MAX_FUSED_SOURCES = 8
+# A row of scores of so many keys stays in the registers of a program.
+MAX_ROW_KEYS = 256
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why the Triton kernels can't do `problem`; empty if they can."""
+    if triton is None:
+        return [f"triton can't be imported: {_missing}"]
+    reasons = []
+    if problem.device_type != "cuda" and not (_interpreted and problem.device_type == "cpu"):
+        reasons.append(f"device: expected cuda, or cpu under TRITON_INTERPRET=1, got {problem.device_type}")
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
+    if _interpreted and problem.dtype == torch.bfloat16:
+        reasons.append("dtype: Triton's interpreter has no products of bfloat16")
+    return reasons
+
+
+class Config(NamedTuple):
+    """How a kernel is to be compiled: sizes of its tiles, warps of a program, stages of its loop's loads."""
+
+    tiles: dict[str, int]
+    warps: int
+    stages: int = 1
+
+
+def forward_config(dtype: torch.dtype, queries: int, keys: int, head_dim: int) -> Config:
+    """Row kernel or streaming kernel (which has no `TILES`), and its tiles, for a class of shapes.
+
+    Queries are padded to 64, keys to 16: at N = 197 the scores computed are 1.37 times those needed.
+    """
+    block = 16 if queries <= 16 else 32 if queries <= 32 or dtype == torch.float32 else 64
+    warps = 4 if block == 64 else 2
+    if dtype != torch.float32 and keys <= MAX_ROW_KEYS and head_dim <= 64:
+        rest = (keys % 64 + 15) // 16 * 16
+        tails = {0: (0, 0), 16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0)}[rest]
+        return Config(dict(BLOCK_Q=block, TILE=64, TILES=keys // 64, TAIL=tails[0], TAIL_2=tails[1]), warps)
+    tile = 32 if dtype == torch.float32 or head_dim > 128 else 64
+    tail = keys % tile and max(16, triton.next_power_of_2(keys % tile))
+    return Config(dict(BLOCK_Q=block, TILE=tile, TAIL=tail), warps, 2)
+
+
+def backward_config(dtype: torch.dtype, head_dim: int) -> Config:
+    """Blocks of queries and keys of the kernels of the backward."""
+    small = dtype == torch.float32 or head_dim > 128
+    return Config(dict(BLOCK_Q=32, BLOCK_K=32) if small else dict(BLOCK_Q=32, BLOCK_K=64), 4)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    share: Tensor | None,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    output: Tensor,
+    share_out: Tensor | None,
+    log_sum_exp: Tensor,
+) -> None:
+    """Computes A.V and mean_h(A).share into the given tensors; see `reference.forward`."""
+    batch, heads, queries, head_dim = query.shape
+    keys, sources = key.shape[2], 0 if share is None else share.shape[2]
+    bias, mask = _readable(bias), _readable(mask)
+    share = None if share is None else share.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    fused = sources if sources <= MAX_FUSED_SOURCES else 0
+    parts = 1 if query.dtype == torch.float32 else 3
+    columns_count = max(8, triton.next_power_of_2(1 + fused * parts))
+    head_share = columns = None
+    with _device_of(query):
+        if fused:
+            head_share = query.new_empty((batch, heads, fused, queries), dtype=torch.float32)
+            columns = query.new_empty((batch, keys, columns_count))
+            kernels.pack_labels[(triton.cdiv(batch * keys, 128),)](
+                share, columns, batch * keys, SOURCES=fused, PARTS=parts, COLUMNS=columns_count, BLOCK=128
+            )
+        config = forward_config(query.dtype, queries, keys, head_dim)
+        kernel = kernels.attention_forward_row if "TILES" in config.tiles else kernels.attention_forward_stream
+        kernel[(triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch * heads,)](
+            query, key, value, columns, bias, mask, dropout_seed, output, log_sum_exp, head_share,
+            *_strides(query=query, key=key, value=value), *_offset_strides(bias, mask),
+            heads, queries, keys, scale * _LOG2_E, *_dropout(dropout_p),
+            **_width(head_dim), COLUMNS=columns_count, SOURCES=fused, PARTS=parts, **_kinds(bias, mask),
+            DROPS=dropout_p > 0, PRECISION=_precision(query.dtype),
+            **config.tiles, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        if fused:
+            kernels.average_heads[(triton.cdiv(queries, 64) * batch,)](
+                head_share, log_sum_exp, residual, share_out, heads, queries,
+                SOURCES=fused, HAS_RESIDUAL=residual is not None, BLOCK=64, num_warps=2,
+            )  # fmt: skip
+        elif sources:
+            inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
+            kernels.dense_share[(triton.cdiv(queries, 32) * batch,)](
+                query, key, bias, mask, log_sum_exp, inverse, share, residual, share_out,
+                *_strides(query=query, key=key), *_offset_strides(bias, mask),
+                heads, queries, keys, sources, scale * _LOG2_E,
+                **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype),
+                NORMALISES=inverse is not None, HAS_RESIDUAL=residual is not None,
+                BLOCK_Q=32, TILE=32, LABELS=32, num_warps=4,
+            )  # fmt: skip
+
+
+def backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    grad_bias: Tensor | None,
+) -> None:
+    """Computes the gradients into the given tensors; see `reference.backward`."""
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    grad_output = grad_output.to(query.dtype).transpose(1, 2)
+    if grad_output.stride(-1) != 1:
+        grad_output = grad_output.contiguous()
+    bias, mask = _readable(bias), _readable(mask)
+    config = backward_config(query.dtype, head_dim)
+    blocks = {name: triton.cdiv(size, config.tiles[name]) for name, size in (("BLOCK_Q", queries), ("BLOCK_K", keys))}
+    with _device_of(query):
+        row_terms = torch.empty_like(log_sum_exp)
+        kernels.sum_row_terms[(triton.cdiv(queries, 32) * batch * heads,)](
+            grad_output, output, row_terms, *_strides(grad_output=grad_output), heads, queries,
+            **_width(head_dim), BLOCK_Q=32, num_warps=2,
+        )  # fmt: skip
+        inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
+        tensors = (query, key, value, grad_output, bias, mask, dropout_seed, log_sum_exp, inverse, row_terms)
+        strides = (
+            *_strides(query=query, key=key, value=value, grad_output=grad_output),
+            *_offset_strides(bias, mask),
+        )
+        how = dict(
+            **_width(head_dim), **_kinds(bias, mask), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
+            PRECISION=_precision(query.dtype), **config.tiles, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        factor = scale * _LOG2_E
+        kernels.attention_backward_keys[(blocks["BLOCK_K"] * batch * heads,)](
+            *tensors, grad_key, grad_value, *strides, *_strides(grad_key=grad_key, grad_value=grad_value),
+            heads, queries, keys, scale, factor, *_dropout(dropout_p), **how,
+        )  # fmt: skip
+        kernels.attention_backward_queries[(blocks["BLOCK_Q"] * batch * heads,)](
+            *tensors, grad_query, *strides, *_strides(grad_query=grad_query),
+            heads, queries, keys, scale, factor, *_dropout(dropout_p), **how,
+        )  # fmt: skip
+        if grad_bias is not None:
+            bias_images, bias_heads = grad_bias.shape[:2]
+            tiles = blocks["BLOCK_Q"] * blocks["BLOCK_K"] * bias_heads
+            images_of_part = _images_of_part(batch, bias_images, tiles)
+            parts = triton.cdiv(batch, images_of_part)
+            sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
+            how.pop("BIAS")
+            kernels.attention_backward_bias[(tiles * parts,)](
+                *tensors, sums, *strides,
+                batch, heads, queries, keys, bias_heads, images_of_part, factor, *_dropout(dropout_p), **how,
+            )  # fmt: skip
+            grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
+
+
+def _images_of_part(batch: int, bias_images: int, tiles: int) -> int:
+    """Images whose gradients of a bias one program adds up: so many that about 1024 programs are at work.
+
+    It follows from the shape alone, so that the order of the sum, and with it the bits, are the same everywhere.
+    """
+    return 1 if bias_images == batch else triton.cdiv(batch, max(1, min(batch, 1024 // tiles)))
+
+
+def _inverse(
+    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, log_sum_exp: Tensor, scale: float
+) -> Tensor | None:
+    """What makes up for the rounding of a large log-sum-exp; bfloat16 itself rounds more than that."""
+    if query.dtype == torch.bfloat16:
+        return None
+    batch, heads, queries, head_dim = query.shape
+    inverse = torch.empty_like(log_sum_exp)
+    kernels.normalise[(triton.cdiv(queries, 32) * batch * heads,)](
+        query, key, bias, mask, log_sum_exp, inverse,
+        *_strides(query=query, key=key), *_offset_strides(bias, mask), heads, queries, key.shape[2], scale * _LOG2_E,
+        **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype), BLOCK_Q=32, TILE=32, num_warps=4,
+    )  # fmt: skip
+    return inverse
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, not on that of the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _readable(offsets: Tensor | None) -> Tensor | None:
+    """A bias or mask as the kernels read it: bytes instead of bool, float32 instead of float64."""
+    if offsets is None:
+        return None
+    if offsets.dtype == torch.bool:
+        return offsets.view(torch.uint8)
+    return offsets.float() if offsets.dtype == torch.float64 else offsets
+
+
+def _check_extent(name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Within an image and head the kernels count with 32 bits."""
+    if sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) >= 2**31:
+        raise NotImplementedError(f"{name}: expected less than 2**31 elements from the first to the last of a head")
+
+
+def _strides(**tensors: Tensor) -> list[int]:
+    strides = []
+    for name, tensor in tensors.items():
+        _check_extent(name, tensor.shape[2:], tensor.stride()[2:])
+        strides += tensor.stride()[:3]
+    return strides
+
+
+def _offset_strides(*offsets: Tensor | None) -> list[int]:
+    strides = []
+    for tensor in offsets:
+        if tensor is not None:
+            _check_extent("bias, mask", tensor.shape[2:], tensor.stride()[2:])
+        shape, given = ((0,) * 4, (0,) * 4) if tensor is None else (tensor.shape, tensor.stride())
+        strides += [0 if size == 1 else stride for size, stride in zip(shape, given, strict=True)]
+    return strides
+
+
+def _kinds(bias: Tensor | None, mask: Tensor | None) -> dict[str, int]:
+    return {
+        "BIAS": int(bias is not None),
+        "MASK": 0 if mask is None else 2 if mask.dtype == torch.uint8 else 1,
+    }
+
+
+def _width(head_dim: int) -> dict[str, int]:
+    return {"D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+
+
+def _dropout(dropout_p: float) -> tuple[int, float]:
+    """Words below the first are dropped; the second makes up for them. As the reference has it."""
+    return min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,0 +1,624 @@
+"""Attention with label propagation as Triton kernels: forward, head mean, dense labels, and the gradients.
+
+Scores are in units of ln 2, so that `exp2` is all that the softmax takes. A label costs a tensor-core column block: the
+product P.V gets columns [1, parts of the shares] beside V (`pack_labels`). Column 0 is the row sum of the softmax, which
+a plain kernel computes by additions, and the others the labels in this head. Nothing is added by atomics: the bits of a
+result do not depend on the order in which programs run. Offsets of images and heads are 64 bits wide, those within one
+are 32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _program(blocks, heads):
+    """Block, head and image of this program; one dimension, since the others of a grid end at 65535."""
+    program = tl.program_id(0)
+    return program % blocks, (program // blocks % heads).to(tl.int64), (program // blocks // heads).to(tl.int64)
+
+
+@triton.jit
+def _load_rows(data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr):
+    """Rows `first` to first + ROWS of D numbers, zeros from row `end` on (with ENDS) and from column D on."""
+    row = first + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    if ENDS:
+        if BLOCK_D == D:
+            return tl.load(data + row * stride + column, mask=row < end, other=0.0)
+        else:
+            return tl.load(data + row * stride + column, mask=(row < end) & (column < D), other=0.0)
+    else:
+        if BLOCK_D == D:
+            return tl.load(data + row * stride + column)
+        else:
+            return tl.load(data + row * stride + column, mask=column < D, other=0.0)
+
+
+@triton.jit
+def _store_rows(data, stride, first, end, values, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = first + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    inside = row < end
+    if BLOCK_D != D:
+        inside = inside & (column < D)
+    tl.store(data + row * stride + column, values.to(data.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _offset_base(data, image, head, image_stride, head_stride, HAS: tl.constexpr):
+    """Where the bias or mask of an image and head begins."""
+    if HAS:
+        return data + image * image_stride + head * head_stride
+    else:
+        return data
+
+
+@triton.jit
+def _add_offsets(
+    scores, row, row_end, row_stride, column, column_end, column_stride, data, KIND: tl.constexpr
+):
+    """Scores plus a bias or mask there; KIND 0: none, 1: additive, 2: bool, True where a key is seen."""
+    if KIND != 0:
+        inside = (row < row_end)[:, None] & (column < column_end)[None, :]
+        at = data + row[:, None] * row_stride + column[None, :] * column_stride
+        if KIND == 1:
+            scores += tl.load(at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+        else:
+            scores = tl.where(tl.load(at, mask=inside, other=1) != 0, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _kept(row, column, keys, first, seed, threshold, factor):
+    """What attention weights are multiplied with, 0 or `factor`: Philox at their index, as the reference has it."""
+    index = first + row.to(tl.int64)[:, None] * keys + column.to(tl.int64)[None, :]
+    word = tl.randint(seed, index).to(tl.uint32, bitcast=True)
+    return tl.where(word >= threshold, factor, 0.0)
+
+
+@triton.jit
+def pack_labels(
+    share, columns, rows,
+    SOURCES: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Columns [1, parts of source 1, parts of source 2, ..., 0] of each token: share (rows, S) to (rows, COLUMNS).
+
+    A share of float32 is the sum of three parts of 8 or 11 bits, so that its product on tensor cores is exact up to the
+    rounding of the probabilities.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, COLUMNS)[None, :]
+    packed = tl.where(column == 0, 1.0, tl.zeros((BLOCK, COLUMNS), tl.float32))
+    for source in tl.static_range(SOURCES):
+        rest = tl.load(share + row * SOURCES + source, mask=row < rows, other=0.0)
+        for part in tl.static_range(PARTS):
+            rounded = rest.to(columns.dtype.element_ty).to(tl.float32)
+            packed = tl.where(column == 1 + source * PARTS + part, rounded[:, None], packed)
+            rest = rest - rounded
+    at = columns + row[:, None] * COLUMNS + column
+    tl.store(at, packed.to(columns.dtype.element_ty), mask=(row < rows)[:, None])
+
+
+@triton.jit
+def _label_columns(columns, first, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, ENDS: tl.constexpr, DTYPE: tl.constexpr):
+    """The column block of some keys; without labels its ones alone."""
+    if SOURCES > 0:
+        return _load_rows(columns, COLUMNS, first, end, ROWS, COLUMNS, COLUMNS, ENDS)
+    else:
+        column = tl.arange(0, COLUMNS)[None, :] + tl.zeros((ROWS, COLUMNS), tl.int32)
+        return tl.where(column == 0, 1.0, 0.0).to(DTYPE)
+
+
+@triton.jit
+def _finish(
+    output, log_sum_exp, head_share, image, head, heads, queries, first, accumulated, labels, highest,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Writes the output, the log-sum-exp and the shares of one head from the sums over all keys."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    total = tl.sum(tl.where(column == 0, labels, 0.0), 1)
+    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+    start = output + (image * queries * heads + head) * D
+    _store_rows(start, heads * D, first, queries, accumulated * inverse[:, None], ROWS, D, BLOCK_D)
+    row = first + tl.arange(0, ROWS)
+    inside = row < queries
+    # log2(0) + the maximum, -inf, is -inf: a query that sees no key.
+    tl.store(
+        log_sum_exp + (image * heads + head) * queries + row, (highest + tl.log2(total)) / LOG2_E, mask=inside
+    )
+    for source in tl.static_range(SOURCES):
+        is_part = (column > source * PARTS) & (column <= (source + 1) * PARTS)
+        mixed = tl.sum(tl.where(is_part, labels, 0.0), 1) * inverse
+        tl.store(head_share + ((image * heads + head) * SOURCES + source) * queries + row, mixed, mask=inside)
+
+
+@triton.jit
+def _scores(
+    q, key, key_row, row, queries, first, keys, factor,
+    bias, bias_query, bias_key, mask, mask_query, mask_key,
+    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of some queries and SIZE keys from `first` on; -inf from key `keys` on, if this tile ENDS them."""
+    column = first + tl.arange(0, SIZE)
+    k = _load_rows(key, key_row, first, keys, SIZE, D, BLOCK_D, ENDS)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
+    scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
+    if ENDS:
+        scores = tl.where((column < keys)[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _add_values(
+    p, accumulated, labels, value, value_row, columns, row, queries, first, keys, pair, seed, threshold, kept_factor,
+    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
+    SOURCES: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds P V and P [1, share] of SIZE keys from `first` on."""
+    v = _load_rows(value, value_row, first, keys, SIZE, D, BLOCK_D, ENDS)
+    w = _label_columns(columns, first, keys, SIZE, COLUMNS, SOURCES, ENDS, v.dtype)
+    labels = tl.dot(p.to(v.dtype), w, labels, input_precision="ieee")
+    if DROPS:
+        column = first + tl.arange(0, SIZE)
+        p *= _kept(row, column, keys, pair * queries * keys, tl.load(seed), threshold, kept_factor)
+    return tl.dot(p.to(v.dtype), v, accumulated, input_precision=PRECISION), labels
+
+
+# output = softmax(scale Q K^T + bias + mask) V, for keys that are all on chip: a program has BLOCK_Q queries of a head.
+# Registers hold the scores of all keys, the sums of P V and of P [1, share]; shared memory passes tiles of K and V on.
+# Reads Q once, K and V once a program; writes O, the log-sum-exp and the shares of the head.
+# = reference.forward, but for the mean over heads.
+@triton.jit
+def attention_forward_row(
+    query, key, value, columns, bias, mask, seed, output, log_sum_exp, head_share,
+    query_image, query_head, query_row, key_image, key_head, key_row, value_image, value_head, value_row,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    heads, queries, keys, factor, threshold, kept_factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, PARTS: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
+):  # fmt: skip
+    """Keys lie in TILES tiles of TILE, then one of TAIL and one of TAIL_2 unless these are 0."""
+    block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
+    first = block * BLOCK_Q
+    row = first + tl.arange(0, BLOCK_Q)
+    query += image * query_image + head * query_head
+    key += image * key_image + head * key_head
+    value += image * value_image + head * value_head
+    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    if SOURCES > 0:
+        columns += image * keys * COLUMNS
+    q = _load_rows(query, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+
+    COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
+    scores = ()
+    for i in tl.static_range(COUNT):
+        scores = scores + (
+            _scores(
+                q, key, key_row, row, queries, TILE * i if i <= TILES else TILE * TILES + TAIL, keys, factor,
+                bias, bias_query, bias_key, mask, mask_query, mask_key,
+                TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
+                D, BLOCK_D, BIAS, MASK, PRECISION,
+            ),
+        )  # fmt: skip
+    highest = tl.max(scores[0], 1)
+    for i in tl.static_range(1, COUNT):
+        highest = tl.maximum(highest, tl.max(scores[i], 1))
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+
+    accumulated = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    labels = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
+    for i in tl.static_range(COUNT):
+        accumulated, labels = _add_values(
+            tl.exp2(scores[i] - shift[:, None]), accumulated, labels, value, value_row, columns, row, queries,
+            TILE * i if i <= TILES else TILE * TILES + TAIL, keys, image * heads + head, seed, threshold, kept_factor,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
+            D, BLOCK_D, COLUMNS, SOURCES, DROPS, PRECISION,
+        )  # fmt: skip
+    _finish(
+        output, log_sum_exp, head_share, image, head, heads, queries, first, accumulated, labels, highest,
+        BLOCK_Q, D, BLOCK_D, COLUMNS, SOURCES, PARTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _stream_tile(
+    q, highest, accumulated, labels, key, key_row, value, value_row, columns, row, queries, first, keys, factor,
+    bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
+    SOURCES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax (FlashAttention, arXiv 2205.14135)."""
+    scores = _scores(
+        q, key, key_row, row, queries, first, keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key,
+        SIZE, ENDS, D, BLOCK_D, BIAS, MASK, PRECISION,
+    )  # fmt: skip
+    now = tl.maximum(highest, tl.max(scores, 1))
+    shift = tl.where(now == float("-inf"), 0.0, now)
+    kept = tl.exp2(highest - shift)
+    accumulated, labels = _add_values(
+        tl.exp2(scores - shift[:, None]), accumulated * kept[:, None], labels * kept[:, None], value, value_row,
+        columns, row, queries, first, keys, pair, seed, threshold, kept_factor,
+        SIZE, ENDS, D, BLOCK_D, COLUMNS, SOURCES, DROPS, PRECISION,
+    )  # fmt: skip
+    return now, accumulated, labels
+
+
+# The same for any number of keys, in tiles that pass by: registers hold one tile of scores and running sums.
+@triton.jit
+def attention_forward_stream(
+    query, key, value, columns, bias, mask, seed, output, log_sum_exp, head_share,
+    query_image, query_head, query_row, key_image, key_head, key_row, value_image, value_head, value_row,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    heads, queries, keys, factor, threshold, kept_factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, PARTS: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Keys lie in whole tiles of TILE and a last one of TAIL, which is less than TILE or 0."""
+    block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
+    first = block * BLOCK_Q
+    row = first + tl.arange(0, BLOCK_Q)
+    query += image * query_image + head * query_head
+    key += image * key_image + head * key_head
+    value += image * value_image + head * value_head
+    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    if SOURCES > 0:
+        columns += image * keys * COLUMNS
+    q = _load_rows(query, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+
+    highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    accumulated = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    labels = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
+    whole = keys // TILE * TILE
+    for start in range(0, whole, TILE):
+        highest, accumulated, labels = _stream_tile(
+            q, highest, accumulated, labels, key, key_row, value, value_row, columns, row, queries, start, keys, factor,
+            bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head, seed, threshold, kept_factor,
+            TILE, False, D, BLOCK_D, COLUMNS, SOURCES, BIAS, MASK, DROPS, PRECISION,
+        )  # fmt: skip
+    if TAIL > 0:
+        highest, accumulated, labels = _stream_tile(
+            q, highest, accumulated, labels, key, key_row, value, value_row, columns, row, queries, whole, keys, factor,
+            bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head, seed, threshold, kept_factor,
+            TAIL, True, D, BLOCK_D, COLUMNS, SOURCES, BIAS, MASK, DROPS, PRECISION,
+        )  # fmt: skip
+    _finish(
+        output, log_sum_exp, head_share, image, head, heads, queries, first, accumulated, labels, highest,
+        BLOCK_Q, D, BLOCK_D, COLUMNS, SOURCES, PARTS,
+    )  # fmt: skip
+
+
+# share = mean of the shares over the heads in which a query sees a key, in fixed order, averaged with the residual.
+@triton.jit
+def average_heads(
+    head_share, log_sum_exp, residual, share, heads, queries,
+    SOURCES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """head_share (B, H, S, Nq) and residual (B, Nq, S) to share (B, Nq, S); a program has BLOCK queries of an image."""
+    blocks = (queries + BLOCK - 1) // BLOCK
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = row < queries
+    seeing = tl.zeros((BLOCK,), tl.float32)
+    for head in range(heads):
+        known = tl.load(log_sum_exp + (image * heads + head) * queries + row, mask=inside, other=0.0)
+        seeing += tl.where(known == float("-inf"), 0.0, 1.0)
+    for source in tl.static_range(SOURCES):
+        mean = tl.zeros((BLOCK,), tl.float32)
+        for head in range(heads):
+            at = head_share + ((image * heads + head) * SOURCES + source) * queries + row
+            mean += tl.load(at, mask=inside, other=0.0)
+        mean = tl.where(seeing > 0, mean / tl.maximum(seeing, 1.0), 0.0)
+        at = (image * queries + row) * SOURCES + source
+        if HAS_RESIDUAL:
+            own = tl.load(residual + at, mask=inside, other=0.0)
+            mean = tl.where(seeing > 0, (mean + own) * 0.5, own)
+        tl.store(share + at, mean, mask=inside)
+
+
+@triton.jit
+def _log_sum_exp(data, row, end):
+    """In units of ln 2, and infinite where no key is seen and beyond the last query: probabilities are 0 there."""
+    known = tl.load(data + row, mask=row < end, other=float("-inf"))
+    return tl.where(known == float("-inf"), float("inf"), known * LOG2_E)
+
+
+# exp(score - log_sum_exp) is good to half a unit in the last place of the log-sum-exp: up to here, in units of ln 2, to
+# 2e-6.
+PRECISE_LOG_SUM_EXP = tl.constexpr(46.0)
+
+
+# 1 / sum_j exp(score_j - log_sum_exp) in one head: 1 but for the rounding of a large log-sum-exp, for which alone the
+# product of queries and keys is formed once more.
+@triton.jit
+def normalise(
+    query, key, bias, mask, log_sum_exp, inverse,
+    query_image, query_head, query_row, key_image, key_head, key_row,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    heads, queries, keys, factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp (B, H, Nq) to its factor of the same shape."""
+    block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
+    first = block * BLOCK_Q
+    row = first + tl.arange(0, BLOCK_Q)
+    key += image * key_image + head * key_head
+    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    query += image * query_image + head * query_head
+    q = _load_rows(query, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    pair = image * heads + head
+    known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
+    total = tl.full((BLOCK_Q,), 1.0, tl.float32)
+    if tl.max(tl.where(known == float("inf"), 0.0, tl.abs(known))) > PRECISE_LOG_SUM_EXP:
+        total -= 1.0
+        for start in range(0, keys, TILE):
+            scores = _scores(
+                q, key, key_row, row, queries, start, keys, factor, bias, bias_query, bias_key, mask, mask_query,
+                mask_key, TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION,
+            )  # fmt: skip
+            total += tl.sum(tl.exp2(scores - known[:, None]), 1)
+    tl.store(inverse + pair * queries + row, tl.where(total == 0.0, 0.0, 1.0 / total), mask=row < queries)
+
+
+@triton.jit
+def _inverse(data, first, row, end, NORMALISES: tl.constexpr):
+    if NORMALISES:
+        return tl.load(data + first + row, mask=row < end, other=0.0)
+    else:
+        return tl.full(row.shape, 1.0, tl.float32)
+
+
+# share = mean_h(A_h) . share, averaged with the residual, for many sources: the scores are recomputed and the
+# probabilities averaged over heads in registers, so that the product with the labels does not grow with the heads.
+# A program has BLOCK_Q queries of an image; sums over tiles of keys stay in the result.
+@triton.jit
+def dense_share(
+    query, key, bias, mask, log_sum_exp, inverse, share, residual, share_out,
+    query_image, query_head, query_row, key_image, key_head, key_row,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    heads, queries, keys, sources, factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALISES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr,
+    LABELS: tl.constexpr,
+):  # fmt: skip
+    """share (B, Nk, C) and residual (B, Nq, C) to share_out (B, Nq, C), LABELS of C at a time."""
+    blocks = (queries + BLOCK_Q - 1) // BLOCK_Q
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * BLOCK_Q
+    row = first + tl.arange(0, BLOCK_Q)
+    inside = row < queries
+    seeing = tl.zeros((BLOCK_Q,), tl.float32)
+    for head in range(heads):
+        known = _log_sum_exp(log_sum_exp + (image * heads + head) * queries, row, queries)
+        seeing += tl.where(known == float("inf"), 0.0, 1.0)
+    # The mean over the heads that see a key, and half of that where there is a residual to average with.
+    weight = tl.where(seeing > 0, (0.5 if HAS_RESIDUAL else 1.0) / tl.maximum(seeing, 1.0), 0.0)
+    own = tl.where(seeing > 0, 0.5, 1.0)
+    for start in range(0, keys, TILE):
+        mean = tl.zeros((BLOCK_Q, TILE), tl.float32)
+        for number in range(heads):
+            head = tl.cast(number, tl.int64)
+            at = query + image * query_image + head * query_head
+            q = _load_rows(at, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+            scores = _scores(
+                q, key + image * key_image + head * key_head, key_row, row, queries, start, keys, factor,
+                _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0), bias_query, bias_key,
+                _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
+                TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION,
+            )  # fmt: skip
+            pair = (image * heads + head) * queries
+            known = _log_sum_exp(log_sum_exp + pair, row, queries)
+            mean += tl.exp2(scores - known[:, None]) * _inverse(inverse, pair, row, queries, NORMALISES)[:, None]
+        mean *= weight[:, None]
+        for label in range(0, sources, LABELS):
+            column = label + tl.arange(0, LABELS)
+            cell = inside[:, None] & (column < sources)[None, :]
+            at = (image * queries + row)[:, None] * sources + column[None, :]
+            of_key = start + tl.arange(0, TILE)
+            of_keys = tl.load(
+                share + (image * keys + of_key)[:, None] * sources + column[None, :],
+                mask=(of_key < keys)[:, None] & (column < sources)[None, :], other=0.0,
+            )  # fmt: skip
+            if start > 0:
+                sums = tl.load(share_out + at, mask=cell, other=0.0)
+            elif HAS_RESIDUAL:
+                sums = tl.load(residual + at, mask=cell, other=0.0) * own[:, None]
+            else:
+                sums = tl.zeros((BLOCK_Q, LABELS), tl.float32)
+            sums = tl.dot(mean, of_keys, sums, input_precision="ieee")
+            tl.store(share_out + at, sums, mask=cell)
+        # What one thread has stored another may load for the next tile.
+        tl.debug_barrier()
+
+
+# Backward
+
+# row_term_i = sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135).
+@triton.jit
+def sum_row_terms(
+    grad_output, output, row_terms, grad_output_image, grad_output_head, grad_output_row, heads, queries,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """grad_output with any strides and output (B, Nq, H, D) to row_terms (B, H, Nq)."""
+    block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
+    first = block * BLOCK_Q
+    grad_output += image * grad_output_image + head * grad_output_head
+    output += (image * queries * heads + head) * D
+    left = _load_rows(grad_output, grad_output_row, first, queries, BLOCK_Q, D, BLOCK_D, True).to(tl.float32)
+    right = _load_rows(output, heads * D, first, queries, BLOCK_Q, D, BLOCK_D, True).to(tl.float32)
+    row = first + tl.arange(0, BLOCK_Q)
+    tl.store(row_terms + (image * heads + head) * queries + row, tl.sum(left * right, 1), mask=row < queries)
+
+
+@triton.jit
+def _grad_scores(
+    q, k, v, d_o, row, queries, column, keys, factor, known, inverse, row_term,
+    bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(Dropped) probabilities and gradients of scores of some queries and keys, both (queries, keys) in float32."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
+    scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
+    p = tl.exp2(scores - known[:, None])
+    if NORMALISES:
+        p *= inverse[:, None]
+    p = tl.where((column < keys)[None, :], p, 0.0)
+    grad = tl.dot(d_o, tl.trans(v), input_precision=PRECISION)
+    kept = p
+    if DROPS:
+        kept_or_not = _kept(row, column, keys, pair * queries * keys, tl.load(seed), threshold, kept_factor)
+        kept = p * kept_or_not
+        grad *= kept_or_not
+    return kept, p * (grad - row_term[:, None])
+
+
+# dK = scale dS^T Q, dV = P^T dO: a program has BLOCK_K keys of a head, and blocks of queries pass by.
+@triton.jit
+def attention_backward_keys(
+    query, key, value, grad_output, bias, mask, seed, log_sum_exp, inverse, row_terms, grad_key, grad_value,
+    query_image, query_head, query_row, key_image, key_head, key_row, value_image, value_head, value_row,
+    grad_output_image, grad_output_head, grad_output_row,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    grad_key_image, grad_key_head, grad_key_row, grad_value_image, grad_value_head, grad_value_row,
+    heads, queries, keys, scale, factor, threshold, kept_factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradients of key and value of BLOCK_K keys."""
+    block, head, image = _program((keys + BLOCK_K - 1) // BLOCK_K, heads)
+    first = block * BLOCK_K
+    column = first + tl.arange(0, BLOCK_K)
+    pair = image * heads + head
+    query += image * query_image + head * query_head
+    grad_output += image * grad_output_image + head * grad_output_head
+    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    k = _load_rows(key + image * key_image + head * key_head, key_row, first, keys, BLOCK_K, D, BLOCK_D, True)
+    v = _load_rows(value + image * value_image + head * value_head, value_row, first, keys, BLOCK_K, D, BLOCK_D, True)
+    d_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    d_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for start in range(0, queries, BLOCK_Q):
+        row = start + tl.arange(0, BLOCK_Q)
+        q = _load_rows(query, query_row, start, queries, BLOCK_Q, D, BLOCK_D, True)
+        d_o = _load_rows(grad_output, grad_output_row, start, queries, BLOCK_Q, D, BLOCK_D, True)
+        known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
+        row_term = tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0)
+        p, d_s = _grad_scores(
+            q, k, v, d_o, row, queries, column, keys, factor, known,
+            _inverse(inverse, pair * queries, row, queries, NORMALISES), row_term,
+            bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+            BIAS, MASK, DROPS, NORMALISES, PRECISION,
+        )  # fmt: skip
+        d_v = tl.dot(tl.trans(p.to(d_o.dtype)), d_o, d_v, input_precision=PRECISION)
+        d_k = tl.dot(tl.trans(d_s.to(q.dtype)), q, d_k, input_precision=PRECISION)
+    grad_key += image * grad_key_image + head * grad_key_head
+    grad_value += image * grad_value_image + head * grad_value_head
+    _store_rows(grad_key, grad_key_row, first, keys, d_k * scale, BLOCK_K, D, BLOCK_D)
+    _store_rows(grad_value, grad_value_row, first, keys, d_v, BLOCK_K, D, BLOCK_D)
+
+
+# dQ = scale dS K: a program has BLOCK_Q queries of a head, and blocks of keys pass by.
+@triton.jit
+def attention_backward_queries(
+    query, key, value, grad_output, bias, mask, seed, log_sum_exp, inverse, row_terms, grad_query,
+    query_image, query_head, query_row, key_image, key_head, key_row, value_image, value_head, value_row,
+    grad_output_image, grad_output_head, grad_output_row,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    grad_query_image, grad_query_head, grad_query_row,
+    heads, queries, keys, scale, factor, threshold, kept_factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradient of query of BLOCK_Q queries."""
+    block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
+    first = block * BLOCK_Q
+    row = first + tl.arange(0, BLOCK_Q)
+    pair = image * heads + head
+    key += image * key_image + head * key_head
+    value += image * value_image + head * value_head
+    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    query += image * query_image + head * query_head
+    grad_output += image * grad_output_image + head * grad_output_head
+    q = _load_rows(query, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    d_o = _load_rows(grad_output, grad_output_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
+    inverse_of_row = _inverse(inverse, pair * queries, row, queries, NORMALISES)
+    row_term = tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0)
+    d_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for start in range(0, keys, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        k = _load_rows(key, key_row, start, keys, BLOCK_K, D, BLOCK_D, True)
+        v = _load_rows(value, value_row, start, keys, BLOCK_K, D, BLOCK_D, True)
+        p, d_s = _grad_scores(
+            q, k, v, d_o, row, queries, column, keys, factor, known, inverse_of_row, row_term,
+            bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+            BIAS, MASK, DROPS, NORMALISES, PRECISION,
+        )  # fmt: skip
+        d_q = tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
+    grad_query += image * grad_query_image + head * grad_query_head
+    _store_rows(grad_query, grad_query_row, first, queries, d_q * scale, BLOCK_Q, D, BLOCK_D)
+
+
+# dBias = dS, summed where the bias is broadcast: a program has one tile of one head of the bias and one part of the
+# images, which pass by; the parts are added afterwards, in fixed order.
+@triton.jit
+def attention_backward_bias(
+    query, key, value, grad_output, bias, mask, seed, log_sum_exp, inverse, row_terms, parts,
+    query_image, query_head, query_row, key_image, key_head, key_row, value_image, value_head, value_row,
+    grad_output_image, grad_output_head, grad_output_row,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    images, heads, queries, keys, bias_heads, images_of_part, factor, threshold, kept_factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Parts (parts of the images, bias_heads, Nq, Nk) of the gradient, in float32; a bias of one head serves all."""
+    key_blocks = (keys + BLOCK_K - 1) // BLOCK_K
+    query_blocks = (queries + BLOCK_Q - 1) // BLOCK_Q
+    program = tl.program_id(0)
+    first_key = program % key_blocks * BLOCK_K
+    first = program // key_blocks % query_blocks * BLOCK_Q
+    head_of_bias = program // key_blocks // query_blocks % bias_heads
+    part = (program // key_blocks // query_blocks // bias_heads).to(tl.int64)
+    row = first + tl.arange(0, BLOCK_Q)
+    column = first_key + tl.arange(0, BLOCK_K)
+    heads_of_bias = heads // bias_heads
+    total = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    first_pair = part * images_of_part * heads_of_bias
+    end = tl.minimum((part + 1) * images_of_part, images) * heads_of_bias
+    for number in range(first_pair, end):
+        image = number // heads_of_bias
+        head = head_of_bias * heads_of_bias + number % heads_of_bias
+        pair = image * heads + head
+        q = _load_rows(query + image * query_image + head * query_head, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+        at = grad_output + image * grad_output_image + head * grad_output_head
+        d_o = _load_rows(at, grad_output_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+        k = _load_rows(key + image * key_image + head * key_head, key_row, first_key, keys, BLOCK_K, D, BLOCK_D, True)
+        at = value + image * value_image + head * value_head
+        v = _load_rows(at, value_row, first_key, keys, BLOCK_K, D, BLOCK_D, True)
+        p, d_s = _grad_scores(
+            q, k, v, d_o, row, queries, column, keys, factor,
+            _log_sum_exp(log_sum_exp + pair * queries, row, queries),
+            _inverse(inverse, pair * queries, row, queries, NORMALISES),
+            tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0),
+            _offset_base(bias, image, head, bias_image, bias_head, True), bias_query, bias_key,
+            _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
+            pair, seed, threshold, kept_factor, 1, MASK, DROPS, NORMALISES, PRECISION,
+        )  # fmt: skip
+        total += d_s
+    at = parts + ((part * bias_heads + head_of_bias) * queries + row)[:, None] * keys + column[None, :]
+    tl.store(at, total, mask=(row < queries)[:, None] & (column < keys)[None, :])
