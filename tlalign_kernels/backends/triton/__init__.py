@@ -113,10 +113,10 @@ def forward(
         kernel = kernels.attention_forward_row if "TILES" in config.tiles else kernels.attention_forward_stream
         kernel[(triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch * heads,)](
             query, key, value, columns, bias, mask, dropout_seed, output, log_sum_exp, head_share,
-            *_strides(query=query, key=key, value=value), *_offset_strides(bias, mask),
+            *_strides(query, key, value), *_offset_strides(bias, mask),
             heads, queries, keys, scale * _LOG2_E, *_dropout(dropout_p),
-            **_width(head_dim), COLUMNS=columns_count, SOURCES=fused, PARTS=parts, **_kinds(bias, mask),
-            DROPS=dropout_p > 0, PRECISION=_precision(query.dtype),
+            **_rows(query=query, key=key, value=value), **_width(head_dim), COLUMNS=columns_count, SOURCES=fused, PARTS=parts, **_kinds(bias, mask),
+            DROPS=dropout_p > 0, FOLDS=scale > 0 and bias is None and mask is None, PRECISION=_precision(query.dtype),
             **config.tiles, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if fused:
@@ -128,9 +128,9 @@ def forward(
             inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
             kernels.dense_share[(triton.cdiv(queries, 32) * batch,)](
                 query, key, bias, mask, log_sum_exp, inverse, share, residual, share_out,
-                *_strides(query=query, key=key), *_offset_strides(bias, mask),
+                *_strides(query, key), *_offset_strides(bias, mask),
                 heads, queries, keys, sources, scale * _LOG2_E,
-                **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype),
+                **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype),
                 NORMALISES=inverse is not None, HAS_RESIDUAL=residual is not None,
                 BLOCK_Q=32, TILE=32, LABELS=32, num_warps=4,
             )  # fmt: skip
@@ -165,27 +165,26 @@ def backward(
     with _device_of(query):
         row_terms = torch.empty_like(log_sum_exp)
         kernels.sum_row_terms[(triton.cdiv(queries, 32) * batch * heads,)](
-            grad_output, output, row_terms, *_strides(grad_output=grad_output), heads, queries,
-            **_width(head_dim), BLOCK_Q=32, num_warps=2,
+            grad_output, output, row_terms, *_strides(grad_output), heads, queries,
+            **_rows(grad_output=grad_output), **_width(head_dim), BLOCK_Q=32, num_warps=2,
         )  # fmt: skip
         inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
         tensors = (query, key, value, grad_output, bias, mask, dropout_seed, log_sum_exp, inverse, row_terms)
-        strides = (
-            *_strides(query=query, key=key, value=value, grad_output=grad_output),
-            *_offset_strides(bias, mask),
-        )
+        strides = (*_strides(query, key, value, grad_output), *_offset_strides(bias, mask))
         how = dict(
+            **_rows(query=query, key=key, value=value, grad_output=grad_output),
             **_width(head_dim), **_kinds(bias, mask), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
             PRECISION=_precision(query.dtype), **config.tiles, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         factor = scale * _LOG2_E
         kernels.attention_backward_keys[(blocks["BLOCK_K"] * batch * heads,)](
-            *tensors, grad_key, grad_value, *strides, *_strides(grad_key=grad_key, grad_value=grad_value),
-            heads, queries, keys, scale, factor, *_dropout(dropout_p), **how,
+            *tensors, grad_key, grad_value, *strides, *_strides(grad_key, grad_value),
+            heads, queries, keys, scale, factor, *_dropout(dropout_p),
+            **_rows(grad_key=grad_key, grad_value=grad_value), **how,
         )  # fmt: skip
         kernels.attention_backward_queries[(blocks["BLOCK_Q"] * batch * heads,)](
-            *tensors, grad_query, *strides, *_strides(grad_query=grad_query),
-            heads, queries, keys, scale, factor, *_dropout(dropout_p), **how,
+            *tensors, grad_query, *strides, *_strides(grad_query),
+            heads, queries, keys, scale, factor, *_dropout(dropout_p), **_rows(grad_query=grad_query), **how,
         )  # fmt: skip
         if grad_bias is not None:
             bias_images, bias_heads = grad_bias.shape[:2]
@@ -219,8 +218,8 @@ def _inverse(
     inverse = torch.empty_like(log_sum_exp)
     kernels.normalise[(triton.cdiv(queries, 32) * batch * heads,)](
         query, key, bias, mask, log_sum_exp, inverse,
-        *_strides(query=query, key=key), *_offset_strides(bias, mask), heads, queries, key.shape[2], scale * _LOG2_E,
-        **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype), BLOCK_Q=32, TILE=32, num_warps=4,
+        *_strides(query, key), *_offset_strides(bias, mask), heads, queries, key.shape[2], scale * _LOG2_E,
+        **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype), BLOCK_Q=32, TILE=32, num_warps=4,
     )  # fmt: skip
     return inverse
 
@@ -245,12 +244,16 @@ def _check_extent(name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -
         raise NotImplementedError(f"{name}: expected less than 2**31 elements from the first to the last of a head")
 
 
-def _strides(**tensors: Tensor) -> list[int]:
-    strides = []
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides of images and heads."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def _rows(**tensors: Tensor) -> dict[str, int]:
+    """Strides of rows, which a model fixes: as constants they cost the kernels no multiplications."""
     for name, tensor in tensors.items():
         _check_extent(name, tensor.shape[2:], tensor.stride()[2:])
-        strides += tensor.stride()[:3]
-    return strides
+    return {f"{name.upper()}_ROW": tensor.stride(2) for name, tensor in tensors.items()}
 
 
 def _offset_strides(*offsets: Tensor | None) -> list[int]:

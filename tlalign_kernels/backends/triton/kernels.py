@@ -140,14 +140,14 @@ def _finish(
 
 @triton.jit
 def _scores(
-    q, key, key_row, row, queries, first, keys, factor,
+    q, key, KEY_ROW: tl.constexpr, row, queries, first, keys, factor,
     bias, bias_query, bias_key, mask, mask_query, mask_key,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr,
     MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of some queries and SIZE keys from `first` on; -inf from key `keys` on, if this tile ENDS them."""
     column = first + tl.arange(0, SIZE)
-    k = _load_rows(key, key_row, first, keys, SIZE, D, BLOCK_D, ENDS)
+    k = _load_rows(key, KEY_ROW, first, keys, SIZE, D, BLOCK_D, ENDS)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
     scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
     scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
@@ -158,12 +158,12 @@ def _scores(
 
 @triton.jit
 def _add_values(
-    p, accumulated, labels, value, value_row, columns, row, queries, first, keys, pair, seed, threshold, kept_factor,
+    p, accumulated, labels, value, VALUE_ROW: tl.constexpr, columns, row, queries, first, keys, pair, seed, threshold, kept_factor,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
     SOURCES: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds P V and P [1, share] of SIZE keys from `first` on."""
-    v = _load_rows(value, value_row, first, keys, SIZE, D, BLOCK_D, ENDS)
+    v = _load_rows(value, VALUE_ROW, first, keys, SIZE, D, BLOCK_D, ENDS)
     w = _label_columns(columns, first, keys, SIZE, COLUMNS, SOURCES, ENDS, v.dtype)
     labels = tl.dot(p.to(v.dtype), w, labels, input_precision="ieee")
     if DROPS:
@@ -179,14 +179,18 @@ def _add_values(
 @triton.jit
 def attention_forward_row(
     query, key, value, columns, bias, mask, seed, output, log_sum_exp, head_share,
-    query_image, query_head, query_row, key_image, key_head, key_row, value_image, value_head, value_row,
+    query_image, query_head, key_image, key_head, value_image, value_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, factor, threshold, kept_factor,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, PARTS: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
 ):  # fmt: skip
-    """Keys lie in TILES tiles of TILE, then one of TAIL and one of TAIL_2 unless these are 0."""
+    """Keys lie in TILES tiles of TILE, then one of TAIL and one of TAIL_2 unless these are 0.
+
+    FOLDS: the factor is positive and nothing is added to the scores, so that it can wait for the exponential.
+    """
     block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
@@ -197,14 +201,15 @@ def attention_forward_row(
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     if SOURCES > 0:
         columns += image * keys * COLUMNS
-    q = _load_rows(query, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
 
     COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
     scores = ()
     for i in tl.static_range(COUNT):
         scores = scores + (
             _scores(
-                q, key, key_row, row, queries, TILE * i if i <= TILES else TILE * TILES + TAIL, keys, factor,
+                q, key, KEY_ROW, row, queries, TILE * i if i <= TILES else TILE * TILES + TAIL, keys,
+                1.0 if FOLDS else factor,
                 bias, bias_query, bias_key, mask, mask_query, mask_key,
                 TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
                 D, BLOCK_D, BIAS, MASK, PRECISION,
@@ -213,13 +218,18 @@ def attention_forward_row(
     highest = tl.max(scores[0], 1)
     for i in tl.static_range(1, COUNT):
         highest = tl.maximum(highest, tl.max(scores[i], 1))
+    if FOLDS:
+        unit = factor
+    else:
+        unit = 1.0
+    highest *= unit
     shift = tl.where(highest == float("-inf"), 0.0, highest)
 
     accumulated = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     labels = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
     for i in tl.static_range(COUNT):
         accumulated, labels = _add_values(
-            tl.exp2(scores[i] - shift[:, None]), accumulated, labels, value, value_row, columns, row, queries,
+            tl.exp2(scores[i] * unit - shift[:, None]), accumulated, labels, value, VALUE_ROW, columns, row, queries,
             TILE * i if i <= TILES else TILE * TILES + TAIL, keys, image * heads + head, seed, threshold, kept_factor,
             TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
             D, BLOCK_D, COLUMNS, SOURCES, DROPS, PRECISION,
@@ -232,21 +242,26 @@ def attention_forward_row(
 
 @triton.jit
 def _stream_tile(
-    q, highest, accumulated, labels, key, key_row, value, value_row, columns, row, queries, first, keys, factor,
-    bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+    q, highest, accumulated, labels, key, KEY_ROW: tl.constexpr, value, VALUE_ROW: tl.constexpr, columns, row, queries,
+    first, keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
-    SOURCES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    SOURCES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (FlashAttention, arXiv 2205.14135)."""
     scores = _scores(
-        q, key, key_row, row, queries, first, keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key,
-        SIZE, ENDS, D, BLOCK_D, BIAS, MASK, PRECISION,
+        q, key, KEY_ROW, row, queries, first, keys, 1.0 if FOLDS else factor, bias, bias_query, bias_key, mask,
+        mask_query, mask_key, SIZE, ENDS, D, BLOCK_D, BIAS, MASK, PRECISION,
     )  # fmt: skip
-    now = tl.maximum(highest, tl.max(scores, 1))
+    if FOLDS:
+        unit = factor
+    else:
+        unit = 1.0
+    now = tl.maximum(highest, tl.max(scores, 1) * unit)
     shift = tl.where(now == float("-inf"), 0.0, now)
     kept = tl.exp2(highest - shift)
     accumulated, labels = _add_values(
-        tl.exp2(scores - shift[:, None]), accumulated * kept[:, None], labels * kept[:, None], value, value_row,
+        tl.exp2(scores * unit - shift[:, None]), accumulated * kept[:, None], labels * kept[:, None], value, VALUE_ROW,
         columns, row, queries, first, keys, pair, seed, threshold, kept_factor,
         SIZE, ENDS, D, BLOCK_D, COLUMNS, SOURCES, DROPS, PRECISION,
     )  # fmt: skip
@@ -257,11 +272,12 @@ def _stream_tile(
 @triton.jit
 def attention_forward_stream(
     query, key, value, columns, bias, mask, seed, output, log_sum_exp, head_share,
-    query_image, query_head, query_row, key_image, key_head, key_row, value_image, value_head, value_row,
+    query_image, query_head, key_image, key_head, value_image, value_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, factor, threshold, kept_factor,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, PARTS: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Keys lie in whole tiles of TILE and a last one of TAIL, which is less than TILE or 0."""
@@ -275,7 +291,7 @@ def attention_forward_stream(
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     if SOURCES > 0:
         columns += image * keys * COLUMNS
-    q = _load_rows(query, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
 
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     accumulated = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
@@ -283,15 +299,15 @@ def attention_forward_stream(
     whole = keys // TILE * TILE
     for start in range(0, whole, TILE):
         highest, accumulated, labels = _stream_tile(
-            q, highest, accumulated, labels, key, key_row, value, value_row, columns, row, queries, start, keys, factor,
+            q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, columns, row, queries, start, keys, factor,
             bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head, seed, threshold, kept_factor,
-            TILE, False, D, BLOCK_D, COLUMNS, SOURCES, BIAS, MASK, DROPS, PRECISION,
+            TILE, False, D, BLOCK_D, COLUMNS, SOURCES, BIAS, MASK, DROPS, FOLDS, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
         highest, accumulated, labels = _stream_tile(
-            q, highest, accumulated, labels, key, key_row, value, value_row, columns, row, queries, whole, keys, factor,
+            q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, columns, row, queries, whole, keys, factor,
             bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head, seed, threshold, kept_factor,
-            TAIL, True, D, BLOCK_D, COLUMNS, SOURCES, BIAS, MASK, DROPS, PRECISION,
+            TAIL, True, D, BLOCK_D, COLUMNS, SOURCES, BIAS, MASK, DROPS, FOLDS, PRECISION,
         )  # fmt: skip
     _finish(
         output, log_sum_exp, head_share, image, head, heads, queries, first, accumulated, labels, highest,
@@ -344,9 +360,10 @@ PRECISE_LOG_SUM_EXP = tl.constexpr(46.0)
 @triton.jit
 def normalise(
     query, key, bias, mask, log_sum_exp, inverse,
-    query_image, query_head, query_row, key_image, key_head, key_row,
+    query_image, query_head, key_image, key_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, factor,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -358,7 +375,7 @@ def normalise(
     bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     query += image * query_image + head * query_head
-    q = _load_rows(query, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
     pair = image * heads + head
     known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
     total = tl.full((BLOCK_Q,), 1.0, tl.float32)
@@ -366,7 +383,7 @@ def normalise(
         total -= 1.0
         for start in range(0, keys, TILE):
             scores = _scores(
-                q, key, key_row, row, queries, start, keys, factor, bias, bias_query, bias_key, mask, mask_query,
+                q, key, KEY_ROW, row, queries, start, keys, factor, bias, bias_query, bias_key, mask, mask_query,
                 mask_key, TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION,
             )  # fmt: skip
             total += tl.sum(tl.exp2(scores - known[:, None]), 1)
@@ -387,9 +404,10 @@ def _inverse(data, first, row, end, NORMALISES: tl.constexpr):
 @triton.jit
 def dense_share(
     query, key, bias, mask, log_sum_exp, inverse, share, residual, share_out,
-    query_image, query_head, query_row, key_image, key_head, key_row,
+    query_image, query_head, key_image, key_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, sources, factor,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     NORMALISES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr,
     LABELS: tl.constexpr,
@@ -412,9 +430,9 @@ def dense_share(
         for number in range(heads):
             head = tl.cast(number, tl.int64)
             at = query + image * query_image + head * query_head
-            q = _load_rows(at, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+            q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
             scores = _scores(
-                q, key + image * key_image + head * key_head, key_row, row, queries, start, keys, factor,
+                q, key + image * key_image + head * key_head, KEY_ROW, row, queries, start, keys, factor,
                 _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0), bias_query, bias_key,
                 _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
                 TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION,
@@ -449,7 +467,8 @@ def dense_share(
 # row_term_i = sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135).
 @triton.jit
 def sum_row_terms(
-    grad_output, output, row_terms, grad_output_image, grad_output_head, grad_output_row, heads, queries,
+    grad_output, output, row_terms, grad_output_image, grad_output_head, heads, queries,
+    GRAD_OUTPUT_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """grad_output with any strides and output (B, Nq, H, D) to row_terms (B, H, Nq)."""
@@ -457,7 +476,7 @@ def sum_row_terms(
     first = block * BLOCK_Q
     grad_output += image * grad_output_image + head * grad_output_head
     output += (image * queries * heads + head) * D
-    left = _load_rows(grad_output, grad_output_row, first, queries, BLOCK_Q, D, BLOCK_D, True).to(tl.float32)
+    left = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True).to(tl.float32)
     right = _load_rows(output, heads * D, first, queries, BLOCK_Q, D, BLOCK_D, True).to(tl.float32)
     row = first + tl.arange(0, BLOCK_Q)
     tl.store(row_terms + (image * heads + head) * queries + row, tl.sum(left * right, 1), mask=row < queries)
@@ -490,11 +509,12 @@ def _grad_scores(
 @triton.jit
 def attention_backward_keys(
     query, key, value, grad_output, bias, mask, seed, log_sum_exp, inverse, row_terms, grad_key, grad_value,
-    query_image, query_head, query_row, key_image, key_head, key_row, value_image, value_head, value_row,
-    grad_output_image, grad_output_head, grad_output_row,
+    query_image, query_head, key_image, key_head, value_image, value_head,
+    grad_output_image, grad_output_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
-    grad_key_image, grad_key_head, grad_key_row, grad_value_image, grad_value_head, grad_value_row,
+    grad_key_image, grad_key_head, grad_value_image, grad_value_head,
     heads, queries, keys, scale, factor, threshold, kept_factor,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr, GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -507,14 +527,14 @@ def attention_backward_keys(
     grad_output += image * grad_output_image + head * grad_output_head
     bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
-    k = _load_rows(key + image * key_image + head * key_head, key_row, first, keys, BLOCK_K, D, BLOCK_D, True)
-    v = _load_rows(value + image * value_image + head * value_head, value_row, first, keys, BLOCK_K, D, BLOCK_D, True)
+    k = _load_rows(key + image * key_image + head * key_head, KEY_ROW, first, keys, BLOCK_K, D, BLOCK_D, True)
+    v = _load_rows(value + image * value_image + head * value_head, VALUE_ROW, first, keys, BLOCK_K, D, BLOCK_D, True)
     d_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     d_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for start in range(0, queries, BLOCK_Q):
         row = start + tl.arange(0, BLOCK_Q)
-        q = _load_rows(query, query_row, start, queries, BLOCK_Q, D, BLOCK_D, True)
-        d_o = _load_rows(grad_output, grad_output_row, start, queries, BLOCK_Q, D, BLOCK_D, True)
+        q = _load_rows(query, QUERY_ROW, start, queries, BLOCK_Q, D, BLOCK_D, True)
+        d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, start, queries, BLOCK_Q, D, BLOCK_D, True)
         known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
         row_term = tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0)
         p, d_s = _grad_scores(
@@ -527,19 +547,20 @@ def attention_backward_keys(
         d_k = tl.dot(tl.trans(d_s.to(q.dtype)), q, d_k, input_precision=PRECISION)
     grad_key += image * grad_key_image + head * grad_key_head
     grad_value += image * grad_value_image + head * grad_value_head
-    _store_rows(grad_key, grad_key_row, first, keys, d_k * scale, BLOCK_K, D, BLOCK_D)
-    _store_rows(grad_value, grad_value_row, first, keys, d_v, BLOCK_K, D, BLOCK_D)
+    _store_rows(grad_key, GRAD_KEY_ROW, first, keys, d_k * scale, BLOCK_K, D, BLOCK_D)
+    _store_rows(grad_value, GRAD_VALUE_ROW, first, keys, d_v, BLOCK_K, D, BLOCK_D)
 
 
 # dQ = scale dS K: a program has BLOCK_Q queries of a head, and blocks of keys pass by.
 @triton.jit
 def attention_backward_queries(
     query, key, value, grad_output, bias, mask, seed, log_sum_exp, inverse, row_terms, grad_query,
-    query_image, query_head, query_row, key_image, key_head, key_row, value_image, value_head, value_row,
-    grad_output_image, grad_output_head, grad_output_row,
+    query_image, query_head, key_image, key_head, value_image, value_head,
+    grad_output_image, grad_output_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
-    grad_query_image, grad_query_head, grad_query_row,
+    grad_query_image, grad_query_head,
     heads, queries, keys, scale, factor, threshold, kept_factor,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr, GRAD_QUERY_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -554,16 +575,16 @@ def attention_backward_queries(
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     query += image * query_image + head * query_head
     grad_output += image * grad_output_image + head * grad_output_head
-    q = _load_rows(query, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
-    d_o = _load_rows(grad_output, grad_output_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
     known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
     inverse_of_row = _inverse(inverse, pair * queries, row, queries, NORMALISES)
     row_term = tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0)
     d_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
-        k = _load_rows(key, key_row, start, keys, BLOCK_K, D, BLOCK_D, True)
-        v = _load_rows(value, value_row, start, keys, BLOCK_K, D, BLOCK_D, True)
+        k = _load_rows(key, KEY_ROW, start, keys, BLOCK_K, D, BLOCK_D, True)
+        v = _load_rows(value, VALUE_ROW, start, keys, BLOCK_K, D, BLOCK_D, True)
         p, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor, known, inverse_of_row, row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
@@ -571,7 +592,7 @@ def attention_backward_queries(
         )  # fmt: skip
         d_q = tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
     grad_query += image * grad_query_image + head * grad_query_head
-    _store_rows(grad_query, grad_query_row, first, queries, d_q * scale, BLOCK_Q, D, BLOCK_D)
+    _store_rows(grad_query, GRAD_QUERY_ROW, first, queries, d_q * scale, BLOCK_Q, D, BLOCK_D)
 
 
 # dBias = dS, summed where the bias is broadcast: a program has one tile of one head of the bias and one part of the
@@ -579,10 +600,11 @@ def attention_backward_queries(
 @triton.jit
 def attention_backward_bias(
     query, key, value, grad_output, bias, mask, seed, log_sum_exp, inverse, row_terms, parts,
-    query_image, query_head, query_row, key_image, key_head, key_row, value_image, value_head, value_row,
-    grad_output_image, grad_output_head, grad_output_row,
+    query_image, query_head, key_image, key_head, value_image, value_head,
+    grad_output_image, grad_output_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     images, heads, queries, keys, bias_heads, images_of_part, factor, threshold, kept_factor,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -604,12 +626,12 @@ def attention_backward_bias(
         image = number // heads_of_bias
         head = head_of_bias * heads_of_bias + number % heads_of_bias
         pair = image * heads + head
-        q = _load_rows(query + image * query_image + head * query_head, query_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
+        q = _load_rows(query + image * query_image + head * query_head, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
         at = grad_output + image * grad_output_image + head * grad_output_head
-        d_o = _load_rows(at, grad_output_row, first, queries, BLOCK_Q, D, BLOCK_D, True)
-        k = _load_rows(key + image * key_image + head * key_head, key_row, first_key, keys, BLOCK_K, D, BLOCK_D, True)
+        d_o = _load_rows(at, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
+        k = _load_rows(key + image * key_image + head * key_head, KEY_ROW, first_key, keys, BLOCK_K, D, BLOCK_D, True)
         at = value + image * value_image + head * value_head
-        v = _load_rows(at, value_row, first_key, keys, BLOCK_K, D, BLOCK_D, True)
+        v = _load_rows(at, VALUE_ROW, first_key, keys, BLOCK_K, D, BLOCK_D, True)
         p, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor,
             _log_sum_exp(log_sum_exp + pair * queries, row, queries),

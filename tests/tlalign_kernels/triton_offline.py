@@ -1,0 +1,141 @@
+"""Triton launches without a GPU: what a call would launch, compiled ahead of time, counted, or executed by ptxvm."""
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tlalign_kernels.backends import triton as backend
+from tlalign_kernels.backends.triton import kernels
+
+PTXVM = Path(__file__).parents[3] / "shared" / "ptxvm"
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int64: "*i64"
+}  # fmt: skip
+
+
+def import_ptxvm():
+    """The PTX emulator, or None where it is not there."""
+    if not PTXVM.exists():
+        return None
+    if str(PTXVM) not in sys.path:
+        sys.path.insert(0, str(PTXVM))
+    import ptxvm
+
+    return ptxvm
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, specialised as Triton's runtime would for these arguments."""
+
+    function: object
+    grid: tuple[int, ...]
+    signature: dict[str, str]
+    constants: dict[str, object]
+    divisible: tuple[str, ...]
+    warps: int
+    stages: int
+    arguments: dict[str, object]
+
+    @property
+    def name(self):
+        return self.function.fn.__name__
+
+    def compile(self, arch):
+        """Triton's compiled kernel for a compute capability such as 80."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        indices = {name: self.function.arg_names.index(name) for name in self.divisible}
+        source = ASTSource(
+            fn=self.function,
+            signature=self.signature,
+            constexprs=self.constants,
+            attrs={(index,): [["tt.divisibility", 16]] for index in indices.values()},
+        )
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+class Recorder:
+    """Stands in for the module of kernels; `run` is called with each launch."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def __getattr__(self, name):
+        function = getattr(kernels, name)
+
+        class Kernel:
+            def __getitem__(_, grid):
+                return lambda *args, **options: self.run(make_launch(function, grid, args, options))
+
+        return Kernel()
+
+
+def make_launch(function, grid, args, options):
+    options = dict(options)
+    warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+    values = {**dict(zip(function.arg_names, args, strict=False)), **options}
+    assert set(values) == set(function.arg_names)
+    signature, constants, divisible, arguments = {}, {}, [], {}
+    for name in function.arg_names:
+        value = values[name]
+        if name in options or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        arguments[name] = value
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                divisible.append(name)
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(name)
+        else:
+            signature[name] = "fp32"
+    return Launch(function, grid, signature, constants, tuple(divisible), warps, stages, arguments)
+
+
+def record(monkeypatch, run):
+    """Has the backend hand its launches to `run`, for tensors on the CPU."""
+    monkeypatch.setattr(backend, "kernels", Recorder(run))
+    monkeypatch.setattr(backend, "unsupported_reasons", lambda problem: [])
+
+
+def execute(launch):
+    """Runs the sm_80 code of a launch on the CPU, with bounds and shared-memory races checked; returns the counts."""
+    compiled = launch.compile(80)
+    return import_ptxvm().Module(compiled.asm["ptx"]).launch(
+        None,
+        grid=launch.grid,
+        block=(32 * launch.warps, 1, 1),
+        args=list(launch.arguments.values()),
+        shared_bytes=compiled.metadata.shared,
+        check_races=True,
+    )
+
+
+def disassemble(compiled):
+    """Usage of resources (REG, STACK, SHARED, LOCAL) of a compiled kernel, and its SASS instructions with addresses."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def run(option):
+            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, text = run("-res-usage"), run("-sass")
+    resources = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
+    return resources, [(int(at, 16), opcode, rest) for at, opcode, rest in re.findall(pattern, text)]
