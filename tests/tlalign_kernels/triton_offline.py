@@ -138,4 +138,8 @@ def disassemble(compiled):
         usage, text = run("-res-usage"), run("-sass")
     resources = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
-    return resources, [(int(at, 16), opcode, rest) for at, opcode, rest in re.findall(pattern, text)]
+    instructions = [(int(at, 16), opcode, rest) for at, opcode, rest in re.findall(pattern, text)]
+    # What follows the end of the program: a branch to itself and padding.
+    while instructions[-1][1] in ("NOP", "BRA"):
+        instructions.pop()
+    return resources, instructions

@@ -66,7 +66,7 @@ def forward_config(dtype: torch.dtype, queries: int, keys: int, head_dim: int) -
         rest = (keys % 64 + 15) // 16 * 16
         tails = {0: (0, 0), 16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0)}[rest]
         return Config(dict(BLOCK_Q=block, TILE=64, TILES=keys // 64, TAIL=tails[0], TAIL_2=tails[1]), warps)
-    tile = 32 if dtype == torch.float32 or head_dim > 128 else 64
+    tile = 32 if dtype == torch.float32 or head_dim > 64 else 64
     tail = keys % tile and max(16, triton.next_power_of_2(keys % tile))
     return Config(dict(BLOCK_Q=block, TILE=tile, TAIL=tail), warps, 2)
 
@@ -110,11 +110,15 @@ def forward(
                 share, columns, batch * keys, SOURCES=fused, PARTS=parts, COLUMNS=columns_count, BLOCK=128
             )
         config = forward_config(query.dtype, queries, keys, head_dim)
-        kernel = kernels.attention_forward_row if "TILES" in config.tiles else kernels.attention_forward_stream
+        # The row kernel is made for one length: what it is padded by, and whether a load needs a mask, are constants.
+        is_row = "TILES" in config.tiles
+        kernel = kernels.attention_forward_row if is_row else kernels.attention_forward_stream
+        lengths = dict(HEADS=heads, QUERIES=queries, KEYS=keys)
+        gap = dict(GAP=_gap(query, key, value)) if is_row else {}
         kernel[(triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch * heads,)](
             query, key, value, columns, bias, mask, dropout_seed, output, log_sum_exp, head_share,
             *_strides(query, key, value), *_offset_strides(bias, mask),
-            heads, queries, keys, scale * _LOG2_E, *_dropout(dropout_p),
+            *(() if is_row else lengths.values()), scale * _LOG2_E, *_dropout(dropout_p), **(lengths if is_row else {}), **gap,
             **_rows(query=query, key=key, value=value), **_width(head_dim), COLUMNS=columns_count, SOURCES=fused, PARTS=parts, **_kinds(bias, mask),
             DROPS=dropout_p > 0, FOLDS=scale > 0 and bias is None and mask is None, PRECISION=_precision(query.dtype),
             **config.tiles, num_warps=config.warps, num_stages=config.stages,
@@ -254,6 +258,19 @@ def _rows(**tensors: Tensor) -> dict[str, int]:
     for name, tensor in tensors.items():
         _check_extent(name, tensor.shape[2:], tensor.stride()[2:])
     return {f"{name.upper()}_ROW": tensor.stride(2) for name, tensor in tensors.items()}
+
+
+def _gap(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Elements from query to key and from key to value if they are a packed projection (B, N, 3, H, D), else 0."""
+    _, heads, queries, head_dim = query.shape
+    gap, row = heads * head_dim, 3 * heads * head_dim
+    size = query.element_size()
+    is_packed = (
+        key.shape == query.shape
+        and query.stride() == key.stride() == value.stride() == (queries * row, head_dim, row, 1)
+        and key.data_ptr() - query.data_ptr() == value.data_ptr() - key.data_ptr() == gap * size
+    )
+    return gap if is_packed else 0
 
 
 def _offset_strides(*offsets: Tensor | None) -> list[int]:

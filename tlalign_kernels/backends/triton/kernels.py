@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -23,30 +24,55 @@ def _program(blocks, heads):
 
 
 @triton.jit
-def _load_rows(data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr):
+def _load_rows(
+    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr
+):
     """Rows `first` to first + ROWS of D numbers, zeros from row `end` on (with ENDS) and from column D on."""
-    row = first + tl.arange(0, ROWS)[:, None]
+    row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
+    # In this order tiles have their addresses in common, but for a constant.
+    at = data + (row * stride + column) + first * stride
     if ENDS:
         if BLOCK_D == D:
-            return tl.load(data + row * stride + column, mask=row < end, other=0.0)
+            return tl.load(at, mask=first + row < end, other=0.0)
         else:
-            return tl.load(data + row * stride + column, mask=(row < end) & (column < D), other=0.0)
+            return tl.load(at, mask=(first + row < end) & (column < D), other=0.0)
     else:
         if BLOCK_D == D:
-            return tl.load(data + row * stride + column)
+            return tl.load(at)
         else:
-            return tl.load(data + row * stride + column, mask=column < D, other=0.0)
+            return tl.load(at, mask=column < D, other=0.0)
+
+
+@triton.jit
+def _load_columns(
+    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr
+):
+    """Rows `first` to first + ROWS of D numbers, zeros from row `end` on (with ENDS) and from column D on."""
+    row = tl.arange(0, ROWS)[None, :]
+    column = tl.arange(0, BLOCK_D)[:, None]
+    # In this order tiles have their addresses in common, but for a constant.
+    at = data + (row * stride + column) + first * stride
+    if ENDS:
+        if BLOCK_D == D:
+            return tl.load(at, mask=first + row < end, other=0.0)
+        else:
+            return tl.load(at, mask=(first + row < end) & (column < D), other=0.0)
+    else:
+        if BLOCK_D == D:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=column < D, other=0.0)
 
 
 @triton.jit
 def _store_rows(data, stride, first, end, values, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = first + tl.arange(0, ROWS)[:, None]
+    row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
-    inside = row < end
+    inside = first + row < end
     if BLOCK_D != D:
         inside = inside & (column < D)
-    tl.store(data + row * stride + column, values.to(data.dtype.element_ty), mask=inside)
+    tl.store(data + (row * stride + column) + first * stride, values.to(data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -118,20 +144,20 @@ def _label_columns(columns, first, end, ROWS: tl.constexpr, COLUMNS: tl.constexp
 def _finish(
     output, log_sum_exp, head_share, image, head, heads, queries, first, accumulated, labels, highest,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Writes the output, the log-sum-exp and the shares of one head from the sums over all keys."""
     column = tl.arange(0, COLUMNS)[None, :]
     total = tl.sum(tl.where(column == 0, labels, 0.0), 1)
-    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+    inverse = 1.0 / total
+    if MASKED:
+        inverse = tl.where(total == 0.0, 0.0, inverse)
     start = output + (image * queries * heads + head) * D
     _store_rows(start, heads * D, first, queries, accumulated * inverse[:, None], ROWS, D, BLOCK_D)
     row = first + tl.arange(0, ROWS)
     inside = row < queries
     # log2(0) + the maximum, -inf, is -inf: a query that sees no key.
-    tl.store(
-        log_sum_exp + (image * heads + head) * queries + row, (highest + tl.log2(total)) / LOG2_E, mask=inside
-    )
+    tl.store(log_sum_exp + (image * heads + head) * queries + row, (highest + tl.log2(total)) * LN_2, mask=inside)
     for source in tl.static_range(SOURCES):
         is_part = (column > source * PARTS) & (column <= (source + 1) * PARTS)
         mixed = tl.sum(tl.where(is_part, labels, 0.0), 1) * inverse
@@ -147,8 +173,8 @@ def _scores(
 ):  # fmt: skip
     """Scores of some queries and SIZE keys from `first` on; -inf from key `keys` on, if this tile ENDS them."""
     column = first + tl.arange(0, SIZE)
-    k = _load_rows(key, KEY_ROW, first, keys, SIZE, D, BLOCK_D, ENDS)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    k = _load_columns(key, KEY_ROW, first, keys, SIZE, D, BLOCK_D, ENDS)
+    scores = tl.dot(q, k, input_precision=PRECISION) * factor
     scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
     scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
     if ENDS:
@@ -164,12 +190,19 @@ def _add_values(
 ):  # fmt: skip
     """Adds P V and P [1, share] of SIZE keys from `first` on."""
     v = _load_rows(value, VALUE_ROW, first, keys, SIZE, D, BLOCK_D, ENDS)
-    w = _label_columns(columns, first, keys, SIZE, COLUMNS, SOURCES, ENDS, v.dtype)
-    labels = tl.dot(p.to(v.dtype), w, labels, input_precision="ieee")
+    kept = p
     if DROPS:
         column = first + tl.arange(0, SIZE)
-        p *= _kept(row, column, keys, pair * queries * keys, tl.load(seed), threshold, kept_factor)
-    return tl.dot(p.to(v.dtype), v, accumulated, input_precision=PRECISION), labels
+        kept = p * _kept(row, column, keys, pair * queries * keys, tl.load(seed), threshold, kept_factor)
+    accumulated = tl.dot(kept.to(v.dtype), v, accumulated, input_precision=PRECISION)
+    w = _label_columns(columns, first, keys, SIZE, COLUMNS, SOURCES, ENDS, v.dtype)
+    return accumulated, tl.dot(p.to(v.dtype), w, labels, input_precision="ieee")
+
+
+@triton.jit
+def _max_of_lanes(scores):
+    """Maxima of every eighth key, which one thread has: what goes across threads is then done once for all tiles."""
+    return tl.max(tl.reshape(scores, (scores.shape[0], scores.shape[1] // 8, 8)), 1)
 
 
 # output = softmax(scale Q K^T + bias + mask) V, for keys that are all on chip: a program has BLOCK_Q queries of a head.
@@ -181,62 +214,72 @@ def attention_forward_row(
     query, key, value, columns, bias, mask, seed, output, log_sum_exp, head_share,
     query_image, query_head, key_image, key_head, value_image, value_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
-    heads, queries, keys, factor, threshold, kept_factor,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
+    factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, PARTS: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
 ):  # fmt: skip
     """Keys lie in TILES tiles of TILE, then one of TAIL and one of TAIL_2 unless these are 0.
 
+    GAP: elements from query to key and from key to value in a packed projection: one set of addresses serves all three.
+    Else 0.
     FOLDS: the factor is positive and nothing is added to the scores, so that it can wait for the exponential.
     """
-    block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
+    block, head, image = _program((QUERIES + BLOCK_Q - 1) // BLOCK_Q, HEADS)
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
-    query += image * query_image + head * query_head
-    key += image * key_image + head * key_head
-    value += image * value_image + head * value_head
+    if GAP > 0:
+        query += image * (QUERIES * QUERY_ROW) + head * D
+        key = query + GAP
+        value = key + GAP
+    else:
+        query += image * query_image + head * query_head
+        key += image * key_image + head * key_head
+        value += image * value_image + head * value_head
     bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     if SOURCES > 0:
-        columns += image * keys * COLUMNS
-    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
+        columns += image * KEYS * COLUMNS
+    q = _load_rows(query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True)
 
     COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
     scores = ()
     for i in tl.static_range(COUNT):
         scores = scores + (
             _scores(
-                q, key, KEY_ROW, row, queries, TILE * i if i <= TILES else TILE * TILES + TAIL, keys,
+                q, key, KEY_ROW, row, QUERIES, TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS,
                 1.0 if FOLDS else factor,
                 bias, bias_query, bias_key, mask, mask_query, mask_key,
                 TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
                 D, BLOCK_D, BIAS, MASK, PRECISION,
             ),
         )  # fmt: skip
-    highest = tl.max(scores[0], 1)
+    lanes = _max_of_lanes(scores[0])
     for i in tl.static_range(1, COUNT):
-        highest = tl.maximum(highest, tl.max(scores[i], 1))
+        lanes = tl.maximum(lanes, _max_of_lanes(scores[i]))
+    highest = tl.max(lanes, 1)
     if FOLDS:
         unit = factor
     else:
         unit = 1.0
     highest *= unit
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    shift = highest
+    if not FOLDS:
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
 
     accumulated = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     labels = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
     for i in tl.static_range(COUNT):
         accumulated, labels = _add_values(
-            tl.exp2(scores[i] * unit - shift[:, None]), accumulated, labels, value, VALUE_ROW, columns, row, queries,
-            TILE * i if i <= TILES else TILE * TILES + TAIL, keys, image * heads + head, seed, threshold, kept_factor,
+            tl.exp2(scores[i] * unit - shift[:, None]), accumulated, labels, value, VALUE_ROW, columns, row, QUERIES,
+            TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS, image * HEADS + head, seed, threshold, kept_factor,
             TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
             D, BLOCK_D, COLUMNS, SOURCES, DROPS, PRECISION,
         )  # fmt: skip
     _finish(
-        output, log_sum_exp, head_share, image, head, heads, queries, first, accumulated, labels, highest,
-        BLOCK_Q, D, BLOCK_D, COLUMNS, SOURCES, PARTS,
+        output, log_sum_exp, head_share, image, head, HEADS, QUERIES, first, accumulated, labels, highest,
+        BLOCK_Q, D, BLOCK_D, COLUMNS, SOURCES, PARTS, not FOLDS,
     )  # fmt: skip
 
 
@@ -258,7 +301,9 @@ def _stream_tile(
     else:
         unit = 1.0
     now = tl.maximum(highest, tl.max(scores, 1) * unit)
-    shift = tl.where(now == float("-inf"), 0.0, now)
+    shift = now
+    if not FOLDS:
+        shift = tl.where(now == float("-inf"), 0.0, now)
     kept = tl.exp2(highest - shift)
     accumulated, labels = _add_values(
         tl.exp2(scores * unit - shift[:, None]), accumulated * kept[:, None], labels * kept[:, None], value, VALUE_ROW,
@@ -311,7 +356,7 @@ def attention_forward_stream(
         )  # fmt: skip
     _finish(
         output, log_sum_exp, head_share, image, head, heads, queries, first, accumulated, labels, highest,
-        BLOCK_Q, D, BLOCK_D, COLUMNS, SOURCES, PARTS,
+        BLOCK_Q, D, BLOCK_D, COLUMNS, SOURCES, PARTS, not FOLDS,
     )  # fmt: skip
 
 
