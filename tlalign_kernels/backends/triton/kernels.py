@@ -464,8 +464,8 @@ def dense_share(
     row = first + tl.arange(0, BLOCK_Q)
     inside = row < queries
     seeing = tl.zeros((BLOCK_Q,), tl.float32)
-    for head in range(heads):
-        known = _log_sum_exp(log_sum_exp + (image * heads + head) * queries, row, queries)
+    for number in range(heads):
+        known = _log_sum_exp(log_sum_exp + (image * heads + number) * queries, row, queries)
         seeing += tl.where(known == float("inf"), 0.0, 1.0)
     # The mean over the heads that see a key, and half of that where there is a residual to average with.
     weight = tl.where(seeing > 0, (0.5 if HAS_RESIDUAL else 1.0) / tl.maximum(seeing, 1.0), 0.0)
