@@ -29,8 +29,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2_E = 1.4426950408889634
 # More sources than these take a pass of their own, whose cost does not grow with the number of heads.
 MAX_FUSED_SOURCES = 8
-# A row of scores of so many keys stays in the registers of a program.
-MAX_ROW_KEYS = 256
+# The scores of a block of queries and so many keys, or the gradients of so many queries, stay in registers.
+MAX_ROW_TOKENS = 256
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
@@ -62,17 +62,27 @@ def forward_config(dtype: torch.dtype, queries: int, keys: int, head_dim: int) -
     """
     block = 16 if queries <= 16 else 32 if queries <= 32 or dtype == torch.float32 else 64
     warps = 4 if block == 64 else 2
-    if dtype != torch.float32 and keys <= MAX_ROW_KEYS and head_dim <= 64:
-        rest = (keys % 64 + 15) // 16 * 16
-        tails = {0: (0, 0), 16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0)}[rest]
-        return Config(dict(BLOCK_Q=block, TILE=64, TILES=keys // 64, TAIL=tails[0], TAIL_2=tails[1]), warps)
+    if dtype != torch.float32 and keys <= MAX_ROW_TOKENS and head_dim <= 64:
+        return Config(dict(BLOCK_Q=block, **_row_tiles(keys)), warps)
     tile = 32 if dtype == torch.float32 or head_dim > 64 else 64
     tail = keys % tile and max(16, triton.next_power_of_2(keys % tile))
     return Config(dict(BLOCK_Q=block, TILE=tile, TAIL=tail), warps, 2)
 
 
-def backward_config(dtype: torch.dtype, head_dim: int) -> Config:
-    """Blocks of queries and keys of the kernels of the backward."""
+def _row_tiles(tokens: int) -> dict[str, int]:
+    """Tiles of 64 and one or two smaller ones, powers of two as Triton wants them, for tokens rounded up to 16."""
+    rest = (tokens % 64 + 15) // 16 * 16
+    tail, tail_2 = {0: (0, 0), 16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0)}[rest]
+    return dict(TILE=64, TILES=tokens // 64, TAIL=tail, TAIL_2=tail_2)
+
+
+def backward_config(dtype: torch.dtype, queries: int, head_dim: int) -> Config:
+    """One program a head (which has `TILES` of queries), or blocks of queries and keys of two kernels.
+
+    At N = 197, D = 64 one program takes HEAD_COUNT % fewer warp instructions than two kernels.
+    """
+    if dtype != torch.float32 and queries <= MAX_ROW_TOKENS and head_dim <= 64:
+        return Config(dict(BLOCK_K=32, **_row_tiles(queries)), 8 if queries > 64 else 4)
     small = dtype == torch.float32 or head_dim > 128
     return Config(dict(BLOCK_Q=32, BLOCK_K=32) if small else dict(BLOCK_Q=32, BLOCK_K=64), 4)
 
@@ -164,42 +174,54 @@ def backward(
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
     bias, mask = _readable(bias), _readable(mask)
-    config = backward_config(query.dtype, head_dim)
-    blocks = {name: triton.cdiv(size, config.tiles[name]) for name, size in (("BLOCK_Q", queries), ("BLOCK_K", keys))}
+    config = backward_config(query.dtype, queries, head_dim)
+    factor, dropout = scale * _LOG2_E, _dropout(dropout_p)
     with _device_of(query):
-        row_terms = torch.empty_like(log_sum_exp)
-        kernels.sum_row_terms[(triton.cdiv(queries, 32) * batch * heads,)](
-            grad_output, output, row_terms, *_strides(grad_output), heads, queries,
-            **_rows(grad_output=grad_output), **_width(head_dim), BLOCK_Q=32, num_warps=2,
-        )  # fmt: skip
         inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
-        tensors = (query, key, value, grad_output, bias, mask, dropout_seed, log_sum_exp, inverse, row_terms)
-        strides = (*_strides(query, key, value, grad_output), *_offset_strides(bias, mask))
+        row_terms = torch.empty_like(log_sum_exp)
+        inputs = (query, key, value, grad_output)
+        constants = (bias, mask, dropout_seed, log_sum_exp, inverse)
+        strides = (*_strides(*inputs), *_offset_strides(bias, mask))
+        gradients = dict(grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
         how = dict(
-            **_rows(query=query, key=key, value=value, grad_output=grad_output),
-            **_width(head_dim), **_kinds(bias, mask), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
-            PRECISION=_precision(query.dtype), **config.tiles, num_warps=config.warps, num_stages=config.stages,
+            **_rows(query=query, key=key, value=value, grad_output=grad_output), **_width(head_dim),
+            **_kinds(bias, mask), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
+            PRECISION=_precision(query.dtype),
         )  # fmt: skip
-        factor = scale * _LOG2_E
-        kernels.attention_backward_keys[(blocks["BLOCK_K"] * batch * heads,)](
-            *tensors, grad_key, grad_value, *strides, *_strides(grad_key, grad_value),
-            heads, queries, keys, scale, factor, *_dropout(dropout_p),
-            **_rows(grad_key=grad_key, grad_value=grad_value), **how,
-        )  # fmt: skip
-        kernels.attention_backward_queries[(blocks["BLOCK_Q"] * batch * heads,)](
-            *tensors, grad_query, *strides, *_strides(grad_query),
-            heads, queries, keys, scale, factor, *_dropout(dropout_p), **_rows(grad_query=grad_query), **how,
-        )  # fmt: skip
+        if "TILES" in config.tiles:
+            kernels.attention_backward_head[(batch * heads,)](
+                *inputs, output, *constants, row_terms if grad_bias is not None else None, *gradients.values(),
+                *strides, *_strides(*gradients.values()), scale, factor, *dropout,
+                HEADS=heads, QUERIES=queries, KEYS=keys, **_rows(**gradients), **how,
+                **config.tiles, num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+        else:
+            kernels.sum_row_terms[(triton.cdiv(queries, 32) * batch * heads,)](
+                grad_output, output, row_terms, *_strides(grad_output), heads, queries,
+                **_rows(grad_output=grad_output), **_width(head_dim), BLOCK_Q=32, num_warps=2,
+            )  # fmt: skip
+            sizes = (heads, queries, keys, scale, factor, *dropout)
+            how_in_blocks = dict(**how, **config.tiles, num_warps=config.warps, num_stages=config.stages)
+            kernels.attention_backward_keys[(triton.cdiv(keys, config.tiles["BLOCK_K"]) * batch * heads,)](
+                *inputs, *constants, row_terms, grad_key, grad_value, *strides, *_strides(grad_key, grad_value),
+                *sizes, **_rows(grad_key=grad_key, grad_value=grad_value), **how_in_blocks,
+            )  # fmt: skip
+            kernels.attention_backward_queries[(triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch * heads,)](
+                *inputs, *constants, row_terms, grad_query, *strides, *_strides(grad_query),
+                *sizes, **_rows(grad_query=grad_query), **how_in_blocks,
+            )  # fmt: skip
         if grad_bias is not None:
+            block_q, block_k = 32, 32
             bias_images, bias_heads = grad_bias.shape[:2]
-            tiles = blocks["BLOCK_Q"] * blocks["BLOCK_K"] * bias_heads
+            tiles = triton.cdiv(queries, block_q) * triton.cdiv(keys, block_k) * bias_heads
             images_of_part = _images_of_part(batch, bias_images, tiles)
             parts = triton.cdiv(batch, images_of_part)
             sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
             how.pop("BIAS")
             kernels.attention_backward_bias[(tiles * parts,)](
-                *tensors, sums, *strides,
-                batch, heads, queries, keys, bias_heads, images_of_part, factor, *_dropout(dropout_p), **how,
+                *inputs, *constants, row_terms, sums, *strides,
+                batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
+                **how, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=4, num_stages=1,
             )  # fmt: skip
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
 

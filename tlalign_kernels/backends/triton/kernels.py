@@ -100,9 +100,9 @@ def _add_offsets(
 
 
 @triton.jit
-def _kept(row, column, keys, first, seed, threshold, factor):
+def _kept(row, row_stride, column, column_stride, first, seed, threshold, factor):
     """What attention weights are multiplied with, 0 or `factor`: Philox at their index, as the reference has it."""
-    index = first + row.to(tl.int64)[:, None] * keys + column.to(tl.int64)[None, :]
+    index = first + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
     word = tl.randint(seed, index).to(tl.uint32, bitcast=True)
     return tl.where(word >= threshold, factor, 0.0)
 
@@ -193,7 +193,7 @@ def _add_values(
     kept = p
     if DROPS:
         column = first + tl.arange(0, SIZE)
-        kept = p * _kept(row, column, keys, pair * queries * keys, tl.load(seed), threshold, kept_factor)
+        kept = p * _kept(row, keys, column, 1, pair * queries * keys, tl.load(seed), threshold, kept_factor)
     accumulated = tl.dot(kept.to(v.dtype), v, accumulated, input_precision=PRECISION)
     w = _label_columns(columns, first, keys, SIZE, COLUMNS, SOURCES, ENDS, v.dtype)
     return accumulated, tl.dot(p.to(v.dtype), w, labels, input_precision="ieee")
@@ -509,7 +509,141 @@ def dense_share(
 
 # Backward
 
-# row_term_i = sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135).
+@triton.jit
+def _grad_scores(
+    q, k, v, d_o, row, queries, column, keys, factor, known, inverse, row_term,
+    bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+    ENDS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(Dropped) probabilities and gradients of scores of some keys and queries, both (keys, queries) in float32.
+
+    Transposed, they are left factors of the products for keys and values as they lie in registers.
+    """
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
+    scores = _add_offsets(scores, column, keys, bias_key, row, queries, bias_query, bias, BIAS)
+    scores = _add_offsets(scores, column, keys, mask_key, row, queries, mask_query, mask, MASK)
+    p = tl.exp2(scores - known[None, :])
+    if NORMALISES:
+        p *= inverse[None, :]
+    if ENDS:
+        p = tl.where((column < keys)[:, None], p, 0.0)
+    grad = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
+    kept = p
+    if DROPS:
+        kept_or_not = _kept(column, 1, row, keys, pair * queries * keys, tl.load(seed), threshold, kept_factor)
+        kept = p * kept_or_not
+        grad *= kept_or_not
+    return kept, p * (grad - row_term[None, :])
+
+
+@triton.jit
+def _head_step(
+    d_q, d_k, d_v, row_term, k, v, column, query, grad_output, log_sum_exp, inverse, first, factor,
+    bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+    QUERY_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SIZE: tl.constexpr, ENDS: tl.constexpr, KEYS_END: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What SIZE queries from `first` on and some keys give to the gradients of either."""
+    row = first + tl.arange(0, SIZE)
+    q = _load_rows(query, QUERY_ROW, first, QUERIES, SIZE, D, BLOCK_D, ENDS)
+    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, QUERIES, SIZE, D, BLOCK_D, ENDS)
+    p, d_s = _grad_scores(
+        q, k, v, d_o, row, QUERIES, column, KEYS, factor, _log_sum_exp(log_sum_exp + pair * QUERIES, row, QUERIES),
+        _inverse(inverse, pair * QUERIES, row, QUERIES, NORMALISES), row_term,
+        bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+        KEYS_END, BIAS, MASK, DROPS, NORMALISES, PRECISION,
+    )  # fmt: skip
+    d_v = tl.dot(p.to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
+    d_s = d_s.to(q.dtype)
+    d_k = tl.dot(d_s, q, d_k, input_precision=PRECISION)
+    return tl.dot(tl.trans(d_s), k, d_q, input_precision=PRECISION), d_k, d_v
+
+
+@triton.jit
+def _row_term(
+    grad_output, output, first, end, GRAD_OUTPUT_ROW: tl.constexpr, output_row, ROWS: tl.constexpr,
+    ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135)."""
+    left = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, end, ROWS, D, BLOCK_D, ENDS)
+    right = _load_rows(output, output_row, first, end, ROWS, D, BLOCK_D, ENDS)
+    return tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)
+
+
+# All gradients of one head in one program, for queries that are all on chip: registers hold dQ of all of them, blocks
+# of keys pass by, and for each of them the tiles of queries. Five products where two kernels need seven.
+# Reads K and V once, Q and dO once a block of keys (from the caches); writes dQ, dK, dV once.
+@triton.jit
+def attention_backward_head(
+    query, key, value, grad_output, output, bias, mask, seed, log_sum_exp, inverse, row_terms,
+    grad_query, grad_key, grad_value,
+    query_image, query_head, key_image, key_head, value_image, value_head, grad_output_image, grad_output_head,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    grad_query_image, grad_query_head, grad_key_image, grad_key_head, grad_value_image, grad_value_head,
+    scale, factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
+    GRAD_QUERY_ROW: tl.constexpr, GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    TAIL: tl.constexpr, TAIL_2: tl.constexpr,
+):  # fmt: skip
+    """Queries lie in tiles as the keys of `attention_forward_row`; row_terms is written unless it is None."""
+    block, head, image = _program(1, HEADS)
+    pair = image * HEADS + head
+    query += image * query_image + head * query_head
+    key += image * key_image + head * key_head
+    value += image * value_image + head * value_head
+    grad_output += image * grad_output_image + head * grad_output_head
+    output += (image * QUERIES * HEADS + head) * D
+    grad_query += image * grad_query_image + head * grad_query_head
+    grad_key += image * grad_key_image + head * grad_key_head
+    grad_value += image * grad_value_image + head * grad_value_head
+    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+
+    COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
+    terms = ()
+    d_q = ()
+    for i in tl.static_range(COUNT):
+        term = _row_term(
+            grad_output, output, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES, GRAD_OUTPUT_ROW, HEADS * D,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, D, BLOCK_D,
+        )  # fmt: skip
+        if row_terms is not None:
+            row = (TILE * i if i <= TILES else TILE * TILES + TAIL) + tl.arange(0, term.shape[0])
+            tl.store(row_terms + pair * QUERIES + row, term, mask=row < QUERIES)
+        terms = terms + (term,)
+        d_q = d_q + (tl.zeros((term.shape[0], BLOCK_D), tl.float32),)
+    for start in tl.range(0, KEYS, BLOCK_K, num_stages=1):
+        column = start + tl.arange(0, BLOCK_K)
+        k = _load_rows(key, KEY_ROW, start, KEYS, BLOCK_K, D, BLOCK_D, KEYS % BLOCK_K > 0)
+        v = _load_rows(value, VALUE_ROW, start, KEYS, BLOCK_K, D, BLOCK_D, KEYS % BLOCK_K > 0)
+        d_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+        d_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+        sums = ()
+        for i in tl.static_range(COUNT):
+            d_q_of_tile, d_k, d_v = _head_step(
+                d_q[i], d_k, d_v, terms[i], k, v, column, query, grad_output, log_sum_exp, inverse,
+                TILE * i if i <= TILES else TILE * TILES + TAIL, factor,
+                bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+                QUERY_ROW, GRAD_OUTPUT_ROW, QUERIES, KEYS,
+                TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, KEYS % BLOCK_K > 0,
+                D, BLOCK_D, BIAS, MASK, DROPS, NORMALISES, PRECISION,
+            )  # fmt: skip
+            sums = sums + (d_q_of_tile,)
+        d_q = sums
+        _store_rows(grad_key, GRAD_KEY_ROW, start, KEYS, d_k * scale, BLOCK_K, D, BLOCK_D)
+        _store_rows(grad_value, GRAD_VALUE_ROW, start, KEYS, d_v, BLOCK_K, D, BLOCK_D)
+    for i in tl.static_range(COUNT):
+        _store_rows(
+            grad_query, GRAD_QUERY_ROW, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES, d_q[i] * scale,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, BLOCK_D,
+        )  # fmt: skip
+
+
+# The row terms of all queries, for the kernels below that have no query to themselves.
 @triton.jit
 def sum_row_terms(
     grad_output, output, row_terms, grad_output_image, grad_output_head, heads, queries,
@@ -521,33 +655,9 @@ def sum_row_terms(
     first = block * BLOCK_Q
     grad_output += image * grad_output_image + head * grad_output_head
     output += (image * queries * heads + head) * D
-    left = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True).to(tl.float32)
-    right = _load_rows(output, heads * D, first, queries, BLOCK_Q, D, BLOCK_D, True).to(tl.float32)
+    term = _row_term(grad_output, output, first, queries, GRAD_OUTPUT_ROW, heads * D, BLOCK_Q, True, D, BLOCK_D)
     row = first + tl.arange(0, BLOCK_Q)
-    tl.store(row_terms + (image * heads + head) * queries + row, tl.sum(left * right, 1), mask=row < queries)
-
-
-@triton.jit
-def _grad_scores(
-    q, k, v, d_o, row, queries, column, keys, factor, known, inverse, row_term,
-    bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(Dropped) probabilities and gradients of scores of some queries and keys, both (queries, keys) in float32."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-    scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
-    scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
-    p = tl.exp2(scores - known[:, None])
-    if NORMALISES:
-        p *= inverse[:, None]
-    p = tl.where((column < keys)[None, :], p, 0.0)
-    grad = tl.dot(d_o, tl.trans(v), input_precision=PRECISION)
-    kept = p
-    if DROPS:
-        kept_or_not = _kept(row, column, keys, pair * queries * keys, tl.load(seed), threshold, kept_factor)
-        kept = p * kept_or_not
-        grad *= kept_or_not
-    return kept, p * (grad - row_term[:, None])
+    tl.store(row_terms + (image * heads + head) * queries + row, term, mask=row < queries)
 
 
 # dK = scale dS^T Q, dV = P^T dO: a program has BLOCK_K keys of a head, and blocks of queries pass by.
@@ -586,10 +696,10 @@ def attention_backward_keys(
             q, k, v, d_o, row, queries, column, keys, factor, known,
             _inverse(inverse, pair * queries, row, queries, NORMALISES), row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-            BIAS, MASK, DROPS, NORMALISES, PRECISION,
+            True, BIAS, MASK, DROPS, NORMALISES, PRECISION,
         )  # fmt: skip
-        d_v = tl.dot(tl.trans(p.to(d_o.dtype)), d_o, d_v, input_precision=PRECISION)
-        d_k = tl.dot(tl.trans(d_s.to(q.dtype)), q, d_k, input_precision=PRECISION)
+        d_v = tl.dot(p.to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
+        d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
     grad_key += image * grad_key_image + head * grad_key_head
     grad_value += image * grad_value_image + head * grad_value_head
     _store_rows(grad_key, GRAD_KEY_ROW, first, keys, d_k * scale, BLOCK_K, D, BLOCK_D)
@@ -633,9 +743,9 @@ def attention_backward_queries(
         p, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor, known, inverse_of_row, row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-            BIAS, MASK, DROPS, NORMALISES, PRECISION,
+            True, BIAS, MASK, DROPS, NORMALISES, PRECISION,
         )  # fmt: skip
-        d_q = tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
+        d_q = tl.dot(tl.trans(d_s.to(k.dtype)), k, d_q, input_precision=PRECISION)
     grad_query += image * grad_query_image + head * grad_query_head
     _store_rows(grad_query, GRAD_QUERY_ROW, first, queries, d_q * scale, BLOCK_Q, D, BLOCK_D)
 
@@ -664,7 +774,7 @@ def attention_backward_bias(
     row = first + tl.arange(0, BLOCK_Q)
     column = first_key + tl.arange(0, BLOCK_K)
     heads_of_bias = heads // bias_heads
-    total = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
     first_pair = part * images_of_part * heads_of_bias
     end = tl.minimum((part + 1) * images_of_part, images) * heads_of_bias
     for number in range(first_pair, end):
@@ -684,8 +794,8 @@ def attention_backward_bias(
             tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0),
             _offset_base(bias, image, head, bias_image, bias_head, True), bias_query, bias_key,
             _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
-            pair, seed, threshold, kept_factor, 1, MASK, DROPS, NORMALISES, PRECISION,
+            pair, seed, threshold, kept_factor, True, 1, MASK, DROPS, NORMALISES, PRECISION,
         )  # fmt: skip
         total += d_s
-    at = parts + ((part * bias_heads + head_of_bias) * queries + row)[:, None] * keys + column[None, :]
-    tl.store(at, total, mask=(row < queries)[:, None] & (column < keys)[None, :])
+    at = parts + ((part * bias_heads + head_of_bias) * queries + row)[None, :] * keys + column[:, None]
+    tl.store(at, total, mask=(column < keys)[:, None] & (row < queries)[None, :])
