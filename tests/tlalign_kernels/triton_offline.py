@@ -104,22 +104,27 @@ def make_launch(function, grid, args, options):
     return Launch(function, grid, signature, constants, tuple(divisible), warps, stages, arguments)
 
 
-def record(monkeypatch, run):
-    """Has the backend hand its launches to `run`, for tensors on the CPU."""
+def record(monkeypatch, run, arch=80):
+    """Has the backend hand its launches to `run`, for tensors on the CPU, configured for a compute capability."""
     monkeypatch.setattr(backend, "kernels", Recorder(run))
     monkeypatch.setattr(backend, "unsupported_reasons", lambda problem: [])
+    monkeypatch.setattr(backend, "_capability", lambda device: arch)
 
 
 def execute(launch):
     """Runs the sm_80 code of a launch on the CPU, with bounds and shared-memory races checked; returns the counts."""
     compiled = launch.compile(80)
-    return import_ptxvm().Module(compiled.asm["ptx"]).launch(
-        None,
-        grid=launch.grid,
-        block=(32 * launch.warps, 1, 1),
-        args=list(launch.arguments.values()),
-        shared_bytes=compiled.metadata.shared,
-        check_races=True,
+    return (
+        import_ptxvm()
+        .Module(compiled.asm["ptx"])
+        .launch(
+            None,
+            grid=launch.grid,
+            block=(32 * launch.warps, 1, 1),
+            args=list(launch.arguments.values()),
+            shared_bytes=compiled.metadata.shared,
+            check_races=True,
+        )
     )
 
 
@@ -143,3 +148,20 @@ def disassemble(compiled):
     while instructions[-1][1] in ("NOP", "BRA"):
         instructions.pop()
     return resources, instructions
+
+
+def count_executed(instructions, trips):
+    """SASS instructions that a warp executes, if the loops, in order of their addresses, run `trips` times.
+
+    Loops must not be nested. What a branch skips is counted, and a loop's code that the compiler has unrolled or peeled
+    counts as it stands: these are counts of the listing, not of a run.
+    """
+    index = {at: number for number, (at, _, _) in enumerate(instructions)}
+    loops = []
+    for number, (at, opcode, rest) in enumerate(instructions):
+        target = re.search(r"0x([0-9a-f]+)", rest) if opcode == "BRA" else None
+        if target and int(target[1], 16) <= at:
+            loops.append(number - index[int(target[1], 16)] + 1)
+    if len(loops) != len(trips):
+        raise ValueError(f"trips: expected {len(loops)} numbers, one for each loop, got {trips}")
+    return len(instructions) + sum(length * (trip - 1) for length, trip in zip(loops, trips, strict=True))

@@ -6,7 +6,7 @@ Under `TRITON_INTERPRET=1` the kernels run on the CPU, slowly, for tests.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,8 +29,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2_E = 1.4426950408889634
 # More sources than these take a pass of their own, whose cost does not grow with the number of heads.
 MAX_FUSED_SOURCES = 8
-# The scores of a block of queries and so many keys, or the gradients of so many queries, stay in registers.
-MAX_ROW_TOKENS = 256
+# The scores of a block of queries and so many keys stay in the registers of a program.
+MAX_ROW_KEYS = 256
+MAX_ROW_KEYS_WITH_OFFSETS = 128
+# So do the gradients of so many queries.
+MAX_GRADIENT_ROWS = 208
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
@@ -55,18 +58,33 @@ class Config(NamedTuple):
     stages: int = 1
 
 
-def forward_config(dtype: torch.dtype, queries: int, keys: int, head_dim: int) -> Config:
-    """Row kernel or streaming kernel (which has no `TILES`), and its tiles, for a class of shapes.
+def forward_config(dtype: torch.dtype, queries: int, keys: int, head_dim: int, has_offsets: bool) -> Config:
+    """Row kernel (which has `TILES` of keys) or streaming kernel, and its tiles, for a class of shapes.
 
-    Queries are padded to 64, keys to 16: at N = 197 the scores computed are 1.37 times those needed.
+    The row kernel pads queries to 64 and keys to 16: at N = 197 the scores computed are 1.37 times those needed. What a
+    program can hold without spilling registers decides the rest; a bias or mask takes some of them.
     """
-    block = 16 if queries <= 16 else 32 if queries <= 32 or dtype == torch.float32 else 64
-    warps = 4 if block == 64 else 2
-    if dtype != torch.float32 and keys <= MAX_ROW_TOKENS and head_dim <= 64:
+    block, warps = (16, 2) if queries <= 16 else (32, 2) if queries <= 32 else (64, 4)
+    if dtype == torch.float32:
+        tiles = dict(BLOCK_Q=min(block, 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
+        return Config(tiles, 4 if block > 16 and head_dim <= 64 else 8 if head_dim > 64 else 2)
+    if head_dim <= 64 and keys <= (MAX_ROW_KEYS_WITH_OFFSETS if has_offsets else MAX_ROW_KEYS):
         return Config(dict(BLOCK_Q=block, **_row_tiles(keys)), warps)
-    tile = 32 if dtype == torch.float32 or head_dim > 64 else 64
-    tail = keys % tile and max(16, triton.next_power_of_2(keys % tile))
-    return Config(dict(BLOCK_Q=block, TILE=tile, TAIL=tail), warps, 2)
+    if has_offsets:
+        return Config(dict(BLOCK_Q=block, TILE=32 if head_dim <= 128 else 16, TAIL=0), 8 if head_dim > 128 else warps)
+    if head_dim <= 64:
+        return Config(dict(BLOCK_Q=block, **_stream_tiles(keys, 64)), warps, 2)
+    if head_dim <= 128:
+        if queries > 64:
+            return Config(dict(BLOCK_Q=128, **_stream_tiles(keys, 32)), 8, 2)
+        return Config(dict(BLOCK_Q=block, **_stream_tiles(keys, 32)), 4)
+    return Config(dict(BLOCK_Q=block, **_stream_tiles(keys, 16)), 8, 2)
+
+
+def _stream_tiles(keys: int, tile: int) -> dict[str, int]:
+    """Whole tiles and a tail, a power of two of at least 16."""
+    rest = keys % tile
+    return dict(TILE=tile, TAIL=rest and max(16, triton.next_power_of_2(rest)))
 
 
 def _row_tiles(tokens: int) -> dict[str, int]:
@@ -76,15 +94,21 @@ def _row_tiles(tokens: int) -> dict[str, int]:
     return dict(TILE=64, TILES=tokens // 64, TAIL=tail, TAIL_2=tail_2)
 
 
-def backward_config(dtype: torch.dtype, queries: int, head_dim: int) -> Config:
+def backward_config(capability: int, dtype: torch.dtype, queries: int, head_dim: int, has_offsets: bool) -> Config:
     """One program a head (which has `TILES` of queries), or blocks of queries and keys of two kernels.
 
-    At N = 197, D = 64 one program takes HEAD_COUNT % fewer warp instructions than two kernels.
+    One program computes five products where two kernels need seven: at N = 197, D = 64 it executes 46 k warp
+    instructions on sm_80 against 86 k, and 45 k on sm_90 against 74 k. It has to fit: dQ of 208 queries fills the
+    registers, which leaves none for a bias, on sm_86 and sm_89 room for 16 keys at a time and on sm_120 for none.
     """
-    if dtype != torch.float32 and queries <= MAX_ROW_TOKENS and head_dim <= 64:
-        return Config(dict(BLOCK_K=32, **_row_tiles(queries)), 8 if queries > 64 else 4)
-    small = dtype == torch.float32 or head_dim > 128
-    return Config(dict(BLOCK_Q=32, BLOCK_K=32) if small else dict(BLOCK_Q=32, BLOCK_K=64), 4)
+    most = 64 if has_offsets or capability >= 120 else MAX_GRADIENT_ROWS
+    if dtype != torch.float32 and head_dim <= 64 and queries <= most:
+        keys = 64 if queries <= 64 else 16 if capability in (86, 89) else 32
+        return Config(dict(BLOCK_K=keys, **_row_tiles(queries)), 8 if queries > 64 else 4)
+    if dtype == torch.float32:
+        block = 32 if head_dim <= 128 else 16
+        return Config(dict(BLOCK_Q=block, BLOCK_K=block), 4 if head_dim <= 64 else 8)
+    return Config(dict(BLOCK_Q=32, BLOCK_K=64 if head_dim <= 128 else 32), 4 if head_dim <= 128 else 8)
 
 
 def forward(
@@ -119,18 +143,20 @@ def forward(
             kernels.pack_labels[(triton.cdiv(batch * keys, 128),)](
                 share, columns, batch * keys, SOURCES=fused, PARTS=parts, COLUMNS=columns_count, BLOCK=128
             )
-        config = forward_config(query.dtype, queries, keys, head_dim)
+        has_offsets = bias is not None or mask is not None
+        config = forward_config(query.dtype, queries, keys, head_dim, has_offsets)
         # The row kernel is made for one length: what it is padded by, and whether a load needs a mask, are constants.
         is_row = "TILES" in config.tiles
+        sizes = (heads, queries, keys)
         kernel = kernels.attention_forward_row if is_row else kernels.attention_forward_stream
-        lengths = dict(HEADS=heads, QUERIES=queries, KEYS=keys)
-        gap = dict(GAP=_gap(query, key, value)) if is_row else {}
+        row_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value)) if is_row else {}
         kernel[(triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch * heads,)](
             query, key, value, columns, bias, mask, dropout_seed, output, log_sum_exp, head_share,
             *_strides(query, key, value), *_offset_strides(bias, mask),
-            *(() if is_row else lengths.values()), scale * _LOG2_E, *_dropout(dropout_p), **(lengths if is_row else {}), **gap,
-            **_rows(query=query, key=key, value=value), **_width(head_dim), COLUMNS=columns_count, SOURCES=fused, PARTS=parts, **_kinds(bias, mask),
-            DROPS=dropout_p > 0, FOLDS=scale > 0 and bias is None and mask is None, PRECISION=_precision(query.dtype),
+            *(() if is_row else sizes), scale * _LOG2_E, *_dropout(dropout_p), **row_sizes,
+            **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask),
+            COLUMNS=columns_count, SOURCES=fused, PARTS=parts, DROPS=dropout_p > 0,
+            FOLDS=scale > 0 and not has_offsets, PRECISION=_precision(query.dtype),
             **config.tiles, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if fused:
@@ -140,13 +166,14 @@ def forward(
             )  # fmt: skip
         elif sources:
             inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
-            kernels.dense_share[(triton.cdiv(queries, 32) * batch,)](
+            block = 16 if query.dtype == torch.float32 and head_dim > 64 else 32
+            kernels.dense_share[(triton.cdiv(queries, block) * batch,)](
                 query, key, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
-                heads, queries, keys, sources, scale * _LOG2_E,
-                **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype),
+                *sizes, sources, scale * _LOG2_E, **_rows(query=query, key=key), **_width(head_dim),
+                **_kinds(bias, mask), PRECISION=_precision(query.dtype),
                 NORMALISES=inverse is not None, HAS_RESIDUAL=residual is not None,
-                BLOCK_Q=32, TILE=32, LABELS=32, num_warps=4,
+                BLOCK_Q=block, TILE=block, LABELS=32, num_warps=8,
             )  # fmt: skip
 
 
@@ -174,7 +201,8 @@ def backward(
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
     bias, mask = _readable(bias), _readable(mask)
-    config = backward_config(query.dtype, queries, head_dim)
+    has_offsets = bias is not None or mask is not None
+    config = backward_config(_capability(query.device), query.dtype, queries, head_dim, has_offsets)
     factor, dropout = scale * _LOG2_E, _dropout(dropout_p)
     with _device_of(query):
         inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
@@ -189,10 +217,12 @@ def backward(
             PRECISION=_precision(query.dtype),
         )  # fmt: skip
         if "TILES" in config.tiles:
+            gap = _gap(query, key, value)
             kernels.attention_backward_head[(batch * heads,)](
                 *inputs, output, *constants, row_terms if grad_bias is not None else None, *gradients.values(),
                 *strides, *_strides(*gradients.values()), scale, factor, *dropout,
                 HEADS=heads, QUERIES=queries, KEYS=keys, **_rows(**gradients), **how,
+                GAP=gap if gap == _gap(*gradients.values()) else 0,
                 **config.tiles, num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
         else:
@@ -221,7 +251,7 @@ def backward(
             kernels.attention_backward_bias[(tiles * parts,)](
                 *inputs, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
-                **how, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=4, num_stages=1,
+                **how, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=4 if head_dim <= 64 else 8, num_stages=1,
             )  # fmt: skip
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
 
@@ -242,12 +272,21 @@ def _inverse(
         return None
     batch, heads, queries, head_dim = query.shape
     inverse = torch.empty_like(log_sum_exp)
-    kernels.normalise[(triton.cdiv(queries, 32) * batch * heads,)](
+    block = 32 if head_dim <= 64 else 16
+    kernels.normalise[(triton.cdiv(queries, block) * batch * heads,)](
         query, key, bias, mask, log_sum_exp, inverse,
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, key.shape[2], scale * _LOG2_E,
-        **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype), BLOCK_Q=32, TILE=32, num_warps=4,
+        **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype),
+        BLOCK_Q=block, TILE=block, num_warps=4,
     )  # fmt: skip
     return inverse
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """Compute capability such as 90; what is interpreted is taken for the oldest."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return 10 * major + minor
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

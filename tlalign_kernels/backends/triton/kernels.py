@@ -1,10 +1,10 @@
 """Attention with label propagation as Triton kernels: forward, head mean, dense labels, and the gradients.
 
-Scores are in units of ln 2, so that `exp2` is all that the softmax takes. A label costs a tensor-core column block: the
-product P.V gets columns [1, parts of the shares] beside V (`pack_labels`). Column 0 is the row sum of the softmax, which
-a plain kernel computes by additions, and the others the labels in this head. Nothing is added by atomics: the bits of a
-result do not depend on the order in which programs run. Offsets of images and heads are 64 bits wide, those within one
-are 32.
+Scores are in units of ln 2, so that `exp2` is all that the softmax takes. A label costs a tensor-core column block:
+the product P.V gets columns [1, parts of the shares] beside V (`pack_labels`). Column 0 is the row sum of the softmax,
+which a plain kernel computes by additions, and the others the labels in this head. Nothing is added by atomics: the
+bits of a result do not depend on the order in which programs run. Offsets of images and heads are 64 bits wide, those
+within one are 32.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _load_rows(
 def _load_columns(
     data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr
 ):
-    """Rows `first` to first + ROWS of D numbers, zeros from row `end` on (with ENDS) and from column D on."""
+    """The same transposed, (BLOCK_D, ROWS): without a way round through shared memory."""
     row = tl.arange(0, ROWS)[None, :]
     column = tl.arange(0, BLOCK_D)[:, None]
     # In this order tiles have their addresses in common, but for a constant.
@@ -85,9 +85,7 @@ def _offset_base(data, image, head, image_stride, head_stride, HAS: tl.constexpr
 
 
 @triton.jit
-def _add_offsets(
-    scores, row, row_end, row_stride, column, column_end, column_stride, data, KIND: tl.constexpr
-):
+def _add_offsets(scores, row, row_end, row_stride, column, column_end, column_stride, data, KIND: tl.constexpr):
     """Scores plus a bias or mask there; KIND 0: none, 1: additive, 2: bool, True where a key is seen."""
     if KIND != 0:
         inside = (row < row_end)[:, None] & (column < column_end)[None, :]
@@ -131,7 +129,16 @@ def pack_labels(
 
 
 @triton.jit
-def _label_columns(columns, first, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, ENDS: tl.constexpr, DTYPE: tl.constexpr):
+def _label_columns(
+    columns,
+    first,
+    end,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOURCES: tl.constexpr,
+    ENDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """The column block of some keys; without labels its ones alone."""
     if SOURCES > 0:
         return _load_rows(columns, COLUMNS, first, end, ROWS, COLUMNS, COLUMNS, ENDS)
@@ -184,7 +191,8 @@ def _scores(
 
 @triton.jit
 def _add_values(
-    p, accumulated, labels, value, VALUE_ROW: tl.constexpr, columns, row, queries, first, keys, pair, seed, threshold, kept_factor,
+    p, accumulated, labels, value, VALUE_ROW: tl.constexpr, columns, row, queries, first, keys, pair,
+    seed, threshold, kept_factor,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
     SOURCES: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -259,10 +267,7 @@ def attention_forward_row(
     for i in tl.static_range(1, COUNT):
         lanes = tl.maximum(lanes, _max_of_lanes(scores[i]))
     highest = tl.max(lanes, 1)
-    if FOLDS:
-        unit = factor
-    else:
-        unit = 1.0
+    unit = factor if FOLDS else 1.0
     highest *= unit
     shift = highest
     if not FOLDS:
@@ -296,10 +301,7 @@ def _stream_tile(
         q, key, KEY_ROW, row, queries, first, keys, 1.0 if FOLDS else factor, bias, bias_query, bias_key, mask,
         mask_query, mask_key, SIZE, ENDS, D, BLOCK_D, BIAS, MASK, PRECISION,
     )  # fmt: skip
-    if FOLDS:
-        unit = factor
-    else:
-        unit = 1.0
+    unit = factor if FOLDS else 1.0
     now = tl.maximum(highest, tl.max(scores, 1) * unit)
     shift = now
     if not FOLDS:
@@ -325,7 +327,7 @@ def attention_forward_stream(
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Keys lie in whole tiles of TILE and a last one of TAIL, which is less than TILE or 0."""
+    """Keys lie in whole tiles of TILE and a last one of TAIL; if that is 0, in tiles of TILE, any of which may end."""
     block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
@@ -341,12 +343,14 @@ def attention_forward_stream(
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     accumulated = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     labels = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
-    whole = keys // TILE * TILE
+    whole = keys
+    if TAIL > 0:
+        whole = keys // TILE * TILE
     for start in range(0, whole, TILE):
         highest, accumulated, labels = _stream_tile(
             q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, columns, row, queries, start, keys, factor,
             bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head, seed, threshold, kept_factor,
-            TILE, False, D, BLOCK_D, COLUMNS, SOURCES, BIAS, MASK, DROPS, FOLDS, PRECISION,
+            TILE, TAIL == 0, D, BLOCK_D, COLUMNS, SOURCES, BIAS, MASK, DROPS, FOLDS, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
         highest, accumulated, labels = _stream_tile(
@@ -378,8 +382,8 @@ def average_heads(
     for source in tl.static_range(SOURCES):
         mean = tl.zeros((BLOCK,), tl.float32)
         for head in range(heads):
-            at = head_share + ((image * heads + head) * SOURCES + source) * queries + row
-            mean += tl.load(at, mask=inside, other=0.0)
+            of_head = head_share + ((image * heads + head) * SOURCES + source) * queries
+            mean += tl.load(of_head + row, mask=inside, other=0.0)
         mean = tl.where(seeing > 0, mean / tl.maximum(seeing, 1.0), 0.0)
         at = (image * queries + row) * SOURCES + source
         if HAS_RESIDUAL:
@@ -457,7 +461,7 @@ def dense_share(
     NORMALISES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr,
     LABELS: tl.constexpr,
 ):  # fmt: skip
-    """share (B, Nk, C) and residual (B, Nq, C) to share_out (B, Nq, C), LABELS of C at a time."""
+    """Share (B, Nk, C) and residual (B, Nq, C) to share_out (B, Nq, C), LABELS of C at a time."""
     blocks = (queries + BLOCK_Q - 1) // BLOCK_Q
     image = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK_Q
@@ -508,6 +512,7 @@ def dense_share(
 
 
 # Backward
+
 
 @triton.jit
 def _grad_scores(
@@ -584,22 +589,34 @@ def attention_backward_head(
     grad_query_image, grad_query_head, grad_key_image, grad_key_head, grad_value_image, grad_value_head,
     scale, factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
-    GRAD_QUERY_ROW: tl.constexpr, GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr,
+    GRAD_QUERY_ROW: tl.constexpr, GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
     TAIL: tl.constexpr, TAIL_2: tl.constexpr,
 ):  # fmt: skip
-    """Queries lie in tiles as the keys of `attention_forward_row`; row_terms is written unless it is None."""
-    block, head, image = _program(1, HEADS)
+    """Queries lie in tiles as the keys of `attention_forward_row`; row_terms is written unless it is None.
+
+    GAP: as there, of the gradients too.
+    """
+    _, head, image = _program(1, HEADS)
     pair = image * HEADS + head
-    query += image * query_image + head * query_head
-    key += image * key_image + head * key_head
-    value += image * value_image + head * value_head
+    if GAP > 0:
+        at = image * (QUERIES * QUERY_ROW) + head * D
+        query += at
+        key = query + GAP
+        value = key + GAP
+        grad_query += at
+        grad_key = grad_query + GAP
+        grad_value = grad_key + GAP
+    else:
+        query += image * query_image + head * query_head
+        key += image * key_image + head * key_head
+        value += image * value_image + head * value_head
+        grad_query += image * grad_query_image + head * grad_query_head
+        grad_key += image * grad_key_image + head * grad_key_head
+        grad_value += image * grad_value_image + head * grad_value_head
     grad_output += image * grad_output_image + head * grad_output_head
     output += (image * QUERIES * HEADS + head) * D
-    grad_query += image * grad_query_image + head * grad_query_head
-    grad_key += image * grad_key_image + head * grad_key_head
-    grad_value += image * grad_value_image + head * grad_value_head
     bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
 
@@ -669,7 +686,8 @@ def attention_backward_keys(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     grad_key_image, grad_key_head, grad_value_image, grad_value_head,
     heads, queries, keys, scale, factor, threshold, kept_factor,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr, GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
+    GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -715,7 +733,8 @@ def attention_backward_queries(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     grad_query_image, grad_query_head,
     heads, queries, keys, scale, factor, threshold, kept_factor,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr, GRAD_QUERY_ROW: tl.constexpr,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
+    GRAD_QUERY_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -740,7 +759,7 @@ def attention_backward_queries(
         column = start + tl.arange(0, BLOCK_K)
         k = _load_rows(key, KEY_ROW, start, keys, BLOCK_K, D, BLOCK_D, True)
         v = _load_rows(value, VALUE_ROW, start, keys, BLOCK_K, D, BLOCK_D, True)
-        p, d_s = _grad_scores(
+        _, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor, known, inverse_of_row, row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
             True, BIAS, MASK, DROPS, NORMALISES, PRECISION,
@@ -781,13 +800,15 @@ def attention_backward_bias(
         image = number // heads_of_bias
         head = head_of_bias * heads_of_bias + number % heads_of_bias
         pair = image * heads + head
-        q = _load_rows(query + image * query_image + head * query_head, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
+        q = _load_rows(
+            query + image * query_image + head * query_head, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True
+        )
         at = grad_output + image * grad_output_image + head * grad_output_head
         d_o = _load_rows(at, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
         k = _load_rows(key + image * key_image + head * key_head, KEY_ROW, first_key, keys, BLOCK_K, D, BLOCK_D, True)
         at = value + image * value_image + head * value_head
         v = _load_rows(at, VALUE_ROW, first_key, keys, BLOCK_K, D, BLOCK_D, True)
-        p, d_s = _grad_scores(
+        _, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor,
             _log_sum_exp(log_sum_exp + pair * queries, row, queries),
             _inverse(inverse, pair * queries, row, queries, NORMALISES),
@@ -797,5 +818,5 @@ def attention_backward_bias(
             pair, seed, threshold, kept_factor, True, 1, MASK, DROPS, NORMALISES, PRECISION,
         )  # fmt: skip
         total += d_s
-    at = parts + ((part * bias_heads + head_of_bias) * queries + row)[None, :] * keys + column[:, None]
-    tl.store(at, total, mask=(column < keys)[:, None] & (row < queries)[None, :])
+    cells = parts + ((part * bias_heads + head_of_bias) * queries + row)[None, :] * keys + column[:, None]
+    tl.store(cells, total, mask=(column < keys)[:, None] & (row < queries)[None, :])
