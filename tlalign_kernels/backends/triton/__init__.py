@@ -134,14 +134,15 @@ def forward(
     residual = None if residual is None else residual.contiguous()
     fused = sources if sources <= MAX_FUSED_SOURCES else 0
     parts = 1 if query.dtype == torch.float32 else 3
-    columns_count = max(8, triton.next_power_of_2(1 + fused * parts))
+    # As many columns as a power of two takes in memory; a tensor core takes at least 8.
+    packed = triton.next_power_of_2(1 + fused * parts) if fused else 0
     head_share = columns = None
     with _device_of(query):
         if fused:
             head_share = query.new_empty((batch, heads, fused, queries), dtype=torch.float32)
-            columns = query.new_empty((batch, keys, columns_count))
+            columns = query.new_empty((batch, keys, packed))
             kernels.pack_labels[(triton.cdiv(batch * keys, 128),)](
-                share, columns, batch * keys, SOURCES=fused, PARTS=parts, COLUMNS=columns_count, BLOCK=128
+                share, columns, batch * keys, SOURCES=fused, PARTS=parts, COLUMNS=packed, BLOCK=128
             )
         has_offsets = bias is not None or mask is not None
         config = forward_config(query.dtype, queries, keys, head_dim, has_offsets)
@@ -155,14 +156,14 @@ def forward(
             *_strides(query, key, value), *_offset_strides(bias, mask),
             *(() if is_row else sizes), scale * _LOG2_E, *_dropout(dropout_p), **row_sizes,
             **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask),
-            COLUMNS=columns_count, SOURCES=fused, PARTS=parts, DROPS=dropout_p > 0,
+            COLUMNS=max(8, packed), PACKED=packed, SOURCES=fused, PARTS=parts, DROPS=dropout_p > 0,
             FOLDS=scale > 0 and not has_offsets, PRECISION=_precision(query.dtype),
             **config.tiles, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if fused:
             kernels.average_heads[(triton.cdiv(queries, 64) * batch,)](
                 head_share, log_sum_exp, residual, share_out, heads, queries,
-                SOURCES=fused, HAS_RESIDUAL=residual is not None, BLOCK=64, num_warps=2,
+                SOURCES=fused, HAS_RESIDUAL=residual is not None, MASKED=has_offsets, BLOCK=64, num_warps=2,
             )  # fmt: skip
         elif sources:
             inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)

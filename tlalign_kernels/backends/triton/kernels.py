@@ -130,18 +130,12 @@ def pack_labels(
 
 @triton.jit
 def _label_columns(
-    columns,
-    first,
-    end,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SOURCES: tl.constexpr,
-    ENDS: tl.constexpr,
+    columns, first, end, ROWS: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr, ENDS: tl.constexpr,
     DTYPE: tl.constexpr,
-):
-    """The column block of some keys; without labels its ones alone."""
-    if SOURCES > 0:
-        return _load_rows(columns, COLUMNS, first, end, ROWS, COLUMNS, COLUMNS, ENDS)
+):  # fmt: skip
+    """The column block of some keys, PACKED columns from memory and zeros; without labels (0) its ones alone."""
+    if PACKED > 0:
+        return _load_rows(columns, PACKED, first, end, ROWS, PACKED, COLUMNS, ENDS)
     else:
         column = tl.arange(0, COLUMNS)[None, :] + tl.zeros((ROWS, COLUMNS), tl.int32)
         return tl.where(column == 0, 1.0, 0.0).to(DTYPE)
@@ -194,7 +188,7 @@ def _add_values(
     p, accumulated, labels, value, VALUE_ROW: tl.constexpr, columns, row, queries, first, keys, pair,
     seed, threshold, kept_factor,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
-    SOURCES: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds P V and P [1, share] of SIZE keys from `first` on."""
     v = _load_rows(value, VALUE_ROW, first, keys, SIZE, D, BLOCK_D, ENDS)
@@ -203,7 +197,7 @@ def _add_values(
         column = first + tl.arange(0, SIZE)
         kept = p * _kept(row, keys, column, 1, pair * queries * keys, tl.load(seed), threshold, kept_factor)
     accumulated = tl.dot(kept.to(v.dtype), v, accumulated, input_precision=PRECISION)
-    w = _label_columns(columns, first, keys, SIZE, COLUMNS, SOURCES, ENDS, v.dtype)
+    w = _label_columns(columns, first, keys, SIZE, PACKED, COLUMNS, ENDS, v.dtype)
     return accumulated, tl.dot(p.to(v.dtype), w, labels, input_precision="ieee")
 
 
@@ -224,8 +218,9 @@ def attention_forward_row(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, PARTS: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr, SOURCES: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
 ):  # fmt: skip
     """Keys lie in TILES tiles of TILE, then one of TAIL and one of TAIL_2 unless these are 0.
@@ -248,7 +243,7 @@ def attention_forward_row(
     bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     if SOURCES > 0:
-        columns += image * KEYS * COLUMNS
+        columns += image * KEYS * PACKED
     q = _load_rows(query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True)
 
     COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
@@ -280,7 +275,7 @@ def attention_forward_row(
             tl.exp2(scores[i] * unit - shift[:, None]), accumulated, labels, value, VALUE_ROW, columns, row, QUERIES,
             TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS, image * HEADS + head, seed, threshold, kept_factor,
             TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
-            D, BLOCK_D, COLUMNS, SOURCES, DROPS, PRECISION,
+            D, BLOCK_D, COLUMNS, PACKED, DROPS, PRECISION,
         )  # fmt: skip
     _finish(
         output, log_sum_exp, head_share, image, head, HEADS, QUERIES, first, accumulated, labels, highest,
@@ -293,7 +288,7 @@ def _stream_tile(
     q, highest, accumulated, labels, key, KEY_ROW: tl.constexpr, value, VALUE_ROW: tl.constexpr, columns, row, queries,
     first, keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
-    SOURCES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
+    PACKED: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (FlashAttention, arXiv 2205.14135)."""
@@ -310,7 +305,7 @@ def _stream_tile(
     accumulated, labels = _add_values(
         tl.exp2(scores * unit - shift[:, None]), accumulated * kept[:, None], labels * kept[:, None], value, VALUE_ROW,
         columns, row, queries, first, keys, pair, seed, threshold, kept_factor,
-        SIZE, ENDS, D, BLOCK_D, COLUMNS, SOURCES, DROPS, PRECISION,
+        SIZE, ENDS, D, BLOCK_D, COLUMNS, PACKED, DROPS, PRECISION,
     )  # fmt: skip
     return now, accumulated, labels
 
@@ -323,8 +318,9 @@ def attention_forward_stream(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, factor, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, PARTS: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr, SOURCES: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Keys lie in whole tiles of TILE and a last one of TAIL; if that is 0, in tiles of TILE, any of which may end."""
@@ -337,7 +333,7 @@ def attention_forward_stream(
     bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     if SOURCES > 0:
-        columns += image * keys * COLUMNS
+        columns += image * keys * PACKED
     q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
 
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -350,13 +346,13 @@ def attention_forward_stream(
         highest, accumulated, labels = _stream_tile(
             q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, columns, row, queries, start, keys, factor,
             bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head, seed, threshold, kept_factor,
-            TILE, TAIL == 0, D, BLOCK_D, COLUMNS, SOURCES, BIAS, MASK, DROPS, FOLDS, PRECISION,
+            TILE, TAIL == 0, D, BLOCK_D, COLUMNS, PACKED, BIAS, MASK, DROPS, FOLDS, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
         highest, accumulated, labels = _stream_tile(
             q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, columns, row, queries, whole, keys, factor,
             bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head, seed, threshold, kept_factor,
-            TAIL, True, D, BLOCK_D, COLUMNS, SOURCES, BIAS, MASK, DROPS, FOLDS, PRECISION,
+            TAIL, True, D, BLOCK_D, COLUMNS, PACKED, BIAS, MASK, DROPS, FOLDS, PRECISION,
         )  # fmt: skip
     _finish(
         output, log_sum_exp, head_share, image, head, heads, queries, first, accumulated, labels, highest,
@@ -368,17 +364,21 @@ def attention_forward_stream(
 @triton.jit
 def average_heads(
     head_share, log_sum_exp, residual, share, heads, queries,
-    SOURCES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    SOURCES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """head_share (B, H, S, Nq) and residual (B, Nq, S) to share (B, Nq, S); a program has BLOCK queries of an image."""
+    """head_share (B, H, S, Nq) and residual (B, Nq, S) to share (B, Nq, S); a program has BLOCK queries of an image.
+
+    Not MASKED: every query sees a key in every head.
+    """
     blocks = (queries + BLOCK - 1) // BLOCK
     image = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = row < queries
-    seeing = tl.zeros((BLOCK,), tl.float32)
-    for head in range(heads):
-        known = tl.load(log_sum_exp + (image * heads + head) * queries + row, mask=inside, other=0.0)
-        seeing += tl.where(known == float("-inf"), 0.0, 1.0)
+    seeing = tl.zeros((BLOCK,), tl.float32) + heads
+    if MASKED:
+        for head in range(heads):
+            known = tl.load(log_sum_exp + (image * heads + head) * queries + row, mask=inside, other=0.0)
+            seeing -= tl.where(known == float("-inf"), 1.0, 0.0)
     for source in tl.static_range(SOURCES):
         mean = tl.zeros((BLOCK,), tl.float32)
         for head in range(heads):
