@@ -99,11 +99,13 @@ def backward_config(capability: int, dtype: torch.dtype, queries: int, head_dim:
 
     One program computes five products where two kernels need seven: at N = 197, D = 64 it executes 46 k warp
     instructions on sm_80 against 86 k, and 45 k on sm_90 against 74 k. It has to fit: dQ of 208 queries fills the
-    registers, which leaves none for a bias, on sm_86 and sm_89 room for 16 keys at a time and on sm_120 for none.
+    registers, which leaves none for a bias, on sm_86, sm_89 and with float16 on sm_90 room for 16 keys at a time, and
+    on sm_120 for none.
     """
     most = 64 if has_offsets or capability >= 120 else MAX_GRADIENT_ROWS
     if dtype != torch.float32 and head_dim <= 64 and queries <= most:
-        keys = 64 if queries <= 64 else 16 if capability in (86, 89) else 32
+        is_tight = capability in (86, 89) or (capability == 90 and dtype == torch.float16)
+        keys = 64 if queries <= 64 else 16 if is_tight else 32
         return Config(dict(BLOCK_K=keys, **_row_tiles(queries)), 8 if queries > 64 else 4)
     if dtype == torch.float32:
         block = 32 if head_dim <= 128 else 16
@@ -229,7 +231,7 @@ def backward(
         else:
             kernels.sum_row_terms[(triton.cdiv(queries, 32) * batch * heads,)](
                 grad_output, output, row_terms, *_strides(grad_output), heads, queries,
-                **_rows(grad_output=grad_output), **_width(head_dim), BLOCK_Q=32, num_warps=2,
+                **_rows(grad_output=grad_output), **_width(head_dim), BLOCK_Q=32, num_warps=4,
             )  # fmt: skip
             sizes = (heads, queries, keys, scale, factor, *dropout)
             how_in_blocks = dict(**how, **config.tiles, num_warps=config.warps, num_stages=config.stages)
