@@ -58,7 +58,9 @@ class Config(NamedTuple):
     stages: int = 1
 
 
-def forward_config(dtype: torch.dtype, queries: int, keys: int, head_dim: int, has_offsets: bool) -> Config:
+def forward_config(
+    capability: int, dtype: torch.dtype, queries: int, keys: int, head_dim: int, has_offsets: bool
+) -> Config:
     """Row kernel (which has `TILES` of keys) or streaming kernel, and its tiles, for a class of shapes.
 
     The row kernel pads queries to 64 and keys to 16: at N = 197 the scores computed are 1.37 times those needed. What a
@@ -75,7 +77,7 @@ def forward_config(dtype: torch.dtype, queries: int, keys: int, head_dim: int, h
     if head_dim <= 64:
         return Config(dict(BLOCK_Q=block, **_stream_tiles(keys, 64)), warps, 2)
     if head_dim <= 128:
-        if queries > 64:
+        if queries > 64 and capability < 120:
             return Config(dict(BLOCK_Q=128, **_stream_tiles(keys, 32)), 8, 2)
         return Config(dict(BLOCK_Q=block, **_stream_tiles(keys, 32)), 4)
     return Config(dict(BLOCK_Q=block, **_stream_tiles(keys, 16)), 8, 2)
@@ -147,7 +149,7 @@ def forward(
                 share, columns, batch * keys, SOURCES=fused, PARTS=parts, COLUMNS=packed, BLOCK=128
             )
         has_offsets = bias is not None or mask is not None
-        config = forward_config(query.dtype, queries, keys, head_dim, has_offsets)
+        config = forward_config(_capability(query.device), query.dtype, queries, keys, head_dim, has_offsets)
         # The row kernel is made for one length: what it is padded by, and whether a load needs a mask, are constants.
         is_row = "TILES" in config.tiles
         sizes = (heads, queries, keys)
@@ -229,9 +231,9 @@ def backward(
                 **config.tiles, num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
         else:
-            kernels.sum_row_terms[(triton.cdiv(queries, 32) * batch * heads,)](
+            kernels.sum_row_terms[(triton.cdiv(queries, 16) * batch * heads,)](
                 grad_output, output, row_terms, *_strides(grad_output), heads, queries,
-                **_rows(grad_output=grad_output), **_width(head_dim), BLOCK_Q=32, num_warps=4,
+                **_rows(grad_output=grad_output), **_width(head_dim), BLOCK_Q=16, num_warps=4,
             )  # fmt: skip
             sizes = (heads, queries, keys, scale, factor, *dropout)
             how_in_blocks = dict(**how, **config.tiles, num_warps=config.warps, num_stages=config.stages)
