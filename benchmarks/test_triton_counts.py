@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import tlalign_kernels as tlk
 from tlalign_kernels.backends import triton as backend
 
 if backend.triton is None:
@@ -18,43 +16,25 @@ if backend.triton is None:
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tlalign_kernels"))
 import triton_offline as offline
 
-IMAGES = 2
 
-
-def record_packed(monkeypatch, arch, shape, sources):
-    launches = []
-    offline.record(monkeypatch, launches.append, arch)
-    tokens, heads, head_dim = shape
-    qkv = torch.randn(IMAGES, tokens, 3, heads, head_dim).bfloat16().requires_grad_()
-    share = torch.rand(IMAGES, tokens, sources) if sources else None
-    tlk.attention_qkv(qkv, share, share, backend="triton")[0].sum().backward()
-    return {launch.name: launch for launch in launches}
-
-
-def count(launch, arch, heads, trips=()):
-    resources, instructions = offline.disassemble(launch.compile(arch))
-    programs = launch.grid[0] // (IMAGES * heads)
-    return offline.count_executed(instructions, list(trips)) * launch.warps * programs, resources["REG"]
-
-
-@pytest.mark.parametrize("shape", [(197, 6, 64), (49, 3, 32)], ids=["ViT", "windows"])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(197, 64), (49, 32)], ids=["ViT", "windows"])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_counts(benchmark, monkeypatch, arch, shape):
-    tokens, heads, head_dim = shape
-
+def test_counts(benchmark, monkeypatch, arch, tokens, head_dim):
     def measure():
-        labels = record_packed(monkeypatch, arch, shape, 1)
-        none = record_packed(monkeypatch, arch, shape, 0)
-        forward, registers = count(labels["attention_forward_row"], arch, heads)
-        lean, lean_registers = count(none["attention_forward_row"], arch, heads)
+        labels = offline.record_packed(monkeypatch, arch, tokens, head_dim)
+        none = offline.record_packed(monkeypatch, arch, tokens, head_dim, sources=0)
         row = labels["attention_forward_row"].constants
         padded = (row["TILE"] * row["TILES"] + row["TAIL"] + row["TAIL_2"]) * -(-tokens // row["BLOCK_Q"])
         head = labels["attention_backward_head"]
         trips = -(-tokens // head.constants["BLOCK_K"])
-        backward, _ = count(head, arch, heads, [trips] if trips > 1 else [])
-        return forward, registers, lean, lean_registers, padded * row["BLOCK_Q"] / tokens**2, backward
+        return (
+            offline.count_of_head(labels["attention_forward_row"], arch),
+            offline.count_of_head(none["attention_forward_row"], arch),
+            padded * row["BLOCK_Q"] / tokens**2,
+            offline.count_of_head(head, arch, [trips] if trips > 1 else [])[0],
+        )
 
-    forward, registers, lean, lean_registers, padding, backward = benchmark.pedantic(measure, rounds=1)
+    (forward, registers), (lean, lean_registers), padding, backward = benchmark.pedantic(measure, rounds=1)
     print(
         f"\ncounts, sm_{arch}, N={tokens}, D={head_dim}, bfloat16: forward {forward} ({registers} registers), without "
         f"labels {lean} ({lean_registers}): labels {100 * (forward / lean - 1):+.1f} %; "

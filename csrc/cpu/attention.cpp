@@ -117,7 +117,7 @@ void run(int64_t count, int threads, int64_t scratch_floats, Work work) {
   if (is_forked_child()) threads = 1;
   if (threads > count) threads = static_cast<int>(count);
   const int64_t scratch_row = (scratch_floats + 15) / 16 * 16;
-  const Floats scratch = allocate(std::max(threads, 1) * scratch_row + 1);
+  const Floats scratch = allocate(threads * scratch_row + 1);
   if (threads <= 1) {
     for (int64_t task = 0; task < count; ++task) work(task, scratch.get());
     return;

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import tlalign_kernels as tlk
 from tlalign_kernels.backends import triton as backend
 from tlalign_kernels.selftest import CASES, Case, compare
 
@@ -23,22 +22,6 @@ import triton_offline as offline
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have
 needs_ptxvm = pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm")
-
-
-def record_packed(monkeypatch, arch, tokens, head_dim, dtype=torch.bfloat16, heads=6, sources=1):
-    """Launches of a forward and backward of self-attention on a packed projection."""
-    launches = []
-    offline.record(monkeypatch, launches.append, arch)
-    qkv = torch.randn(2, tokens, 3, heads, head_dim).to(dtype).requires_grad_()
-    share = torch.rand(2, tokens, sources) if sources else None
-    output, _ = tlk.attention_qkv(qkv, share, share, backend="triton")
-    output.sum().backward()
-    return launches
-
-
-def only(launches, part_of_name):
-    (launch,) = [launch for launch in launches if part_of_name in launch.name]
-    return launch
 
 
 # Interpreted
@@ -122,7 +105,7 @@ def check_compiled(launch, arch):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("tokens", [49, 197, 577])
 def test_nothing_spills_at_head_dim_64(monkeypatch, arch, tokens):
-    for launch in record_packed(monkeypatch, arch, tokens, 64):
+    for launch in offline.record_packed(monkeypatch, arch, tokens, 64).values():
         check_compiled(launch, arch)
 
 
@@ -132,53 +115,52 @@ def test_nothing_spills_at_head_dim_64(monkeypatch, arch, tokens):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nothing_spills(monkeypatch, arch, head_dim, dtype):
     for tokens in (49, 197, 577):
-        for launch in record_packed(monkeypatch, arch, tokens, head_dim, dtype):
+        for launch in offline.record_packed(monkeypatch, arch, tokens, head_dim, dtype).values():
             check_compiled(launch, arch)
 
 
 # Counted
 
 
-def executed(launch, arch, trips=()):
-    """Warp instructions of all programs of a head."""
-    _, instructions = offline.disassemble(launch.compile(arch))
-    programs = launch.grid[0] // 12  # of 2 images and 6 heads
-    return offline.count_executed(instructions, list(trips)) * launch.warps * programs
-
-
 @pytest.mark.parametrize(("tokens", "head_dim", "most"), [(197, 64, 1.4), (49, 32, 1.71)])
 def test_few_scores_are_padding(monkeypatch, tokens, head_dim, most):
-    launch = only(record_packed(monkeypatch, 80, tokens, head_dim), "forward")
+    launch = offline.record_packed(monkeypatch, 80, tokens, head_dim)["attention_forward_row"]
     sizes = launch.constants
     columns = sizes["TILE"] * sizes["TILES"] + sizes["TAIL"] + sizes["TAIL_2"]
-    rows = sizes["BLOCK_Q"] * launch.grid[0] // 12
+    rows = sizes["BLOCK_Q"] * launch.grid[0] // (offline.IMAGES * offline.HEADS)
     assert tokens**2 <= rows * columns <= most * tokens**2
 
 
 @pytest.mark.parametrize(("arch", "most"), [(80, 16), (90, 13)])
 def test_instructions_of_a_score_of_the_forward(monkeypatch, arch, most):
-    launch = only(record_packed(monkeypatch, arch, 197, 64), "forward")
-    assert executed(launch, arch) * 32 / 197**2 <= most
+    launch = offline.record_packed(monkeypatch, arch, 197, 64)["attention_forward_row"]
+    assert offline.count_of_head(launch, arch)[0] * 32 / 197**2 <= most
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_labels_cost_few_instructions(monkeypatch, arch):
-    labels = executed(only(record_packed(monkeypatch, arch, 197, 64), "forward"), arch)
-    # The leanest kernel without: its row sum, too, is a column of the product.
-    none = executed(only(record_packed(monkeypatch, arch, 197, 64, sources=0), "forward"), arch)
+    # The leanest kernel without labels: its row sum, too, is a column of the product.
+    none, labels = (
+        offline.count_of_head(
+            offline.record_packed(monkeypatch, arch, 197, 64, sources=sources)["attention_forward_row"], arch
+        )[0]
+        for sources in (0, 1)
+    )
     assert none < labels <= 1.06 * none
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_one_program_a_head_takes_a_third_less_than_two_kernels(monkeypatch, arch):
-    head = only(record_packed(monkeypatch, arch, 197, 64), "attention_backward")
-    one = executed(head, arch, [-(-197 // head.constants["BLOCK_K"])])
+    def count(launch, block=None):
+        trips = [-(-197 // launch.constants[block])] if block else []
+        return offline.count_of_head(launch, arch, trips)[0]
+
+    one = count(offline.record_packed(monkeypatch, arch, 197, 64)["attention_backward_head"], "BLOCK_K")
     monkeypatch.setattr(backend, "MAX_GRADIENT_ROWS", 0)
-    launches = record_packed(monkeypatch, arch, 197, 64)
-    blocks = only(launches, "attention_backward_keys").constants
+    launches = offline.record_packed(monkeypatch, arch, 197, 64)
     two = (
-        executed(only(launches, "sum_row_terms"), arch)
-        + executed(only(launches, "attention_backward_keys"), arch, [-(-197 // blocks["BLOCK_Q"])])
-        + executed(only(launches, "attention_backward_queries"), arch, [-(-197 // blocks["BLOCK_K"])])
+        count(launches["sum_row_terms"])
+        + count(launches["attention_backward_keys"], "BLOCK_Q")
+        + count(launches["attention_backward_queries"], "BLOCK_K")
     )
     assert one <= 0.67 * two

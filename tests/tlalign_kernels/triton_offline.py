@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import tlalign_kernels as tlk
 from tlalign_kernels.backends import triton as backend
 from tlalign_kernels.backends.triton import kernels
 
@@ -109,6 +110,26 @@ def record(monkeypatch, run, arch=80):
     monkeypatch.setattr(backend, "kernels", Recorder(run))
     monkeypatch.setattr(backend, "unsupported_reasons", lambda problem: [])
     monkeypatch.setattr(backend, "_capability", lambda device: arch)
+
+
+IMAGES, HEADS = 2, 6
+
+
+def record_packed(monkeypatch, arch, tokens, head_dim, dtype=torch.bfloat16, sources=1):
+    """Launches of a forward and backward of self-attention on a packed projection, by the names of their kernels."""
+    launches = []
+    record(monkeypatch, launches.append, arch)
+    qkv = torch.randn(IMAGES, tokens, 3, HEADS, head_dim).to(dtype).requires_grad_()
+    share = torch.rand(IMAGES, tokens, sources) if sources else None
+    tlk.attention_qkv(qkv, share, share, backend="triton")[0].sum().backward()
+    return {launch.name: launch for launch in launches}
+
+
+def count_of_head(launch, arch, trips=()):
+    """SASS instructions of all warps of all programs of a head, and registers of a thread."""
+    resources, instructions = disassemble(launch.compile(arch))
+    programs = launch.grid[0] // (IMAGES * HEADS)
+    return count_executed(instructions, list(trips)) * launch.warps * programs, resources["REG"]
 
 
 def execute(launch):

@@ -211,7 +211,9 @@ def backward(
     factor, dropout = scale * _LOG2_E, _dropout(dropout_p)
     with _device_of(query):
         inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
-        row_terms = torch.empty_like(log_sum_exp)
+        is_head = "TILES" in config.tiles
+        # One program a head keeps them to itself, unless the bias wants them.
+        row_terms = None if is_head and grad_bias is None else torch.empty_like(log_sum_exp)
         inputs = (query, key, value, grad_output)
         constants = (bias, mask, dropout_seed, log_sum_exp, inverse)
         strides = (*_strides(*inputs), *_offset_strides(bias, mask))
@@ -221,10 +223,10 @@ def backward(
             **_kinds(bias, mask), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
             PRECISION=_precision(query.dtype),
         )  # fmt: skip
-        if "TILES" in config.tiles:
+        if is_head:
             gap = _gap(query, key, value)
             kernels.attention_backward_head[(batch * heads,)](
-                *inputs, output, *constants, row_terms if grad_bias is not None else None, *gradients.values(),
+                *inputs, output, *constants, row_terms, *gradients.values(),
                 *strides, *_strides(*gradients.values()), scale, factor, *dropout,
                 HEADS=heads, QUERIES=queries, KEYS=keys, **_rows(**gradients), **how,
                 GAP=gap if gap == _gap(*gradients.values()) else 0,

@@ -24,12 +24,8 @@ def _program(blocks, heads):
 
 
 @triton.jit
-def _load_rows(
-    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr
-):
-    """Rows `first` to first + ROWS of D numbers, zeros from row `end` on (with ENDS) and from column D on."""
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
+def _load(data, row, column, stride, first, end, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr):
+    """Columns of rows `first` + row, zeros from row `end` on (with ENDS) and from column D on."""
     # In this order tiles have their addresses in common, but for a constant.
     at = data + (row * stride + column) + first * stride
     if ENDS:
@@ -45,24 +41,23 @@ def _load_rows(
 
 
 @triton.jit
+def _load_rows(
+    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr
+):
+    """ROWS rows of D numbers from `first` on, (ROWS, BLOCK_D)."""
+    return _load(
+        data, tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :], stride, first, end, D, BLOCK_D, ENDS
+    )
+
+
+@triton.jit
 def _load_columns(
     data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr
 ):
-    """The same transposed, (BLOCK_D, ROWS): without a way round through shared memory."""
-    row = tl.arange(0, ROWS)[None, :]
-    column = tl.arange(0, BLOCK_D)[:, None]
-    # In this order tiles have their addresses in common, but for a constant.
-    at = data + (row * stride + column) + first * stride
-    if ENDS:
-        if BLOCK_D == D:
-            return tl.load(at, mask=first + row < end, other=0.0)
-        else:
-            return tl.load(at, mask=(first + row < end) & (column < D), other=0.0)
-    else:
-        if BLOCK_D == D:
-            return tl.load(at)
-        else:
-            return tl.load(at, mask=column < D, other=0.0)
+    """The same transposed, (BLOCK_D, ROWS), without a way round through shared memory."""
+    return _load(
+        data, tl.arange(0, ROWS)[None, :], tl.arange(0, BLOCK_D)[:, None], stride, first, end, D, BLOCK_D, ENDS
+    )
 
 
 @triton.jit
