@@ -6,8 +6,10 @@ from tlalign_kernels.functional import attention, attention_qkv, explain
 from tlalign_kernels.labels import MixedTarget
 from tlalign_kernels.losses import mixed_binary_cross_entropy, mixed_cross_entropy
 from tlalign_kernels.patch import LabelFollower, ModelFollower, patch_model, register, unpatch_model
+from tlalign_kernels.tuning import Choice, tune
 
 __all__ = [
+    "Choice",
     "LabelFollower",
     "MixedTarget",
     "ModelFollower",
@@ -21,5 +23,6 @@ __all__ = [
     "models",
     "patch_model",
     "register",
+    "tune",
     "unpatch_model",
 ]

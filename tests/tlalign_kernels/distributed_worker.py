@@ -1,6 +1,7 @@
 """Runs by torchrun in two processes: patched models under DDP and FSDP2 must give what one process gives."""
 
 import os
+import sys
 from functools import partial
 
 import timm
@@ -20,6 +21,7 @@ def main() -> None:
     for name in NAMES:
         check_ddp(name)
         check_fsdp(name)
+    check_tune()
     dist.destroy_process_group()
     print(f"rank {os.environ['RANK']} passed", flush=True)
 
@@ -107,6 +109,18 @@ def check_fsdp(name):
         assert "cast_forward_inputs=False" in str(error)
     else:
         raise AssertionError("a share that was cast to bfloat16 was accepted")
+
+
+def check_tune():
+    tuning = sys.modules["tlalign_kernels.tuning"]
+    if dist.get_rank() > 0:
+        tuning._time_all = None  # only rank 0 may time
+    model = build(NAMES[0])
+    choices = tlk.tune(lambda: step(model, *batch(own_half())))
+    everywhere = [None, None]
+    dist.all_gather_object(everywhere, choices)
+    assert everywhere[0] == everywhere[1]
+    assert list(tuning.TUNED.values()) == [choices[0].backend]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The backends, what each can do, and the choice between them.
 
 A backend is a module with `forward`, `backward` (launchers, see `reference`) and
-`unsupported_reasons(problem) -> list[str]`. Backends never import one another.
+`unsupported_reasons(problem) -> list[str]`. One whose kernels can be compiled in several ways has `configurations`,
+`prefer` and `configuration_of` as well, see `triton`. Backends never import one another.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +42,28 @@ class Problem(NamedTuple):
     needs_gradient: bool
 
 
+# What `tune` found, by the class of a problem: the name of a backend.
+TUNED: dict[Problem, str] = {}
+# Where `tune` listens, the problems for which "auto" is asked.
+_listening: list[Problem] | None = None
+
+
+def problem_class(problem: Problem) -> Problem:
+    """Problems of one class take the same choice of `tune`: they differ in the batch and in what is differentiated."""
+    return problem._replace(batch=0, needs_gradient=False)
+
+
+@contextlib.contextmanager
+def listen() -> Iterator[list[Problem]]:
+    """Collects the problems for which "auto" is asked."""
+    global _listening
+    before, _listening = _listening, []
+    try:
+        yield _listening
+    finally:
+        _listening = before
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Which backend a call would take, and why not the others; `str()` of it is made to be read.
@@ -46,13 +71,18 @@ class Explanation:
     Attributes:
         backend: Name of the backend, or None if the one that was asked for can't do it.
         reasons: For each backend the reasons why it can't be used; empty where it can.
+        is_tuned: Whether `tune` chose the backend.
+        configuration: Kernels that it launches and how they are compiled, where there is a choice.
     """
 
     backend: str | None
     reasons: dict[str, list[str]]
+    is_tuned: bool = False
+    configuration: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"backend: {self.backend}"]
+        lines = [f"backend: {self.backend}{' (by tune)' if self.is_tuned else ''}"]
+        lines += [f"  launches {kernel}" for kernel in self.configuration]
         for name, reasons in self.reasons.items():
             lines.append(f"  {name}: {'usable' if not reasons else '; '.join(reasons)}")
         return "\n".join(lines)
@@ -67,9 +97,17 @@ def explain_choice(problem: Problem, backend: str = "auto") -> Explanation:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     reasons = {name: module.unsupported_reasons(problem) for name, module in BACKENDS.items()}
-    candidates = AUTO_ORDER.get(problem.device_type, ("reference",)) if backend == "auto" else (backend,)
+    tuned = TUNED.get(problem_class(problem)) if backend == "auto" else None
+    candidates = ((tuned,) if tuned else ()) + auto_order(problem) if backend == "auto" else (backend,)
     chosen = next((name for name in candidates if not reasons[name]), None)
-    return Explanation(chosen, reasons)
+    module = BACKENDS.get(chosen)
+    configuration = map(str, module.configuration_of(problem)) if hasattr(module, "configuration_of") else ()
+    return Explanation(chosen, reasons, chosen is not None and chosen == tuned, tuple(configuration))
+
+
+def auto_order(problem: Problem) -> tuple[str, ...]:
+    """The backends that "auto" tries, in this order."""
+    return AUTO_ORDER.get(problem.device_type, ("reference",))
 
 
 def choose(problem: Problem, backend: str = "auto") -> str:
@@ -80,8 +118,11 @@ def choose(problem: Problem, backend: str = "auto") -> str:
         NotImplementedError: If the backend (for "auto": every backend) can't do it, with the reasons.
     """
     if backend == "auto":
+        if _listening is not None:
+            _listening.append(problem)
+        tuned = TUNED and TUNED.get(problem_class(problem))
         # The common case builds no explanation: this runs at every call.
-        for name in AUTO_ORDER.get(problem.device_type, ("reference",)):
+        for name in ((tuned,) if tuned else ()) + auto_order(problem):
             if not BACKENDS[name].unsupported_reasons(problem):
                 return name
     explanation = explain_choice(problem, backend)

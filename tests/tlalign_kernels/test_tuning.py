@@ -1,0 +1,175 @@
+"""`tune`: what it times, what "auto" does afterwards, and the file it keeps."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+import tlalign_kernels as tlk
+from tlalign_kernels import backends
+from tlalign_kernels.backends import cpu, reference
+
+tuning = sys.modules["tlalign_kernels.tuning"]
+
+CPU = cpu.unsupported_reasons(
+    backends.Problem("cpu", torch.float32, 1, 1, 1, 1, 8, 0, None, False, False, 0.0, False)
+)  # fmt: skip
+pytestmark = pytest.mark.skipif(bool(CPU), reason="needs two backends on the CPU")
+
+
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch):
+    monkeypatch.setattr(tuning, "TUNED", {})
+    monkeypatch.setattr(backends, "TUNED", tuning.TUNED)
+    monkeypatch.setattr(tuning, "_RUNS", 3)
+
+
+def step(batch=2, tokens=9, dtype=torch.float32, **options):
+    qkv = torch.randn(batch, tokens, 3, 2, 16, dtype=dtype, requires_grad=True)
+    output, _ = tlk.attention_qkv(qkv, torch.rand(batch, tokens, 1), **options)
+    output.sum().backward()
+    return qkv.grad
+
+
+def explain(tokens=9, batch=2, backend="auto"):
+    query = torch.randn(batch, 2, tokens, 16)
+    return tlk.explain(query, query, query, torch.rand(batch, tokens, 1), backend=backend)
+
+
+def slow(monkeypatch, module):
+    forward = module.forward
+
+    def slowed(*args):
+        time.sleep(0.2)
+        forward(*args)
+
+    monkeypatch.setattr(module, "forward", slowed)
+
+
+@pytest.mark.parametrize(("loser", "winner"), [(cpu, "reference"), (reference, "cpu")], ids=["reference", "cpu"])
+def test_auto_takes_the_fastest_whatever_the_batch(monkeypatch, loser, winner):
+    slow(monkeypatch, loser)
+    choice, *others = tlk.tune(step)
+    assert others == []
+    assert choice.backend == winner
+    assert set(choice.milliseconds) == {"cpu", "reference"}
+    assert choice.failures == {}
+    for batch in (2, 5):
+        assert (explain(batch=batch).backend, explain(batch=batch).is_tuned) == (winner, True)
+    assert (explain(tokens=10).backend, explain(tokens=10).is_tuned) == ("cpu", False)
+    assert f"backend: {winner} (by tune)" in str(explain())
+    # Who asks for a backend gets it.
+    assert (explain(backend="cpu").backend, explain(backend="cpu").is_tuned) == ("cpu", False)
+
+
+def test_calls_take_the_choice(monkeypatch):
+    slow(monkeypatch, cpu)
+    tlk.tune(step)
+    monkeypatch.setattr(cpu, "forward", None)
+    step()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda qkv: tlk.attention_qkv(qkv, torch.rand(2, 9, 1))[0], fullgraph=True, backend="eager"
+    )
+    compiled(torch.randn(2, 9, 3, 2, 16))
+
+
+def test_each_class_of_problems_is_timed_once():
+    def steps():
+        for batch, tokens in ((2, 9), (3, 9), (2, 10)):
+            step(batch, tokens)
+        with torch.no_grad():
+            tlk.attention_qkv(torch.randn(2, 9, 3, 2, 16), torch.rand(2, 9, 1))
+        tlk.attention(torch.randn(2, 2, 5, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16), dropout_p=0.5)
+
+    choices = tlk.tune(steps)
+    described = [tuple(word in choice.problem for word in ("queries=9", "queries=10", "keys=7")) for choice in choices]
+    assert described == [(True, False, False), (False, True, False), (False, False, True)]
+    assert ["needs_gradient=True" in choice.problem for choice in choices] == [True, True, False]
+
+
+def test_bias_mask_and_autocast_are_timed_as_they_are():
+    def biased():
+        with torch.autocast("cpu", torch.bfloat16):
+            step(bias=torch.randn(2, 9, 9, requires_grad=True), mask=torch.ones(9, 9, dtype=torch.bool))
+
+    (choice,) = tlk.tune(biased)
+    assert choice.failures == {}
+    assert "dtype=torch.bfloat16" in choice.problem
+    assert "has_bias=True has_mask=True" in choice.problem
+
+
+def test_the_random_state_stays(monkeypatch):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    tlk.tune(lambda: step(dropout_p=0.5))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_what_is_in_the_cache_is_not_timed_again(monkeypatch, tmp_path):
+    cache = tmp_path / "choices" / "tuned.json"
+    first = tlk.tune(step, cache=cache)
+    other = tlk.tune(lambda: step(tokens=10), cache=cache)
+    tuning.TUNED.clear()
+    monkeypatch.setattr(tuning, "_time_all", None)
+    assert tlk.tune(lambda: (step(), step(tokens=10)), cache=cache) == first + other
+    assert explain().is_tuned
+    assert [path.name for path in cache.parent.iterdir()] == ["tuned.json"]
+    # Elsewhere they are worth nothing.
+    monkeypatch.setattr(tuning, "_environment", lambda device_type: "another machine")
+    with pytest.raises(TypeError, match="not callable"):
+        tlk.tune(step, cache=cache)
+
+
+def test_a_choice_that_is_no_longer_there_is_made_again(tmp_path):
+    cache = tmp_path / "tuned.json"
+    tlk.tune(step, cache=cache)
+    stored = json.loads(cache.read_text())
+    for choices in stored.values():
+        choices[0]["backend"] = "abacus"
+    cache.write_text(json.dumps(stored))
+    (choice,) = tlk.tune(step, cache=cache)
+    assert choice.backend in ("cpu", "reference")
+    assert "abacus" not in cache.read_text()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"here": [{"backend": "cpu"}]}', '{"here": 3}'])
+def test_a_file_that_is_no_cache_is_refused_and_kept(tmp_path, text):
+    cache = tmp_path / "notes.json"
+    cache.write_text(text)
+    with pytest.raises(ValueError, match=r"cache: expected a file that tune has written, got .*notes\.json"):
+        tlk.tune(step, cache=cache)
+    assert cache.read_text() == text
+
+
+@pytest.mark.parametrize("failing", [["cpu"], ["cpu", "reference"]], ids=len)
+def test_a_candidate_that_fails_is_reported_and_not_taken(monkeypatch, failing):
+    runner = tuning._runner
+
+    def fails(problem):
+        run = runner(problem)
+
+        def run_or_fail(backend):
+            if backend in failing:
+                raise torch.OutOfMemoryError("too large")
+            run(backend)
+
+        return run_or_fail
+
+    monkeypatch.setattr(tuning, "_runner", fails)
+    if len(failing) == 2:
+        with pytest.raises(RuntimeError, match=r"no candidate can run .*too large"):
+            tlk.tune(step)
+        assert not explain().is_tuned
+    else:
+        (choice,) = tlk.tune(step)
+        assert choice.backend == "reference"
+        assert choice.failures == {"cpu": "OutOfMemoryError: too large"}
+
+
+def test_a_step_without_attention_is_refused():
+    with pytest.raises(ValueError, match="step: expected calls of attention with backend='auto', got none"):
+        tlk.tune(lambda: step(backend="cpu"))
