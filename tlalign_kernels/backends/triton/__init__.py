@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -32,6 +34,9 @@ MAX_FUSED_SOURCES = 8
 # The scores of a block of queries and so many keys stay in the registers of a program.
 MAX_ROW_KEYS = 256
 MAX_ROW_KEYS_WITH_OFFSETS = 128
+# Of so few keys a program takes all heads in turn, if there are enough programs to fill a GPU a few times.
+MAX_KEYS_OF_HEADS = 64
+MIN_PROGRAMS_OF_HEADS = 2048
 # So do the gradients of so many queries.
 MAX_GRADIENT_ROWS = 208
 
@@ -51,36 +56,90 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 class Config(NamedTuple):
-    """How a kernel is to be compiled: sizes of its tiles, warps of a program, stages of its loop's loads."""
+    """A kernel and how it is to be compiled.
 
+    Attributes:
+        kernel: Its name.
+        tiles: Sizes of its tiles.
+        warps: Warps of a program.
+        stages: Stages of the loads in its loop.
+        registers: Most registers of a thread, where the compiler takes a few more than let one more program run.
+    """
+
+    kernel: str
     tiles: dict[str, int]
     warps: int
     stages: int = 1
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Tiles and options of a launch."""
+        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+    def __str__(self) -> str:
+        return " ".join(
+            [self.kernel, *(f"{name}={value}" for name, value in self.options.items() if value is not None)]
+        )
 
 
-def forward_config(
-    capability: int, dtype: torch.dtype, queries: int, keys: int, head_dim: int, has_offsets: bool
-) -> Config:
-    """Row kernel (which has `TILES` of keys) or streaming kernel, and its tiles, for a class of shapes.
+class Shape(NamedTuple):
+    """What the configurations to choose from depend on."""
+
+    capability: int
+    dtype: torch.dtype
+    batch: int
+    queries: int
+    keys: int
+    head_dim: int
+    has_offsets: bool
+
+
+def forward_configs(shape: Shape) -> list[tuple[Config]]:
+    """Kernels that can do a forward, and their tiles; the first is the default, the others are for `tune` to try.
 
     The row kernel pads queries to 64 and keys to 16: at N = 197 the scores computed are 1.37 times those needed. What a
     program can hold without spilling registers decides the rest; a bias or mask takes some of them.
     """
+    queries, keys, head_dim = shape.queries, shape.keys, shape.head_dim
     block, warps = (16, 2) if queries <= 16 else (32, 2) if queries <= 32 else (64, 4)
-    if dtype == torch.float32:
+    stream = (_stream_config(shape, block, warps),)
+    if shape.dtype == torch.float32 or head_dim > 64:
+        return [stream]
+    configs = [stream] if keys > 64 else []
+    if keys <= 64 and not shape.has_offsets and not _has_warp_groups(shape):
+        # Warps of 32 queries read K and V from shared memory half as often as those of 16, and execute a seventh less.
+        warps = 2
+    if keys <= (MAX_ROW_KEYS_WITH_OFFSETS if shape.has_offsets else MAX_ROW_KEYS):
+        # 65536 registers for three programs of 128 threads.
+        registers = 168 if shape.capability == 90 and keys <= 208 and not shape.has_offsets else None
+        tiles = dict(BLOCK_Q=block, **_row_tiles(keys))
+        configs.insert(0, (Config("attention_forward_row", tiles, warps, registers=registers),))
+    if keys <= MAX_KEYS_OF_HEADS and not shape.has_offsets:
+        tiles = dict(BLOCK_Q=block, BLOCK_K=max(16, triton.next_power_of_2(keys)))
+        is_default = shape.batch * triton.cdiv(queries, block) >= MIN_PROGRAMS_OF_HEADS
+        configs.insert(0 if is_default else 1, (Config("attention_forward_heads", tiles, warps),))
+    return configs
+
+
+def _stream_config(shape: Shape, block: int, warps: int) -> Config:
+    name, keys, head_dim = "attention_forward_stream", shape.keys, shape.head_dim
+    if shape.dtype == torch.float32:
         tiles = dict(BLOCK_Q=min(block, 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
-        return Config(tiles, 4 if block > 16 and head_dim <= 64 else 8 if head_dim > 64 else 2)
-    if head_dim <= 64 and keys <= (MAX_ROW_KEYS_WITH_OFFSETS if has_offsets else MAX_ROW_KEYS):
-        return Config(dict(BLOCK_Q=block, **_row_tiles(keys)), warps)
-    if has_offsets:
-        return Config(dict(BLOCK_Q=block, TILE=32 if head_dim <= 128 else 16, TAIL=0), 8 if head_dim > 128 else warps)
+        return Config(name, tiles, 4 if block > 16 and head_dim <= 64 else 8 if head_dim > 64 else 2)
+    if shape.has_offsets:
+        tiles = dict(BLOCK_Q=block, TILE=32 if head_dim <= 128 else 16, TAIL=0)
+        return Config(name, tiles, 8 if head_dim > 128 else warps)
     if head_dim <= 64:
-        return Config(dict(BLOCK_Q=block, **_stream_tiles(keys, 64)), warps, 2)
+        if shape.queries <= 64 or shape.capability >= 120:
+            return Config(name, dict(BLOCK_Q=block, **_stream_tiles(keys, 64)), warps, 2)
+        # Warps of 32 queries read K and V from shared memory half as often as those of 16.
+        return Config(name, dict(BLOCK_Q=128, **_stream_tiles(keys, 64 if _has_warp_groups(shape) else 32)), 4, 2)
     if head_dim <= 128:
-        if queries > 64 and capability < 120:
-            return Config(dict(BLOCK_Q=128, **_stream_tiles(keys, 32)), 8, 2)
-        return Config(dict(BLOCK_Q=block, **_stream_tiles(keys, 32)), 4)
-    return Config(dict(BLOCK_Q=block, **_stream_tiles(keys, 16)), 8, 2)
+        if shape.queries > 64 and shape.capability < 120:
+            return Config(name, dict(BLOCK_Q=128, **_stream_tiles(keys, 32)), 8, 2)
+        return Config(name, dict(BLOCK_Q=block, **_stream_tiles(keys, 32)), 4)
+    return Config(name, dict(BLOCK_Q=block, **_stream_tiles(keys, 16)), 8, 2)
 
 
 def _stream_tiles(keys: int, tile: int) -> dict[str, int]:
@@ -96,23 +155,97 @@ def _row_tiles(tokens: int) -> dict[str, int]:
     return dict(TILE=64, TILES=tokens // 64, TAIL=tail, TAIL_2=tail_2)
 
 
-def backward_config(capability: int, dtype: torch.dtype, queries: int, head_dim: int, has_offsets: bool) -> Config:
-    """One program a head (which has `TILES` of queries), or blocks of queries and keys of two kernels.
+def _padded_keys(tiles: dict[str, int], keys: int) -> int:
+    """The keys of all tiles of a forward together."""
+    if "TILES" in tiles:
+        return tiles["TILE"] * tiles["TILES"] + tiles["TAIL"] + tiles["TAIL_2"]
+    tile = tiles.get("BLOCK_K") or tiles["TILE"]
+    tail = tiles.get("TAIL", 0)
+    return keys // tile * tile + tail if tail else triton.cdiv(keys, tile) * tile
 
-    One program computes five products where two kernels need seven: at N = 197, D = 64 it executes 46 k warp
-    instructions on sm_80 against 86 k, and 45 k on sm_90 against 74 k. It has to fit: dQ of 208 queries fills the
-    registers, which leaves none for a bias, on sm_86, sm_89 and with float16 on sm_90 room for 16 keys at a time, and
-    on sm_120 for none.
+
+def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
+    """One program a head (which has `TILES` of queries), or one kernel for queries and one for keys; default first.
+
+    One program computes five products where two kernels need seven, and reads everything once. For up to 64 queries it
+    is the default. For 197 it executes the fewest instructions as well (N = 197, D = 64: 46 k warp instructions a head
+    against 68 k on sm_80, 45 k against 58 k on sm_90), but with dQ in registers only few keys fit beside, and each warp
+    reads for them what others read too: the traffic of shared memory, which bounds all of these kernels, takes 42 k
+    cycles a head on sm_80 and 39 k on sm_90, where that of the two kernels takes 30 k and 14 k. So it is for `tune` to
+    try there. A bias leaves it no registers; sm_86, sm_89 and float16 on sm_90 have room for 16 keys, sm_120 for none.
     """
-    most = 64 if has_offsets or capability >= 120 else MAX_GRADIENT_ROWS
-    if dtype != torch.float32 and head_dim <= 64 and queries <= most:
-        is_tight = capability in (86, 89) or (capability == 90 and dtype == torch.float16)
-        keys = 64 if queries <= 64 else 16 if is_tight else 32
-        return Config(dict(BLOCK_K=keys, **_row_tiles(queries)), 8 if queries > 64 else 4)
-    if dtype == torch.float32:
-        block = 32 if head_dim <= 128 else 16
-        return Config(dict(BLOCK_Q=block, BLOCK_K=block), 4 if head_dim <= 64 else 8)
-    return Config(dict(BLOCK_Q=32, BLOCK_K=64 if head_dim <= 128 else 32), 4 if head_dim <= 128 else 8)
+    queries, head_dim = shape.queries, shape.head_dim
+    split = _split_backward_config(shape)
+    if shape.dtype == torch.float32 or head_dim > 64 or queries > MAX_GRADIENT_ROWS:
+        return [split]
+    if queries <= 64:
+        warps = 2 if head_dim <= 32 and not _has_warp_groups(shape) and not shape.has_offsets else 4
+        head = Config("attention_backward_head", dict(BLOCK_K=64, **_row_tiles(queries)), warps)
+        return [(head,), split]
+    if shape.has_offsets or shape.capability >= 120:
+        return [split]
+    is_tight = shape.capability in (86, 89) or (shape.capability == 90 and shape.dtype == torch.float16)
+    head = Config("attention_backward_head", dict(BLOCK_K=16 if is_tight else 32, **_row_tiles(queries)), 8)
+    return [split, (head,)]
+
+
+def _split_backward_config(shape: Shape) -> tuple[Config, Config]:
+    head_dim = shape.head_dim
+
+    def config(kernel: str, block_q: int, block_k: int, warps: int, stages: int = 1) -> Config:
+        return Config(f"attention_backward_{kernel}", dict(BLOCK_Q=block_q, BLOCK_K=block_k), warps, stages)
+
+    if shape.dtype == torch.float32:
+        block, warps = 32 if head_dim <= 128 else 16, 4 if head_dim <= 64 else 8
+        return config("queries", block, block, warps), config("keys", block, block, warps)
+    if head_dim > 64 or shape.has_offsets:
+        block, warps = (64, 4) if head_dim <= 128 else (32, 8)
+        return config("queries", 32, block if head_dim <= 64 else 32, warps), config("keys", 32, block, warps)
+    if _has_warp_groups(shape):
+        return config("queries", 64, 64, 4), config("keys", 32, 128, 4)
+    # Warps of 32 rows read from shared memory half as often as those of 16, where the registers suffice.
+    keys = 128 if head_dim <= 32 or shape.capability == 80 else 64
+    return config("queries", 64, 32, 2, 2), config("keys", 32, keys, 4, 2)
+
+
+def _has_warp_groups(shape: Shape) -> bool:
+    """Whether tensor cores read from shared memory, so that warps need not: sm_90 and sm_100."""
+    return shape.capability in (90, 100)
+
+
+# What `prefer` was told, for a direction and a class of shapes; the batch is not part of it.
+_preferred: dict[tuple[Callable[[Shape], list[tuple[Config, ...]]], Shape], tuple[Config, ...]] = {}
+
+
+def _chosen(configs: Callable[[Shape], list[tuple[Config, ...]]], shape: Shape) -> tuple[Config, ...]:
+    return (_preferred and _preferred.get((configs, shape._replace(batch=0)))) or configs(shape)[0]
+
+
+def _shape_and_directions(problem: Problem) -> tuple[Shape, tuple]:
+    _, dtype, batch, _, queries, keys, head_dim, *_ = problem
+    capability = _capability(torch.device(problem.device_type))
+    shape = Shape(capability, dtype, batch, queries, keys, head_dim, problem.has_bias or problem.has_mask)
+    return shape, (forward_configs, backward_configs) if problem.needs_gradient else (forward_configs,)
+
+
+def configurations(problem: Problem) -> list[tuple[Config, ...]]:
+    """What `tune` may choose from: kernels of forward and, if needed, backward; the first is the default."""
+    shape, directions = _shape_and_directions(problem)
+    return [sum(chosen, ()) for chosen in itertools.product(*(configs(shape) for configs in directions))]
+
+
+def prefer(problem: Problem, configuration: tuple[Config, ...]) -> None:
+    """Has launches of such shapes, of any batch, take this configuration from now on."""
+    shape, directions = _shape_and_directions(problem)
+    forward, *backward = configuration
+    for configs, chosen in zip(directions, ((forward,), tuple(backward)), strict=False):
+        _preferred[configs, shape._replace(batch=0)] = chosen
+
+
+def configuration_of(problem: Problem) -> tuple[Config, ...]:
+    """The kernels that launches for a problem take."""
+    shape, directions = _shape_and_directions(problem)
+    return sum((_chosen(configs, shape) for configs in directions), ())
 
 
 def forward(
@@ -138,38 +271,53 @@ def forward(
     residual = None if residual is None else residual.contiguous()
     fused = sources if sources <= MAX_FUSED_SOURCES else 0
     parts = 1 if query.dtype == torch.float32 else 3
-    # As many columns as a power of two takes in memory; a tensor core takes at least 8.
-    packed = triton.next_power_of_2(1 + fused * parts) if fused else 0
-    head_share = columns = None
+    has_offsets = bias is not None or mask is not None
+    (config,) = _chosen(forward_configs, _shape_of(query, key, has_offsets))
+    grid = triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch
+    parts_row = _padded_keys(config.tiles, keys)
+    sizes = (heads, queries, keys)
+    strides = (*_strides(query, key, value), *_offset_strides(bias, mask))
+    numbers = (scale * _LOG2_E, *_dropout(dropout_p))
+    # The kernels for few keys are made for one length: what it is padded by, and whether a load needs a mask, are
+    # constants.
+    constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
+    how = dict(
+        **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask),
+        COLUMNS=max(8, triton.next_power_of_2(1 + fused * parts)), SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row,
+        DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets, PRECISION=_precision(query.dtype),
+        **config.options,
+    )  # fmt: skip
     with _device_of(query):
+        packed = head_share = None
         if fused:
-            head_share = query.new_empty((batch, heads, fused, queries), dtype=torch.float32)
-            columns = query.new_empty((batch, keys, packed))
-            kernels.pack_labels[(triton.cdiv(batch * keys, 128),)](
-                share, columns, batch * keys, SOURCES=fused, PARTS=parts, COLUMNS=packed, BLOCK=128
+            packed = query.new_empty((batch, fused * parts, parts_row))
+            block = min(256, triton.next_power_of_2(parts_row))
+            kernels.pack_labels[(triton.cdiv(parts_row, block) * batch,)](
+                share, packed, keys, SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row, BLOCK=block, num_warps=2
             )
-        has_offsets = bias is not None or mask is not None
-        config = forward_config(_capability(query.device), query.dtype, queries, keys, head_dim, has_offsets)
-        # The row kernel is made for one length: what it is padded by, and whether a load needs a mask, are constants.
-        is_row = "TILES" in config.tiles
-        sizes = (heads, queries, keys)
-        kernel = kernels.attention_forward_row if is_row else kernels.attention_forward_stream
-        row_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value)) if is_row else {}
-        kernel[(triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch * heads,)](
-            query, key, value, columns, bias, mask, dropout_seed, output, log_sum_exp, head_share,
-            *_strides(query, key, value), *_offset_strides(bias, mask),
-            *(() if is_row else sizes), scale * _LOG2_E, *_dropout(dropout_p), **row_sizes,
-            **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask),
-            COLUMNS=max(8, packed), PACKED=packed, SOURCES=fused, PARTS=parts, DROPS=dropout_p > 0,
-            FOLDS=scale > 0 and not has_offsets, PRECISION=_precision(query.dtype),
-            **config.tiles, num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-        if fused:
-            kernels.average_heads[(triton.cdiv(queries, 64) * batch,)](
-                head_share, log_sum_exp, residual, share_out, heads, queries,
-                SOURCES=fused, HAS_RESIDUAL=residual is not None, MASKED=has_offsets, BLOCK=64, num_warps=2,
+        inputs = (query, key, value, packed, bias, mask, dropout_seed, output, log_sum_exp)
+        if config.kernel == "attention_forward_heads":
+            kernels.attention_forward_heads[(grid,)](
+                *inputs, residual, share_out, *strides, *numbers, HAS_RESIDUAL=residual is not None,
+                **constant_sizes, **how,
             )  # fmt: skip
-        elif sources:
+        else:
+            if fused:
+                head_share = query.new_empty((batch, heads, fused, queries), dtype=torch.float32)
+            if config.kernel == "attention_forward_row":
+                kernels.attention_forward_row[(grid * heads,)](
+                    *inputs, head_share, *strides, *numbers, **constant_sizes, **how
+                )
+            else:
+                kernels.attention_forward_stream[(grid * heads,)](
+                    *inputs, head_share, *strides, *sizes, *numbers, **how
+                )
+            if fused:
+                kernels.average_heads[(triton.cdiv(queries, 64) * batch,)](
+                    head_share, log_sum_exp, residual, share_out, heads, queries,
+                    SOURCES=fused, HAS_RESIDUAL=residual is not None, MASKED=has_offsets, BLOCK=64, num_warps=2,
+                )  # fmt: skip
+        if sources > fused:
             inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
             block = 16 if query.dtype == torch.float32 and head_dim > 64 else 32
             kernels.dense_share[(triton.cdiv(queries, block) * batch,)](
@@ -207,11 +355,11 @@ def backward(
         grad_output = grad_output.contiguous()
     bias, mask = _readable(bias), _readable(mask)
     has_offsets = bias is not None or mask is not None
-    config = backward_config(_capability(query.device), query.dtype, queries, head_dim, has_offsets)
+    config, *of_keys = _chosen(backward_configs, _shape_of(query, key, has_offsets))
     factor, dropout = scale * _LOG2_E, _dropout(dropout_p)
     with _device_of(query):
         inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
-        is_head = "TILES" in config.tiles
+        is_head = config.kernel == "attention_backward_head"
         # One program a head keeps them to itself, unless the bias wants them.
         row_terms = None if is_head and grad_bias is None else torch.empty_like(log_sum_exp)
         inputs = (query, key, value, grad_output)
@@ -230,22 +378,17 @@ def backward(
                 *strides, *_strides(*gradients.values()), scale, factor, *dropout,
                 HEADS=heads, QUERIES=queries, KEYS=keys, **_rows(**gradients), **how,
                 GAP=gap if gap == _gap(*gradients.values()) else 0,
-                **config.tiles, num_warps=config.warps, num_stages=config.stages,
+                **config.options,
             )  # fmt: skip
         else:
-            kernels.sum_row_terms[(triton.cdiv(queries, 16) * batch * heads,)](
-                grad_output, output, row_terms, *_strides(grad_output), heads, queries,
-                **_rows(grad_output=grad_output), **_width(head_dim), BLOCK_Q=16, num_warps=4,
-            )  # fmt: skip
             sizes = (heads, queries, keys, scale, factor, *dropout)
-            how_in_blocks = dict(**how, **config.tiles, num_warps=config.warps, num_stages=config.stages)
-            kernels.attention_backward_keys[(triton.cdiv(keys, config.tiles["BLOCK_K"]) * batch * heads,)](
-                *inputs, *constants, row_terms, grad_key, grad_value, *strides, *_strides(grad_key, grad_value),
-                *sizes, **_rows(grad_key=grad_key, grad_value=grad_value), **how_in_blocks,
-            )  # fmt: skip
             kernels.attention_backward_queries[(triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch * heads,)](
-                *inputs, *constants, row_terms, grad_query, *strides, *_strides(grad_query),
-                *sizes, **_rows(grad_query=grad_query), **how_in_blocks,
+                *inputs, output, *constants, row_terms, grad_query, *strides, *_strides(grad_query),
+                *sizes, **_rows(grad_query=grad_query), **how, **config.options,
+            )  # fmt: skip
+            kernels.attention_backward_keys[(triton.cdiv(keys, of_keys[0].tiles["BLOCK_K"]) * batch * heads,)](
+                *inputs, *constants, row_terms, grad_key, grad_value, *strides, *_strides(grad_key, grad_value),
+                *sizes, **_rows(grad_key=grad_key, grad_value=grad_value), **how, **of_keys[0].options,
             )  # fmt: skip
         if grad_bias is not None:
             block_q, block_k = 32, 32
@@ -287,6 +430,11 @@ def _inverse(
         BLOCK_Q=block, TILE=block, num_warps=4,
     )  # fmt: skip
     return inverse
+
+
+def _shape_of(query: Tensor, key: Tensor, has_offsets: bool) -> Shape:
+    batch, _, queries, head_dim = query.shape
+    return Shape(_capability(query.device), query.dtype, batch, queries, key.shape[2], head_dim, has_offsets)
 
 
 @functools.cache

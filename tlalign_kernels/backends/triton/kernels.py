@@ -102,62 +102,80 @@ def _kept(row, row_stride, column, column_stride, first, seed, threshold, factor
 
 @triton.jit
 def pack_labels(
-    share, columns, rows,
-    SOURCES: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    share, parts, keys,
+    SOURCES: tl.constexpr, PARTS: tl.constexpr, PARTS_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Columns [1, parts of source 1, parts of source 2, ..., 0] of each token: share (rows, S) to (rows, COLUMNS).
+    """Splits share (B, Nk, S) into parts (B, S * PARTS, PARTS_ROW), zeros from key Nk on.
 
     A share of float32 is the sum of three parts of 8 or 11 bits, so that its product on tensor cores is exact up to the
     rounding of the probabilities.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, COLUMNS)[None, :]
-    packed = tl.where(column == 0, 1.0, tl.zeros((BLOCK, COLUMNS), tl.float32))
+    blocks = (PARTS_ROW + BLOCK - 1) // BLOCK
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    key = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     for source in tl.static_range(SOURCES):
-        rest = tl.load(share + row * SOURCES + source, mask=row < rows, other=0.0)
+        rest = tl.load(share + (image * keys + key) * SOURCES + source, mask=key < keys, other=0.0)
         for part in tl.static_range(PARTS):
-            rounded = rest.to(columns.dtype.element_ty).to(tl.float32)
-            packed = tl.where(column == 1 + source * PARTS + part, rounded[:, None], packed)
-            rest = rest - rounded
-    at = columns + row[:, None] * COLUMNS + column
-    tl.store(at, packed.to(columns.dtype.element_ty), mask=(row < rows)[:, None])
+            rounded = rest.to(parts.dtype.element_ty)
+            at = parts + (image * SOURCES * PARTS + source * PARTS + part) * PARTS_ROW + key
+            tl.store(at, rounded, mask=key < PARTS_ROW)
+            rest = rest - rounded.to(tl.float32)
 
 
 @triton.jit
 def _label_columns(
-    columns, first, end, ROWS: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr, ENDS: tl.constexpr,
+    parts, first, PARTS_ROW: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The column block of some keys, PACKED columns from memory and zeros; without labels (0) its ones alone."""
+    """Columns [1, parts of source 1, parts of source 2, ..., 0] of ROWS keys from `first` on, (ROWS, COLUMNS).
+
+    PACKED of them are in memory, as rows, so that a thread reads several keys at once.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    rest = (tl.where(column == 0, 1.0, 0.0) + tl.zeros((ROWS, COLUMNS), tl.float32)).to(DTYPE)
     if PACKED > 0:
-        return _load_rows(columns, PACKED, first, end, ROWS, PACKED, COLUMNS, ENDS)
+        at = parts + ((column - 1) * PARTS_ROW + tl.arange(0, ROWS)[:, None]) + first
+        return tl.load(at, mask=(column > 0) & (column <= PACKED), other=rest)
     else:
-        column = tl.arange(0, COLUMNS)[None, :] + tl.zeros((ROWS, COLUMNS), tl.int32)
-        return tl.where(column == 0, 1.0, 0.0).to(DTYPE)
+        return rest
 
 
 @triton.jit
 def _finish(
-    output, log_sum_exp, head_share, image, head, heads, queries, first, accumulated, labels, highest,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr,
-    PARTS: tl.constexpr, MASKED: tl.constexpr,
+    output, log_sum_exp, image, head, heads, queries, first, accumulated, labels, highest,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output, the log-sum-exp and the shares of one head from the sums over all keys."""
-    column = tl.arange(0, COLUMNS)[None, :]
-    total = tl.sum(tl.where(column == 0, labels, 0.0), 1)
+    """Writes the output and the log-sum-exp of one head from the sums over all keys; returns 1 / row sum."""
+    total = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == 0, labels, 0.0), 1)
     inverse = 1.0 / total
     if MASKED:
         inverse = tl.where(total == 0.0, 0.0, inverse)
     start = output + (image * queries * heads + head) * D
     _store_rows(start, heads * D, first, queries, accumulated * inverse[:, None], ROWS, D, BLOCK_D)
     row = first + tl.arange(0, ROWS)
-    inside = row < queries
     # log2(0) + the maximum, -inf, is -inf: a query that sees no key.
-    tl.store(log_sum_exp + (image * heads + head) * queries + row, (highest + tl.log2(total)) * LN_2, mask=inside)
+    known = (highest + tl.log2(total)) * LN_2
+    tl.store(log_sum_exp + (image * heads + head) * queries + row, known, mask=row < queries)
+    return inverse
+
+
+@triton.jit
+def _sum_parts(labels, source, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """The label of one source from its parts."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    is_part = (column > source * PARTS) & (column <= (source + 1) * PARTS)
+    return tl.sum(tl.where(is_part, labels, 0.0), 1)
+
+
+@triton.jit
+def _store_head_share(
+    head_share, pair, queries, first, labels, inverse,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.arange(0, ROWS)
     for source in tl.static_range(SOURCES):
-        is_part = (column > source * PARTS) & (column <= (source + 1) * PARTS)
-        mixed = tl.sum(tl.where(is_part, labels, 0.0), 1) * inverse
-        tl.store(head_share + ((image * heads + head) * SOURCES + source) * queries + row, mixed, mask=inside)
+        mixed = _sum_parts(labels, source, COLUMNS, PARTS) * inverse
+        tl.store(head_share + (pair * SOURCES + source) * queries + row, mixed, mask=row < queries)
 
 
 @triton.jit
@@ -180,19 +198,18 @@ def _scores(
 
 @triton.jit
 def _add_values(
-    p, accumulated, labels, value, VALUE_ROW: tl.constexpr, columns, row, queries, first, keys, pair,
+    p, accumulated, labels, value, VALUE_ROW: tl.constexpr, w, row, queries, first, keys, pair,
     seed, threshold, kept_factor,
-    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
-    PACKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DROPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds P V and P [1, share] of SIZE keys from `first` on."""
+    """Adds P V and P w, where w = [1, share], of SIZE keys from `first` on."""
     v = _load_rows(value, VALUE_ROW, first, keys, SIZE, D, BLOCK_D, ENDS)
     kept = p
     if DROPS:
         column = first + tl.arange(0, SIZE)
         kept = p * _kept(row, keys, column, 1, pair * queries * keys, tl.load(seed), threshold, kept_factor)
     accumulated = tl.dot(kept.to(v.dtype), v, accumulated, input_precision=PRECISION)
-    w = _label_columns(columns, first, keys, SIZE, PACKED, COLUMNS, ENDS, v.dtype)
     return accumulated, tl.dot(p.to(v.dtype), w, labels, input_precision="ieee")
 
 
@@ -208,12 +225,12 @@ def _max_of_lanes(scores):
 # = reference.forward, but for the mean over heads.
 @triton.jit
 def attention_forward_row(
-    query, key, value, columns, bias, mask, seed, output, log_sum_exp, head_share,
+    query, key, value, parts, bias, mask, seed, output, log_sum_exp, head_share,
     query_image, query_head, key_image, key_head, value_image, value_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr, SOURCES: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
@@ -238,7 +255,7 @@ def attention_forward_row(
     bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     if SOURCES > 0:
-        columns += image * KEYS * PACKED
+        parts += image * (SOURCES * PARTS * PARTS_ROW)
     q = _load_rows(query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True)
 
     COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
@@ -266,22 +283,29 @@ def attention_forward_row(
     accumulated = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     labels = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
     for i in tl.static_range(COUNT):
-        accumulated, labels = _add_values(
-            tl.exp2(scores[i] * unit - shift[:, None]), accumulated, labels, value, VALUE_ROW, columns, row, QUERIES,
-            TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS, image * HEADS + head, seed, threshold, kept_factor,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
-            D, BLOCK_D, COLUMNS, PACKED, DROPS, PRECISION,
+        w = _label_columns(
+            parts, TILE * i if i <= TILES else TILE * TILES + TAIL, PARTS_ROW,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), SOURCES * PARTS, COLUMNS, q.dtype,
         )  # fmt: skip
-    _finish(
-        output, log_sum_exp, head_share, image, head, HEADS, QUERIES, first, accumulated, labels, highest,
-        BLOCK_Q, D, BLOCK_D, COLUMNS, SOURCES, PARTS, not FOLDS,
+        accumulated, labels = _add_values(
+            tl.exp2(scores[i] * unit - shift[:, None]), accumulated, labels, value, VALUE_ROW, w, row, QUERIES,
+            TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS, image * HEADS + head, seed, threshold, kept_factor,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, D, BLOCK_D, DROPS, PRECISION,
+        )  # fmt: skip
+    inverse = _finish(
+        output, log_sum_exp, image, head, HEADS, QUERIES, first, accumulated, labels, highest,
+        BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS,
     )  # fmt: skip
+    _store_head_share(
+        head_share, image * HEADS + head, QUERIES, first, labels, inverse, BLOCK_Q, COLUMNS, SOURCES, PARTS
+    )
 
 
 @triton.jit
 def _stream_tile(
-    q, highest, accumulated, labels, key, KEY_ROW: tl.constexpr, value, VALUE_ROW: tl.constexpr, columns, row, queries,
-    first, keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+    q, highest, accumulated, labels, key, KEY_ROW: tl.constexpr, value, VALUE_ROW: tl.constexpr,
+    parts, PARTS_ROW: tl.constexpr, row, queries, first, keys, factor,
+    bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
     PACKED: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -297,10 +321,10 @@ def _stream_tile(
     if not FOLDS:
         shift = tl.where(now == float("-inf"), 0.0, now)
     kept = tl.exp2(highest - shift)
+    w = _label_columns(parts, first, PARTS_ROW, SIZE, PACKED, COLUMNS, q.dtype)
     accumulated, labels = _add_values(
         tl.exp2(scores * unit - shift[:, None]), accumulated * kept[:, None], labels * kept[:, None], value, VALUE_ROW,
-        columns, row, queries, first, keys, pair, seed, threshold, kept_factor,
-        SIZE, ENDS, D, BLOCK_D, COLUMNS, PACKED, DROPS, PRECISION,
+        w, row, queries, first, keys, pair, seed, threshold, kept_factor, SIZE, ENDS, D, BLOCK_D, DROPS, PRECISION,
     )  # fmt: skip
     return now, accumulated, labels
 
@@ -308,12 +332,12 @@ def _stream_tile(
 # The same for any number of keys, in tiles that pass by: registers hold one tile of scores and running sums.
 @triton.jit
 def attention_forward_stream(
-    query, key, value, columns, bias, mask, seed, output, log_sum_exp, head_share,
+    query, key, value, parts, bias, mask, seed, output, log_sum_exp, head_share,
     query_image, query_head, key_image, key_head, value_image, value_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, factor, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr, SOURCES: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
@@ -328,7 +352,7 @@ def attention_forward_stream(
     bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     if SOURCES > 0:
-        columns += image * keys * PACKED
+        parts += image * (SOURCES * PARTS * PARTS_ROW)
     q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
 
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -339,20 +363,104 @@ def attention_forward_stream(
         whole = keys // TILE * TILE
     for start in range(0, whole, TILE):
         highest, accumulated, labels = _stream_tile(
-            q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, columns, row, queries, start, keys, factor,
-            bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head, seed, threshold, kept_factor,
-            TILE, TAIL == 0, D, BLOCK_D, COLUMNS, PACKED, BIAS, MASK, DROPS, FOLDS, PRECISION,
+            q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, parts, PARTS_ROW, row, queries, start,
+            keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head,
+            seed, threshold, kept_factor, TILE, TAIL == 0, D, BLOCK_D, COLUMNS, SOURCES * PARTS,
+            BIAS, MASK, DROPS, FOLDS, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
         highest, accumulated, labels = _stream_tile(
-            q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, columns, row, queries, whole, keys, factor,
-            bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head, seed, threshold, kept_factor,
-            TAIL, True, D, BLOCK_D, COLUMNS, PACKED, BIAS, MASK, DROPS, FOLDS, PRECISION,
+            q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, parts, PARTS_ROW, row, queries, whole,
+            keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head,
+            seed, threshold, kept_factor, TAIL, True, D, BLOCK_D, COLUMNS, SOURCES * PARTS,
+            BIAS, MASK, DROPS, FOLDS, PRECISION,
         )  # fmt: skip
-    _finish(
-        output, log_sum_exp, head_share, image, head, heads, queries, first, accumulated, labels, highest,
-        BLOCK_Q, D, BLOCK_D, COLUMNS, SOURCES, PARTS, not FOLDS,
+    inverse = _finish(
+        output, log_sum_exp, image, head, heads, queries, first, accumulated, labels, highest,
+        BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS,
     )  # fmt: skip
+    _store_head_share(
+        head_share, image * heads + head, queries, first, labels, inverse, BLOCK_Q, COLUMNS, SOURCES, PARTS
+    )
+
+
+# The same for so few keys that one tile has them, and the mean over heads with it: a program has BLOCK_Q queries of an
+# image, and their heads pass by. Registers hold [1, share] and the sum of the shares of the heads, which no longer
+# go through memory. The programs are fewer, so many images are wanted. = reference.forward
+@triton.jit
+def attention_forward_heads(
+    query, key, value, parts, bias, mask, seed, output, log_sum_exp, residual, share,
+    query_image, query_head, key_image, key_head, value_image, value_head,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Labels and residual (B, Nq, S) to share (B, Nq, S); the rest as in `attention_forward_row`."""
+    block, _, image = _program((QUERIES + BLOCK_Q - 1) // BLOCK_Q, 1)
+    first = block * BLOCK_Q
+    row = first + tl.arange(0, BLOCK_Q)
+    if GAP > 0:
+        query += image * (QUERIES * QUERY_ROW)
+        key = query + GAP
+        value = key + GAP
+    else:
+        query += image * query_image
+        key += image * key_image
+        value += image * value_image
+    if SOURCES > 0:
+        parts += image * (SOURCES * PARTS * PARTS_ROW)
+    w = _label_columns(parts, 0, PARTS_ROW, BLOCK_K, SOURCES * PARTS, COLUMNS, query.dtype.element_ty)
+    mean = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
+    seeing = tl.zeros((BLOCK_Q,), tl.float32)
+    for number in tl.range(0, HEADS):
+        head = tl.cast(number, tl.int64)
+        if GAP > 0:
+            at_query, at_key, at_value = query + number * D, key + number * D, value + number * D
+        else:
+            at_query, at_key, at_value = query + head * query_head, key + head * key_head, value + head * value_head
+        q = _load_rows(at_query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True)
+        scores = _scores(
+            q, at_key, KEY_ROW, row, QUERIES, 0, KEYS, 1.0 if FOLDS else factor,
+            _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0), bias_query, bias_key,
+            _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
+            BLOCK_K, True, D, BLOCK_D, BIAS, MASK, PRECISION,
+        )  # fmt: skip
+        unit = factor if FOLDS else 1.0
+        highest = tl.max(scores, 1) * unit
+        shift = highest
+        if not FOLDS:
+            shift = tl.where(highest == float("-inf"), 0.0, highest)
+            seeing += tl.where(highest == float("-inf"), 0.0, 1.0)
+        accumulated, labels = _add_values(
+            tl.exp2(scores * unit - shift[:, None]), tl.zeros((BLOCK_Q, BLOCK_D), tl.float32),
+            tl.zeros((BLOCK_Q, COLUMNS), tl.float32), at_value, VALUE_ROW, w, row, QUERIES, 0, KEYS,
+            image * HEADS + head, seed, threshold, kept_factor, BLOCK_K, True, D, BLOCK_D, DROPS, PRECISION,
+        )  # fmt: skip
+        inverse = _finish(
+            output, log_sum_exp, image, head, HEADS, QUERIES, first, accumulated, labels, highest,
+            BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS,
+        )  # fmt: skip
+        mean += labels * inverse[:, None]
+    if FOLDS:
+        seeing += HEADS
+    for source in tl.static_range(SOURCES):
+        _store_mean(
+            _sum_parts(mean, source, COLUMNS, PARTS), seeing, residual, share,
+            (image * QUERIES + row) * SOURCES + source, row < QUERIES, HAS_RESIDUAL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_mean(total, seeing, residual, share, at, inside, HAS_RESIDUAL: tl.constexpr):
+    """Writes the mean of a label over the heads in which a query sees a key, averaged with the residual."""
+    mean = tl.where(seeing > 0, total / tl.maximum(seeing, 1.0), 0.0)
+    if HAS_RESIDUAL:
+        own = tl.load(residual + at, mask=inside, other=0.0)
+        mean = tl.where(seeing > 0, (mean + own) * 0.5, own)
+    tl.store(share + at, mean, mask=inside)
 
 
 # share = mean of the shares over the heads in which a query sees a key, in fixed order, averaged with the residual.
@@ -375,16 +483,12 @@ def average_heads(
             known = tl.load(log_sum_exp + (image * heads + head) * queries + row, mask=inside, other=0.0)
             seeing -= tl.where(known == float("-inf"), 1.0, 0.0)
     for source in tl.static_range(SOURCES):
-        mean = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
         for head in range(heads):
             of_head = head_share + ((image * heads + head) * SOURCES + source) * queries
-            mean += tl.load(of_head + row, mask=inside, other=0.0)
-        mean = tl.where(seeing > 0, mean / tl.maximum(seeing, 1.0), 0.0)
+            total += tl.load(of_head + row, mask=inside, other=0.0)
         at = (image * queries + row) * SOURCES + source
-        if HAS_RESIDUAL:
-            own = tl.load(residual + at, mask=inside, other=0.0)
-            mean = tl.where(seeing > 0, (mean + own) * 0.5, own)
-        tl.store(share + at, mean, mask=inside)
+        _store_mean(total, seeing, residual, share, at, inside, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -563,13 +667,11 @@ def _head_step(
 
 @triton.jit
 def _row_term(
-    grad_output, output, first, end, GRAD_OUTPUT_ROW: tl.constexpr, output_row, ROWS: tl.constexpr,
-    ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    d_o, output, first, end, output_row, ROWS: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135)."""
-    left = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, end, ROWS, D, BLOCK_D, ENDS)
-    right = _load_rows(output, output_row, first, end, ROWS, D, BLOCK_D, ENDS)
-    return tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)
+    o = _load_rows(output, output_row, first, end, ROWS, D, BLOCK_D, ENDS)
+    return tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
 
 
 # All gradients of one head in one program, for queries that are all on chip: registers hold dQ of all of them, blocks
@@ -619,8 +721,12 @@ def attention_backward_head(
     terms = ()
     d_q = ()
     for i in tl.static_range(COUNT):
+        d_o = _load_rows(
+            grad_output, GRAD_OUTPUT_ROW, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, BLOCK_D, i == COUNT - 1,
+        )  # fmt: skip
         term = _row_term(
-            grad_output, output, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES, GRAD_OUTPUT_ROW, HEADS * D,
+            d_o, output, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES, HEADS * D,
             TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, D, BLOCK_D,
         )  # fmt: skip
         if row_terms is not None:
@@ -655,21 +761,53 @@ def attention_backward_head(
         )  # fmt: skip
 
 
-# The row terms of all queries, for the kernels below that have no query to themselves.
+# dQ = scale dS K: a program has BLOCK_Q queries of a head, and blocks of keys pass by. Writes their row terms as well,
+# for the kernels below that have no query to themselves.
 @triton.jit
-def sum_row_terms(
-    grad_output, output, row_terms, grad_output_image, grad_output_head, heads, queries,
-    GRAD_OUTPUT_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+def attention_backward_queries(
+    query, key, value, grad_output, output, bias, mask, seed, log_sum_exp, inverse, row_terms, grad_query,
+    query_image, query_head, key_image, key_head, value_image, value_head,
+    grad_output_image, grad_output_head,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    grad_query_image, grad_query_head,
+    heads, queries, keys, scale, factor, threshold, kept_factor,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
+    GRAD_QUERY_ROW: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """grad_output with any strides and output (B, Nq, H, D) to row_terms (B, H, Nq)."""
+    """Gradient of query and row terms (B, H, Nq) of BLOCK_Q queries."""
     block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
     first = block * BLOCK_Q
-    grad_output += image * grad_output_image + head * grad_output_head
-    output += (image * queries * heads + head) * D
-    term = _row_term(grad_output, output, first, queries, GRAD_OUTPUT_ROW, heads * D, BLOCK_Q, True, D, BLOCK_D)
     row = first + tl.arange(0, BLOCK_Q)
-    tl.store(row_terms + (image * heads + head) * queries + row, term, mask=row < queries)
+    pair = image * heads + head
+    key += image * key_image + head * key_head
+    value += image * value_image + head * value_head
+    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    query += image * query_image + head * query_head
+    grad_output += image * grad_output_image + head * grad_output_head
+    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
+    output += (image * queries * heads + head) * D
+    row_term = _row_term(d_o, output, first, queries, heads * D, BLOCK_Q, True, D, BLOCK_D)
+    tl.store(row_terms + pair * queries + row, row_term, mask=row < queries)
+    d_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for start in range(0, keys, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        k = _load_rows(key, KEY_ROW, start, keys, BLOCK_K, D, BLOCK_D, True)
+        v = _load_rows(value, VALUE_ROW, start, keys, BLOCK_K, D, BLOCK_D, True)
+        _, d_s = _grad_scores(
+            q, k, v, d_o, row, queries, column, keys, factor, known, 1.0, row_term,
+            bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+            True, BIAS, MASK, DROPS, False, PRECISION,
+        )  # fmt: skip
+        d_q = tl.dot(tl.trans(d_s.to(k.dtype)), k, d_q, input_precision=PRECISION)
+    # What makes up for the rounding of the log-sum-exp is a factor of all of a query's probabilities.
+    d_q *= _inverse(inverse, pair * queries, row, queries, NORMALISES)[:, None] * scale
+    grad_query += image * grad_query_image + head * grad_query_head
+    _store_rows(grad_query, GRAD_QUERY_ROW, first, queries, d_q, BLOCK_Q, D, BLOCK_D)
 
 
 # dK = scale dS^T Q, dV = P^T dO: a program has BLOCK_K keys of a head, and blocks of queries pass by.
@@ -717,51 +855,6 @@ def attention_backward_keys(
     grad_value += image * grad_value_image + head * grad_value_head
     _store_rows(grad_key, GRAD_KEY_ROW, first, keys, d_k * scale, BLOCK_K, D, BLOCK_D)
     _store_rows(grad_value, GRAD_VALUE_ROW, first, keys, d_v, BLOCK_K, D, BLOCK_D)
-
-
-# dQ = scale dS K: a program has BLOCK_Q queries of a head, and blocks of keys pass by.
-@triton.jit
-def attention_backward_queries(
-    query, key, value, grad_output, bias, mask, seed, log_sum_exp, inverse, row_terms, grad_query,
-    query_image, query_head, key_image, key_head, value_image, value_head,
-    grad_output_image, grad_output_head,
-    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
-    grad_query_image, grad_query_head,
-    heads, queries, keys, scale, factor, threshold, kept_factor,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
-    GRAD_QUERY_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
-    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Gradient of query of BLOCK_Q queries."""
-    block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
-    first = block * BLOCK_Q
-    row = first + tl.arange(0, BLOCK_Q)
-    pair = image * heads + head
-    key += image * key_image + head * key_head
-    value += image * value_image + head * value_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
-    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
-    query += image * query_image + head * query_head
-    grad_output += image * grad_output_image + head * grad_output_head
-    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
-    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
-    known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
-    inverse_of_row = _inverse(inverse, pair * queries, row, queries, NORMALISES)
-    row_term = tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0)
-    d_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for start in range(0, keys, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        k = _load_rows(key, KEY_ROW, start, keys, BLOCK_K, D, BLOCK_D, True)
-        v = _load_rows(value, VALUE_ROW, start, keys, BLOCK_K, D, BLOCK_D, True)
-        _, d_s = _grad_scores(
-            q, k, v, d_o, row, queries, column, keys, factor, known, inverse_of_row, row_term,
-            bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-            True, BIAS, MASK, DROPS, NORMALISES, PRECISION,
-        )  # fmt: skip
-        d_q = tl.dot(tl.trans(d_s.to(k.dtype)), k, d_q, input_precision=PRECISION)
-    grad_query += image * grad_query_image + head * grad_query_head
-    _store_rows(grad_query, GRAD_QUERY_ROW, first, queries, d_q * scale, BLOCK_Q, D, BLOCK_D)
 
 
 # dBias = dS, summed where the bias is broadcast: a program has one tile of one head of the bias and one part of the
