@@ -1,6 +1,8 @@
 """What the Triton kernels execute, counted in the code compiled for two architectures. Counts, not times: no GPU runs.
 
-Instructions are SASS, of all warps of all programs of a head: those of the listing, loops times their trips.
+Instructions are SASS, of all warps of all programs of a head: those of the listing, loops times their trips. Cycles are
+what these take of each pipe of an A100 or H100 (rates: `triton_offline.pipe_cycles`): the busiest pipe bounds the time
+from below, the issue of instructions is one of them.
 """
 
 import sys
@@ -16,28 +18,58 @@ if backend.triton is None:
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tlalign_kernels"))
 import triton_offline as offline
 
+PIPES = ("issue", "tensor", "special", "float", "integer", "memory")
+BACKWARDS = ("attention_backward_head", "attention_backward_queries", "attention_backward_keys")
+SHAPES = {
+    "N=197 D=64": (dict(tokens=197, head_dim=64), "attention_forward_row"),
+    "windows of 49 D=32 H=3": (
+        dict(tokens=49, head_dim=32, heads=3, prefer=["attention_forward_heads"]),
+        "attention_forward_heads",
+    ),
+}
 
-@pytest.mark.parametrize(("tokens", "head_dim"), [(197, 64), (49, 32)], ids=["ViT", "windows"])
+
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("arch", [80, 90])
-def test_counts(benchmark, monkeypatch, arch, tokens, head_dim):
+def test_counts(benchmark, arch, name):
+    options, forward = SHAPES[name]
+    tokens, heads = options["tokens"], options.get("heads", offline.HEADS)
+
     def measure():
-        labels = offline.record_packed(monkeypatch, arch, tokens, head_dim)
-        none = offline.record_packed(monkeypatch, arch, tokens, head_dim, sources=0)
-        row = labels["attention_forward_row"].constants
-        padded = (row["TILE"] * row["TILES"] + row["TAIL"] + row["TAIL_2"]) * -(-tokens // row["BLOCK_Q"])
-        head = labels["attention_backward_head"]
-        trips = -(-tokens // head.constants["BLOCK_K"])
-        return (
-            offline.count_of_head(labels["attention_forward_row"], arch),
-            offline.count_of_head(none["attention_forward_row"], arch),
-            padded * row["BLOCK_Q"] / tokens**2,
-            offline.count_of_head(head, arch, [trips] if trips > 1 else [])[0],
+        launches = offline.record_packed(arch, **options)
+        labels = launches[forward]
+        rows = {"with labels": labels, "without": offline.record_packed(arch, sources=0, **options)[forward]}
+        if forward == "attention_forward_row":
+            rows["without, row sum by additions"] = offline.make_plain(labels)
+        for kernel in BACKWARDS:
+            prefer = ["attention_backward_head" if "head" in kernel else "attention_backward_queries"]
+            rows[kernel] = offline.record_packed(arch, **{**options, "prefer": prefer})[kernel]
+        padded = labels.constants["PARTS_ROW"] * labels.constants["BLOCK_Q"] * -(-tokens // labels.constants["BLOCK_Q"])
+        return padded, {
+            row: (
+                offline.count_of_head(launch, arch, heads),
+                offline.programs_at_once(launch, arch) * launch.warps,
+            )
+            for row, launch in rows.items()
+        }
+
+    padded, rows = benchmark.pedantic(measure, rounds=1)
+    print(f"\ncounts of a head, sm_{arch}, {name}, bfloat16; {padded / tokens**2:.2f} scores computed for one needed")
+    print(f"{'':<30} {'instructions':>12} {'a score':>8} {'warps':>6}   cycles: {'  '.join(PIPES)}")
+    least = rows["without"][0].total()
+    for row, (counts, warps) in rows.items():
+        cycles = offline.pipe_cycles(counts, arch)
+        line = "  ".join(f"{cycles[pipe]:{len(pipe)}.0f}" for pipe in PIPES)
+        more = "" if "backward" in row else f"  {100 * (counts.total() / least - 1):+.1f} %"
+        print(
+            f"{row:<30} {counts.total():12.0f} {32 * counts.total() / tokens**2:8.1f} {warps:6d}           {line}{more}"
         )
 
-    (forward, registers), (lean, lean_registers), padding, backward = benchmark.pedantic(measure, rounds=1)
-    print(
-        f"\ncounts, sm_{arch}, N={tokens}, D={head_dim}, bfloat16: forward {forward} ({registers} registers), without "
-        f"labels {lean} ({lean_registers}): labels {100 * (forward / lean - 1):+.1f} %; "
-        f"{32 * forward / tokens**2:.1f} a score, of which {padding:.2f} are computed for one needed; "
-        f"backward {backward}"
-    )
+
+@pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm")
+@pytest.mark.parametrize("name", SHAPES)
+def test_bytes(benchmark, name):
+    options, _ = SHAPES[name]
+
+    none, labels = benchmark.pedantic(lambda: [offline.forward_bytes(sources=s, **options) for s in (0, 1)], rounds=1)
+    print(f"\nbytes that the kernels of a forward ask for, {name}: labels {100 * (labels / none - 1):+.1f} %")

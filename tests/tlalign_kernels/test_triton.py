@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tlalign_kernels as tlk
+from tlalign_kernels.backends import Problem
 from tlalign_kernels.backends import triton as backend
 from tlalign_kernels.selftest import CASES, Case, compare
 
@@ -31,7 +33,7 @@ def test_the_operators_tests_pass_under_the_interpreter():
     # In a process of its own: the kernels are interpreted or compiled from their import on.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", "triton"]
     done = subprocess.run(
-        [*command, Path(__file__).with_name("test_functional.py")],
+        [*command, *(Path(__file__).with_name(name) for name in ("test_functional.py", "test_gpu.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
@@ -80,12 +82,42 @@ def test_compiled_code_at_odd_lengths(monkeypatch, tokens):
 
 
 @needs_ptxvm
-def test_every_configuration_of_the_backward_is_right(monkeypatch):
+@pytest.mark.parametrize("sources", [1, 3])
+@pytest.mark.parametrize(("queries", "keys"), [(49, 49), (1, 1), (70, 17)])
+def test_heads_in_turn_are_right(monkeypatch, queries, keys, sources):
+    names = []
+
+    def run(launch):
+        names.append(launch.name)
+        offline.execute(launch)
+
+    monkeypatch.setattr(backend, "MIN_PROGRAMS_OF_HEADS", 0)
+    offline.record(monkeypatch, run)
+    case = Case("heads", queries=queries, keys=keys, head_dim=32, sources=sources, packed=queries == keys)
+    assert [check for check in compare(case, torch.bfloat16, "triton") if not check.passed] == []
+    assert "attention_forward_heads" in names
+
+
+def zip_configs(shape):
+    """Each configuration of forward and backward once."""
+    forward, backward = backend.forward_configs(shape), backend.backward_configs(shape)
+    for number in range(max(len(forward), len(backward))):
+        yield forward[min(number, len(forward) - 1)], backward[min(number, len(backward) - 1)]
+
+
+@needs_ptxvm
+@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_configuration_is_right(monkeypatch, arch, dtype):
     # Other architectures take other tiles; their code for sm_80 is what can be executed.
-    case = Case("tiles", batch=1, heads=1, packed=True)
-    for arch in (86, 120):
-        offline.record(monkeypatch, offline.execute, arch)
-        assert [check for check in compare(case, torch.bfloat16, "triton") if not check.passed] == []
+    case = Case("tiles", batch=1, heads=1, queries=100, keys=100, packed=True)
+    shape = backend.Shape(arch, dtype, 1, 100, 100, 64, False)
+    for forward, backward in zip_configs(shape):
+        with monkeypatch.context() as patch:
+            offline.record(patch, offline.execute, arch)
+            patch.setattr(backend, "forward_configs", lambda shape, chosen=forward: [chosen])
+            patch.setattr(backend, "backward_configs", lambda shape, chosen=backward: [chosen])
+            assert [check for check in compare(case, dtype, "triton") if not check.passed] == []
 
 
 # Compiled
@@ -102,10 +134,18 @@ def check_compiled(launch, arch):
         assert any(opcode in ("HMMA", "HGMMA", "UTCHMMA") for opcode in opcodes), f"{launch.name}: no tensor cores"
 
 
+def every_launch(arch, tokens, head_dim, dtype):
+    """Launches of every configuration that may be chosen."""
+    shape = backend.Shape(arch, dtype, 1, tokens, tokens, head_dim, False)
+    for forward, backward in zip_configs(shape):
+        prefer = [config.kernel for config in (*forward, *backward)]
+        yield from offline.record_packed(arch, tokens, head_dim, dtype, prefer=prefer).values()
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("tokens", [49, 197, 577])
-def test_nothing_spills_at_head_dim_64(monkeypatch, arch, tokens):
-    for launch in offline.record_packed(monkeypatch, arch, tokens, 64).values():
+def test_nothing_spills_at_head_dim_64(arch, tokens):
+    for launch in every_launch(arch, tokens, 64, torch.bfloat16):
         check_compiled(launch, arch)
 
 
@@ -113,54 +153,109 @@ def test_nothing_spills_at_head_dim_64(monkeypatch, arch, tokens):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_nothing_spills(monkeypatch, arch, head_dim, dtype):
+def test_nothing_spills(arch, head_dim, dtype):
     for tokens in (49, 197, 577):
-        for launch in offline.record_packed(monkeypatch, arch, tokens, head_dim, dtype).values():
+        for launch in every_launch(arch, tokens, head_dim, dtype):
             check_compiled(launch, arch)
+
+
+# Chosen
+
+
+def test_what_tune_prefers_is_launched(monkeypatch):
+    names = []
+    offline.record(monkeypatch, lambda launch: names.append(launch.name))
+    monkeypatch.setattr(backend, "_preferred", {})
+    problem = Problem("cpu", torch.bfloat16, 2, 3, 50, 50, 32, 1, torch.float32, False, False, 0.0, True)
+    default, *others = backend.configurations(problem)
+    assert backend.configuration_of(problem) == default
+    assert len(others) == 3
+    for configuration in (default, *others):
+        backend.prefer(problem, configuration)
+        assert backend.configuration_of(problem) == configuration
+        for batch in (1, 2):
+            names.clear()
+            qkv = torch.zeros(batch, 50, 3, 3, 32, dtype=torch.bfloat16, requires_grad=True)
+            tlk.attention_qkv(qkv, torch.zeros(batch, 50, 1), backend="triton")[0].sum().backward()
+            assert {config.kernel for config in configuration} <= set(names)
+        query = torch.zeros(1, 3, 50, 32, dtype=torch.bfloat16, requires_grad=True)
+        explained = tlk.explain(query, query, query, backend="triton")
+        assert explained.configuration == tuple(map(str, configuration))
 
 
 # Counted
 
+WINDOWS = dict(tokens=49, head_dim=32, heads=3, prefer=["attention_forward_heads"])
+
+
+def count(launch, arch, heads=offline.HEADS):
+    return offline.count_of_head(launch, arch, heads).total()
+
 
 @pytest.mark.parametrize(("tokens", "head_dim", "most"), [(197, 64, 1.4), (49, 32, 1.71)])
-def test_few_scores_are_padding(monkeypatch, tokens, head_dim, most):
-    launch = offline.record_packed(monkeypatch, 80, tokens, head_dim)["attention_forward_row"]
-    sizes = launch.constants
-    columns = sizes["TILE"] * sizes["TILES"] + sizes["TAIL"] + sizes["TAIL_2"]
-    rows = sizes["BLOCK_Q"] * launch.grid[0] // (offline.IMAGES * offline.HEADS)
-    assert tokens**2 <= rows * columns <= most * tokens**2
+def test_few_scores_are_padding(tokens, head_dim, most):
+    launch = offline.record_packed(80, tokens, head_dim)["attention_forward_row"]
+    rows = launch.constants["BLOCK_Q"] * launch.grid[0] // (offline.IMAGES * offline.HEADS)
+    assert tokens**2 <= rows * launch.constants["PARTS_ROW"] <= most * tokens**2
 
 
 @pytest.mark.parametrize(("arch", "most"), [(80, 16), (90, 13)])
-def test_instructions_of_a_score_of_the_forward(monkeypatch, arch, most):
-    launch = offline.record_packed(monkeypatch, arch, 197, 64)["attention_forward_row"]
-    assert offline.count_of_head(launch, arch)[0] * 32 / 197**2 <= most
+def test_instructions_of_a_score_of_the_forward(arch, most):
+    launch = offline.record_packed(arch, 197, 64)["attention_forward_row"]
+    assert count(launch, arch) * 32 / 197**2 <= most
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_labels_cost_few_instructions(monkeypatch, arch):
+def test_labels_cost_few_instructions(arch):
     # The leanest kernel without labels: its row sum, too, is a column of the product.
-    none, labels = (
-        offline.count_of_head(
-            offline.record_packed(monkeypatch, arch, 197, 64, sources=sources)["attention_forward_row"], arch
-        )[0]
-        for sources in (0, 1)
-    )
-    assert none < labels <= 1.06 * none
+    none, labels = (offline.record_packed(arch, 197, 64, sources=s)["attention_forward_row"] for s in (0, 1))
+    assert count(none, arch) < count(labels, arch) <= 1.06 * count(none, arch)
+    assert count(labels, arch) <= count(offline.make_plain(labels), arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_one_program_a_head_takes_a_third_less_than_two_kernels(monkeypatch, arch):
-    def count(launch, block=None):
-        trips = [-(-197 // launch.constants[block])] if block else []
-        return offline.count_of_head(launch, arch, trips)[0]
+def test_labels_of_windows_cost_few_instructions(arch):
+    none, labels = (offline.record_packed(arch, sources=s, **WINDOWS)["attention_forward_heads"] for s in (0, 1))
+    assert count(none, arch, heads=3) < count(labels, arch, heads=3) <= 1.08 * count(none, arch, heads=3)
 
-    one = count(offline.record_packed(monkeypatch, arch, 197, 64)["attention_backward_head"], "BLOCK_K")
-    monkeypatch.setattr(backend, "MAX_GRADIENT_ROWS", 0)
-    launches = offline.record_packed(monkeypatch, arch, 197, 64)
-    two = (
-        count(launches["sum_row_terms"])
-        + count(launches["attention_backward_keys"], "BLOCK_Q")
-        + count(launches["attention_backward_queries"], "BLOCK_K")
-    )
-    assert one <= 0.67 * two
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("options", [dict(tokens=197, head_dim=64), WINDOWS], ids=["ViT", "windows"])
+def test_labels_take_no_program_from_a_multiprocessor(arch, options):
+    name = "attention_forward_heads" if options is WINDOWS else "attention_forward_row"
+    none, labels = (offline.record_packed(arch, sources=sources, **options)[name] for sources in (0, 1))
+    assert offline.programs_at_once(labels, arch) == offline.programs_at_once(none, arch)
+
+
+@needs_ptxvm
+@pytest.mark.parametrize(
+    "most, options", [(1.03, dict(tokens=197, head_dim=64)), (1.04, WINDOWS)], ids=["ViT", "windows"]
+)
+def test_labels_cost_few_bytes(most, options):
+    none, labels = (offline.forward_bytes(sources=sources, **options) for sources in (0, 1))
+    assert none < labels <= most * none
+
+
+SPLIT = ("attention_backward_queries", "attention_backward_keys")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_one_program_a_head_takes_a_third_less_than_two_kernels_of_usual_tiles(monkeypatch, arch):
+    one = offline.record_packed(arch, 197, 64, prefer=["attention_backward_head"])["attention_backward_head"]
+    usual = tuple(backend.Config(name, dict(BLOCK_Q=32, BLOCK_K=64), warps=4) for name in SPLIT)
+    monkeypatch.setattr(backend, "backward_configs", lambda shape: [usual])
+    two = offline.record_packed(arch, 197, 64)
+    assert count(one, arch) <= 0.67 * sum(count(two[name], arch) for name in SPLIT)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_default_backward_is_the_one_whose_busiest_pipe_is_done_first(arch):
+    def cycles(*names):
+        launches = offline.record_packed(arch, 197, 64, prefer=names)
+        return sum(
+            max(offline.pipe_cycles(offline.count_of_head(launches[name], arch), arch).values()) for name in names
+        )
+
+    shape = backend.Shape(arch, torch.bfloat16, 1, 197, 197, 64, False)
+    default, other = backend.backward_configs(shape)
+    assert cycles(*(config.kernel for config in default)) < cycles(*(config.kernel for config in other))

@@ -1,5 +1,7 @@
 """Triton launches without a GPU: what a call would launch, compiled ahead of time, counted, or executed by ptxvm."""
 
+import collections
+import math
 import re
 import subprocess
 import sys
@@ -7,7 +9,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
+import triton
+import triton.language as tl
 
 import tlalign_kernels as tlk
 from tlalign_kernels.backends import triton as backend
@@ -41,6 +46,7 @@ class Launch:
     divisible: tuple[str, ...]
     warps: int
     stages: int
+    registers: int | None
     arguments: dict[str, object]
 
     @property
@@ -49,7 +55,6 @@ class Launch:
 
     def compile(self, arch):
         """Triton's compiled kernel for a compute capability such as 80."""
-        import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
@@ -60,7 +65,7 @@ class Launch:
             constexprs=self.constants,
             attrs={(index,): [["tt.divisibility", 16]] for index in indices.values()},
         )
-        options = {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -82,7 +87,7 @@ class Recorder:
 
 def make_launch(function, grid, args, options):
     options = dict(options)
-    warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+    warps, stages, registers = options.pop("num_warps", 4), options.pop("num_stages", 3), options.pop("maxnreg", None)
     values = {**dict(zip(function.arg_names, args, strict=False)), **options}
     assert set(values) == set(function.arg_names)
     signature, constants, divisible, arguments = {}, {}, [], {}
@@ -102,7 +107,7 @@ def make_launch(function, grid, args, options):
                 divisible.append(name)
         else:
             signature[name] = "fp32"
-    return Launch(function, grid, signature, constants, tuple(divisible), warps, stages, arguments)
+    return Launch(function, grid, signature, constants, tuple(divisible), warps, stages, registers, arguments)
 
 
 def record(monkeypatch, run, arch=80):
@@ -115,21 +120,133 @@ def record(monkeypatch, run, arch=80):
 IMAGES, HEADS = 2, 6
 
 
-def record_packed(monkeypatch, arch, tokens, head_dim, dtype=torch.bfloat16, sources=1):
-    """Launches of a forward and backward of self-attention on a packed projection, by the names of their kernels."""
+def record_packed(arch, tokens, head_dim, dtype=torch.bfloat16, sources=1, heads=HEADS, prefer=()):
+    """Launches of a forward and backward of self-attention on a packed projection, by the names of their kernels.
+
+    Where there is a choice, a kernel named in `prefer` is taken.
+    """
     launches = []
-    record(monkeypatch, launches.append, arch)
-    qkv = torch.randn(IMAGES, tokens, 3, HEADS, head_dim).to(dtype).requires_grad_()
-    share = torch.rand(IMAGES, tokens, sources) if sources else None
-    tlk.attention_qkv(qkv, share, share, backend="triton")[0].sum().backward()
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, launches.append, arch)
+        for name in ("forward_configs", "backward_configs"):
+            configs = getattr(backend, name)
+            patch.setattr(
+                backend,
+                name,
+                lambda shape, of=configs: sorted(of(shape), key=lambda config: config[0].kernel not in prefer),
+            )
+        qkv = torch.randn(IMAGES, tokens, 3, heads, head_dim).to(dtype).requires_grad_()
+        share = torch.rand(IMAGES, tokens, sources) if sources else None
+        tlk.attention_qkv(qkv, share, share, backend="triton")[0].sum().backward()
     return {launch.name: launch for launch in launches}
 
 
-def count_of_head(launch, arch, trips=()):
-    """SASS instructions of all warps of all programs of a head, and registers of a thread."""
-    resources, instructions = disassemble(launch.compile(arch))
-    programs = launch.grid[0] // (IMAGES * HEADS)
-    return count_executed(instructions, list(trips)) * launch.warps * programs, resources["REG"]
+@triton.jit
+def plain_forward_row(
+    query, output, log_sum_exp, factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, ROW: tl.constexpr,
+    GAP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """What `attention_forward_row` is without labels if the row sum is formed by additions, to compare with."""
+    block, head, image = kernels._program((QUERIES + BLOCK_Q - 1) // BLOCK_Q, HEADS)
+    first = block * BLOCK_Q
+    query += image * (QUERIES * ROW) + head * D
+    key = query + GAP
+    value = key + GAP
+    q = kernels._load_rows(query, ROW, first, QUERIES, BLOCK_Q, D, D, True)
+    row = first + tl.arange(0, BLOCK_Q)
+    scores = ()
+    for i in tl.static_range(TILES + 1):
+        of_tile = kernels._scores(
+            q, key, ROW, row, QUERIES, TILE * i, QUERIES, 1.0, None, 0, 0, None, 0, 0,
+            TILE if i < TILES else TAIL, i == TILES, D, D, 0, 0, "ieee",
+        )  # fmt: skip
+        scores = scores + (of_tile,)  # noqa: RUF005 - Triton takes no unpacking
+    lanes = kernels._max_of_lanes(scores[0])
+    for i in tl.static_range(1, TILES + 1):
+        lanes = tl.maximum(lanes, kernels._max_of_lanes(scores[i]))
+    highest = tl.max(lanes, 1) * factor
+    accumulated = tl.zeros((BLOCK_Q, D), tl.float32)
+    sums = tl.zeros(lanes.shape, tl.float32)
+    for i in tl.static_range(TILES + 1):
+        p = tl.exp2(scores[i] * factor - highest[:, None])
+        sums += tl.sum(tl.reshape(p, (BLOCK_Q, p.shape[1] // 8, 8)), 1)
+        v = kernels._load_rows(value, ROW, TILE * i, QUERIES, TILE if i < TILES else TAIL, D, D, i == TILES)
+        accumulated = tl.dot(p.to(v.dtype), v, accumulated)
+    total = tl.sum(sums, 1)
+    start = output + (image * QUERIES * HEADS + head) * D
+    kernels._store_rows(start, HEADS * D, first, QUERIES, accumulated * (1.0 / total)[:, None], BLOCK_Q, D, D)
+    known = (highest + tl.log2(total)) * kernels.LN_2
+    tl.store(log_sum_exp + (image * HEADS + head) * QUERIES + row, known, mask=row < QUERIES)
+
+
+def make_plain(labels):
+    """The launch of `plain_forward_row` beside one of `attention_forward_row`."""
+    names = {"ROW": "QUERY_ROW"}
+    constants = {
+        name: labels.constants[names.get(name, name)] for name in plain_forward_row.arg_names if name.isupper()
+    }
+    arguments = [labels.arguments[name] for name in ("query", "output", "log_sum_exp", "factor")]
+    options = dict(num_warps=labels.warps, num_stages=labels.stages, maxnreg=labels.registers)
+    return make_launch(plain_forward_row, labels.grid, arguments, {**constants, **options})
+
+
+def trips(launch):
+    """How often the loop of a kernel runs, if it has one."""
+    sizes = {**launch.arguments, **launch.constants}
+    of_kernel = {
+        "attention_forward_heads": ("HEADS", None),
+        "attention_backward_head": ("KEYS", "BLOCK_K"),
+        "attention_backward_keys": ("queries", "BLOCK_Q"),
+        "attention_backward_queries": ("keys", "BLOCK_K"),
+    }
+    whole, step = of_kernel.get(launch.name, (None, None))
+    return -(-sizes.get(whole, 1) // sizes.get(step, 1))
+
+
+def count_of_head(launch, arch, heads=HEADS):
+    """SASS instructions of all warps of all programs of a head, by opcode."""
+    _, instructions = disassemble(launch.compile(arch))
+    warps_of_head = launch.warps * launch.grid[0] / (IMAGES * heads)
+    counts = collections.Counter()
+    for opcode, times in executions(instructions, trips(launch)):
+        counts[opcode] += times * warps_of_head
+    return counts
+
+
+def programs_at_once(launch, arch):
+    """Programs that the 65536 registers of a multiprocessor hold; a warp takes them by 256."""
+    registers = disassemble(launch.compile(arch))[0]["REG"]
+    return 65536 // (-(-registers // 8) * 8 * 32 * launch.warps)
+
+
+def pipe_cycles(counts, arch):
+    """Cycles that each pipe of a multiprocessor is busy with counted instructions: A100 (80) or H100 (90).
+
+    Rates: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions" (results a cycle: 64 or 128 float
+    operations, 64 integer ones, 16 special functions, 32 shuffles), four instructions issued a cycle, 32 lanes of 4
+    bytes loaded or stored, and the dense 16-bit tensor peak of 312 (A100, 1.41 GHz, 108 multiprocessors) or 989
+    TFLOPS (H100, 1.83 GHz, 132): 1024 or 2048 multiply-adds.
+    """
+    cycles = collections.Counter()
+    for opcode, times in counts.items():
+        name, _, rest = opcode.partition(".")
+        cycles["issue"] += times / 4
+        shape = re.match(r"(\d+)x(\d+)x(\d+)", rest)
+        if name in ("HMMA", "HGMMA"):
+            # A warp group's product is issued by each of its four warps.
+            products = math.prod(map(int, shape.groups())) / 4 if shape else 16 * 8 * 16
+            cycles["tensor"] += times * products / {80: 1024, 90: 2048}[arch]
+        elif name == "MUFU":
+            cycles["special"] += times * 32 / 16
+        elif name in ("LDG", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL"):
+            width = re.search(r"\.(64|128|[24])(\.|$)", opcode)
+            cycles["memory"] += times * {None: 1, "64": 2, "128": 4, "2": 2, "4": 4}[width and width[1]]
+        elif name in ("FFMA", "FMUL", "FADD"):
+            cycles["float"] += times * 32 / {80: 64, 90: 128}[arch]
+        else:
+            cycles["integer"] += times * 32 / 64
+    return cycles
 
 
 def execute(launch):
@@ -149,10 +266,15 @@ def execute(launch):
     )
 
 
+def forward_bytes(**options):
+    """Bytes that the kernels of a forward ask global memory for, see `record_packed`; executed by ptxvm."""
+    launches = [launch for launch in record_packed(80, **options).values() if "backward" not in launch.name]
+    counts = [execute(launch) for launch in launches]
+    return sum(count["global_load_bytes"] + count["global_store_bytes"] for count in counts)
+
+
 def disassemble(compiled):
     """Usage of resources (REG, STACK, SHARED, LOCAL) of a compiled kernel, and its SASS instructions with addresses."""
-    import triton
-
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -166,23 +288,24 @@ def disassemble(compiled):
     pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
     instructions = [(int(at, 16), opcode, rest) for at, opcode, rest in re.findall(pattern, text)]
     # What follows the end of the program: a branch to itself and padding.
-    while instructions[-1][1] in ("NOP", "BRA"):
+    while instructions[-1][1] == "NOP" or instructions[-1][2].strip() == hex(instructions[-1][0]):
         instructions.pop()
     return resources, instructions
 
 
-def count_executed(instructions, trips):
-    """SASS instructions that a warp executes, if the loops, in order of their addresses, run `trips` times.
+def executions(instructions, trips):
+    """Opcodes of a warp's SASS, and how often each is executed if the loop runs `trips` times.
 
-    Loops must not be nested. What a branch skips is counted, and a loop's code that the compiler has unrolled or peeled
-    counts as it stands: these are counts of the listing, not of a run.
+    There must be one loop at most. What a branch skips is counted, and a loop's code that the compiler has unrolled or
+    peeled counts as it stands: these are counts of the listing, not of a run.
     """
     index = {at: number for number, (at, _, _) in enumerate(instructions)}
     loops = []
     for number, (at, opcode, rest) in enumerate(instructions):
-        target = re.search(r"0x([0-9a-f]+)", rest) if opcode == "BRA" else None
+        target = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
         if target and int(target[1], 16) <= at:
-            loops.append(number - index[int(target[1], 16)] + 1)
-    if len(loops) != len(trips):
-        raise ValueError(f"trips: expected {len(loops)} numbers, one for each loop, got {trips}")
-    return len(instructions) + sum(length * (trip - 1) for length, trip in zip(loops, trips, strict=True))
+            loops.append(range(index[int(target[1], 16)], number + 1))
+    if len(loops) > 1 or (trips > 1 and not loops):
+        raise ValueError(f"trips: expected the trips of {len(loops)} loops, got {trips}")
+    for number, (_, opcode, _) in enumerate(instructions):
+        yield opcode, trips if loops and number in loops[0] else 1
