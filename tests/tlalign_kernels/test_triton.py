@@ -134,12 +134,12 @@ def check_compiled(launch, arch):
         assert any(opcode in ("HMMA", "HGMMA", "UTCHMMA") for opcode in opcodes), f"{launch.name}: no tensor cores"
 
 
-def every_launch(arch, tokens, head_dim, dtype):
+def every_launch(arch, tokens, head_dim, dtype, offsets=False):
     """Launches of every configuration that may be chosen."""
-    shape = backend.Shape(arch, dtype, 1, tokens, tokens, head_dim, False)
+    shape = backend.Shape(arch, dtype, 1, tokens, tokens, head_dim, offsets)
     for forward, backward in zip_configs(shape):
         prefer = [config.kernel for config in (*forward, *backward)]
-        yield from offline.record_packed(arch, tokens, head_dim, dtype, prefer=prefer).values()
+        yield from offline.record_packed(arch, tokens, head_dim, dtype, prefer=prefer, offsets=offsets).values()
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -153,9 +153,10 @@ def test_nothing_spills_at_head_dim_64(arch, tokens):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_nothing_spills(arch, head_dim, dtype):
+@pytest.mark.parametrize("offsets", [False, True], ids=["plain", "bias and mask"])
+def test_nothing_spills(arch, head_dim, dtype, offsets):
     for tokens in (49, 197, 577):
-        for launch in every_launch(arch, tokens, head_dim, dtype):
+        for launch in every_launch(arch, tokens, head_dim, dtype, offsets):
             check_compiled(launch, arch)
 
 

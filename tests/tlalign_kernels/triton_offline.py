@@ -120,10 +120,10 @@ def record(monkeypatch, run, arch=80):
 IMAGES, HEADS = 2, 6
 
 
-def record_packed(arch, tokens, head_dim, dtype=torch.bfloat16, sources=1, heads=HEADS, prefer=()):
+def record_packed(arch, tokens, head_dim, dtype=torch.bfloat16, sources=1, heads=HEADS, prefer=(), offsets=False):
     """Launches of a forward and backward of self-attention on a packed projection, by the names of their kernels.
 
-    Where there is a choice, a kernel named in `prefer` is taken.
+    Where there is a choice, a kernel named in `prefer` is taken. `offsets`: with a bias, its gradient, and a mask.
     """
     launches = []
     with pytest.MonkeyPatch.context() as patch:
@@ -137,7 +137,9 @@ def record_packed(arch, tokens, head_dim, dtype=torch.bfloat16, sources=1, heads
             )
         qkv = torch.randn(IMAGES, tokens, 3, heads, head_dim).to(dtype).requires_grad_()
         share = torch.rand(IMAGES, tokens, sources) if sources else None
-        tlk.attention_qkv(qkv, share, share, backend="triton")[0].sum().backward()
+        bias = torch.randn(heads, tokens, tokens, dtype=dtype, requires_grad=True) if offsets else None
+        mask = torch.randn(IMAGES, 1, tokens, tokens) if offsets else None
+        tlk.attention_qkv(qkv, share, share, bias, mask, backend="triton")[0].sum().backward()
     return {launch.name: launch for launch in launches}
 
 

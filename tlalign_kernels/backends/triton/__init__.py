@@ -128,7 +128,7 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
         tiles = dict(BLOCK_Q=min(block, 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
         return Config(name, tiles, 4 if block > 16 and head_dim <= 64 else 8 if head_dim > 64 else 2)
     if shape.has_offsets:
-        tiles = dict(BLOCK_Q=block, TILE=32 if head_dim <= 128 else 16, TAIL=0)
+        tiles = dict(BLOCK_Q=min(block, 64 if head_dim <= 128 else 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
         return Config(name, tiles, 8 if head_dim > 128 else warps)
     if head_dim <= 64:
         if shape.queries <= 64 or shape.capability >= 120:
@@ -200,7 +200,8 @@ def _split_backward_config(shape: Shape) -> tuple[Config, Config]:
         return config("queries", block, block, warps), config("keys", block, block, warps)
     if head_dim > 64 or shape.has_offsets:
         block, warps = (64, 4) if head_dim <= 128 else (32, 8)
-        return config("queries", 32, block if head_dim <= 64 else 32, warps), config("keys", 32, block, warps)
+        few = min(block, 32) if head_dim > 64 else block
+        return config("queries", 32, few, warps), config("keys", 32, few if shape.has_offsets else block, warps)
     if _has_warp_groups(shape):
         return config("queries", 64, 64, 4), config("keys", 32, 128, 4)
     # Warps of 32 rows read from shared memory half as often as those of 16, where the registers suffice.
@@ -391,7 +392,7 @@ def backward(
                 *sizes, **_rows(grad_key=grad_key, grad_value=grad_value), **how, **of_keys[0].options,
             )  # fmt: skip
         if grad_bias is not None:
-            block_q, block_k = 32, 32
+            block_q, block_k = 32, 32 if head_dim <= 64 else 16
             bias_images, bias_heads = grad_bias.shape[:2]
             tiles = triton.cdiv(queries, block_q) * triton.cdiv(keys, block_k) * bias_heads
             images_of_part = _images_of_part(batch, bias_images, tiles)
@@ -401,7 +402,8 @@ def backward(
             kernels.attention_backward_bias[(tiles * parts,)](
                 *inputs, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
-                **how, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=4 if head_dim <= 64 else 8, num_stages=1,
+                **how, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=8 if 32 < head_dim <= 64 or head_dim > 128 else 4,
+                num_stages=1,
             )  # fmt: skip
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
 
