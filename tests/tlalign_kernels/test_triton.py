@@ -120,6 +120,21 @@ def test_every_configuration_is_right(monkeypatch, arch, dtype):
             assert [check for check in compare(case, dtype, "triton") if not check.passed] == []
 
 
+@needs_ptxvm
+def test_programs_beyond_65535_are_right(monkeypatch):
+    offline.record(monkeypatch, lambda launch: offline.execute(launch, programs=2))
+    qkv = torch.randn(70_000, 4, 3, 2, 16).bfloat16().requires_grad_()
+    share = torch.rand(70_000, 4, 1)
+    output, mixed = tlk.attention_qkv(qkv, share, share, backend="triton")
+    (gradient,) = torch.autograd.grad(output, qkv, torch.ones_like(output))
+    last = qkv.detach()[-1:].double().requires_grad_()
+    expected, expected_share = tlk.attention_qkv(last, share[-1:], share[-1:], backend="reference")
+    (expected_gradient,) = torch.autograd.grad(expected, last, torch.ones_like(expected))
+    torch.testing.assert_close(output[-1:].double(), expected, atol=2e-2, rtol=0)
+    torch.testing.assert_close(mixed[-1:], expected_share.float(), atol=1e-2, rtol=0)
+    torch.testing.assert_close(gradient[-1:].double(), expected_gradient, atol=5e-2, rtol=0)
+
+
 # Compiled
 
 

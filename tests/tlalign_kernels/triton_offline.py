@@ -251,8 +251,12 @@ def pipe_cycles(counts, arch):
     return cycles
 
 
-def execute(launch):
-    """Runs the sm_80 code of a launch on the CPU, with bounds and shared-memory races checked; returns the counts."""
+def execute(launch, programs=None):
+    """Runs the sm_80 code of a launch on the CPU, with bounds and shared-memory races checked; returns the counts.
+
+    `programs`: only the last so many.
+    """
+    (grid,) = launch.grid
     compiled = launch.compile(80)
     return (
         import_ptxvm()
@@ -264,6 +268,7 @@ def execute(launch):
             args=list(launch.arguments.values()),
             shared_bytes=compiled.metadata.shared,
             check_races=True,
+            ctas=None if programs is None else [(number, 0, 0) for number in range(grid)[-programs:]],
         )
     )
 
