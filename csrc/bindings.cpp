@@ -1,10 +1,15 @@
 // The Python module tlalign_kernels._C.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #if defined(TLALIGN_CPU_KERNELS)
 #include "cpu/bindings.h"
 #endif
 #include "cpu_features.h"
+#if defined(TLALIGN_CUDA_ARCHS)
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -36,7 +41,11 @@ py::dict build_info() {
 #else
   result["threads"] = "of their own";
 #endif
-  result["cuda_architectures"] = py::list();
+  py::list architectures;
+#if defined(TLALIGN_CUDA_ARCHS)
+  for (const int architecture : {TLALIGN_CUDA_ARCHS}) architectures.append(std::to_string(architecture));
+#endif
+  result["cuda_architectures"] = architectures;
   return result;
 }
 
@@ -56,5 +65,8 @@ PYBIND11_MODULE(_C, module) {
 
 #if defined(TLALIGN_CPU_KERNELS)
   tlalign::cpu::bind(module);
+#endif
+#if defined(TLALIGN_CUDA_ARCHS)
+  tlalign::cuda::bind(module);
 #endif
 }

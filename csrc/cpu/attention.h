@@ -5,22 +5,9 @@
 #include <cstdint>
 #include <string>
 
+#include "rows.h"
+
 namespace tlalign::cpu {
-
-enum class DType { float32, bfloat16, float16, boolean };
-
-// Rows of D in memory; strides in elements, that of D is one.
-struct Rows {
-  char* data = nullptr;
-  int64_t image = 0, head = 0, row = 0;
-};
-
-// What is added to the scores, or (boolean) says which keys are seen. A stride is 0 where it is broadcast.
-struct Offsets {
-  const char* data = nullptr;  // null: there is none
-  DType dtype = DType::float32;
-  int64_t image = 0, head = 0, query = 0, key = 0;
-};
 
 // Both directions. Sizes are at least 1 but for `sources`, which is 0 without labels; head_dim is at most 256.
 struct Problem {

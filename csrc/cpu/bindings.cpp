@@ -3,55 +3,16 @@
 
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
-#include <stdexcept>
 #include <string>
-#include <tuple>
 
+#include "arguments.h"
 #include "cpu/attention.h"
 
 namespace py = pybind11;
 
 namespace tlalign::cpu {
 namespace {
-
-using Address = uintptr_t;
-using RowsTuple = std::tuple<Address, int64_t, int64_t, int64_t>;                           // image, head, row
-using OffsetsTuple = std::tuple<Address, std::string, int64_t, int64_t, int64_t, int64_t>;  // image, head, query, key
-using Sizes = std::array<int64_t, 6>;                                                       // B, H, Nq, Nk, D, S
-
-void expect(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
-}
-
-DType dtype_of(const std::string& argument, const std::string& name, bool boolean) {
-  if (name == "float32") return DType::float32;
-  if (name == "bfloat16") return DType::bfloat16;
-  if (name == "float16") return DType::float16;
-  if (name == "bool" && boolean) return DType::boolean;
-  throw std::invalid_argument(argument + ": dtype " + name + " is not supported");
-}
-
-template <class T>
-T* pointer(const std::string& argument, Address address, bool needed = true) {
-  expect(address != 0 || !needed, argument + ": expected an address, got 0");
-  return reinterpret_cast<T*>(address);
-}
-
-Rows rows(const std::string& argument, const RowsTuple& tuple) {
-  const auto [address, image, head, row] = tuple;
-  expect(image >= 0 && head >= 0 && row >= 0, argument + ": expected strides that are not negative");
-  return {pointer<char>(argument, address), image, head, row};
-}
-
-Offsets offsets(const std::string& argument, const std::optional<OffsetsTuple>& tuple) {
-  if (!tuple) return {};
-  const auto& [address, dtype, image, head, query, key] = *tuple;
-  expect(image >= 0 && head >= 0 && query >= 0 && key >= 0, argument + ": expected strides that are not negative");
-  return {
-      pointer<const char>(argument, address), dtype_of(argument, dtype, argument == "mask"), image, head, query, key};
-}
 
 void set_problem(Problem& p, const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
                  const RowsTuple& value, const std::optional<OffsetsTuple>& bias,

@@ -280,18 +280,28 @@ def forward_bytes(**options):
     return sum(count["global_load_bytes"] + count["global_store_bytes"] for count in counts)
 
 
+def cuobjdump(option, path):
+    """What the tool that Triton brings along prints of a file."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def resource_usage(path):
+    """Names of the kernels of a file, for each architecture, and their resources (REG, STACK, SHARED, LOCAL)."""
+    found = re.findall(r"Function (\S+):\n(.*)", cuobjdump("-res-usage", path))
+    return [
+        (name, {kind: int(number) for kind, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)})
+        for name, usage in found
+    ]
+
+
 def disassemble(compiled):
     """Usage of resources (REG, STACK, SHARED, LOCAL) of a compiled kernel, and its SASS instructions with addresses."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-
-        def run(option):
-            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-        usage, text = run("-res-usage"), run("-sass")
-    resources = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        ((_, resources),) = resource_usage(file.name)
+        text = cuobjdump("-sass", file.name)
     pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
     instructions = [(int(at, 16), opcode, rest) for at, opcode, rest in re.findall(pattern, text)]
     # What follows the end of the program: a branch to itself and padding.

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 
 from tlalign_kernels import ops
-from tlalign_kernels.backends import cpu, reference, triton
+from tlalign_kernels.backends import cpu, cuda, reference, triton
 
-BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
 # Order of preference for `backend="auto"`; a device without an entry takes the reference.
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 ops.LAUNCHERS.update(BACKENDS)
 

@@ -1,0 +1,80 @@
+// Stands in for CUDA's runtime where there is no GPU: records launches instead of doing them. Built by cuda_offline.py,
+// with the kernels' launchers and bindings, as a Python module.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <map>
+#include <string>
+
+#include "cuda/attention.h"
+#include "cuda/bindings.h"
+
+namespace py = pybind11;
+
+namespace {
+
+struct Configuration {
+  dim3 grid, block;
+  size_t shared;
+  cudaStream_t stream;
+};
+
+// Kernels register themselves before this file's variables would be there.
+std::map<const void*, std::string>& names() {
+  static std::map<const void*, std::string> of_functions;
+  return of_functions;
+}
+std::map<const void*, int> shared_limits;
+Configuration configuration;
+py::list* launches;
+
+}  // namespace
+
+extern "C" {
+
+void** __cudaRegisterFatBinary(void*) { return nullptr; }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+  names()[host] = device;
+}
+
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+  configuration = {grid, block, shared, stream};
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+  *grid = configuration.grid;
+  *block = configuration.block;
+  *shared = configuration.shared;
+  *static_cast<cudaStream_t*>(stream) = configuration.stream;
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t stream) {
+  if (shared > 48 * 1024 && shared_limits[kernel] < static_cast<int>(shared)) return cudaErrorInvalidValue;
+  const py::bytes parameters(static_cast<const char*>(arguments[0]), sizeof(tlalign::cuda::Forward));
+  launches->append(py::make_tuple(names().at(kernel), py::make_tuple(grid.x, grid.y, grid.z),
+                                  py::make_tuple(block.x, block.y, block.z), shared, parameters,
+                                  reinterpret_cast<uintptr_t>(stream)));
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+  shared_limits[function] = value;
+  return cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "refused by the recorder"; }
+
+}  // extern "C"
+
+PYBIND11_MODULE(cuda_recorder, module) {
+  launches = new py::list;
+  module.attr("launches") = *launches;
+  tlalign::cuda::bind(module);
+}

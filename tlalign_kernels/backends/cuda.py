@@ -1,0 +1,106 @@
+"""Attention with label propagation by the native kernels of csrc/cuda, for NVIDIA GPUs from Ampere on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tlalign_kernels import extension
+from tlalign_kernels.backends.addresses import DTYPES, float_or_smaller, offsets, rows, whole
+
+if TYPE_CHECKING:
+    from tlalign_kernels.backends import Problem
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_HEAD_DIMS = (32, 64, 80, 96, 128)
+_MAX_SOURCES = 8
+# Parts of 8 or 11 bits of which a share of float32 is the sum.
+_PARTS = 3
+# The native functions; tests put a recorder in their place.
+_native = extension.compiled
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why the CUDA kernels can't do `problem`; empty if they can."""
+    reasons = []
+    if _native is None:
+        reasons.append(extension.missing_reason)
+    elif not hasattr(_native, "cuda_attention_forward"):
+        reasons.append("the compiled extension was built without CUDA kernels, which need nvcc")
+    if problem.device_type != "cuda":
+        reasons.append(f"device: expected cuda, got {problem.device_type}")
+    elif torch.cuda.get_device_capability() < (8, 0):
+        reasons.append(f"device: expected compute capability 8.0 or newer, got {torch.cuda.get_device_capability()}")
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
+    if problem.head_dim not in _HEAD_DIMS:
+        reasons.append(f"head dimension: expected one of {list(_HEAD_DIMS)}, got {problem.head_dim}")
+    if problem.sources > _MAX_SOURCES:
+        reasons.append(f"labels: expected at most {_MAX_SOURCES} sources, got {problem.sources}")
+    if problem.dropout_p > 0:
+        reasons.append("dropout_p: expected 0, there is no dropout")
+    if problem.needs_gradient:
+        reasons.append("there is no backward yet")
+    return reasons
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    share: Tensor | None,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    output: Tensor,
+    share_out: Tensor | None,
+    log_sum_exp: Tensor,
+) -> None:
+    """Computes A.V and mean_h(A).share into the given tensors; see `reference.forward`."""
+    batch, heads, queries, head_dim = query.shape
+    keys, sources = key.shape[2], 0 if share is None else share.shape[2]
+    device, dtype = query.device, query.dtype
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    bias, mask = float_or_smaller(bias), float_or_smaller(mask)
+    share = None if share is None else share.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    parts = head_share = None
+    if sources:
+        parts = query.new_empty((batch, sources * _PARTS, _native.cuda_padded_keys(keys)))
+        head_share = query.new_empty((batch, heads, sources, queries), dtype=torch.float32)
+    with _current(device):
+        _native.cuda_attention_forward(
+            (batch, heads, queries, keys, head_dim, sources),
+            DTYPES[dtype],
+            rows("query", query, (batch, heads, queries, head_dim), dtype, device),
+            rows("key", key, (batch, heads, keys, head_dim), dtype, device),
+            rows("value", value, (batch, heads, keys, head_dim), dtype, device),
+            offsets("bias", bias, (batch, heads, queries, keys), device),
+            offsets("mask", mask, (batch, heads, queries, keys), device),
+            scale,
+            whole("share", share, (batch, keys, sources), torch.float32, device),
+            whole("residual", residual, (batch, queries, sources), torch.float32, device),
+            0 if parts is None else parts.data_ptr(),
+            0 if head_share is None else head_share.data_ptr(),
+            whole("output", output, (batch, queries, heads, head_dim), dtype, device),
+            whole("share_out", share_out, (batch, queries, sources), torch.float32, device),
+            whole("log_sum_exp", log_sum_exp, (batch, heads, queries), torch.float32, device),
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def _current(device: torch.device) -> torch.cuda.device:
+    """CUDA launches on the current device, not on that of the tensors."""
+    return torch.cuda.device(device)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Kernels copy 16 bytes at a time: a tensor whose rows begin elsewhere is copied, once."""
+    chunk = 16 // tensor.element_size()
+    is_aligned = tensor.data_ptr() % 16 == 0 and all(stride % chunk == 0 for stride in tensor.stride()[:3])
+    return tensor if is_aligned else tensor.contiguous()
