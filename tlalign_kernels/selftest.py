@@ -216,6 +216,8 @@ def selftest(device: torch.device | str) -> Iterator[tuple[str, Case, torch.dtyp
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 inputs = cast_inputs(make_inputs(case, device), dtype)
                 inputs.pop("grad_output")
+                # Gradients are compared too, so the backend has to have them.
+                inputs["query"].requires_grad_()
                 reasons = explain(**inputs, dropout_p=case.dropout_p, backend=backend).reasons[backend]
                 yield backend, case, dtype, reasons or compare(case, dtype, backend, device)
 

@@ -136,7 +136,7 @@ def _environment(device_type: str) -> str:
 def _candidates(problem: Problem) -> dict[str, tuple[str, tuple | None]]:
     """Backends and configurations that can do a problem, by a name made to be read."""
     found = {}
-    for name in auto_order(problem):
+    for name in auto_order(problem.device_type):
         module = BACKENDS[name]
         if module.unsupported_reasons(problem):
             continue
@@ -165,8 +165,27 @@ def _follow(problem: Problem, choice: Choice) -> None:
 
 
 def _time_all(problem: Problem) -> Choice:
-    """Times the candidates in turn, so that a disturbance meets all of them."""
-    candidates, times, failures = _candidates(problem), {}, {}
+    """Times the candidates, and leaves the backends as they were."""
+    candidates = _candidates(problem)
+    try:
+        times, failures = _time_in_turn(problem, candidates)
+    finally:
+        for backend, configuration in candidates.values():
+            if configuration is not None:
+                BACKENDS[backend].prefer(problem, None)
+    if not times:
+        raise RuntimeError(f"no candidate can run {_text(problem)}: {failures}")
+    medians = {name: 1000 * statistics.median(measured) for name, measured in times.items()}
+    backend, configuration = candidates[min(medians, key=medians.get)]
+    return Choice(_text(problem), backend, tuple(map(str, configuration or ())), medians, failures)
+
+
+def _time_in_turn(
+    problem: Problem, candidates: dict[str, tuple[str, tuple | None]]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each candidate, or why it failed; one after the other, so that a disturbance meets all of them."""
+    times: dict[str, list[float]] = {}
+    failures: dict[str, str] = {}
     run = _runner(problem)
 
     def seconds(name: str) -> float:
@@ -184,16 +203,12 @@ def _time_all(problem: Problem) -> Choice:
         # Whatever keeps a candidate from running, memory or a compiler, is a reason to take another; it is reported.
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}"
-    if not times:
-        raise RuntimeError(f"no candidate can run {_text(problem)}: {failures}")
-    slowest = _HOPELESS * min(first for first, *_ in times.values())
+    slowest = _HOPELESS * min((first for first, *_ in times.values()), default=0.0)
     for _ in range(_RUNS - 1):
         for name, measured in times.items():
             if measured[0] <= slowest and sum(measured) < _SECONDS:
                 measured.append(seconds(name))
-    medians = {name: 1000 * statistics.median(measured) for name, measured in times.items()}
-    backend, configuration = candidates[min(medians, key=medians.get)]
-    return Choice(_text(problem), backend, tuple(map(str, configuration or ())), medians, failures)
+    return times, failures
 
 
 def _runner(problem: Problem) -> Callable[[str], None]:

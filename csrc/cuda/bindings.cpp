@@ -8,6 +8,8 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "arguments.h"
 #include "cuda/attention.h"
@@ -48,6 +50,7 @@ void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsT
   expect(f.sources <= MAX_SOURCES, "S: expected at most " + std::to_string(MAX_SOURCES) + " sources");
   expect((f.queries + 63) / 64 * f.batch * f.heads <= std::numeric_limits<int>::max(),
          "B, H, Nq: expected less than 2**31 blocks of 64 queries");
+  expect(f.batch * padded_keys(f.keys) <= std::numeric_limits<int>::max(), "B, Nk: expected less than 2**31 keys");
   f.dtype = dtype_of("query", dtype, false);
   expect(f.dtype != DType::float32, "query: expected bfloat16 or float16");
   f.scale = static_cast<float>(scale);
@@ -70,7 +73,11 @@ void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsT
 }  // namespace
 
 void bind(py::module_& module) {
-  module.def("cuda_padded_keys", &padded_keys, "Keys rounded up to what the scratch `parts` has of them.");
+  module.attr("CUDA_HEAD_DIMS") = std::vector<int>(std::begin(HEAD_DIMS), std::end(HEAD_DIMS));
+  module.attr("CUDA_MAX_SOURCES") = MAX_SOURCES;
+  module.def(
+      "cuda_parts", [](int keys, int sources) { return std::make_pair(sources * PARTS, padded_keys(keys)); },
+      "Rows and columns of the scratch `parts` of an image.");
   module.def("cuda_attention_forward", &attention_forward);
 }
 

@@ -176,7 +176,7 @@ struct ForwardKernel {
     if (works) write(output, label, highest);
   }
 
-  // Tiles that have keys; in a step that has them all, those of the longest sequence that takes this kernel.
+  // Tiles of a step that have keys.
   __device__ int tiles_of(int step) const { return min(TILES, (p.keys - step * KEYS + 15) / 16); }
 
   __device__ void multiply_keys(const Fragment (&query)[D / 16], float (&scores)[2 * TILES][4], int step) const {

@@ -13,6 +13,8 @@ from tlalign_kernels import extension
 from tlalign_kernels.backends import Problem, cuda
 from tlalign_kernels.selftest import ROUNDING, Case, cast_inputs, make_inputs
 
+# It brings along what disassembles.
+pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
 import triton_offline
 
@@ -73,7 +75,7 @@ ONE = Case("one", batch=1, heads=1)
 
 @executed
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-@pytest.mark.parametrize("head_dim", cuda._HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize(("queries", "keys"), [(49, 49), (70, 130), (20, 300)])
 def test_head_dims_are_within_the_bound(monkeypatch, dtype, head_dim, queries, keys):
     check(monkeypatch, replace(ONE, queries=queries, keys=keys, head_dim=head_dim), dtype)
@@ -146,16 +148,17 @@ def test_no_labels(monkeypatch):
     check(monkeypatch, replace(ONE, queries=30, keys=50, head_dim=32), BFLOAT16, change=change)
 
 
+needs_kernels = pytest.mark.skipif(
+    not hasattr(extension.compiled, "cuda_attention_forward"), reason="built without CUDA kernels"
+)
+
+
+@needs_kernels
 def test_what_is_not_supported_is_said():
     problem = Problem("cpu", torch.float32, 1, 1, 1, 1, 40, 9, torch.float32, False, False, 0.5, True)
     reasons = "; ".join(cuda.unsupported_reasons(problem))
     for word in ("device: expected cuda", "dtype", "head dimension", "at most 8 sources", "dropout", "no backward yet"):
         assert word in reasons
-
-
-needs_kernels = pytest.mark.skipif(
-    not hasattr(extension.compiled, "cuda_attention_forward"), reason="built without CUDA kernels"
-)
 
 
 @needs_kernels

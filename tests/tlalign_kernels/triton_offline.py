@@ -222,13 +222,17 @@ def programs_at_once(launch, arch):
     return 65536 // (-(-registers // 8) * 8 * 32 * launch.warps)
 
 
+# Marks a product of a warp group whose left factor lies in shared memory, too.
+SHARED_LEFT = ".left"
+
+
 def pipe_cycles(counts, arch):
     """Cycles that each pipe of a multiprocessor is busy with counted instructions: A100 (80) or H100 (90).
 
-    Rates: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions" (results a cycle: 64 or 128 float
-    operations, 64 integer ones, 16 special functions, 32 shuffles), four instructions issued a cycle, 32 lanes of 4
-    bytes loaded or stored, and the dense 16-bit tensor peak of 312 (A100, 1.41 GHz, 108 multiprocessors) or 989
-    TFLOPS (H100, 1.83 GHz, 132): 1024 or 2048 multiply-adds.
+    Rates: CUDA C++ Best Practices Guide, "Throughput of Native Arithmetic Instructions" (results a cycle: 64 or 128
+    float operations, 64 integer ones, 16 special functions, 32 shuffles), four instructions issued a cycle, 32 lanes of
+    4 bytes loaded or stored, and the dense 16-bit tensor peak of 312 (A100, 1.41 GHz, 108 multiprocessors) or 989
+    TFLOPS (H100, 1.83 GHz, 132): 1024 or 2048 multiply-adds. What HGMMA reads of shared memory is part of the memory.
     """
     cycles = collections.Counter()
     for opcode, times in counts.items():
@@ -239,9 +243,13 @@ def pipe_cycles(counts, arch):
             # A warp group's product is issued by each of its four warps.
             products = math.prod(map(int, shape.groups())) / 4 if shape else 16 * 8 * 16
             cycles["tensor"] += times * products / {80: 1024, 90: 2048}[arch]
+            if shape:
+                rows, columns, depth = map(int, shape.groups())
+                numbers = columns * depth + (rows * depth if opcode.endswith(SHARED_LEFT) else 0)
+                cycles["memory"] += times * numbers * 2 / 128 / 4
         elif name == "MUFU":
             cycles["special"] += times * 32 / 16
-        elif name in ("LDG", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL"):
+        elif name in ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "SHFL"):
             width = re.search(r"\.(64|128|[24])(\.|$)", opcode)
             cycles["memory"] += times * {None: 1, "64": 2, "128": 4, "2": 2, "4": 4}[width and width[1]]
         elif name in ("FFMA", "FMUL", "FADD"):
@@ -324,5 +332,7 @@ def executions(instructions, trips):
             loops.append(range(index[int(target[1], 16)], number + 1))
     if len(loops) > 1 or (trips > 1 and not loops):
         raise ValueError(f"trips: expected the trips of {len(loops)} loops, got {trips}")
-    for number, (_, opcode, _) in enumerate(instructions):
+    for number, (_, opcode, rest) in enumerate(instructions):
+        if opcode.startswith("HGMMA") and re.match(r"\s*R\d+, gdesc", rest):
+            opcode += SHARED_LEFT
         yield opcode, trips if loops and number in loops[0] else 1

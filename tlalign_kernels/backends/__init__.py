@@ -97,17 +97,23 @@ def explain_choice(problem: Problem, backend: str = "auto") -> Explanation:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     reasons = {name: module.unsupported_reasons(problem) for name, module in BACKENDS.items()}
-    tuned = TUNED.get(problem_class(problem)) if backend == "auto" else None
-    candidates = ((tuned,) if tuned else ()) + auto_order(problem) if backend == "auto" else (backend,)
+    candidates = _auto_candidates(problem) if backend == "auto" else (backend,)
     chosen = next((name for name in candidates if not reasons[name]), None)
+    is_tuned = backend == "auto" and chosen is not None and chosen == TUNED.get(problem_class(problem))
     module = BACKENDS.get(chosen)
     configuration = map(str, module.configuration_of(problem)) if hasattr(module, "configuration_of") else ()
-    return Explanation(chosen, reasons, chosen is not None and chosen == tuned, tuple(configuration))
+    return Explanation(chosen, reasons, is_tuned, tuple(configuration))
 
 
-def auto_order(problem: Problem) -> tuple[str, ...]:
-    """The backends that "auto" tries, in this order."""
-    return AUTO_ORDER.get(problem.device_type, ("reference",))
+def auto_order(device_type: str) -> tuple[str, ...]:
+    """The backends of a device, in the order in which "auto" prefers them unless `tune` found otherwise."""
+    return AUTO_ORDER.get(device_type, ("reference",))
+
+
+def _auto_candidates(problem: Problem) -> tuple[str, ...]:
+    order = auto_order(problem.device_type)
+    tuned = TUNED and TUNED.get(problem_class(problem))
+    return (tuned, *order) if tuned else order
 
 
 def choose(problem: Problem, backend: str = "auto") -> str:
@@ -120,9 +126,8 @@ def choose(problem: Problem, backend: str = "auto") -> str:
     if backend == "auto":
         if _listening is not None:
             _listening.append(problem)
-        tuned = TUNED and TUNED.get(problem_class(problem))
         # The common case builds no explanation: this runs at every call.
-        for name in ((tuned,) if tuned else ()) + auto_order(problem):
+        for name in _auto_candidates(problem):
             if not BACKENDS[name].unsupported_reasons(problem):
                 return name
     explanation = explain_choice(problem, backend)

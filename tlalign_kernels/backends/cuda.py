@@ -14,31 +14,27 @@ if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_HEAD_DIMS = (32, 64, 80, 96, 128)
-_MAX_SOURCES = 8
-# Parts of 8 or 11 bits of which a share of float32 is the sum.
-_PARTS = 3
 # The native functions; tests put a recorder in their place.
 _native = extension.compiled
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Why the CUDA kernels can't do `problem`; empty if they can."""
-    reasons = []
     if _native is None:
-        reasons.append(extension.missing_reason)
-    elif not hasattr(_native, "cuda_attention_forward"):
-        reasons.append("the compiled extension was built without CUDA kernels, which need nvcc")
+        return [extension.missing_reason]
+    if not hasattr(_native, "cuda_attention_forward"):
+        return ["the compiled extension was built without CUDA kernels, which need nvcc"]
+    reasons = []
     if problem.device_type != "cuda":
         reasons.append(f"device: expected cuda, got {problem.device_type}")
     elif torch.cuda.get_device_capability() < (8, 0):
         reasons.append(f"device: expected compute capability 8.0 or newer, got {torch.cuda.get_device_capability()}")
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
-    if problem.head_dim not in _HEAD_DIMS:
-        reasons.append(f"head dimension: expected one of {list(_HEAD_DIMS)}, got {problem.head_dim}")
-    if problem.sources > _MAX_SOURCES:
-        reasons.append(f"labels: expected at most {_MAX_SOURCES} sources, got {problem.sources}")
+    if problem.head_dim not in _native.CUDA_HEAD_DIMS:
+        reasons.append(f"head dimension: expected one of {_native.CUDA_HEAD_DIMS}, got {problem.head_dim}")
+    if problem.sources > _native.CUDA_MAX_SOURCES:
+        reasons.append(f"labels: expected at most {_native.CUDA_MAX_SOURCES} sources, got {problem.sources}")
     if problem.dropout_p > 0:
         reasons.append("dropout_p: expected 0, there is no dropout")
     if problem.needs_gradient:
@@ -71,7 +67,7 @@ def forward(
     residual = None if residual is None else residual.contiguous()
     parts = head_share = None
     if sources:
-        parts = query.new_empty((batch, sources * _PARTS, _native.cuda_padded_keys(keys)))
+        parts = query.new_empty((batch, *_native.cuda_parts(keys, sources)))
         head_share = query.new_empty((batch, heads, sources, queries), dtype=torch.float32)
     with _current(device):
         _native.cuda_attention_forward(

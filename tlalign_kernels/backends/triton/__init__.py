@@ -171,7 +171,7 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
     is the default. For 197 it executes the fewest instructions as well (N = 197, D = 64: 46 k warp instructions a head
     against 68 k on sm_80, 45 k against 58 k on sm_90), but with dQ in registers only few keys fit beside, and each warp
     reads for them what others read too: the traffic of shared memory, which bounds all of these kernels, takes 42 k
-    cycles a head on sm_80 and 39 k on sm_90, where that of the two kernels takes 30 k and 14 k. So it is for `tune` to
+    cycles a head on sm_80 and 40 k on sm_90, where that of the two kernels takes 33 k and 27 k. So it is for `tune` to
     try there. A bias leaves it no registers; sm_86, sm_89 and float16 on sm_90 have room for 16 keys, sm_120 for none.
     """
     queries, head_dim = shape.queries, shape.head_dim
@@ -235,9 +235,13 @@ def configurations(problem: Problem) -> list[tuple[Config, ...]]:
     return [sum(chosen, ()) for chosen in itertools.product(*(configs(shape) for configs in directions))]
 
 
-def prefer(problem: Problem, configuration: tuple[Config, ...]) -> None:
-    """Has launches of such shapes, of any batch, take this configuration from now on."""
+def prefer(problem: Problem, configuration: tuple[Config, ...] | None) -> None:
+    """Has launches of such shapes, of any batch, take this configuration from now on; None: their default again."""
     shape, directions = _shape_and_directions(problem)
+    if configuration is None:
+        for configs in directions:
+            _preferred.pop((configs, shape._replace(batch=0)), None)
+        return
     forward, *backward = configuration
     for configs, chosen in zip(directions, ((forward,), tuple(backward)), strict=False):
         _preferred[configs, shape._replace(batch=0)] = chosen
