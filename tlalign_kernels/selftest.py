@@ -35,6 +35,7 @@ class Case:
     bias_scale: float = 0.0  # standard deviation; 0: no bias
     mask: str | None = None  # "causal", "rows" (some queries see no key), "additive"
     dropout_p: float = 0.0
+    scale: float | None = None  # factor of the scores; None: D**-0.5
 
 
 CASES = (
@@ -121,8 +122,9 @@ def run_operator(case: Case, inputs: dict[str, Tensor | None], backend: str, see
     leaves = {name: inputs[name].detach().requires_grad_() for name in ("query", "key", "value")}
     bias = None if inputs["bias"] is None else inputs["bias"].detach().requires_grad_()
     options = dict(
-        residual=inputs["residual"], bias=bias, mask=inputs["mask"], dropout_p=case.dropout_p, backend=backend
-    )
+        residual=inputs["residual"], bias=bias, mask=inputs["mask"], scale=case.scale, dropout_p=case.dropout_p,
+        backend=backend,
+    )  # fmt: skip
     torch.manual_seed(seed)
     if case.packed:
         qkv = torch.stack([leaves[name] for name in ("query", "key", "value")]).permute(1, 3, 0, 2, 4)
@@ -137,7 +139,8 @@ def run_plain(case: Case, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]
     """The same by materialised attention in plain PyTorch, in the precision of the inputs; without dropout."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in ("query", "key", "value")}
     bias = None if inputs["bias"] is None else inputs["bias"].detach().requires_grad_()
-    scores = leaves["query"] @ leaves["key"].transpose(-2, -1) * case.head_dim**-0.5
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    scores = leaves["query"] @ leaves["key"].transpose(-2, -1) * scale
     if bias is not None:
         scores = scores + bias
     mask, unseeing = inputs["mask"], None

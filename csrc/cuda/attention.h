@@ -1,4 +1,5 @@
-// Attention with label propagation on NVIDIA GPUs: what is passed to the kernels, by value. `forward.cu` has them.
+// Attention with label propagation on NVIDIA GPUs: what is passed to the kernels, by value. `forward.cu` and
+// `backward.cu` have them.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,20 +16,45 @@
 
 namespace tlalign::cuda {
 
-struct Forward {
+struct Problem {
   int64_t batch;
-  int heads, queries, keys, head_dim, sources;  // sources: 0 to MAX_SOURCES
-  DType dtype;                                  // of query, key, value, output: bfloat16 or float16
+  int heads, queries, keys, head_dim, sources;  // sources: 0 to MAX_SOURCES; 0 in the backward
+  DType dtype;                                  // of query, key, value, output and their gradients: bfloat16 or float16
   float scale;
-  Rows query, key, value;  // each row begins at a multiple of 16 bytes
+  Rows query, key, value;  // each row begins at a multiple of 16 bytes, as all Rows here do
   Offsets bias, mask;
+};
+
+struct Forward : Problem {
   const float* share;     // (B, Nk, S) or null
   const float* residual;  // (B, Nq, S) or null
-  void* parts;            // scratch (B, S * PARTS, padded_keys(keys)) of dtype, or null
+  void* parts;            // scratch (B, S * PARTS, padded(keys)) of dtype, or null
   float* head_share;      // scratch (B, H, S, Nq), or null
   void* output;           // (B, Nq, H, D)
   float* share_out;       // (B, Nq, S) or null
   float* log_sum_exp;     // (B, H, Nq)
+};
+
+// What the kernels of the backward tell each other of a query: its log-sum-exp in units of ln 2 and the row sum of
+// dO * O; and, where numbers are finer than what the rounding of a large log-sum-exp does to probabilities, what makes
+// up for that.
+struct RowTerm {
+  float log_sum_exp, row_sum;
+};
+struct NormalisedRowTerm : RowTerm {
+  float inverse, unused;
+};
+
+struct Backward : Problem {
+  Rows grad_output;          // (B, H, Nq, D), like what follows in Rows
+  const void* output;        // (B, Nq, H, D)
+  const float* log_sum_exp;  // (B, H, Nq)
+  void* row_terms;           // scratch (B, H, padded(queries)) of RowTerm or, for float16, NormalisedRowTerm
+  Rows grad_query, grad_key, grad_value;
+  // Gradients of the bias, each summed over `images_of_sum` images, and over the heads if there is one bias for all:
+  // (B / images_of_sum, rounded up, bias_heads, Nq, Nk), or null.
+  float* bias_sums;
+  int bias_heads, images_of_sum;
 };
 
 constexpr int MAX_SOURCES = 8;
@@ -36,10 +62,11 @@ constexpr int MAX_SOURCES = 8;
 constexpr int PARTS = 3;
 constexpr int HEAD_DIMS[] = {32, 64, 80, 96, 128};
 
-// Keys rounded up to what a step of the kernels takes.
-inline TLALIGN_BOTH int padded_keys(int keys) { return (keys + 63) / 64 * 64; }
+// Queries or keys rounded up to what a block or a step of the kernels takes.
+inline TLALIGN_BOTH int padded(int tokens) { return (tokens + 63) / 64 * 64; }
 
-// Launches on `stream` of the current device. Throws std::runtime_error with the kernel and its shape where CUDA fails.
+// Launch on `stream` of the current device. Throw std::runtime_error with the kernel and its shape where CUDA fails.
 void forward(const Forward& arguments, cudaStream_t stream);
+void backward(const Backward& arguments, cudaStream_t stream);
 
 }  // namespace tlalign::cuda

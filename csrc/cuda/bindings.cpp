@@ -33,32 +33,39 @@ Rows aligned_rows(const std::string& argument, const RowsTuple& tuple) {
   return r;
 }
 
+void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
+                  const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
+                  const std::optional<OffsetsTuple>& mask, double scale) {
+  p.batch = size("B", sizes[0], 1);
+  p.heads = size("H", sizes[1], 1);
+  p.queries = size("Nq", sizes[2], 1);
+  p.keys = size("Nk", sizes[3], 1);
+  p.head_dim = size("D", sizes[4], 1);
+  p.sources = size("S", sizes[5], 0);
+  expect(std::find(std::begin(HEAD_DIMS), std::end(HEAD_DIMS), p.head_dim) != std::end(HEAD_DIMS),
+         "D: expected a head dimension that the CUDA kernels have, got " + std::to_string(p.head_dim));
+  expect(p.sources <= MAX_SOURCES, "S: expected at most " + std::to_string(MAX_SOURCES) + " sources");
+  const int64_t most = std::numeric_limits<int>::max();
+  expect(padded(std::max(p.queries, p.keys)) / 64 * p.batch * p.heads <= most,
+         "B, H, Nq, Nk: expected less than 2**31 blocks of 64 queries or keys");
+  expect(p.batch * padded(p.keys) <= most, "B, Nk: expected less than 2**31 keys");
+  p.dtype = dtype_of("query", dtype, false);
+  expect(p.dtype != DType::float32, "query: expected bfloat16 or float16");
+  p.scale = static_cast<float>(scale);
+  p.query = aligned_rows("query", query);
+  p.key = aligned_rows("key", key);
+  p.value = aligned_rows("value", value);
+  p.bias = offsets("bias", bias);
+  p.mask = offsets("mask", mask);
+}
+
 void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
                        const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
                        const std::optional<OffsetsTuple>& mask, double scale, Address share, Address residual,
                        Address parts, Address head_share, Address output, Address share_out, Address log_sum_exp,
                        Address stream) {
   Forward f;
-  f.batch = size("B", sizes[0], 1);
-  f.heads = size("H", sizes[1], 1);
-  f.queries = size("Nq", sizes[2], 1);
-  f.keys = size("Nk", sizes[3], 1);
-  f.head_dim = size("D", sizes[4], 1);
-  f.sources = size("S", sizes[5], 0);
-  expect(std::find(std::begin(HEAD_DIMS), std::end(HEAD_DIMS), f.head_dim) != std::end(HEAD_DIMS),
-         "D: expected a head dimension that the CUDA kernels have, got " + std::to_string(f.head_dim));
-  expect(f.sources <= MAX_SOURCES, "S: expected at most " + std::to_string(MAX_SOURCES) + " sources");
-  expect((f.queries + 63) / 64 * f.batch * f.heads <= std::numeric_limits<int>::max(),
-         "B, H, Nq: expected less than 2**31 blocks of 64 queries");
-  expect(f.batch * padded_keys(f.keys) <= std::numeric_limits<int>::max(), "B, Nk: expected less than 2**31 keys");
-  f.dtype = dtype_of("query", dtype, false);
-  expect(f.dtype != DType::float32, "query: expected bfloat16 or float16");
-  f.scale = static_cast<float>(scale);
-  f.query = aligned_rows("query", query);
-  f.key = aligned_rows("key", key);
-  f.value = aligned_rows("value", value);
-  f.bias = offsets("bias", bias);
-  f.mask = offsets("mask", mask);
+  read_problem(f, sizes, dtype, query, key, value, bias, mask, scale);
   const bool has_labels = f.sources > 0;
   f.share = pointer<const float>("share", share, has_labels);
   f.residual = pointer<const float>("residual", residual, false);
@@ -70,15 +77,53 @@ void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsT
   forward(f, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void attention_backward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
+                        const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
+                        const std::optional<OffsetsTuple>& mask, double scale, const RowsTuple& grad_output,
+                        Address output, Address log_sum_exp, Address row_terms, const RowsTuple& grad_query,
+                        const RowsTuple& grad_key, const RowsTuple& grad_value, Address bias_sums, int64_t bias_heads,
+                        int64_t images_of_sum, Address stream) {
+  Backward b;
+  read_problem(b, sizes, dtype, query, key, value, bias, mask, scale);
+  b.grad_output = aligned_rows("grad_output", grad_output);
+  b.output = pointer<const void>("output", output);
+  b.log_sum_exp = pointer<const float>("log_sum_exp", log_sum_exp);
+  b.row_terms = pointer<void>("row_terms", row_terms);
+  b.grad_query = aligned_rows("grad_query", grad_query);
+  b.grad_key = aligned_rows("grad_key", grad_key);
+  b.grad_value = aligned_rows("grad_value", grad_value);
+  b.bias_sums = pointer<float>("bias_sums", bias_sums, false);
+  if (b.bias_sums != nullptr) {
+    expect(b.bias.data != nullptr, "bias_sums: expected none where there is no bias");
+    expect(bias_heads == 1 || bias_heads == b.heads, "bias_heads: expected 1 or H, got " + std::to_string(bias_heads));
+    b.bias_heads = static_cast<int>(bias_heads);
+    b.images_of_sum = size("images_of_sum", images_of_sum, 1);
+    expect(int64_t(b.images_of_sum) * b.heads <= std::numeric_limits<int>::max(),
+           "images_of_sum, H: expected less than 2**31 passes");
+    const int64_t sums = (b.batch + b.images_of_sum - 1) / b.images_of_sum * bias_heads;
+    expect(int64_t(padded(b.queries) / 64) * (padded(b.keys) / 64) <= std::numeric_limits<int>::max() / sums,
+           "B, H, Nq, Nk: expected less than 2**31 blocks of 64 x 64 gradients of the bias");
+  }
+  backward(b, reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 void bind(py::module_& module) {
   module.attr("CUDA_HEAD_DIMS") = std::vector<int>(std::begin(HEAD_DIMS), std::end(HEAD_DIMS));
   module.attr("CUDA_MAX_SOURCES") = MAX_SOURCES;
   module.def(
-      "cuda_parts", [](int keys, int sources) { return std::make_pair(sources * PARTS, padded_keys(keys)); },
+      "cuda_parts", [](int keys, int sources) { return std::make_pair(sources * PARTS, padded(keys)); },
       "Rows and columns of the scratch `parts` of an image.");
+  module.def(
+      "cuda_row_terms",
+      [](int queries, const std::string& dtype) {
+        return std::make_pair(padded(queries),
+                              (dtype == "float16" ? sizeof(NormalisedRowTerm) : sizeof(RowTerm)) / sizeof(float));
+      },
+      "Rows and columns of the scratch `row_terms` of a head.");
   module.def("cuda_attention_forward", &attention_forward);
+  module.def("cuda_attention_backward", &attention_backward);
 }
 
 }  // namespace tlalign::cuda

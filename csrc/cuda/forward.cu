@@ -18,7 +18,7 @@ constexpr int QUERIES_OF_WARP = 16, QUERIES_OF_BLOCK = QUERIES_OF_WARP * WARPS;
 // share = hi + mid + lo: rows of parts, zeros from key Nk on.
 template <class T>
 __global__ void pack_labels(Forward p) {
-  const int row = padded_keys(p.keys);
+  const int row = padded(p.keys);
   const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (at >= p.batch * row) return;
   const int64_t image = at / row;
@@ -111,7 +111,7 @@ struct ForwardKernel {
     const int first_key = step * KEYS;
     Tile::template load<KEYS, THREADS, false>(to.value, start(p.value), int(p.value.row), first_key, p.keys);
     // Columns of labels: ones, the parts of the shares, zeros. A warp sees to every fourth column.
-    const int row = padded_keys(p.keys), columns = p.sources * PARTS;
+    const int row = padded(p.keys), columns = p.sources * PARTS;
     const T* parts = static_cast<const T*>(p.parts) + int64_t(image) * columns * row;
 #pragma unroll
     for (int i = 0; i < LABEL_COLUMNS / WARPS; ++i) {
@@ -462,7 +462,7 @@ void launch_for_head_dim(const Forward& p, cudaStream_t stream) {
 template <class T>
 void forward_of(const Forward& p, cudaStream_t stream) {
   if (p.sources > 0) {
-    pack_labels<T><<<blocks_of(p.batch * padded_keys(p.keys), 128), 128, 0, stream>>>(p);
+    pack_labels<T><<<blocks_of(p.batch * padded(p.keys), 128), 128, 0, stream>>>(p);
     check(cudaGetLastError(), "pack_labels", p);
   }
   launch_for_head_dim<T>(p, stream);

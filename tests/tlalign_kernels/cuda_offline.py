@@ -42,7 +42,7 @@ def _nvcc(*options):
 
 @functools.cache
 def build():
-    """The recorder as a Python module, and PTX for sm_80 of all kernels."""
+    """The recorder as a Python module, and PTX for sm_80 of each source of kernels."""
     folder = Path(tempfile.mkdtemp())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     ptx = [folder / f"{source.stem}.ptx" for source in SOURCES if source.suffix == ".cu"]
@@ -65,7 +65,7 @@ def build():
     spec = importlib.util.spec_from_file_location("cuda_recorder", folder / f"cuda_recorder{suffix}")
     recorder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recorder)
-    texts = "\n".join(path.read_text() for path in ptx)
+    texts = [path.read_text() for path in ptx]
     shutil.rmtree(folder)
     return recorder, texts
 
@@ -73,7 +73,8 @@ def build():
 @functools.cache
 def module_of(kernel):
     """One kernel as ptxvm has it."""
-    _, text = build()
+    _, texts = build()
+    (text,) = [text for text in texts if f".entry {kernel}(" in text]
     header = text[: re.search(r"^.*\.entry", text, re.MULTILINE).start()]
     (body,) = re.findall(rf"^[^\n]*\.entry {re.escape(kernel)}\(.*?^}}", text, re.MULTILINE | re.DOTALL)
     return import_ptxvm().Module(header + body)
@@ -130,26 +131,33 @@ def record(monkeypatch, run):
 
         return call
 
-    class Native:
-        cuda_parts = staticmethod(recorder.cuda_parts)
-
-        @staticmethod
-        def cuda_attention_forward(*arguments):
+    def running(launcher):
+        def call(*arguments):
             recorder.launches.clear()
-            recorder.cuda_attention_forward(*arguments)
+            launcher(*arguments)
             for launch in list(recorder.launches):
                 run(Launch(*launch), tensors)
 
-    forward = backend.forward
+        return call
 
-    def noting_forward(*arguments):
-        tensors[:] = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        forward(*arguments)
+    def noting_arguments(launcher):
+        def call(*arguments):
+            tensors[:] = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+            launcher(*arguments)
 
-    for name in ("new_empty", "contiguous", "float"):
+        return call
+
+    native = types.SimpleNamespace(
+        cuda_parts=recorder.cuda_parts,
+        cuda_row_terms=recorder.cuda_row_terms,
+        cuda_attention_forward=running(recorder.cuda_attention_forward),
+        cuda_attention_backward=running(recorder.cuda_attention_backward),
+    )
+    for name in ("new_empty", "contiguous", "float", "to"):
         monkeypatch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name)))
-    monkeypatch.setattr(backend, "forward", noting_forward)
-    monkeypatch.setattr(backend, "_native", Native)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(backend, name, noting_arguments(getattr(backend, name)))
+    monkeypatch.setattr(backend, "_native", native)
     monkeypatch.setattr(backend, "unsupported_reasons", lambda problem: [])
     monkeypatch.setattr(backend, "_current", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tlalign_kernels as tlk
-from tlalign_kernels import extension
+from tlalign_kernels import extension, selftest
 from tlalign_kernels.backends import Problem, cuda
-from tlalign_kernels.selftest import ROUNDING, Case, cast_inputs, make_inputs
+from tlalign_kernels.selftest import Case, make_inputs
 
 # It brings along what disassembles.
 pytest.importorskip("triton")
@@ -24,29 +24,8 @@ executed = pytest.mark.skipif(
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 
 
-def run(case, inputs, backend, scale=None):
-    options = dict(residual=inputs["residual"], bias=inputs["bias"], mask=inputs["mask"], scale=scale, backend=backend)
-    tensors = [inputs[name] for name in ("query", "key", "value")]
-    if not case.packed:
-        return tlk.attention(*tensors, inputs["share"], **options)
-    qkv = torch.stack(tensors).permute(1, 3, 0, 2, 4).contiguous()
-    output, share = tlk.attention_qkv(qkv, inputs["share"], **options)
-    return output.transpose(1, 2), share
-
-
-def plain(inputs, scale):
-    """Materialised attention in the precision of the inputs."""
-    scores = inputs["query"] @ inputs["key"].transpose(-2, -1) * (scale or inputs["query"].shape[-1] ** -0.5)
-    scores = scores if inputs["bias"] is None else scores + inputs["bias"]
-    if inputs["mask"] is not None:
-        is_bool = inputs["mask"].dtype == torch.bool
-        scores = scores.masked_fill(~inputs["mask"], -torch.inf) if is_bool else scores + inputs["mask"]
-    unseeing = (scores == -torch.inf).all(-1, keepdim=True)
-    attended = scores.masked_fill(unseeing, 0.0).softmax(-1).masked_fill(unseeing, 0.0)
-    return attended.to(inputs["value"].dtype) @ inputs["value"]
-
-
-def check(monkeypatch, case, dtype, scale=None, change=lambda inputs: None):
+def check(monkeypatch, case, dtype, change=lambda inputs: None):
+    """Compares output, share and gradients with the reference; `change` changes the inputs in place."""
     import cuda_offline
 
     kernels = []
@@ -55,19 +34,19 @@ def check(monkeypatch, case, dtype, scale=None, change=lambda inputs: None):
         kernels.append(launch.kernel)
         cuda_offline.execute(launch, tensors)
 
-    rounded = cast_inputs(make_inputs(case, "cpu"), dtype)
-    change(rounded)
-    exact = cast_inputs(rounded, torch.float64)
-    expected, expected_share = run(case, exact, "reference", scale)
+    def make_changed(*arguments):
+        inputs = make_inputs(*arguments)
+        change(inputs)
+        return inputs
+
     with monkeypatch.context() as patch:
         cuda_offline.record(patch, execute)
-        output, share = run(case, rounded, "cuda", scale)
-    error = (plain(rounded, scale).double() - expected).abs().max()
-    bound = 2 * error + ROUNDING[dtype] * expected.abs().max()
-    assert (output.double() - expected).abs().max() <= bound
-    # Labels come from probabilities of 16 bits, divided by the sum of the same.
-    assert share is None or (share.double() - expected_share).abs().max() <= ROUNDING[dtype]
-    assert any("attention_forward" in kernel for kernel in kernels)
+        patch.setattr(selftest, "make_inputs", make_changed)
+        checks = selftest.compare(case, dtype, "cuda")
+    assert [check for check in checks if not check.passed] == []
+    names = ["attention_forward", "attention_backward_queries", "attention_backward_keys"]
+    for name in names + ["attention_backward_bias"] * any(check.tensor == "gradient of bias" for check in checks):
+        assert any(name in kernel for kernel in kernels)
 
 
 ONE = Case("one", batch=1, heads=1)
@@ -108,28 +87,38 @@ def test_bias_and_mask_are_within_the_bound(monkeypatch, keys, mask, bias_scale,
 
 
 @executed
-def test_a_bias_and_mask_of_each_image_and_head(monkeypatch):
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize(("images", "heads"), [(2, 3), (1, 3), (2, 1), (1, 1)])
+def test_a_bias_of_each_image_or_head(monkeypatch, dtype, images, heads):
     def change(inputs):
-        inputs["bias"] = torch.randn(2, 3, 20, 20)
-        inputs["mask"] = torch.rand(2, 1, 20, 20) > 0.3
+        inputs["bias"] = torch.randn(images, heads, 20, 70)
+        inputs["mask"] = torch.rand(2, 1, 20, 70) > 0.3
 
-    check(monkeypatch, Case("each", 2, 3, 20, 20, 32), BFLOAT16, change=change)
+    check(monkeypatch, Case("each", 2, 3, 20, 70, 32), dtype, change)
+
+
+@executed
+def test_gradients_of_a_bias_are_summed_in_parts(monkeypatch):
+    # 2 x 2 blocks of 6 heads: more than 1024 / 24 images take several sums of several images each.
+    check(monkeypatch, Case("parts", 45, 6, 65, 65, 32, bias_scale=1.0), BFLOAT16)
 
 
 @executed
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 @pytest.mark.parametrize("keys", [40, 130])
 def test_scales_of_any_sign(monkeypatch, scale, keys):
-    check(monkeypatch, replace(ONE, queries=40, keys=keys, head_dim=32), FLOAT16, scale)
+    check(monkeypatch, replace(ONE, queries=40, keys=keys, head_dim=32, scale=scale), FLOAT16)
 
 
 @executed
-def test_extreme_scores(monkeypatch):
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+def test_extreme_scores(monkeypatch, dtype):
     # All scores of a query may be far below zero: keys that pad the last tile must not take part in the maximum.
     def change(inputs):
         inputs["key"] = inputs["query"][:, :, :1].expand(-1, -1, 20, -1) * -20.0
 
-    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32), BFLOAT16, change=change)
+    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32), dtype, change)
+    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32, bias_scale=1e4), dtype)
 
 
 @executed
@@ -137,15 +126,38 @@ def test_rows_that_begin_between_16_bytes_are_copied(monkeypatch):
     def change(inputs):
         inputs["query"] = torch.cat([inputs["query"], inputs["query"][..., :1]], -1)[..., 1:]
 
-    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32), BFLOAT16, change=change)
+    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32), BFLOAT16, change)
+
+
+@executed
+def test_strides_along_one_image_or_head_mean_nothing(monkeypatch):
+    def change(inputs):
+        for name in ("query", "key", "value"):
+            inputs[name] = inputs[name].as_strided(inputs[name].shape, (7, 5, 32, 1))
+
+    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32), BFLOAT16, change)
+
+
+@executed
+def test_a_gradient_with_zero_strides(monkeypatch):
+    def change(inputs):
+        inputs["grad_output"] = torch.ones(()).expand(inputs["grad_output"].shape)
+
+    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32), BFLOAT16, change)
 
 
 @executed
 def test_no_labels(monkeypatch):
-    def change(inputs):
-        inputs["share"] = inputs["residual"] = None
+    import cuda_offline
 
-    check(monkeypatch, replace(ONE, queries=30, keys=50, head_dim=32), BFLOAT16, change=change)
+    inputs = selftest.cast_inputs(make_inputs(replace(ONE, queries=30, keys=50, head_dim=32), "cpu"), BFLOAT16)
+    tensors = [inputs[name] for name in ("query", "key", "value")]
+    with monkeypatch.context() as patch:
+        cuda_offline.record(patch, cuda_offline.execute)
+        without, none = tlk.attention(*tensors, None, backend="cuda")
+        output, _ = tlk.attention(*tensors, inputs["share"], backend="cuda")
+    assert none is None
+    assert torch.equal(without, output)
 
 
 needs_kernels = pytest.mark.skipif(
@@ -157,7 +169,7 @@ needs_kernels = pytest.mark.skipif(
 def test_what_is_not_supported_is_said():
     problem = Problem("cpu", torch.float32, 1, 1, 1, 1, 40, 9, torch.float32, False, False, 0.5, True)
     reasons = "; ".join(cuda.unsupported_reasons(problem))
-    for word in ("device: expected cuda", "dtype", "head dimension", "at most 8 sources", "dropout", "no backward yet"):
+    for word in ("device: expected cuda", "dtype", "head dimension", "at most 8 sources", "dropout"):
         assert word in reasons
 
 
@@ -181,6 +193,26 @@ def test_native_code_checks_its_arguments(change, message):
     arguments |= dict(scale=1.0, share=0, residual=0, parts=0, head_share=0, output=16, share_out=0, log_sum_exp=16)
     with pytest.raises(ValueError, match=message):
         extension.compiled.cuda_attention_forward(*{**arguments, **change}.values(), 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(grad_query=(16, 128, 32, 33)), "grad_query: expected rows that begin at multiples of 16 bytes"),
+        (dict(row_terms=0), "row_terms: expected an address, got 0"),
+        (dict(bias_sums=16), "bias_sums: expected none where there is no bias"),
+        (dict(bias_sums=16, bias=(16, "float32", 0, 0, 4, 1), bias_heads=3), "bias_heads: expected 1 or H, got 3"),
+        (dict(bias_sums=16, bias=(16, "float32", 0, 0, 4, 1), bias_heads=1), "images_of_sum: expected at least 1"),
+    ],
+)
+def test_native_code_checks_the_arguments_of_the_backward(change, message):
+    rows = (16, 128, 32, 32)
+    arguments = dict(sizes=(1, 1, 4, 4, 32, 0), dtype="float16", query=rows, key=rows, value=rows, bias=None, mask=None)
+    arguments |= dict(scale=1.0, grad_output=rows, output=16, log_sum_exp=16, row_terms=16)
+    arguments |= dict(grad_query=rows, grad_key=rows, grad_value=rows, bias_sums=0, bias_heads=0, images_of_sum=0)
+    with pytest.raises(ValueError, match=message):
+        extension.compiled.cuda_attention_backward(*{**arguments, **change}.values(), 0)
 
 
 @needs_kernels

@@ -20,11 +20,12 @@ def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
 def rows(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int, int, int]:
-    """Address and strides of images, heads and rows of a tensor (B, H, N, D)."""
+    """Address and strides of images, heads and rows of a tensor (B, H, N, D); those of one thing alone are 0."""
     check(name, tensor, shape, dtype, device)
-    image, head, row, last = tensor.stride()
+    last = tensor.stride(-1)
     if last != 1 and shape[-1] > 1:
         raise ValueError(f"{name}: expected a last stride of 1, got {last}")
+    image, head, row = _strides(tensor)[:3]
     return tensor.data_ptr(), image, head, row
 
 
@@ -49,8 +50,12 @@ def offsets(
     shape = (batch if images != 1 else 1, heads if tensor_heads != 1 else 1, queries, keys)
     check(name, tensor, shape, tensor.dtype, device)
     dtype = "bool" if tensor.dtype == torch.bool else DTYPES[tensor.dtype]
-    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), dtype, *strides
+    return tensor.data_ptr(), dtype, *_strides(tensor)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides, 0 along dimensions of one, where they mean nothing."""
+    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 def float_or_smaller(tensor: Tensor | None) -> Tensor | None:

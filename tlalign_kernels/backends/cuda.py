@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tlalign_kernels import extension
 from tlalign_kernels.backends.addresses import DTYPES, float_or_smaller, offsets, rows, whole
+from tlalign_kernels.backends.bias_sums import images_of_sum
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
@@ -37,8 +38,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"labels: expected at most {_native.CUDA_MAX_SOURCES} sources, got {problem.sources}")
     if problem.dropout_p > 0:
         reasons.append("dropout_p: expected 0, there is no dropout")
-    if problem.needs_gradient:
-        reasons.append("there is no backward yet")
     return reasons
 
 
@@ -71,14 +70,7 @@ def forward(
         head_share = query.new_empty((batch, heads, sources, queries), dtype=torch.float32)
     with _current(device):
         _native.cuda_attention_forward(
-            (batch, heads, queries, keys, head_dim, sources),
-            DTYPES[dtype],
-            rows("query", query, (batch, heads, queries, head_dim), dtype, device),
-            rows("key", key, (batch, heads, keys, head_dim), dtype, device),
-            rows("value", value, (batch, heads, keys, head_dim), dtype, device),
-            offsets("bias", bias, (batch, heads, queries, keys), device),
-            offsets("mask", mask, (batch, heads, queries, keys), device),
-            scale,
+            *_problem(query, key, value, sources, bias, mask, scale),
             whole("share", share, (batch, keys, sources), torch.float32, device),
             whole("residual", residual, (batch, queries, sources), torch.float32, device),
             0 if parts is None else parts.data_ptr(),
@@ -90,13 +82,82 @@ def forward(
         )
 
 
+def backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    grad_bias: Tensor | None,
+) -> None:
+    """Computes the gradients into the given tensors; see `reference.backward`."""
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    device, dtype = query.device, query.dtype
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    grad_output = _aligned(grad_output.to(dtype).transpose(1, 2))
+    bias, mask = float_or_smaller(bias), float_or_smaller(mask)
+    of_queries, of_keys = (batch, heads, queries, head_dim), (batch, heads, keys, head_dim)
+    row_terms = query.new_empty((batch, heads, *_native.cuda_row_terms(queries, DTYPES[dtype])), dtype=torch.float32)
+    bias_sums, bias_heads, images = None, 0, 0
+    if grad_bias is not None:
+        bias_images, bias_heads = grad_bias.shape[:2]
+        images = images_of_sum(batch, bias_images, -(-queries // 64) * -(-keys // 64) * bias_heads)
+        bias_sums = query.new_empty((-(-batch // images), bias_heads, queries, keys), dtype=torch.float32)
+    with _current(device):
+        _native.cuda_attention_backward(
+            *_problem(query, key, value, 0, bias, mask, scale),
+            rows("grad_output", grad_output, of_queries, dtype, device),
+            whole("output", output, (batch, queries, heads, head_dim), dtype, device),
+            whole("log_sum_exp", log_sum_exp, (batch, heads, queries), torch.float32, device),
+            row_terms.data_ptr(),
+            rows("grad_query", grad_query, of_queries, dtype, device),
+            rows("grad_key", grad_key, of_keys, dtype, device),
+            rows("grad_value", grad_value, of_keys, dtype, device),
+            0 if bias_sums is None else bias_sums.data_ptr(),
+            bias_heads,
+            images,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    if grad_bias is not None:
+        grad_bias.copy_(bias_sums if bias_images == batch else bias_sums.sum(dim=0, keepdim=True))
+
+
+def _problem(
+    query: Tensor, key: Tensor, value: Tensor, sources: int, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple:
+    """What both directions are told first."""
+    batch, heads, queries, head_dim = query.shape
+    keys, device, dtype = key.shape[2], query.device, query.dtype
+    return (
+        (batch, heads, queries, keys, head_dim, sources),
+        DTYPES[dtype],
+        rows("query", query, (batch, heads, queries, head_dim), dtype, device),
+        rows("key", key, (batch, heads, keys, head_dim), dtype, device),
+        rows("value", value, (batch, heads, keys, head_dim), dtype, device),
+        offsets("bias", bias, (batch, heads, queries, keys), device),
+        offsets("mask", mask, (batch, heads, queries, keys), device),
+        scale,
+    )
+
+
 def _current(device: torch.device) -> torch.cuda.device:
     """CUDA launches on the current device, not on that of the tensors."""
     return torch.cuda.device(device)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Kernels copy 16 bytes at a time: a tensor whose rows begin elsewhere is copied, once."""
+    """Kernels copy 16 bytes at a time: a tensor whose rows begin elsewhere, or have gaps, is copied, once."""
     chunk = 16 // tensor.element_size()
-    is_aligned = tensor.data_ptr() % 16 == 0 and all(stride % chunk == 0 for stride in tensor.stride()[:3])
-    return tensor if is_aligned else tensor.contiguous()
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    is_aligned = tensor.data_ptr() % 16 == 0 and all(stride % chunk == 0 for stride in strides[:-1])
+    return tensor if is_aligned and tensor.stride(-1) == 1 else tensor.contiguous()

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from tlalign_kernels.backends.bias_sums import images_of_sum
+
 try:
     import triton
 
@@ -399,7 +401,7 @@ def backward(
             block_q, block_k = 32, 32 if head_dim <= 64 else 16
             bias_images, bias_heads = grad_bias.shape[:2]
             tiles = triton.cdiv(queries, block_q) * triton.cdiv(keys, block_k) * bias_heads
-            images_of_part = _images_of_part(batch, bias_images, tiles)
+            images_of_part = images_of_sum(batch, bias_images, tiles)
             parts = triton.cdiv(batch, images_of_part)
             sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
             how.pop("BIAS")
@@ -410,14 +412,6 @@ def backward(
                 num_stages=1,
             )  # fmt: skip
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
-
-
-def _images_of_part(batch: int, bias_images: int, tiles: int) -> int:
-    """Images whose gradients of a bias one program adds up: so many that about 1024 programs are at work.
-
-    It follows from the shape alone, so that the order of the sum, and with it the bits, are the same everywhere.
-    """
-    return 1 if bias_images == batch else triton.cdiv(batch, max(1, min(batch, 1024 // tiles)))
 
 
 def _inverse(

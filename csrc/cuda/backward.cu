@@ -1,0 +1,456 @@
+// The gradients of query, key, value and bias, from the saved log-sum-exp, on tensor cores of Ampere and newer
+// (mma.sync).
+//
+// Two kernels form all scores a second time, one with a warp for 16 queries, one with a warp for 16 keys. So whatever a
+// product takes from scores is in the registers of the warp that formed them, nothing is summed across warps, and no
+// sum depends on an order that could change. One kernel that forms scores once would save two products of seven, but
+// pass both P and dS through shared memory, which is as busy as the tensor cores already.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "cuda/attention.h"
+#include "cuda/launch.h"
+#include "cuda/scores.h"
+#include "cuda/tiles.h"
+
+namespace tlalign::cuda {
+namespace {
+
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+constexpr int ROWS_OF_WARP = 16, ROWS_OF_BLOCK = ROWS_OF_WARP * WARPS;
+
+template <class T>
+__device__ float2 unpack(uint32_t word);
+template <>
+__device__ inline float2 unpack<__nv_bfloat16>(uint32_t word) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
+}
+template <>
+__device__ inline float2 unpack<__half>(uint32_t word) {
+  return __half22float2(reinterpret_cast<const __half2&>(word));
+}
+
+template <class T>
+using RowTermOf = std::conditional_t<std::is_same_v<T, __half>, NormalisedRowTerm, RowTerm>;
+
+__device__ inline float apply(const RowTerm&, float probability) { return probability; }
+__device__ inline float apply(const NormalisedRowTerm& term, float probability) { return probability * term.inverse; }
+
+// What the kernels share: whose rows a block has, and where rows are.
+template <class T, int D>
+struct Block {
+  using Tile = SharedRows<T, D>;
+  // Rows that pass by in a step: so many that shared memory holds two steps for two blocks of a multiprocessor.
+  static constexpr int STEP = D <= 64 ? 64 : 32;
+
+  const Backward& p;
+  const uint32_t shared;
+  const int lane = threadIdx.x % 32;
+  // The same in all threads of a warp, as the compiler sees now.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  int first;  // row of the block
+  int image, head;
+
+  __device__ Block(const Backward& p, uint32_t shared, int rows) : p(p), shared(shared) {
+    const unsigned blocks = padded(rows) / ROWS_OF_BLOCK;
+    const unsigned pair = blockIdx.x / blocks;
+    first = int(blockIdx.x % blocks) * ROWS_OF_BLOCK;
+    head = int(pair % unsigned(p.heads));
+    image = int(pair / unsigned(p.heads));
+  }
+
+  __device__ int64_t pair() const { return int64_t(image) * p.heads + head; }
+  __device__ RowTermOf<T>* row_terms() const {
+    return static_cast<RowTermOf<T>*>(p.row_terms) + pair() * padded(p.queries);
+  }
+  __device__ T* start(const Rows& rows) const {
+    return reinterpret_cast<T*>(rows.data) + image * rows.image + head * rows.head;
+  }
+
+  template <int ROWS>
+  __device__ void load(uint32_t to, const Rows& rows, int from, int end) const {
+    Tile::template load<ROWS, THREADS, false>(to, start(rows), int(rows.row), from, end);
+  }
+
+  // The 16 rows of this warp, of the 64 at `rows`.
+  __device__ uint32_t own(uint32_t rows) const { return rows + Tile::bytes(warp * ROWS_OF_WARP); }
+
+  __device__ void write_own(const float (&sum)[D / 8][4], const float (&factor)[2], uint32_t rows, const Rows& to,
+                            int end) const {
+    const int row = first + warp * ROWS_OF_WARP;
+    write_rows<T, D>(sum, factor, own(rows), start(to) + row * to.row, to.row, end - row, lane);
+  }
+};
+
+template <class T, int D>
+__device__ void load_fragments(Fragment (&fragments)[D / 16], uint32_t rows, int lane) {
+  uint32_t from[D / 16];
+  find_rows<T, D>(from, rows, lane);
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) fragments[i] = load_matrices(from[i]);
+}
+
+template <int D>
+__device__ void clear(float (&sum)[D / 8][4]) {
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
+}
+
+// dQ = scale dS K with dS = P * (dO V^T - rowsum(dO * O)): a block has 64 queries of a head, a warp 16 of them, and the
+// keys pass by. Writes the row terms, too: those of a query that there is not, or that sees no key, such that its
+// probabilities are 0.
+template <class T, int D, bool OFFSETS>
+struct QueriesKernel : Block<T, D> {
+  using Base = Block<T, D>;
+  using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head, Base::STEP;
+  using typename Base::Tile;
+  static constexpr int STAGE_BYTES = 2 * Tile::bytes(STEP);
+  static constexpr int STAGES_AT = 2 * Tile::bytes(ROWS_OF_BLOCK);
+  static constexpr int SHARED_BYTES = STAGES_AT + 2 * STAGE_BYTES;
+  static_assert(Tile::bytes(ROWS_OF_BLOCK) <= STAGE_BYTES, "the output has room in the second stage");
+  static constexpr bool NORMALISES = std::is_same_v<RowTermOf<T>, NormalisedRowTerm>;
+
+  __device__ QueriesKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.queries) {}
+
+  __device__ uint32_t stage(int step) const { return shared + STAGES_AT + step % 2 * STAGE_BYTES; }
+
+  __device__ void load_step(int step) const {
+    Base::template load<STEP>(stage(step), p.key, step * STEP, p.keys);
+    Base::template load<STEP>(stage(step) + Tile::bytes(STEP), p.value, step * STEP, p.keys);
+  }
+
+  __device__ void run() {
+    // A warp without queries helps to load, no more.
+    const bool works = first + warp * ROWS_OF_WARP < p.queries;
+    const uint32_t grad_rows = shared + Tile::bytes(ROWS_OF_BLOCK), output_rows = stage(1);
+    Base::template load<ROWS_OF_BLOCK>(shared, p.query, first, p.queries);
+    Base::template load<ROWS_OF_BLOCK>(grad_rows, p.grad_output, first, p.queries);
+    const int64_t row = int64_t(p.heads) * D;
+    const T* output = static_cast<const T*>(p.output) + image * p.queries * row + head * D;
+    Tile::template load<ROWS_OF_BLOCK, THREADS, false>(output_rows, output, int(row), first, p.queries);
+    commit_copies();
+    load_step(0);
+    commit_copies();
+
+    wait_for_copies<1>();
+    __syncthreads();
+    Fragment query[D / 16], grad[D / 16];
+    load_fragments<T, D>(query, Base::own(shared), lane);
+    load_fragments<T, D>(grad, Base::own(grad_rows), lane);
+    RowTermOf<T> terms[2];
+    find_row_terms(grad, Base::own(output_rows), terms);
+
+    float sum[D / 8][4], total[2] = {};
+    clear<D>(sum);
+    uint32_t scores_from[D / 16], sums_from[D / 16];
+    find_rows_of_scores<T, D>(scores_from, stage(0), lane);
+    find_rows<T, D>(sums_from, stage(0), lane);
+    const int steps = (p.keys + STEP - 1) / STEP;
+    for (int step = 0; step < steps; ++step) {
+      wait_for_copies<0>();
+      // Nobody reads what the next step overwrites any more, and everybody's copies for this one have landed.
+      __syncthreads();
+      if (step + 1 < steps) load_step(step + 1);
+      commit_copies();
+      if (works) add_step(query, grad, scores_from, sums_from, terms, step, sum, total);
+    }
+    float factor[2] = {p.scale, p.scale};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (NORMALISES) {
+        const float sum_of_probabilities = sum_of_row(total[i]);
+        terms[i].inverse = sum_of_probabilities > 0.0f ? 1.0f / sum_of_probabilities : 1.0f;
+        factor[i] *= terms[i].inverse;
+      }
+      if (lane % 4 == 0) Base::row_terms()[first + warp * ROWS_OF_WARP + lane / 4 + 8 * i] = terms[i];
+    }
+    if (works) Base::write_own(sum, factor, shared, p.grad_query, p.queries);
+  }
+
+  // Four threads have parts of a row.
+  static __device__ float sum_of_row(float part) {
+    part += __shfl_xor_sync(0xffffffffu, part, 1);
+    return part + __shfl_xor_sync(0xffffffffu, part, 2);
+  }
+
+  __device__ void find_row_terms(const Fragment (&grad)[D / 16], uint32_t output_rows, RowTermOf<T> (&terms)[2]) const {
+    Fragment output[D / 16];
+    load_fragments<T, D>(output, output_rows, lane);
+    float row_sum[2] = {};
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      const uint32_t left[4] = {grad[i].x, grad[i].y, grad[i].z, grad[i].w};
+      const uint32_t right[4] = {output[i].x, output[i].y, output[i].z, output[i].w};
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        const float2 a = unpack<T>(left[word]), b = unpack<T>(right[word]);
+        row_sum[word % 2] = fmaf(a.x, b.x, fmaf(a.y, b.y, row_sum[word % 2]));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int query = first + warp * ROWS_OF_WARP + lane / 4 + 8 * i;
+      const float known = query < p.queries ? p.log_sum_exp[Base::pair() * p.queries + query] : -INFINITY;
+      terms[i].log_sum_exp = known == -INFINITY ? INFINITY : known * LOG2_E;
+      terms[i].row_sum = sum_of_row(row_sum[i]);
+    }
+  }
+
+  __device__ void add_step(const Fragment (&query)[D / 16], const Fragment (&grad)[D / 16],
+                           const uint32_t (&scores_from)[D / 16], const uint32_t (&sums_from)[D / 16],
+                           const RowTermOf<T> (&terms)[2], int step, float (&sum)[D / 8][4], float (&total)[2]) const {
+#pragma unroll
+    for (int tile = 0; tile < STEP / 16; ++tile) {
+      const int key = step * STEP + 16 * tile;
+      if (key >= p.keys) break;
+      const uint32_t at = step % 2 * STAGE_BYTES + Tile::bytes(16 * tile);
+      float low[4], high[4], grad_low[4], grad_high[4];
+      multiply_scores<T, D>(low, high, query, scores_from, at);
+      multiply_scores<T, D>(grad_low, grad_high, grad, scores_from, at + Tile::bytes(STEP));
+      const bool ends = key + 16 > p.keys;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& score = i < 4 ? low[i] : high[i - 4];
+        const int of_query = first + warp * ROWS_OF_WARP + lane / 4 + i / 2 % 2 * 8;
+        const int of_key = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
+        if (OFFSETS) score = with_offsets(p, score, image, head, of_query, of_key);
+        const RowTermOf<T>& term = terms[i / 2 % 2];
+        float probability = exp2_of(fmaf(score, unit, -term.log_sum_exp));
+        // Rows of keys that there are not are zeros, and so are their scores.
+        if (!OFFSETS && ends && of_key >= p.keys) probability = 0.0f;
+        if (NORMALISES) total[i / 2 % 2] += probability;
+        score = probability * ((i < 4 ? grad_low[i] : grad_high[i - 4]) - term.row_sum);
+      }
+      add_product<T, D>(sum, pack_scores<T>(low, high), sums_from, at);
+    }
+  }
+};
+
+// dV = P^T dO and dK = scale dS^T Q: a block has 64 keys of a head, a warp 16 of them, and the queries pass by.
+template <class T, int D, bool OFFSETS>
+struct KeysKernel : Block<T, D> {
+  using Base = Block<T, D>;
+  using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head, Base::STEP;
+  using typename Base::Tile;
+  static constexpr int TERMS_BYTES = STEP * sizeof(RowTermOf<T>);
+  static constexpr int STAGE_BYTES = 2 * Tile::bytes(STEP) + TERMS_BYTES;
+  static constexpr int STAGES_AT = 2 * Tile::bytes(ROWS_OF_BLOCK);
+  static constexpr int SHARED_BYTES = STAGES_AT + 2 * STAGE_BYTES;
+  // Whether registers hold the rows of keys and values all the time.
+  static constexpr bool HOLDS = D <= 96;
+
+  __device__ KeysKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.keys) {}
+
+  __device__ uint32_t stage(int step) const { return shared + STAGES_AT + step % 2 * STAGE_BYTES; }
+
+  __device__ void load_step(int step) const {
+    const uint32_t to = stage(step), terms = to + 2 * Tile::bytes(STEP);
+    Base::template load<STEP>(to, p.query, step * STEP, p.queries);
+    Base::template load<STEP>(to + Tile::bytes(STEP), p.grad_output, step * STEP, p.queries);
+    if (threadIdx.x < TERMS_BYTES / 16) {
+      const char* from = reinterpret_cast<const char*>(Base::row_terms() + step * STEP);
+      copy_async(terms + threadIdx.x * 16, from + threadIdx.x * 16, true);
+    }
+  }
+
+  __device__ void run() {
+    const bool works = first + warp * ROWS_OF_WARP < p.keys;
+    const uint32_t value_rows = shared + Tile::bytes(ROWS_OF_BLOCK);
+    Base::template load<ROWS_OF_BLOCK>(shared, p.key, first, p.keys);
+    Base::template load<ROWS_OF_BLOCK>(value_rows, p.value, first, p.keys);
+    load_step(0);
+    commit_copies();
+
+    Fragment key[D / 16], value[D / 16];
+    float grad_key[D / 8][4], grad_value[D / 8][4];
+    clear<D>(grad_key);
+    clear<D>(grad_value);
+    uint32_t scores_from[D / 16], sums_from[D / 16];
+    find_rows_of_scores<T, D>(scores_from, stage(0), lane);
+    find_rows<T, D>(sums_from, stage(0), lane);
+    const int steps = (p.queries + STEP - 1) / STEP;
+    for (int step = 0; step < steps; ++step) {
+      wait_for_copies<0>();
+      __syncthreads();
+      if (step + 1 < steps) load_step(step + 1);
+      commit_copies();
+      if (!works) continue;
+      if (HOLDS && step == 0) {
+        load_fragments<T, D>(key, Base::own(shared), lane);
+        load_fragments<T, D>(value, Base::own(value_rows), lane);
+      }
+#pragma unroll
+      for (int tile = 0; tile < STEP / 16; ++tile) {
+        const int query = step * STEP + 16 * tile;
+        if (query >= p.queries) break;
+        const uint32_t at = step % 2 * STAGE_BYTES + Tile::bytes(16 * tile);
+        float low[4], high[4], grad_low[4], grad_high[4];
+        if (!HOLDS) load_fragments<T, D>(key, Base::own(shared), lane);
+        multiply_scores<T, D>(low, high, key, scores_from, at);
+        if (!HOLDS) load_fragments<T, D>(value, Base::own(value_rows), lane);
+        multiply_scores<T, D>(grad_low, grad_high, value, scores_from, at + Tile::bytes(STEP));
+        const uint32_t terms = stage(step) + 2 * Tile::bytes(STEP) + (16 * tile + lane % 4 * 2) * sizeof(RowTermOf<T>);
+        find_grad_scores(low, grad_low, terms, query);
+        find_grad_scores(high, grad_high, terms + 8 * sizeof(RowTermOf<T>), query + 8);
+        add_product<T, D>(grad_value, pack_scores<T>(low, high), sums_from, at + Tile::bytes(STEP));
+        add_product<T, D>(grad_key, pack_scores<T>(grad_low, grad_high), sums_from, at);
+      }
+    }
+    if (!works) return;
+    Base::write_own(grad_key, {p.scale, p.scale}, shared, p.grad_key, p.keys);
+    Base::write_own(grad_value, {1.0f, 1.0f}, value_rows, p.grad_value, p.keys);
+  }
+
+  // Probabilities in place of products of 16 keys and 8 queries, and gradients of scores in place of those of
+  // probabilities.
+  __device__ void find_grad_scores(float (&scores)[4], float (&grad)[4], uint32_t terms, int query) const {
+    uint4 words[2 * sizeof(RowTermOf<T>) / 16];
+#pragma unroll
+    for (int i = 0; i < int(2 * sizeof(RowTermOf<T>) / 16); ++i) words[i] = load_shared(terms + 16 * i);
+    const RowTermOf<T>(&term)[2] = reinterpret_cast<const RowTermOf<T>(&)[2]>(words);
+    const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (OFFSETS) {
+        const int of_key = first + warp * ROWS_OF_WARP + lane / 4 + i / 2 * 8;
+        scores[i] = with_offsets(p, scores[i], image, head, query + lane % 4 * 2 + i % 2, of_key);
+      }
+      scores[i] = apply(term[i % 2], exp2_of(fmaf(scores[i], unit, -term[i % 2].log_sum_exp)));
+      grad[i] = scores[i] * (grad[i] - term[i % 2].row_sum);
+    }
+  }
+};
+
+// The sum of dS over images, and over heads if they share the bias: a block has 64 queries, a warp 16 of them, and 64
+// keys; images and heads pass by in order.
+template <class T, int D>
+struct BiasKernel {
+  using Tile = SharedRows<T, D>;
+  static constexpr int TILE_BYTES = Tile::bytes(ROWS_OF_BLOCK);
+  static constexpr int SHARED_BYTES = 4 * TILE_BYTES;
+
+  const Backward& p;
+  const uint32_t shared;
+
+  __device__ void run() const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const unsigned query_blocks = padded(p.queries) / ROWS_OF_BLOCK, key_blocks = padded(p.keys) / ROWS_OF_BLOCK;
+    const int first_query = int(blockIdx.x % query_blocks) * ROWS_OF_BLOCK;
+    const unsigned rest = blockIdx.x / query_blocks;
+    const int first_key = int(rest % key_blocks) * ROWS_OF_BLOCK;
+    const int64_t sum_number = rest / key_blocks;  // sum and head of the bias
+    const int first_image = int(sum_number / p.bias_heads) * p.images_of_sum;
+    const int images = int(min(int64_t(p.images_of_sum), p.batch - first_image));
+    const int first_head = int(sum_number % p.bias_heads), heads = p.bias_heads == 1 ? p.heads : 1;
+    const int own_query = first_query + warp * ROWS_OF_WARP;
+
+    uint32_t scores_from[D / 16];
+    find_rows_of_scores<T, D>(scores_from, shared + 2 * TILE_BYTES, lane);
+    float sum[ROWS_OF_BLOCK / 8][4];
+    clear<ROWS_OF_BLOCK>(sum);
+    for (int pass = 0; pass < images * heads; ++pass) {
+      const int image = first_image + pass / heads, head = first_head + pass % heads;
+      __syncthreads();
+      load(0, p.query, image, head, first_query, p.queries);
+      load(1, p.grad_output, image, head, first_query, p.queries);
+      load(2, p.key, image, head, first_key, p.keys);
+      load(3, p.value, image, head, first_key, p.keys);
+      commit_copies();
+      const RowTermOf<T>* own_terms = static_cast<const RowTermOf<T>*>(p.row_terms) +
+                                      (int64_t(image) * p.heads + head) * padded(p.queries) + own_query + lane / 4;
+      const RowTermOf<T> terms[2] = {own_terms[0], own_terms[8]};
+      wait_for_copies<0>();
+      __syncthreads();
+      Fragment query[D / 16], grad[D / 16];
+      load_fragments<T, D>(query, shared + Tile::bytes(warp * ROWS_OF_WARP), lane);
+      load_fragments<T, D>(grad, shared + TILE_BYTES + Tile::bytes(warp * ROWS_OF_WARP), lane);
+#pragma unroll
+      for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) {
+        float low[4], high[4], grad_low[4], grad_high[4];
+        multiply_scores<T, D>(low, high, query, scores_from, Tile::bytes(16 * tile));
+        multiply_scores<T, D>(grad_low, grad_high, grad, scores_from, TILE_BYTES + Tile::bytes(16 * tile));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int key = first_key + 16 * tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
+          const float score =
+              with_offsets(p, i < 4 ? low[i] : high[i - 4], image, head, own_query + lane / 4 + i / 2 % 2 * 8, key);
+          const RowTermOf<T>& term = terms[i / 2 % 2];
+          const float probability = apply(term, exp2_of(score - term.log_sum_exp));
+          sum[2 * tile + i / 4][i % 4] += probability * ((i < 4 ? grad_low[i] : grad_high[i - 4]) - term.row_sum);
+        }
+      }
+    }
+    float* to = p.bias_sums + sum_number * p.queries * p.keys;
+#pragma unroll
+    for (int n = 0; n < ROWS_OF_BLOCK / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int query = own_query + lane / 4 + i / 2 * 8, key = first_key + 8 * n + lane % 4 * 2 + i % 2;
+        if (query < p.queries && key < p.keys) to[int64_t(query) * p.keys + key] = sum[n][i];
+      }
+    }
+  }
+
+  __device__ void load(int tile, const Rows& rows, int image, int head, int first, int end) const {
+    const T* start = reinterpret_cast<const T*>(rows.data) + image * rows.image + head * rows.head;
+    Tile::template load<ROWS_OF_BLOCK, THREADS, false>(shared + tile * TILE_BYTES, start, int(rows.row), first, end);
+  }
+};
+
+template <class Kernel>
+__device__ void run(const Backward& p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  Kernel{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
+}
+template <class T, int D, bool OFFSETS>
+__global__ void __launch_bounds__(THREADS, 2) attention_backward_queries(const __grid_constant__ Backward p) {
+  run<QueriesKernel<T, D, OFFSETS>>(p);
+}
+template <class T, int D, bool OFFSETS>
+__global__ void __launch_bounds__(THREADS, 2) attention_backward_keys(const __grid_constant__ Backward p) {
+  run<KeysKernel<T, D, OFFSETS>>(p);
+}
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS, 2) attention_backward_bias(const __grid_constant__ Backward p) {
+  run<BiasKernel<T, D>>(p);
+}
+
+void launch(void (*kernel)(Backward), const char* name, int64_t blocks, int shared_bytes, const Backward& p,
+            cudaStream_t stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name, p);
+  kernel<<<unsigned(blocks), THREADS, shared_bytes, stream>>>(p);
+  check(cudaGetLastError(), name, p);
+}
+
+template <class T, int D, bool OFFSETS>
+void launch_kernels(const Backward& p, cudaStream_t stream) {
+  const int64_t heads = p.batch * p.heads;
+  const int64_t query_blocks = padded(p.queries) / ROWS_OF_BLOCK, key_blocks = padded(p.keys) / ROWS_OF_BLOCK;
+  launch(attention_backward_queries<T, D, OFFSETS>, "attention_backward_queries", query_blocks * heads,
+         QueriesKernel<T, D, OFFSETS>::SHARED_BYTES, p, stream);
+  launch(attention_backward_keys<T, D, OFFSETS>, "attention_backward_keys", key_blocks * heads,
+         KeysKernel<T, D, OFFSETS>::SHARED_BYTES, p, stream);
+  if (p.bias_sums != nullptr) {
+    const int64_t sums = (p.batch + p.images_of_sum - 1) / p.images_of_sum * p.bias_heads;
+    launch(attention_backward_bias<T, D>, "attention_backward_bias", query_blocks * key_blocks * sums,
+           BiasKernel<T, D>::SHARED_BYTES, p, stream);
+  }
+}
+
+}  // namespace
+
+void backward(const Backward& p, cudaStream_t stream) {
+  with_types(p, [&](auto type, auto head_dim) {
+    using T = decltype(type);
+    if (p.bias.data != nullptr || p.mask.data != nullptr) {
+      launch_kernels<T, head_dim(), true>(p, stream);
+    } else {
+      launch_kernels<T, head_dim(), false>(p, stream);
+    }
+  });
+}
+
+}  // namespace tlalign::cuda

@@ -1,0 +1,50 @@
+// What the launchers of the kernels share.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cuda/attention.h"
+
+namespace tlalign::cuda {
+
+// Throws unless the status of a launch is success.
+inline void check(cudaError_t status, const char* kernel, const Problem& p) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(kernel) + " with B, H, Nq, Nk, D, S = " + std::to_string(p.batch) + ", " +
+                           std::to_string(p.heads) + ", " + std::to_string(p.queries) + ", " + std::to_string(p.keys) +
+                           ", " + std::to_string(p.head_dim) + ", " + std::to_string(p.sources) + ": " +
+                           cudaGetErrorString(status));
+}
+
+template <int D>
+using HeadDim = std::integral_constant<int, D>;
+
+template <class T, class Call>
+void with_head_dim(const Problem& p, Call call) {
+  switch (p.head_dim) {
+    case 32:
+      return call(T(), HeadDim<32>());
+    case 64:
+      return call(T(), HeadDim<64>());
+    case 80:
+      return call(T(), HeadDim<80>());
+    case 96:
+      return call(T(), HeadDim<96>());
+    default:
+      return call(T(), HeadDim<128>());
+  }
+}
+
+// Calls call(T(), HeadDim<D>()) with the dtype and head dimension of a problem.
+template <class Call>
+void with_types(const Problem& p, Call call) {
+  if (p.dtype == DType::bfloat16) return with_head_dim<__nv_bfloat16>(p, call);
+  with_head_dim<__half>(p, call);
+}
+
+}  // namespace tlalign::cuda

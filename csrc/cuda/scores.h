@@ -1,0 +1,111 @@
+// Scores of 16 queries and 16 keys as a warp holds them: the products they come from and go to, and what is added.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention.h"
+#include "cuda/tiles.h"
+
+namespace tlalign::cuda {
+
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+// Where a thread's part of 16 rows in shared memory begins: rows as the left factor of a product or, transposed while
+// they are loaded, as the right one (the sum runs over rows) ...
+template <class T, int D>
+__device__ void find_rows(uint32_t (&from)[D / 16], uint32_t rows, int lane) {
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) from[i] = rows + SharedRows<T, D>::at(lane % 16, 2 * i + lane / 16);
+}
+// ... and as the right one of scores (the sum runs over columns).
+template <class T, int D>
+__device__ void find_rows_of_scores(uint32_t (&from)[D / 16], uint32_t rows, int lane) {
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+    from[i] = rows + SharedRows<T, D>::at(lane % 8 + lane / 16 * 8, 2 * i + lane / 8 % 2);
+  }
+}
+
+// left (16 x D) times 16 rows, transposed: columns 0 to 7 and 8 to 15. The rows lie `offset` bytes behind `from`.
+template <class T, int D>
+__device__ void multiply_scores(float (&low)[4], float (&high)[4], const Fragment (&left)[D / 16],
+                                const uint32_t (&from)[D / 16], uint32_t offset) {
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+    const Fragment right = load_matrices(from[i] + offset);
+    if (i == 0) {
+      multiply<T>(low, left[i], right.x, right.y);
+      multiply<T>(high, left[i], right.z, right.w);
+    } else {
+      multiply_add<T>(low, left[i], right.x, right.y);
+      multiply_add<T>(high, left[i], right.z, right.w);
+    }
+  }
+}
+
+// sum (16 x D) += left (16 x 16) times 16 rows.
+template <class T, int D>
+__device__ void add_product(float (&sum)[D / 8][4], const Fragment& left, const uint32_t (&from)[D / 16],
+                            uint32_t offset) {
+#pragma unroll
+  for (int n = 0; n < D / 16; ++n) {
+    const Fragment right = load_matrices_transposed(from[n] + offset);
+    multiply_add<T>(sum[2 * n], left, right.x, right.y);
+    multiply_add<T>(sum[2 * n + 1], left, right.z, right.w);
+  }
+}
+
+// 16 x 16 numbers, rounded, as the left factor of a product.
+template <class T>
+__device__ Fragment pack_scores(const float (&low)[4], const float (&high)[4]) {
+  return {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
+}
+
+__device__ inline float offset_of(const Offsets& o, int image, int head, int query, int key) {
+  const int64_t at = image * o.image + head * o.head + query * o.query + key * o.key;
+  switch (o.dtype) {
+    case DType::float32:
+      return reinterpret_cast<const float*>(o.data)[at];
+    case DType::bfloat16:
+      return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(o.data)[at]);
+    case DType::float16:
+      return __half2float(reinterpret_cast<const __half*>(o.data)[at]);
+    default:
+      return reinterpret_cast<const uint8_t*>(o.data)[at] != 0 ? 0.0f : -INFINITY;
+  }
+}
+
+// A product of query and key as a score in units of ln 2: scaled, with bias and mask; -inf outside of both lengths.
+__device__ inline float with_offsets(const Problem& p, float product, int image, int head, int query, int key) {
+  if (query >= p.queries || key >= p.keys) return -INFINITY;
+  float score = product * (p.scale * LOG2_E);
+  if (p.bias.data != nullptr) score += offset_of(p.bias, image, head, query, key) * LOG2_E;
+  if (p.mask.data != nullptr) score += offset_of(p.mask, image, head, query, key) * LOG2_E;
+  return score;
+}
+
+// Writes a warp's 16 rows times the factors of rows lane / 4 and lane / 4 + 8. They pass through the shared memory of
+// 16 rows that only this warp uses, so that a thread writes 16 bytes. `count`: how many rows there are to write.
+template <class T, int D>
+__device__ void write_rows(const float (&sum)[D / 8][4], const float (&factor)[2], uint32_t shared, T* to,
+                           int64_t stride, int count, int lane) {
+  using Tile = SharedRows<T, D>;
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t word = pack<T>(sum[n][2 * i] * factor[i], sum[n][2 * i + 1] * factor[i]);
+      store_shared(shared + Tile::at(lane / 4 + 8 * i, n) + lane % 4 * 4, word);
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 16 * D / 8 / 32; ++i) {
+    const int row = (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);
+    const uint4 words = load_shared(shared + Tile::at(row, chunk));
+    if (row < count) *reinterpret_cast<uint4*>(to + row * stride + 8 * chunk) = words;
+  }
+}
+
+}  // namespace tlalign::cuda
