@@ -77,10 +77,12 @@ struct Block {
   // The 16 rows of this warp, of the 64 at `rows`.
   __device__ uint32_t own(uint32_t rows) const { return rows + Tile::bytes(warp * ROWS_OF_WARP); }
 
-  __device__ void write_own(const float (&sum)[D / 8][4], const float (&factor)[2], uint32_t rows, const Rows& to,
-                            int end) const {
+  // A sum of this warp's rows, by way of those `offset` bytes behind the first 64 of shared memory.
+  __device__ void write_own(const float (&sum)[D / 8][4], const float (&factor)[2], const uint32_t (&at)[D / 8],
+                            uint32_t offset, const Rows& to, int end) const {
     const int row = first + warp * ROWS_OF_WARP;
-    write_rows<T, D>(sum, factor, own(rows), start(to) + row * to.row, to.row, end - row, lane);
+    write_rows<T, D>(sum, factor, at, offset, own(shared), start(to) + row * to.row, uint32_t(to.row * sizeof(T)),
+                     end - row, lane);
   }
 };
 
@@ -166,7 +168,10 @@ struct QueriesKernel : Block<T, D> {
       }
       if (lane % 4 == 0) Base::row_terms()[first + warp * ROWS_OF_WARP + lane / 4 + 8 * i] = terms[i];
     }
-    if (works) Base::write_own(sum, factor, shared, p.grad_query, p.queries);
+    if (!works) return;
+    uint32_t to[D / 8];
+    find_sums<T, D>(to, Base::own(shared), lane);
+    Base::write_own(sum, factor, to, 0, p.grad_query, p.queries);
   }
 
   // Four threads have parts of a row.
@@ -201,31 +206,41 @@ struct QueriesKernel : Block<T, D> {
   __device__ void add_step(const Fragment (&query)[D / 16], const Fragment (&grad)[D / 16],
                            const uint32_t (&scores_from)[D / 16], const uint32_t (&sums_from)[D / 16],
                            const RowTermOf<T> (&terms)[2], int step, float (&sum)[D / 8][4], float (&total)[2]) const {
+    const int keys = p.keys - step * STEP, whole_tiles = keys / 16;
 #pragma unroll
     for (int tile = 0; tile < STEP / 16; ++tile) {
-      const int key = step * STEP + 16 * tile;
-      if (key >= p.keys) break;
-      const uint32_t at = step % 2 * STAGE_BYTES + Tile::bytes(16 * tile);
-      float low[4], high[4], grad_low[4], grad_high[4];
-      multiply_scores<T, D>(low, high, query, scores_from, at);
-      multiply_scores<T, D>(grad_low, grad_high, grad, scores_from, at + Tile::bytes(STEP));
-      const bool ends = key + 16 > p.keys;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& score = i < 4 ? low[i] : high[i - 4];
-        const int of_query = first + warp * ROWS_OF_WARP + lane / 4 + i / 2 % 2 * 8;
-        const int of_key = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-        const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
-        if (OFFSETS) score = with_offsets(p, score, image, head, of_query, of_key);
-        const RowTermOf<T>& term = terms[i / 2 % 2];
-        float probability = exp2_of(fmaf(score, unit, -term.log_sum_exp));
-        // Rows of keys that there are not are zeros, and so are their scores.
-        if (!OFFSETS && ends && of_key >= p.keys) probability = 0.0f;
-        if (NORMALISES) total[i / 2 % 2] += probability;
-        score = probability * ((i < 4 ? grad_low[i] : grad_high[i - 4]) - term.row_sum);
-      }
-      add_product<T, D>(sum, pack_scores<T>(low, high), sums_from, at);
+      if (tile >= whole_tiles) break;
+      add_tile<false>(query, grad, scores_from, sums_from, terms, step, tile, sum, total);
     }
+    if (whole_tiles < STEP / 16 && keys % 16 != 0) {
+      add_tile<true>(query, grad, scores_from, sums_from, terms, step, whole_tiles, sum, total);
+    }
+  }
+
+  // `ENDS`: there are fewer than 16 keys.
+  template <bool ENDS>
+  __device__ void add_tile(const Fragment (&query)[D / 16], const Fragment (&grad)[D / 16],
+                           const uint32_t (&scores_from)[D / 16], const uint32_t (&sums_from)[D / 16],
+                           const RowTermOf<T> (&terms)[2], int step, int tile, float (&sum)[D / 8][4],
+                           float (&total)[2]) const {
+    const uint32_t at = step % 2 * STAGE_BYTES + Tile::bytes(16 * tile);
+    float low[4], high[4], grad_low[4], grad_high[4];
+    multiply_scores<T, D>(low, high, query, scores_from, at);
+    multiply_scores<T, D>(grad_low, grad_high, grad, scores_from, at + Tile::bytes(STEP),
+                          {-terms[0].row_sum, -terms[1].row_sum});
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float& score = i < 4 ? low[i] : high[i - 4];
+      const int of_query = first + warp * ROWS_OF_WARP + lane / 4 + i / 2 % 2 * 8;
+      const int of_key = step * STEP + 16 * tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
+      if (OFFSETS) score = with_offsets(p, score, image, head, of_query, of_key);
+      float probability = exp2_of(fmaf(score, unit, -terms[i / 2 % 2].log_sum_exp));
+      if (ENDS && of_key >= p.keys) probability = 0.0f;
+      if (NORMALISES) total[i / 2 % 2] += probability;
+      score = probability * (i < 4 ? grad_low[i] : grad_high[i - 4]);
+    }
+    add_product<T, D>(sum, pack_scores<T>(low, high), sums_from, at);
   }
 };
 
@@ -261,10 +276,17 @@ struct KeysKernel : Block<T, D> {
     const uint32_t value_rows = shared + Tile::bytes(ROWS_OF_BLOCK);
     Base::template load<ROWS_OF_BLOCK>(shared, p.key, first, p.keys);
     Base::template load<ROWS_OF_BLOCK>(value_rows, p.value, first, p.keys);
+    commit_copies();
     load_step(0);
     commit_copies();
 
+    wait_for_copies<1>();
+    __syncthreads();
     Fragment key[D / 16], value[D / 16];
+    if (HOLDS) {
+      load_fragments<T, D>(key, Base::own(shared), lane);
+      load_fragments<T, D>(value, Base::own(value_rows), lane);
+    }
     float grad_key[D / 8][4], grad_value[D / 8][4];
     clear<D>(grad_key);
     clear<D>(grad_value);
@@ -278,10 +300,6 @@ struct KeysKernel : Block<T, D> {
       if (step + 1 < steps) load_step(step + 1);
       commit_copies();
       if (!works) continue;
-      if (HOLDS && step == 0) {
-        load_fragments<T, D>(key, Base::own(shared), lane);
-        load_fragments<T, D>(value, Base::own(value_rows), lane);
-      }
 #pragma unroll
       for (int tile = 0; tile < STEP / 16; ++tile) {
         const int query = step * STEP + 16 * tile;
@@ -300,8 +318,10 @@ struct KeysKernel : Block<T, D> {
       }
     }
     if (!works) return;
-    Base::write_own(grad_key, {p.scale, p.scale}, shared, p.grad_key, p.keys);
-    Base::write_own(grad_value, {1.0f, 1.0f}, value_rows, p.grad_value, p.keys);
+    uint32_t to[D / 8];
+    find_sums<T, D>(to, Base::own(shared), lane);
+    Base::write_own(grad_key, {p.scale, p.scale}, to, 0, p.grad_key, p.keys);
+    Base::write_own(grad_value, {1.0f, 1.0f}, to, Tile::bytes(ROWS_OF_BLOCK), p.grad_value, p.keys);
   }
 
   // Probabilities in place of products of 16 keys and 8 queries, and gradients of scores in place of those of

@@ -26,20 +26,19 @@ __device__ void find_rows_of_scores(uint32_t (&from)[D / 16], uint32_t rows, int
   }
 }
 
-// left (16 x D) times 16 rows, transposed: columns 0 to 7 and 8 to 15. The rows lie `offset` bytes behind `from`.
+// `start` of its row plus left (16 x D) times 16 rows, transposed: columns 0 to 7 and 8 to 15. The rows lie `offset`
+// bytes behind `from`.
 template <class T, int D>
 __device__ void multiply_scores(float (&low)[4], float (&high)[4], const Fragment (&left)[D / 16],
-                                const uint32_t (&from)[D / 16], uint32_t offset) {
+                                const uint32_t (&from)[D / 16], uint32_t offset,
+                                const float (&start)[2] = {0.0f, 0.0f}) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) low[i] = high[i] = start[i / 2];
 #pragma unroll
   for (int i = 0; i < D / 16; ++i) {
     const Fragment right = load_matrices(from[i] + offset);
-    if (i == 0) {
-      multiply<T>(low, left[i], right.x, right.y);
-      multiply<T>(high, left[i], right.z, right.w);
-    } else {
-      multiply_add<T>(low, left[i], right.x, right.y);
-      multiply_add<T>(high, left[i], right.z, right.w);
-    }
+    multiply_add<T>(low, left[i], right.x, right.y);
+    multiply_add<T>(high, left[i], right.z, right.w);
   }
 }
 
@@ -84,11 +83,19 @@ __device__ inline float with_offsets(const Problem& p, float product, int image,
   return score;
 }
 
-// Writes a warp's 16 rows times the factors of rows lane / 4 and lane / 4 + 8. They pass through the shared memory of
-// 16 rows that only this warp uses, so that a thread writes 16 bytes. `count`: how many rows there are to write.
+// Where a thread's part of a sum (16 x D) goes in 16 rows of shared memory; that of row lane / 4 + 8 lies 8 rows on.
 template <class T, int D>
-__device__ void write_rows(const float (&sum)[D / 8][4], const float (&factor)[2], uint32_t shared, T* to,
-                           int64_t stride, int count, int lane) {
+__device__ void find_sums(uint32_t (&at)[D / 8], uint32_t rows, int lane) {
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) at[n] = rows + SharedRows<T, D>::at(lane / 4, n) + lane % 4 * 4;
+}
+
+// Writes a sum (16 x D) times the factors of rows lane / 4 and lane / 4 + 8. It passes through 16 rows of shared memory
+// that only this warp uses, so that a thread writes 16 bytes: `rows`, `offset` bytes behind which lie those of `at`.
+// `stride` is in bytes, `count` of the rows there are to write.
+template <class T, int D>
+__device__ void write_rows(const float (&sum)[D / 8][4], const float (&factor)[2], const uint32_t (&at)[D / 8],
+                           uint32_t offset, uint32_t rows, void* to, uint32_t stride, int count, int lane) {
   using Tile = SharedRows<T, D>;
   __syncwarp();
 #pragma unroll
@@ -96,15 +103,17 @@ __device__ void write_rows(const float (&sum)[D / 8][4], const float (&factor)[2
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t word = pack<T>(sum[n][2 * i] * factor[i], sum[n][2 * i + 1] * factor[i]);
-      store_shared(shared + Tile::at(lane / 4 + 8 * i, n) + lane % 4 * 4, word);
+      store_shared(at[n] + (offset + i * Tile::bytes(8)), word);
     }
   }
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < 16 * D / 8 / 32; ++i) {
     const int row = (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);
-    const uint4 words = load_shared(shared + Tile::at(row, chunk));
-    if (row < count) *reinterpret_cast<uint4*>(to + row * stride + 8 * chunk) = words;
+    if (row < count) {
+      store_global(static_cast<char*>(to) + (uint64_t(uint32_t(row)) * stride + 16 * chunk),
+                   load_shared(rows + Tile::at(row, chunk) + offset));
+    }
   }
 }
 

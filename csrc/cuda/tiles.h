@@ -62,6 +62,13 @@ __device__ inline uint4 load_shared(uint32_t from) {
   return words;
 }
 
+// Not by an assignment, which the compiler splits into words.
+__device__ inline void store_global(void* to, uint4 words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+}
+
 // 16 bytes from global to shared memory, or zeros.
 __device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
@@ -107,10 +114,9 @@ TLALIGN_MULTIPLY_ADD(__nv_bfloat16, "bf16")
 TLALIGN_MULTIPLY_ADD(__half, "f16")
 #undef TLALIGN_MULTIPLY_ADD
 
-// sum = left right
+// sum = left right. That it starts at zero is known here, so that no register has to be.
 template <class T>
 __device__ void multiply(float (&sum)[4], const Fragment& left, uint32_t upper, uint32_t lower) {
-  // Known to be zero here, so that no register has to be.
   sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
   multiply_add<T>(sum, left, upper, lower);
 }
