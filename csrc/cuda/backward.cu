@@ -18,18 +18,22 @@
 namespace tlalign::cuda {
 namespace {
 
-constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int ROWS_OF_WARP = 16, ROWS_OF_BLOCK = ROWS_OF_WARP * WARPS;
+constexpr int ROWS_OF_BLOCK = 64;
 
+// sum + the products of two pairs of numbers
 template <class T>
-__device__ float2 unpack(uint32_t word);
+__device__ float add_dot(float sum, uint32_t left, uint32_t right);
 template <>
-__device__ inline float2 unpack<__nv_bfloat16>(uint32_t word) {
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
+__device__ inline float add_dot<__nv_bfloat16>(float sum, uint32_t left, uint32_t right) {
+  const float2 a = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(left));
+  const float2 b = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(right));
+  return fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
 }
 template <>
-__device__ inline float2 unpack<__half>(uint32_t word) {
-  return __half22float2(reinterpret_cast<const __half2&>(word));
+__device__ inline float add_dot<__half>(float sum, uint32_t left, uint32_t right) {
+  const float2 a = __half22float2(reinterpret_cast<const __half2&>(left));
+  const float2 b = __half22float2(reinterpret_cast<const __half2&>(right));
+  return fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
 }
 
 template <class T>
@@ -42,8 +46,11 @@ __device__ inline float apply(const NormalisedRowTerm& term, float probability) 
 template <class T, int D>
 struct Block {
   using Tile = SharedRows<T, D>;
-  // Rows that pass by in a step: so many that shared memory holds two steps for two blocks of a multiprocessor.
-  static constexpr int STEP = D <= 64 ? 64 : 32;
+  // A warp has so many times 16 rows: two where registers hold their sums, which halves what it reads of shared memory.
+  static constexpr int M = D <= 64 ? 2 : 1;
+  static constexpr int ROWS_OF_WARP = 16 * M, WARPS = ROWS_OF_BLOCK / ROWS_OF_WARP, THREADS = 32 * WARPS;
+  // Rows that pass by in a step: so many that shared memory holds two steps for as many blocks as registers do.
+  static constexpr int STEP = 32;
 
   const Backward& p;
   const uint32_t shared;
@@ -77,27 +84,33 @@ struct Block {
   // The 16 rows of this warp, of the 64 at `rows`.
   __device__ uint32_t own(uint32_t rows) const { return rows + Tile::bytes(warp * ROWS_OF_WARP); }
 
+  __device__ void load_own(Fragment (&fragments)[M][D / 16], uint32_t rows) const {
+    uint32_t from[D / 16];
+    find_rows<T, D>(from, own(rows), lane);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i) fragments[m][i] = load_matrices(from[i] + Tile::bytes(16 * m));
+    }
+  }
+
   // A sum of this warp's rows, by way of those `offset` bytes behind the first 64 of shared memory.
-  __device__ void write_own(const float (&sum)[D / 8][4], const float (&factor)[2], const uint32_t (&at)[D / 8],
+  __device__ void write_own(const float (&sum)[M][D / 8][4], const float (&factor)[M][2], const uint32_t (&at)[D / 8],
                             uint32_t offset, const Rows& to, int end) const {
-    const int row = first + warp * ROWS_OF_WARP;
-    write_rows<T, D>(sum, factor, at, offset, own(shared), start(to) + row * to.row, uint32_t(to.row * sizeof(T)),
-                     end - row, lane);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const int row = first + warp * ROWS_OF_WARP + 16 * m;
+      if (row >= end) break;
+      write_rows<T, D>(sum[m], factor[m], at, offset + Tile::bytes(16 * m), own(shared), start(to) + row * to.row,
+                       uint32_t(to.row * sizeof(T)), end - row, lane);
+    }
   }
 };
 
-template <class T, int D>
-__device__ void load_fragments(Fragment (&fragments)[D / 16], uint32_t rows, int lane) {
-  uint32_t from[D / 16];
-  find_rows<T, D>(from, rows, lane);
+template <int M, int N>
+__device__ void clear(float (&sum)[M][N][4]) {
 #pragma unroll
-  for (int i = 0; i < D / 16; ++i) fragments[i] = load_matrices(from[i]);
-}
-
-template <int D>
-__device__ void clear(float (&sum)[D / 8][4]) {
-#pragma unroll
-  for (int n = 0; n < D / 8; ++n) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
+  for (int i = 0; i < M * N * 4; ++i) sum[i / 4 / N][i / 4 % N][i % 4] = 0.0f;
 }
 
 // dQ = scale dS K with dS = P * (dO V^T - rowsum(dO * O)): a block has 64 queries of a head, a warp 16 of them, and the
@@ -106,11 +119,13 @@ __device__ void clear(float (&sum)[D / 8][4]) {
 template <class T, int D, bool OFFSETS>
 struct QueriesKernel : Block<T, D> {
   using Base = Block<T, D>;
-  using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head, Base::STEP;
+  using Base::M, Base::ROWS_OF_WARP, Base::THREADS, Base::STEP;
+  using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head;
   using typename Base::Tile;
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(STEP);
   static constexpr int STAGES_AT = 2 * Tile::bytes(ROWS_OF_BLOCK);
   static constexpr int SHARED_BYTES = STAGES_AT + 2 * STAGE_BYTES;
+  static constexpr int BLOCKS = 2;
   static_assert(Tile::bytes(ROWS_OF_BLOCK) <= STAGE_BYTES, "the output has room in the second stage");
   static constexpr bool NORMALISES = std::is_same_v<RowTermOf<T>, NormalisedRowTerm>;
 
@@ -138,14 +153,14 @@ struct QueriesKernel : Block<T, D> {
 
     wait_for_copies<1>();
     __syncthreads();
-    Fragment query[D / 16], grad[D / 16];
-    load_fragments<T, D>(query, Base::own(shared), lane);
-    load_fragments<T, D>(grad, Base::own(grad_rows), lane);
-    RowTermOf<T> terms[2];
-    find_row_terms(grad, Base::own(output_rows), terms);
+    Fragment query[M][D / 16], grad[M][D / 16];
+    Base::load_own(query, shared);
+    Base::load_own(grad, grad_rows);
+    RowTermOf<T> terms[M][2];
+    find_row_terms(grad, output_rows, terms);
 
-    float sum[D / 8][4], total[2] = {};
-    clear<D>(sum);
+    float sum[M][D / 8][4], total[M][2] = {};
+    clear(sum);
     uint32_t scores_from[D / 16], sums_from[D / 16];
     find_rows_of_scores<T, D>(scores_from, stage(0), lane);
     find_rows<T, D>(sums_from, stage(0), lane);
@@ -158,15 +173,17 @@ struct QueriesKernel : Block<T, D> {
       commit_copies();
       if (works) add_step(query, grad, scores_from, sums_from, terms, step, sum, total);
     }
-    float factor[2] = {p.scale, p.scale};
+    float factor[M][2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2 * M; ++i) {
+      RowTermOf<T>& term = terms[i / 2][i % 2];
+      factor[i / 2][i % 2] = p.scale;
       if constexpr (NORMALISES) {
-        const float sum_of_probabilities = sum_of_row(total[i]);
-        terms[i].inverse = sum_of_probabilities > 0.0f ? 1.0f / sum_of_probabilities : 1.0f;
-        factor[i] *= terms[i].inverse;
+        const float sum_of_probabilities = sum_of_row(total[i / 2][i % 2]);
+        term.inverse = sum_of_probabilities > 0.0f ? 1.0f / sum_of_probabilities : 1.0f;
+        factor[i / 2][i % 2] *= term.inverse;
       }
-      if (lane % 4 == 0) Base::row_terms()[first + warp * ROWS_OF_WARP + lane / 4 + 8 * i] = terms[i];
+      if (lane % 4 == 0) Base::row_terms()[first + warp * ROWS_OF_WARP + lane / 4 + 8 * i] = term;
     }
     if (!works) return;
     uint32_t to[D / 8];
@@ -180,32 +197,33 @@ struct QueriesKernel : Block<T, D> {
     return part + __shfl_xor_sync(0xffffffffu, part, 2);
   }
 
-  __device__ void find_row_terms(const Fragment (&grad)[D / 16], uint32_t output_rows, RowTermOf<T> (&terms)[2]) const {
-    Fragment output[D / 16];
-    load_fragments<T, D>(output, output_rows, lane);
-    float row_sum[2] = {};
+  __device__ void find_row_terms(const Fragment (&grad)[M][D / 16], uint32_t output_rows,
+                                 RowTermOf<T> (&terms)[M][2]) const {
+    Fragment output[M][D / 16];
+    Base::load_own(output, output_rows);
 #pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-      const uint32_t left[4] = {grad[i].x, grad[i].y, grad[i].z, grad[i].w};
-      const uint32_t right[4] = {output[i].x, output[i].y, output[i].z, output[i].w};
+    for (int m = 0; m < M; ++m) {
+      float row_sum[2] = {};
 #pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        const float2 a = unpack<T>(left[word]), b = unpack<T>(right[word]);
-        row_sum[word % 2] = fmaf(a.x, b.x, fmaf(a.y, b.y, row_sum[word % 2]));
+      for (int i = 0; i < D / 16; ++i) {
+        const Fragment &a = grad[m][i], &b = output[m][i];
+        row_sum[0] = add_dot<T>(add_dot<T>(row_sum[0], a.x, b.x), a.z, b.z);
+        row_sum[1] = add_dot<T>(add_dot<T>(row_sum[1], a.y, b.y), a.w, b.w);
       }
-    }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int query = first + warp * ROWS_OF_WARP + lane / 4 + 8 * i;
-      const float known = query < p.queries ? p.log_sum_exp[Base::pair() * p.queries + query] : -INFINITY;
-      terms[i].log_sum_exp = known == -INFINITY ? INFINITY : known * LOG2_E;
-      terms[i].row_sum = sum_of_row(row_sum[i]);
+      for (int i = 0; i < 2; ++i) {
+        const int query = first + warp * ROWS_OF_WARP + 16 * m + lane / 4 + 8 * i;
+        const float known = query < p.queries ? p.log_sum_exp[Base::pair() * p.queries + query] : -INFINITY;
+        terms[m][i].log_sum_exp = known == -INFINITY ? INFINITY : known * LOG2_E;
+        terms[m][i].row_sum = sum_of_row(row_sum[i]);
+      }
     }
   }
 
-  __device__ void add_step(const Fragment (&query)[D / 16], const Fragment (&grad)[D / 16],
+  __device__ void add_step(const Fragment (&query)[M][D / 16], const Fragment (&grad)[M][D / 16],
                            const uint32_t (&scores_from)[D / 16], const uint32_t (&sums_from)[D / 16],
-                           const RowTermOf<T> (&terms)[2], int step, float (&sum)[D / 8][4], float (&total)[2]) const {
+                           const RowTermOf<T> (&terms)[M][2], int step, float (&sum)[M][D / 8][4],
+                           float (&total)[M][2]) const {
     const int keys = p.keys - step * STEP, whole_tiles = keys / 16;
 #pragma unroll
     for (int tile = 0; tile < STEP / 16; ++tile) {
@@ -219,28 +237,33 @@ struct QueriesKernel : Block<T, D> {
 
   // `ENDS`: there are fewer than 16 keys.
   template <bool ENDS>
-  __device__ void add_tile(const Fragment (&query)[D / 16], const Fragment (&grad)[D / 16],
+  __device__ void add_tile(const Fragment (&query)[M][D / 16], const Fragment (&grad)[M][D / 16],
                            const uint32_t (&scores_from)[D / 16], const uint32_t (&sums_from)[D / 16],
-                           const RowTermOf<T> (&terms)[2], int step, int tile, float (&sum)[D / 8][4],
-                           float (&total)[2]) const {
+                           const RowTermOf<T> (&terms)[M][2], int step, int tile, float (&sum)[M][D / 8][4],
+                           float (&total)[M][2]) const {
     const uint32_t at = step % 2 * STAGE_BYTES + Tile::bytes(16 * tile);
-    float low[4], high[4], grad_low[4], grad_high[4];
-    multiply_scores<T, D>(low, high, query, scores_from, at);
-    multiply_scores<T, D>(grad_low, grad_high, grad, scores_from, at + Tile::bytes(STEP),
-                          {-terms[0].row_sum, -terms[1].row_sum});
+    Scores<M> scores, grad_scores;
+    multiply_scores<T, D>(scores, query, scores_from, at);
+    float minus_row_sum[M][2];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float& score = i < 4 ? low[i] : high[i - 4];
-      const int of_query = first + warp * ROWS_OF_WARP + lane / 4 + i / 2 % 2 * 8;
-      const int of_key = step * STEP + 16 * tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
-      if (OFFSETS) score = with_offsets(p, score, image, head, of_query, of_key);
-      float probability = exp2_of(fmaf(score, unit, -terms[i / 2 % 2].log_sum_exp));
-      if (ENDS && of_key >= p.keys) probability = 0.0f;
-      if (NORMALISES) total[i / 2 % 2] += probability;
-      score = probability * (i < 4 ? grad_low[i] : grad_high[i - 4]);
+    for (int i = 0; i < 2 * M; ++i) minus_row_sum[i / 2][i % 2] = -terms[i / 2][i % 2].row_sum;
+    multiply_scores<T, D>(grad_scores, grad, scores_from, at + Tile::bytes(STEP), minus_row_sum);
+    const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& score = scores[m][i / 4][i % 4];
+        const int of_query = first + warp * ROWS_OF_WARP + 16 * m + lane / 4 + i / 2 % 2 * 8;
+        const int of_key = step * STEP + 16 * tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (OFFSETS) score = with_offsets(p, score, image, head, of_query, of_key);
+        float probability = exp2_of(fmaf(score, unit, -terms[m][i / 2 % 2].log_sum_exp));
+        if (ENDS && of_key >= p.keys) probability = 0.0f;
+        if (NORMALISES) total[m][i / 2 % 2] += probability;
+        grad_scores[m][i / 4][i % 4] *= probability;
+      }
     }
-    add_product<T, D>(sum, pack_scores<T>(low, high), sums_from, at);
+    add_product<T, D>(sum, grad_scores, sums_from, at);
   }
 };
 
@@ -248,14 +271,16 @@ struct QueriesKernel : Block<T, D> {
 template <class T, int D, bool OFFSETS>
 struct KeysKernel : Block<T, D> {
   using Base = Block<T, D>;
-  using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head, Base::STEP;
+  using Base::M, Base::ROWS_OF_WARP, Base::THREADS, Base::STEP;
+  using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head;
   using typename Base::Tile;
   static constexpr int TERMS_BYTES = STEP * sizeof(RowTermOf<T>);
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(STEP) + TERMS_BYTES;
   static constexpr int STAGES_AT = 2 * Tile::bytes(ROWS_OF_BLOCK);
   static constexpr int SHARED_BYTES = STAGES_AT + 2 * STAGE_BYTES;
   // Whether registers hold the rows of keys and values all the time.
-  static constexpr bool HOLDS = D <= 96;
+  static constexpr bool HOLDS = D * M <= 96;
+  static constexpr int BLOCKS = 2;
 
   __device__ KeysKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.keys) {}
 
@@ -282,14 +307,14 @@ struct KeysKernel : Block<T, D> {
 
     wait_for_copies<1>();
     __syncthreads();
-    Fragment key[D / 16], value[D / 16];
+    Fragment key[M][D / 16], value[M][D / 16];
     if (HOLDS) {
-      load_fragments<T, D>(key, Base::own(shared), lane);
-      load_fragments<T, D>(value, Base::own(value_rows), lane);
+      Base::load_own(key, shared);
+      Base::load_own(value, value_rows);
     }
-    float grad_key[D / 8][4], grad_value[D / 8][4];
-    clear<D>(grad_key);
-    clear<D>(grad_value);
+    float grad_key[M][D / 8][4], grad_value[M][D / 8][4];
+    clear(grad_key);
+    clear(grad_value);
     uint32_t scores_from[D / 16], sums_from[D / 16];
     find_rows_of_scores<T, D>(scores_from, stage(0), lane);
     find_rows<T, D>(sums_from, stage(0), lane);
@@ -305,41 +330,51 @@ struct KeysKernel : Block<T, D> {
         const int query = step * STEP + 16 * tile;
         if (query >= p.queries) break;
         const uint32_t at = step % 2 * STAGE_BYTES + Tile::bytes(16 * tile);
-        float low[4], high[4], grad_low[4], grad_high[4];
-        if (!HOLDS) load_fragments<T, D>(key, Base::own(shared), lane);
-        multiply_scores<T, D>(low, high, key, scores_from, at);
-        if (!HOLDS) load_fragments<T, D>(value, Base::own(value_rows), lane);
-        multiply_scores<T, D>(grad_low, grad_high, value, scores_from, at + Tile::bytes(STEP));
-        const uint32_t terms = stage(step) + 2 * Tile::bytes(STEP) + (16 * tile + lane % 4 * 2) * sizeof(RowTermOf<T>);
-        find_grad_scores(low, grad_low, terms, query);
-        find_grad_scores(high, grad_high, terms + 8 * sizeof(RowTermOf<T>), query + 8);
-        add_product<T, D>(grad_value, pack_scores<T>(low, high), sums_from, at + Tile::bytes(STEP));
-        add_product<T, D>(grad_key, pack_scores<T>(grad_low, grad_high), sums_from, at);
+        Scores<M> scores, grad_scores;
+        if (!HOLDS) Base::load_own(key, shared);
+        multiply_scores<T, D>(scores, key, scores_from, at);
+        if (!HOLDS) Base::load_own(value, value_rows);
+        multiply_scores<T, D>(grad_scores, value, scores_from, at + Tile::bytes(STEP));
+        const uint32_t terms = stage(step) + 2 * Tile::bytes(STEP) + 16 * tile * sizeof(RowTermOf<T>);
+        find_grad_scores<0>(scores, grad_scores, terms, query);
+        find_grad_scores<1>(scores, grad_scores, terms, query);
+        add_product<T, D>(grad_value, scores, sums_from, at + Tile::bytes(STEP));
+        add_product<T, D>(grad_key, grad_scores, sums_from, at);
       }
     }
     if (!works) return;
     uint32_t to[D / 8];
     find_sums<T, D>(to, Base::own(shared), lane);
-    Base::write_own(grad_key, {p.scale, p.scale}, to, 0, p.grad_key, p.keys);
-    Base::write_own(grad_value, {1.0f, 1.0f}, to, Tile::bytes(ROWS_OF_BLOCK), p.grad_value, p.keys);
+    float scale[M][2], one[M][2];
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) scale[i / 2][i % 2] = p.scale, one[i / 2][i % 2] = 1.0f;
+    Base::write_own(grad_key, scale, to, 0, p.grad_key, p.keys);
+    Base::write_own(grad_value, one, to, Tile::bytes(ROWS_OF_BLOCK), p.grad_value, p.keys);
   }
 
-  // Probabilities in place of products of 16 keys and 8 queries, and gradients of scores in place of those of
-  // probabilities.
-  __device__ void find_grad_scores(float (&scores)[4], float (&grad)[4], uint32_t terms, int query) const {
-    uint4 words[2 * sizeof(RowTermOf<T>) / 16];
+  // Probabilities in place of products of keys with 8 queries, the lower or upper ones of 16, and gradients of scores
+  // in place of those of probabilities.
+  template <int HALF>
+  __device__ void find_grad_scores(Scores<M>& scores, Scores<M>& grad_scores, uint32_t terms, int query) const {
+    constexpr int BYTES = sizeof(RowTermOf<T>), WORDS = 2 * BYTES / 16;
+    const int own_query = 8 * HALF + lane % 4 * 2;
+    uint4 words[WORDS];
 #pragma unroll
-    for (int i = 0; i < int(2 * sizeof(RowTermOf<T>) / 16); ++i) words[i] = load_shared(terms + 16 * i);
+    for (int i = 0; i < WORDS; ++i) words[i] = load_shared(terms + own_query * BYTES + 16 * i);
     const RowTermOf<T>(&term)[2] = reinterpret_cast<const RowTermOf<T>(&)[2]>(words);
     const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (OFFSETS) {
-        const int of_key = first + warp * ROWS_OF_WARP + lane / 4 + i / 2 * 8;
-        scores[i] = with_offsets(p, scores[i], image, head, query + lane % 4 * 2 + i % 2, of_key);
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float &score = scores[m][HALF][i], &grad = grad_scores[m][HALF][i];
+        if (OFFSETS) {
+          const int of_key = first + warp * ROWS_OF_WARP + 16 * m + lane / 4 + i / 2 * 8;
+          score = with_offsets(p, score, image, head, query + own_query + i % 2, of_key);
+        }
+        score = apply(term[i % 2], exp2_of(fmaf(score, unit, -term[i % 2].log_sum_exp)));
+        grad = score * (grad - term[i % 2].row_sum);
       }
-      scores[i] = apply(term[i % 2], exp2_of(fmaf(scores[i], unit, -term[i % 2].log_sum_exp)));
-      grad[i] = scores[i] * (grad[i] - term[i % 2].row_sum);
     }
   }
 };
@@ -349,8 +384,12 @@ struct KeysKernel : Block<T, D> {
 template <class T, int D>
 struct BiasKernel {
   using Tile = SharedRows<T, D>;
+  static constexpr int ROWS_OF_WARP = 16, THREADS = ROWS_OF_BLOCK / ROWS_OF_WARP * 32;
   static constexpr int TILE_BYTES = Tile::bytes(ROWS_OF_BLOCK);
   static constexpr int SHARED_BYTES = 4 * TILE_BYTES;
+  // Whether registers hold a warp's queries while its keys pass by.
+  static constexpr bool HOLDS = D <= 80;
+  static constexpr int BLOCKS = 2;
 
   const Backward& p;
   const uint32_t shared;
@@ -367,10 +406,12 @@ struct BiasKernel {
     const int first_head = int(sum_number % p.bias_heads), heads = p.bias_heads == 1 ? p.heads : 1;
     const int own_query = first_query + warp * ROWS_OF_WARP;
 
-    uint32_t scores_from[D / 16];
-    find_rows_of_scores<T, D>(scores_from, shared + 2 * TILE_BYTES, lane);
-    float sum[ROWS_OF_BLOCK / 8][4];
-    clear<ROWS_OF_BLOCK>(sum);
+    uint32_t own_from[D / 16], scores_from[D / 16];
+    find_rows<T, D>(own_from, shared + Tile::bytes(warp * ROWS_OF_WARP), lane);
+    find_rows_of_scores<T, D>(scores_from, shared, lane);
+    Scores<1> sum[ROWS_OF_BLOCK / 16];
+#pragma unroll
+    for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) clear(sum[tile]);
     for (int pass = 0; pass < images * heads; ++pass) {
       const int image = first_image + pass / heads, head = first_head + pass % heads;
       __syncthreads();
@@ -384,32 +425,40 @@ struct BiasKernel {
       const RowTermOf<T> terms[2] = {own_terms[0], own_terms[8]};
       wait_for_copies<0>();
       __syncthreads();
-      Fragment query[D / 16], grad[D / 16];
-      load_fragments<T, D>(query, shared + Tile::bytes(warp * ROWS_OF_WARP), lane);
-      load_fragments<T, D>(grad, shared + TILE_BYTES + Tile::bytes(warp * ROWS_OF_WARP), lane);
+      Fragment query[1][D / 16], grad[1][D / 16];
 #pragma unroll
       for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) {
-        float low[4], high[4], grad_low[4], grad_high[4];
-        multiply_scores<T, D>(low, high, query, scores_from, Tile::bytes(16 * tile));
-        multiply_scores<T, D>(grad_low, grad_high, grad, scores_from, TILE_BYTES + Tile::bytes(16 * tile));
+        if (tile == 0 || !HOLDS) {
+#pragma unroll
+          for (int i = 0; i < D / 16; ++i) {
+            query[0][i] = load_matrices(own_from[i]);
+            grad[0][i] = load_matrices(own_from[i] + TILE_BYTES);
+          }
+        }
+        Scores<1> scores, grad_scores;
+        multiply_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
+        multiply_scores<T, D>(grad_scores, grad, scores_from, 3 * TILE_BYTES + Tile::bytes(16 * tile));
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int key = first_key + 16 * tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
-          const float score =
-              with_offsets(p, i < 4 ? low[i] : high[i - 4], image, head, own_query + lane / 4 + i / 2 % 2 * 8, key);
+          const int of_query = own_query + lane / 4 + i / 2 % 2 * 8;
+          const int of_key = first_key + 16 * tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
+          const float score = with_offsets(p, scores[0][i / 4][i % 4], image, head, of_query, of_key);
           const RowTermOf<T>& term = terms[i / 2 % 2];
           const float probability = apply(term, exp2_of(score - term.log_sum_exp));
-          sum[2 * tile + i / 4][i % 4] += probability * ((i < 4 ? grad_low[i] : grad_high[i - 4]) - term.row_sum);
+          sum[tile][0][i / 4][i % 4] += probability * (grad_scores[0][i / 4][i % 4] - term.row_sum);
         }
       }
     }
     float* to = p.bias_sums + sum_number * p.queries * p.keys;
 #pragma unroll
-    for (int n = 0; n < ROWS_OF_BLOCK / 8; ++n) {
+    for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int query = own_query + lane / 4 + i / 2 * 8, key = first_key + 8 * n + lane % 4 * 2 + i % 2;
-        if (query < p.queries && key < p.keys) to[int64_t(query) * p.keys + key] = sum[n][i];
+      for (int i = 0; i < 8; ++i) {
+        const int of_query = own_query + lane / 4 + i / 2 % 2 * 8;
+        const int of_key = first_key + 16 * tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (of_query < p.queries && of_key < p.keys) {
+          to[int64_t(of_query) * p.keys + of_key] = sum[tile][0][i / 4][i % 4];
+        }
       }
     }
   }
@@ -425,38 +474,42 @@ __device__ void run(const Backward& p) {
   extern __shared__ __align__(128) unsigned char shared[];
   Kernel{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
 }
-template <class T, int D, bool OFFSETS>
-__global__ void __launch_bounds__(THREADS, 2) attention_backward_queries(const __grid_constant__ Backward p) {
-  run<QueriesKernel<T, D, OFFSETS>>(p);
+// Names that a profiler shows.
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
+    attention_backward_queries(const __grid_constant__ Backward p) {
+  run<Kernel>(p);
 }
-template <class T, int D, bool OFFSETS>
-__global__ void __launch_bounds__(THREADS, 2) attention_backward_keys(const __grid_constant__ Backward p) {
-  run<KeysKernel<T, D, OFFSETS>>(p);
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
+    attention_backward_keys(const __grid_constant__ Backward p) {
+  run<Kernel>(p);
 }
-template <class T, int D>
-__global__ void __launch_bounds__(THREADS, 2) attention_backward_bias(const __grid_constant__ Backward p) {
-  run<BiasKernel<T, D>>(p);
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
+    attention_backward_bias(const __grid_constant__ Backward p) {
+  run<Kernel>(p);
 }
 
-void launch(void (*kernel)(Backward), const char* name, int64_t blocks, int shared_bytes, const Backward& p,
-            cudaStream_t stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name, p);
-  kernel<<<unsigned(blocks), THREADS, shared_bytes, stream>>>(p);
+template <class Kernel>
+void launch(void (*kernel)(Backward), const char* name, int64_t blocks, const Backward& p, cudaStream_t stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES), name, p);
+  kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
   check(cudaGetLastError(), name, p);
 }
 
 template <class T, int D, bool OFFSETS>
 void launch_kernels(const Backward& p, cudaStream_t stream) {
+  using Queries = QueriesKernel<T, D, OFFSETS>;
+  using Keys = KeysKernel<T, D, OFFSETS>;
+  using Bias = BiasKernel<T, D>;
   const int64_t heads = p.batch * p.heads;
   const int64_t query_blocks = padded(p.queries) / ROWS_OF_BLOCK, key_blocks = padded(p.keys) / ROWS_OF_BLOCK;
-  launch(attention_backward_queries<T, D, OFFSETS>, "attention_backward_queries", query_blocks * heads,
-         QueriesKernel<T, D, OFFSETS>::SHARED_BYTES, p, stream);
-  launch(attention_backward_keys<T, D, OFFSETS>, "attention_backward_keys", key_blocks * heads,
-         KeysKernel<T, D, OFFSETS>::SHARED_BYTES, p, stream);
+  launch<Queries>(attention_backward_queries<Queries>, "attention_backward_queries", query_blocks * heads, p, stream);
+  launch<Keys>(attention_backward_keys<Keys>, "attention_backward_keys", key_blocks * heads, p, stream);
   if (p.bias_sums != nullptr) {
     const int64_t sums = (p.batch + p.images_of_sum - 1) / p.images_of_sum * p.bias_heads;
-    launch(attention_backward_bias<T, D>, "attention_backward_bias", query_blocks * key_blocks * sums,
-           BiasKernel<T, D>::SHARED_BYTES, p, stream);
+    launch<Bias>(attention_backward_bias<Bias>, "attention_backward_bias", query_blocks * key_blocks * sums, p, stream);
   }
 }
 

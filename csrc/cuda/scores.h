@@ -26,38 +26,50 @@ __device__ void find_rows_of_scores(uint32_t (&from)[D / 16], uint32_t rows, int
   }
 }
 
-// `start` of its row plus left (16 x D) times 16 rows, transposed: columns 0 to 7 and 8 to 15. The rows lie `offset`
-// bytes behind `from`.
-template <class T, int D>
-__device__ void multiply_scores(float (&low)[4], float (&high)[4], const Fragment (&left)[D / 16],
-                                const uint32_t (&from)[D / 16], uint32_t offset,
-                                const float (&start)[2] = {0.0f, 0.0f}) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) low[i] = high[i] = start[i / 2];
+// Of 16 M x 16 scores M x 2 blocks of 16 x 8, each as in `multiply_add`.
+template <int M>
+using Scores = float[M][2][4];
+
+// left (16 M x D) times 16 rows, transposed, plus `start` of rows lane / 4 and lane / 4 + 8 of 16. The rows lie
+// `offset` bytes behind `from`.
+template <class T, int D, int M>
+__device__ void multiply_scores(Scores<M>& scores, const Fragment (&left)[M][D / 16], const uint32_t (&from)[D / 16],
+                                uint32_t offset, const float (&start)[M][2] = {}) {
 #pragma unroll
   for (int i = 0; i < D / 16; ++i) {
     const Fragment right = load_matrices(from[i] + offset);
-    multiply_add<T>(low, left[i], right.x, right.y);
-    multiply_add<T>(high, left[i], right.z, right.w);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if (i == 0) {
+#pragma unroll
+        for (int word = 0; word < 4; ++word) scores[m][0][word] = scores[m][1][word] = start[m][word / 2];
+      }
+      multiply_add<T>(scores[m][0], left[m][i], right.x, right.y);
+      multiply_add<T>(scores[m][1], left[m][i], right.z, right.w);
+    }
   }
 }
 
-// sum (16 x D) += left (16 x 16) times 16 rows.
-template <class T, int D>
-__device__ void add_product(float (&sum)[D / 8][4], const Fragment& left, const uint32_t (&from)[D / 16],
+// sum (16 M x D) += left (16 M x 16) times 16 rows.
+template <class T, int D, int M>
+__device__ void add_product(float (&sum)[M][D / 8][4], const Scores<M>& left, const uint32_t (&from)[D / 16],
                             uint32_t offset) {
+  Fragment rounded[M];
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const float (&low)[4] = left[m][0], (&high)[4] = left[m][1];
+    rounded[m] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
+                  pack<T>(high[2], high[3])};
+  }
 #pragma unroll
   for (int n = 0; n < D / 16; ++n) {
     const Fragment right = load_matrices_transposed(from[n] + offset);
-    multiply_add<T>(sum[2 * n], left, right.x, right.y);
-    multiply_add<T>(sum[2 * n + 1], left, right.z, right.w);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      multiply_add<T>(sum[m][2 * n], rounded[m], right.x, right.y);
+      multiply_add<T>(sum[m][2 * n + 1], rounded[m], right.z, right.w);
+    }
   }
-}
-
-// 16 x 16 numbers, rounded, as the left factor of a product.
-template <class T>
-__device__ Fragment pack_scores(const float (&low)[4], const float (&high)[4]) {
-  return {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
 }
 
 __device__ inline float offset_of(const Offsets& o, int image, int head, int query, int key) {
