@@ -39,8 +39,9 @@ __device__ inline float add_dot<__half>(float sum, uint32_t left, uint32_t right
 template <class T>
 using RowTermOf = std::conditional_t<std::is_same_v<T, __half>, NormalisedRowTerm, RowTerm>;
 
-__device__ inline float apply(const RowTerm&, float probability) { return probability; }
-__device__ inline float apply(const NormalisedRowTerm& term, float probability) { return probability * term.inverse; }
+// What is to be normalised.
+__device__ inline float apply(const RowTerm&, float number) { return number; }
+__device__ inline float apply(const NormalisedRowTerm& term, float number) { return number * term.inverse; }
 
 // What the kernels share: whose rows a block has, and where rows are.
 template <class T, int D>
@@ -49,8 +50,6 @@ struct Block {
   // A warp has so many times 16 rows: two where registers hold their sums, which halves what it reads of shared memory.
   static constexpr int M = D <= 64 ? 2 : 1;
   static constexpr int ROWS_OF_WARP = 16 * M, WARPS = ROWS_OF_BLOCK / ROWS_OF_WARP, THREADS = 32 * WARPS;
-  // Rows that pass by in a step: so many that shared memory holds two steps for as many blocks as registers do.
-  static constexpr int STEP = 32;
 
   const Backward& p;
   const uint32_t shared;
@@ -113,82 +112,28 @@ __device__ void clear(float (&sum)[M][N][4]) {
   for (int i = 0; i < M * N * 4; ++i) sum[i / 4 / N][i / 4 % N][i % 4] = 0.0f;
 }
 
-// dQ = scale dS K with dS = P * (dO V^T - rowsum(dO * O)): a block has 64 queries of a head, a warp 16 of them, and the
-// keys pass by. Writes the row terms, too: those of a query that there is not, or that sees no key, such that its
-// probabilities are 0.
+template <int M>
+__device__ void multiply_elements(Scores<M>& scores, const Scores<M>& factors) {
+#pragma unroll
+  for (int i = 0; i < M * 8; ++i) scores[i / 8][i / 4 % 2][i % 4] *= factors[i / 8][i / 4 % 2][i % 4];
+}
+
+// What the kernels do whose warps have queries.
 template <class T, int D, bool OFFSETS>
-struct QueriesKernel : Block<T, D> {
+struct QueryRows : Block<T, D> {
   using Base = Block<T, D>;
-  using Base::M, Base::ROWS_OF_WARP, Base::THREADS, Base::STEP;
+  using Base::Base, Base::M, Base::ROWS_OF_WARP, Base::THREADS;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head;
   using typename Base::Tile;
-  static constexpr int STAGE_BYTES = 2 * Tile::bytes(STEP);
-  static constexpr int STAGES_AT = 2 * Tile::bytes(ROWS_OF_BLOCK);
-  static constexpr int SHARED_BYTES = STAGES_AT + 2 * STAGE_BYTES;
-  static constexpr int BLOCKS = 2;
-  static_assert(Tile::bytes(ROWS_OF_BLOCK) <= STAGE_BYTES, "the output has room in the second stage");
   static constexpr bool NORMALISES = std::is_same_v<RowTermOf<T>, NormalisedRowTerm>;
 
-  __device__ QueriesKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.queries) {}
-
-  __device__ uint32_t stage(int step) const { return shared + STAGES_AT + step % 2 * STAGE_BYTES; }
-
-  __device__ void load_step(int step) const {
-    Base::template load<STEP>(stage(step), p.key, step * STEP, p.keys);
-    Base::template load<STEP>(stage(step) + Tile::bytes(STEP), p.value, step * STEP, p.keys);
-  }
-
-  __device__ void run() {
-    // A warp without queries helps to load, no more.
-    const bool works = first + warp * ROWS_OF_WARP < p.queries;
-    const uint32_t grad_rows = shared + Tile::bytes(ROWS_OF_BLOCK), output_rows = stage(1);
+  // Queries and gradients to the first two tiles of shared memory, and the output.
+  __device__ void load_rows(uint32_t output_rows) const {
     Base::template load<ROWS_OF_BLOCK>(shared, p.query, first, p.queries);
-    Base::template load<ROWS_OF_BLOCK>(grad_rows, p.grad_output, first, p.queries);
+    Base::template load<ROWS_OF_BLOCK>(shared + Tile::bytes(ROWS_OF_BLOCK), p.grad_output, first, p.queries);
     const int64_t row = int64_t(p.heads) * D;
     const T* output = static_cast<const T*>(p.output) + image * p.queries * row + head * D;
     Tile::template load<ROWS_OF_BLOCK, THREADS, false>(output_rows, output, int(row), first, p.queries);
-    commit_copies();
-    load_step(0);
-    commit_copies();
-
-    wait_for_copies<1>();
-    __syncthreads();
-    Fragment query[M][D / 16], grad[M][D / 16];
-    Base::load_own(query, shared);
-    Base::load_own(grad, grad_rows);
-    RowTermOf<T> terms[M][2];
-    find_row_terms(grad, output_rows, terms);
-
-    float sum[M][D / 8][4], total[M][2] = {};
-    clear(sum);
-    uint32_t scores_from[D / 16], sums_from[D / 16];
-    find_rows_of_scores<T, D>(scores_from, stage(0), lane);
-    find_rows<T, D>(sums_from, stage(0), lane);
-    const int steps = (p.keys + STEP - 1) / STEP;
-    for (int step = 0; step < steps; ++step) {
-      wait_for_copies<0>();
-      // Nobody reads what the next step overwrites any more, and everybody's copies for this one have landed.
-      __syncthreads();
-      if (step + 1 < steps) load_step(step + 1);
-      commit_copies();
-      if (works) add_step(query, grad, scores_from, sums_from, terms, step, sum, total);
-    }
-    float factor[M][2];
-#pragma unroll
-    for (int i = 0; i < 2 * M; ++i) {
-      RowTermOf<T>& term = terms[i / 2][i % 2];
-      factor[i / 2][i % 2] = p.scale;
-      if constexpr (NORMALISES) {
-        const float sum_of_probabilities = sum_of_row(total[i / 2][i % 2]);
-        term.inverse = sum_of_probabilities > 0.0f ? 1.0f / sum_of_probabilities : 1.0f;
-        factor[i / 2][i % 2] *= term.inverse;
-      }
-      if (lane % 4 == 0) Base::row_terms()[first + warp * ROWS_OF_WARP + lane / 4 + 8 * i] = term;
-    }
-    if (!works) return;
-    uint32_t to[D / 8];
-    find_sums<T, D>(to, Base::own(shared), lane);
-    Base::write_own(sum, factor, to, 0, p.grad_query, p.queries);
   }
 
   // Four threads have parts of a row.
@@ -197,6 +142,7 @@ struct QueriesKernel : Block<T, D> {
     return part + __shfl_xor_sync(0xffffffffu, part, 2);
   }
 
+  // All but what normalises. Those of a query that there is not, or that sees no key, make its probabilities 0.
   __device__ void find_row_terms(const Fragment (&grad)[M][D / 16], uint32_t output_rows,
                                  RowTermOf<T> (&terms)[M][2]) const {
     Fragment output[M][D / 16];
@@ -218,6 +164,123 @@ struct QueriesKernel : Block<T, D> {
         terms[m][i].row_sum = sum_of_row(row_sum[i]);
       }
     }
+  }
+
+  // What normalises, from a thread's sums of probabilities that are not normalised.
+  static __device__ void normalise(RowTermOf<T> (&terms)[M][2], const float (&total)[M][2]) {
+    if constexpr (NORMALISES) {
+#pragma unroll
+      for (int i = 0; i < 2 * M; ++i) {
+        const float sum = sum_of_row(total[i / 2][i % 2]);
+        terms[i / 2][i % 2].inverse = sum > 0.0f ? 1.0f / sum : 1.0f;
+      }
+    }
+  }
+
+  __device__ void write_row_terms(const RowTermOf<T> (&terms)[M][2]) const {
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) {
+      if (lane % 4 == 0) Base::row_terms()[first + warp * ROWS_OF_WARP + lane / 4 + 8 * i] = terms[i / 2][i % 2];
+    }
+  }
+
+  // Probabilities, not normalised, in place of the products with 16 keys from `key` on, and `total` += them. `ENDS`:
+  // there are fewer keys.
+  template <bool ENDS>
+  __device__ void exponentiate(Scores<M>& scores, const RowTermOf<T> (&terms)[M][2], int key,
+                               float (&total)[M][2]) const {
+    const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& score = scores[m][i / 4][i % 4];
+        const int of_query = first + warp * ROWS_OF_WARP + 16 * m + lane / 4 + i / 2 % 2 * 8;
+        const int of_key = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (OFFSETS) score = with_offsets(p, score, image, head, of_query, of_key);
+        score = exp2_of(fmaf(score, unit, -terms[m][i / 2 % 2].log_sum_exp));
+        if (ENDS && of_key >= p.keys) score = 0.0f;
+        if (NORMALISES) total[m][i / 2 % 2] += score;
+      }
+    }
+  }
+
+  // dO V^T - rowsum(dO * O)
+  __device__ void multiply_values(Scores<M>& scores, const Fragment (&grad)[M][D / 16],
+                                  const RowTermOf<T> (&terms)[M][2], const uint32_t (&from)[D / 16],
+                                  uint32_t offset) const {
+    float minus_row_sum[M][2];
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) minus_row_sum[i / 2][i % 2] = -terms[i / 2][i % 2].row_sum;
+    multiply_scores<T, D>(scores, grad, from, offset, minus_row_sum);
+  }
+};
+
+// dQ = scale dS K with dS = P * (dO V^T - rowsum(dO * O)): a block has 64 queries of a head, and the keys pass by.
+// Writes the row terms, too.
+template <class T, int D, bool OFFSETS>
+struct QueriesKernel : QueryRows<T, D, OFFSETS> {
+  using Base = QueryRows<T, D, OFFSETS>;
+  using Base::M, Base::ROWS_OF_WARP, Base::NORMALISES;
+  using Base::p, Base::shared, Base::lane, Base::warp, Base::first;
+  using typename Base::Tile;
+  // Keys that pass by in a step: so many that shared memory holds two steps for as many blocks as registers do.
+  static constexpr int STEP = 32;
+  static constexpr int STAGE_BYTES = 2 * Tile::bytes(STEP);
+  static constexpr int STAGES_AT = 2 * Tile::bytes(ROWS_OF_BLOCK);
+  static constexpr int SHARED_BYTES = STAGES_AT + 2 * STAGE_BYTES;
+  static constexpr int BLOCKS = 2;
+  static_assert(Tile::bytes(ROWS_OF_BLOCK) <= STAGE_BYTES, "the output has room in the second stage");
+
+  __device__ QueriesKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.queries) {}
+
+  __device__ uint32_t stage(int step) const { return shared + STAGES_AT + step % 2 * STAGE_BYTES; }
+
+  __device__ void load_step(int step) const {
+    Base::template load<STEP>(stage(step), p.key, step * STEP, p.keys);
+    Base::template load<STEP>(stage(step) + Tile::bytes(STEP), p.value, step * STEP, p.keys);
+  }
+
+  __device__ void run() {
+    // A warp without queries helps to load, no more.
+    const bool works = first + warp * ROWS_OF_WARP < p.queries;
+    const uint32_t grad_rows = shared + Tile::bytes(ROWS_OF_BLOCK), output_rows = stage(1);
+    Base::load_rows(output_rows);
+    commit_copies();
+    load_step(0);
+    commit_copies();
+
+    wait_for_copies<1>();
+    __syncthreads();
+    Fragment query[M][D / 16], grad[M][D / 16];
+    Base::load_own(query, shared);
+    Base::load_own(grad, grad_rows);
+    RowTermOf<T> terms[M][2];
+    Base::find_row_terms(grad, output_rows, terms);
+
+    float sum[M][D / 8][4], total[M][2] = {};
+    clear(sum);
+    uint32_t scores_from[D / 16], sums_from[D / 16];
+    find_rows_of_scores<T, D>(scores_from, stage(0), lane);
+    find_rows<T, D>(sums_from, stage(0), lane);
+    const int steps = (p.keys + STEP - 1) / STEP;
+    for (int step = 0; step < steps; ++step) {
+      wait_for_copies<0>();
+      // Nobody reads what the next step overwrites any more, and everybody's copies for this one have landed.
+      __syncthreads();
+      if (step + 1 < steps) load_step(step + 1);
+      commit_copies();
+      if (works) add_step(query, grad, scores_from, sums_from, terms, step, sum, total);
+    }
+    Base::normalise(terms, total);
+    Base::write_row_terms(terms);
+    float factor[M][2];
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) factor[i / 2][i % 2] = apply(terms[i / 2][i % 2], p.scale);
+    if (!works) return;
+    uint32_t to[D / 8];
+    find_sums<T, D>(to, Base::own(shared), lane);
+    Base::write_own(sum, factor, to, 0, p.grad_query, p.queries);
   }
 
   __device__ void add_step(const Fragment (&query)[M][D / 16], const Fragment (&grad)[M][D / 16],
@@ -244,36 +307,21 @@ struct QueriesKernel : Block<T, D> {
     const uint32_t at = step % 2 * STAGE_BYTES + Tile::bytes(16 * tile);
     Scores<M> scores, grad_scores;
     multiply_scores<T, D>(scores, query, scores_from, at);
-    float minus_row_sum[M][2];
-#pragma unroll
-    for (int i = 0; i < 2 * M; ++i) minus_row_sum[i / 2][i % 2] = -terms[i / 2][i % 2].row_sum;
-    multiply_scores<T, D>(grad_scores, grad, scores_from, at + Tile::bytes(STEP), minus_row_sum);
-    const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& score = scores[m][i / 4][i % 4];
-        const int of_query = first + warp * ROWS_OF_WARP + 16 * m + lane / 4 + i / 2 % 2 * 8;
-        const int of_key = step * STEP + 16 * tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (OFFSETS) score = with_offsets(p, score, image, head, of_query, of_key);
-        float probability = exp2_of(fmaf(score, unit, -terms[m][i / 2 % 2].log_sum_exp));
-        if (ENDS && of_key >= p.keys) probability = 0.0f;
-        if (NORMALISES) total[m][i / 2 % 2] += probability;
-        grad_scores[m][i / 4][i % 4] *= probability;
-      }
-    }
+    Base::multiply_values(grad_scores, grad, terms, scores_from, at + Tile::bytes(STEP));
+    Base::template exponentiate<ENDS>(scores, terms, step * STEP + 16 * tile, total);
+    multiply_elements(grad_scores, scores);
     add_product<T, D>(sum, grad_scores, sums_from, at);
   }
 };
 
-// dV = P^T dO and dK = scale dS^T Q: a block has 64 keys of a head, a warp 16 of them, and the queries pass by.
+// dV = P^T dO and dK = scale dS^T Q: a block has 64 keys of a head, and the queries pass by.
 template <class T, int D, bool OFFSETS>
 struct KeysKernel : Block<T, D> {
   using Base = Block<T, D>;
-  using Base::M, Base::ROWS_OF_WARP, Base::THREADS, Base::STEP;
+  using Base::M, Base::ROWS_OF_WARP;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head;
   using typename Base::Tile;
+  static constexpr int STEP = 32;  // as in QueriesKernel
   static constexpr int TERMS_BYTES = STEP * sizeof(RowTermOf<T>);
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(STEP) + TERMS_BYTES;
   static constexpr int STAGES_AT = 2 * Tile::bytes(ROWS_OF_BLOCK);
@@ -375,6 +423,140 @@ struct KeysKernel : Block<T, D> {
         score = apply(term[i % 2], exp2_of(fmaf(score, unit, -term[i % 2].log_sum_exp)));
         grad = score * (grad - term[i % 2].row_sum);
       }
+    }
+  }
+};
+
+// All three where there are at most 64 queries and keys: a block has a head. Its warps form P and dS for their queries,
+// exchange them through shared memory, and multiply those of their keys.
+template <class T, int D, bool OFFSETS>
+struct HeadKernel : QueryRows<T, D, OFFSETS> {
+  using Base = QueryRows<T, D, OFFSETS>;
+  using Base::M, Base::ROWS_OF_WARP, Base::NORMALISES;
+  using Base::p, Base::shared, Base::lane, Base::warp;
+  using typename Base::Tile;
+  using Square = SharedRows<T, ROWS_OF_BLOCK>;
+  // Queries, gradients, keys and values, then P and dS, at first the output.
+  static constexpr int TILE_BYTES = Tile::bytes(ROWS_OF_BLOCK), SQUARE_BYTES = Square::bytes(ROWS_OF_BLOCK);
+  static constexpr int SHARED_BYTES = 4 * TILE_BYTES + 2 * SQUARE_BYTES;
+  static constexpr int BLOCKS = 2;
+  static_assert(TILE_BYTES <= 2 * SQUARE_BYTES, "the output has room");
+
+  __device__ HeadKernel(const Backward& p, uint32_t shared) : Base(p, shared, ROWS_OF_BLOCK) {}
+
+  __device__ void run() {
+    const uint32_t squares = shared + 4 * TILE_BYTES;
+    Base::load_rows(squares);
+    Base::template load<ROWS_OF_BLOCK>(shared + 2 * TILE_BYTES, p.key, 0, p.keys);
+    Base::template load<ROWS_OF_BLOCK>(shared + 3 * TILE_BYTES, p.value, 0, p.keys);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    uint32_t sums_from[D / 16];
+    find_rows<T, D>(sums_from, shared, lane);
+    float sum[M][D / 8][4], factor[M][2];
+    clear(sum);
+    multiply_queries(squares, sums_from, sum, factor);
+    __syncthreads();
+    // The tiles of keys and values are free for what is to be written.
+    uint32_t to[D / 8];
+    find_sums<T, D>(to, Base::own(shared), lane);
+    Base::write_own(sum, factor, to, 2 * TILE_BYTES, p.grad_query, p.queries);
+    multiply_keys(squares, sums_from, TILE_BYTES, sum);
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) factor[i / 2][i % 2] = 1.0f;
+    Base::write_own(sum, factor, to, 3 * TILE_BYTES, p.grad_value, p.keys);
+    multiply_keys(squares + SQUARE_BYTES, sums_from, 0, sum);
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) factor[i / 2][i % 2] = p.scale;
+    Base::write_own(sum, factor, to, 2 * TILE_BYTES, p.grad_key, p.keys);
+  }
+
+  // P and dS of this warp's queries, and dQ, which lacks `factor`.
+  __device__ void multiply_queries(uint32_t squares, const uint32_t (&sums_from)[D / 16], float (&sum)[M][D / 8][4],
+                                   float (&factor)[M][2]) const {
+    Fragment query[M][D / 16], grad[M][D / 16];
+    Base::load_own(query, shared);
+    Base::load_own(grad, shared + TILE_BYTES);
+    RowTermOf<T> terms[M][2];
+    Base::find_row_terms(grad, squares, terms);
+    uint32_t scores_from[D / 16], to[ROWS_OF_BLOCK / 8];
+    find_rows_of_scores<T, D>(scores_from, shared, lane);
+    find_sums<T, ROWS_OF_BLOCK>(to, squares + Square::bytes(warp * ROWS_OF_WARP), lane);
+    const int tiles = (p.keys + 15) / 16;
+    float total[M][2] = {};
+    if (NORMALISES) {
+#pragma unroll 1
+      for (int tile = 0; tile < tiles; ++tile) {
+        Scores<M> scores;
+        multiply_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
+        Base::template exponentiate<true>(scores, terms, 16 * tile, total);
+      }
+      Base::normalise(terms, total);
+    }
+    if (p.bias_sums != nullptr) Base::write_row_terms(terms);
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) factor[i / 2][i % 2] = p.scale;
+    // Nobody reads the output any more.
+    __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) {
+      if (tile >= tiles) break;
+      const uint32_t at = 2 * TILE_BYTES + Tile::bytes(16 * tile);
+      Scores<M> scores, grad_scores;
+      multiply_scores<T, D>(scores, query, scores_from, at);
+      Base::multiply_values(grad_scores, grad, terms, scores_from, at + TILE_BYTES);
+      if (16 * tile + 16 <= p.keys) {
+        Base::template exponentiate<false>(scores, terms, 16 * tile, total);
+      } else {
+        Base::template exponentiate<true>(scores, terms, 16 * tile, total);
+      }
+#pragma unroll
+      for (int i = 0; i < 8 * M; ++i) {
+        float& probability = scores[i / 8][i / 4 % 2][i % 4];
+        probability = apply(terms[i / 8][i / 2 % 2], probability);
+      }
+      multiply_elements(grad_scores, scores);
+      store(scores, to, 0, tile);
+      store(grad_scores, to, SQUARE_BYTES, tile);
+      add_product<T, D>(sum, grad_scores, sums_from, at);
+    }
+  }
+
+  static __device__ void store(const Scores<M>& scores, const uint32_t (&to)[ROWS_OF_BLOCK / 8], uint32_t offset,
+                               int tile) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const Fragment words = pack_scores<T>(scores[m]);
+      const uint32_t low = to[2 * tile] + (offset + Square::bytes(16 * m));
+      const uint32_t high = to[2 * tile + 1] + (offset + Square::bytes(16 * m));
+      store_shared(low, words.x);
+      store_shared(low + Square::bytes(8), words.y);
+      store_shared(high, words.z);
+      store_shared(high + Square::bytes(8), words.w);
+    }
+  }
+
+  // sum = the transposed square, of this warp's keys, times the rows `offset` bytes behind the queries.
+  __device__ void multiply_keys(uint32_t square, const uint32_t (&sums_from)[D / 16], uint32_t offset,
+                                float (&sum)[M][D / 8][4]) const {
+    clear(sum);
+    uint32_t from[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      from[m] = square + Square::at(lane % 8 + lane / 16 * 8, 2 * (warp * M + m) + lane / 8 % 2);
+    }
+#pragma unroll
+    for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) {
+      if (16 * tile >= p.queries) break;
+      Fragment left[M];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        if (warp * ROWS_OF_WARP + 16 * m < p.keys) {
+          left[m] = load_matrices_transposed(from[m] + Square::bytes(16 * tile));
+        }
+      }
+      add_product<T, D>(sum, left, sums_from, offset + Tile::bytes(16 * tile));
     }
   }
 };
@@ -487,6 +669,11 @@ __global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
 }
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
+    attention_backward_head(const __grid_constant__ Backward p) {
+  run<Kernel>(p);
+}
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
     attention_backward_bias(const __grid_constant__ Backward p) {
   run<Kernel>(p);
 }
@@ -502,11 +689,16 @@ template <class T, int D, bool OFFSETS>
 void launch_kernels(const Backward& p, cudaStream_t stream) {
   using Queries = QueriesKernel<T, D, OFFSETS>;
   using Keys = KeysKernel<T, D, OFFSETS>;
+  using Head = HeadKernel<T, D, OFFSETS>;
   using Bias = BiasKernel<T, D>;
   const int64_t heads = p.batch * p.heads;
   const int64_t query_blocks = padded(p.queries) / ROWS_OF_BLOCK, key_blocks = padded(p.keys) / ROWS_OF_BLOCK;
-  launch<Queries>(attention_backward_queries<Queries>, "attention_backward_queries", query_blocks * heads, p, stream);
-  launch<Keys>(attention_backward_keys<Keys>, "attention_backward_keys", key_blocks * heads, p, stream);
+  if (query_blocks == 1 && key_blocks == 1) {
+    launch<Head>(attention_backward_head<Head>, "attention_backward_head", heads, p, stream);
+  } else {
+    launch<Queries>(attention_backward_queries<Queries>, "attention_backward_queries", query_blocks * heads, p, stream);
+    launch<Keys>(attention_backward_keys<Keys>, "attention_backward_keys", key_blocks * heads, p, stream);
+  }
   if (p.bias_sums != nullptr) {
     const int64_t sums = (p.batch + p.images_of_sum - 1) / p.images_of_sum * p.bias_heads;
     launch<Bias>(attention_backward_bias<Bias>, "attention_backward_bias", query_blocks * key_blocks * sums, p, stream);

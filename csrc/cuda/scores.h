@@ -50,26 +50,34 @@ __device__ void multiply_scores(Scores<M>& scores, const Fragment (&left)[M][D /
   }
 }
 
+// Scores as the left factor of a product.
+template <class T>
+__device__ Fragment pack_scores(const float (&scores)[2][4]) {
+  const float (&low)[4] = scores[0], (&high)[4] = scores[1];
+  return {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
+}
+
 // sum (16 M x D) += left (16 M x 16) times 16 rows.
 template <class T, int D, int M>
-__device__ void add_product(float (&sum)[M][D / 8][4], const Scores<M>& left, const uint32_t (&from)[D / 16],
+__device__ void add_product(float (&sum)[M][D / 8][4], const Fragment (&left)[M], const uint32_t (&from)[D / 16],
                             uint32_t offset) {
-  Fragment rounded[M];
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-    const float (&low)[4] = left[m][0], (&high)[4] = left[m][1];
-    rounded[m] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
-                  pack<T>(high[2], high[3])};
-  }
 #pragma unroll
   for (int n = 0; n < D / 16; ++n) {
     const Fragment right = load_matrices_transposed(from[n] + offset);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      multiply_add<T>(sum[m][2 * n], rounded[m], right.x, right.y);
-      multiply_add<T>(sum[m][2 * n + 1], rounded[m], right.z, right.w);
+      multiply_add<T>(sum[m][2 * n], left[m], right.x, right.y);
+      multiply_add<T>(sum[m][2 * n + 1], left[m], right.z, right.w);
     }
   }
+}
+template <class T, int D, int M>
+__device__ void add_product(float (&sum)[M][D / 8][4], const Scores<M>& left, const uint32_t (&from)[D / 16],
+                            uint32_t offset) {
+  Fragment packed[M];
+#pragma unroll
+  for (int m = 0; m < M; ++m) packed[m] = pack_scores<T>(left[m]);
+  add_product<T, D>(sum, packed, from, offset);
 }
 
 __device__ inline float offset_of(const Offsets& o, int image, int head, int query, int key) {
