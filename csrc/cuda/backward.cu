@@ -20,22 +20,6 @@ namespace {
 
 constexpr int ROWS_OF_BLOCK = 64;
 
-// sum + the products of two pairs of numbers
-template <class T>
-__device__ float add_dot(float sum, uint32_t left, uint32_t right);
-template <>
-__device__ inline float add_dot<__nv_bfloat16>(float sum, uint32_t left, uint32_t right) {
-  const float2 a = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(left));
-  const float2 b = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(right));
-  return fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
-}
-template <>
-__device__ inline float add_dot<__half>(float sum, uint32_t left, uint32_t right) {
-  const float2 a = __half22float2(reinterpret_cast<const __half2&>(left));
-  const float2 b = __half22float2(reinterpret_cast<const __half2&>(right));
-  return fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
-}
-
 template <class T>
 using RowTermOf = std::conditional_t<std::is_same_v<T, __half>, NormalisedRowTerm, RowTerm>;
 
@@ -57,14 +41,14 @@ struct Block {
   // The same in all threads of a warp, as the compiler sees now.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   int first;  // row of the block
-  int image, head;
+  unsigned image, head;
 
   __device__ Block(const Backward& p, uint32_t shared, int rows) : p(p), shared(shared) {
     const unsigned blocks = padded(rows) / ROWS_OF_BLOCK;
     const unsigned pair = blockIdx.x / blocks;
     first = int(blockIdx.x % blocks) * ROWS_OF_BLOCK;
-    head = int(pair % unsigned(p.heads));
-    image = int(pair / unsigned(p.heads));
+    head = pair % unsigned(p.heads);
+    image = pair / unsigned(p.heads);
   }
 
   __device__ int64_t pair() const { return int64_t(image) * p.heads + head; }
@@ -145,23 +129,22 @@ struct QueryRows : Block<T, D> {
   // All but what normalises. Those of a query that there is not, or that sees no key, make its probabilities 0.
   __device__ void find_row_terms(const Fragment (&grad)[M][D / 16], uint32_t output_rows,
                                  RowTermOf<T> (&terms)[M][2]) const {
-    Fragment output[M][D / 16];
-    Base::load_own(output, output_rows);
+    uint32_t from[D / 16];
+    find_rows_of_scores<T, D>(from, Base::own(output_rows), lane);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      float row_sum[2] = {};
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) {
-        const Fragment &a = grad[m][i], &b = output[m][i];
-        row_sum[0] = add_dot<T>(add_dot<T>(row_sum[0], a.x, b.x), a.z, b.z);
-        row_sum[1] = add_dot<T>(add_dot<T>(row_sum[1], a.y, b.y), a.w, b.w);
-      }
+      // The diagonal of dO O^T: fewer instructions than products of single numbers.
+      Scores<1> products;
+      const Fragment(&left)[1][D / 16] = reinterpret_cast<const Fragment(&)[1][D / 16]>(grad[m]);
+      multiply_scores<T, D>(products, left, from, Tile::bytes(16 * m));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int query = first + warp * ROWS_OF_WARP + 16 * m + lane / 4 + 8 * i;
         const float known = query < p.queries ? p.log_sum_exp[Base::pair() * p.queries + query] : -INFINITY;
         terms[m][i].log_sum_exp = known == -INFINITY ? INFINITY : known * LOG2_E;
-        terms[m][i].row_sum = sum_of_row(row_sum[i]);
+        // The thread whose columns are 2 (lane % 4) and the next has one of row lane / 4.
+        const float own = lane / 4 % 2 == 0 ? products[0][i][2 * i] : products[0][i][2 * i + 1];
+        terms[m][i].row_sum = sum_of_row(lane / 8 == lane % 4 ? own : 0.0f);
       }
     }
   }
@@ -501,7 +484,8 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
     __syncthreads();
 #pragma unroll
     for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) {
-      if (tile >= tiles) break;
+      // There is one, as the compiler can't know.
+      if (tile > 0 && tile >= tiles) break;
       const uint32_t at = 2 * TILE_BYTES + Tile::bytes(16 * tile);
       Scores<M> scores, grad_scores;
       multiply_scores<T, D>(scores, query, scores_from, at);
@@ -548,7 +532,7 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
     }
 #pragma unroll
     for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) {
-      if (16 * tile >= p.queries) break;
+      if (tile > 0 && 16 * tile >= p.queries) break;
       Fragment left[M];
 #pragma unroll
       for (int m = 0; m < M; ++m) {
