@@ -47,6 +47,7 @@ void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsT
   f.sources = size("S", sizes[5], 0);
   expect(std::find(std::begin(HEAD_DIMS), std::end(HEAD_DIMS), f.head_dim) != std::end(HEAD_DIMS),
          "D: expected a head dimension that the CUDA kernels have, got " + std::to_string(f.head_dim));
+  size("H * D", int64_t(f.heads) * f.head_dim, 1);
   expect(f.sources <= MAX_SOURCES, "S: expected at most " + std::to_string(MAX_SOURCES) + " sources");
   expect((f.queries + 63) / 64 * f.batch * f.heads <= std::numeric_limits<int>::max(),
          "B, H, Nq: expected less than 2**31 blocks of 64 queries");

@@ -46,13 +46,14 @@ def plain(inputs, scale):
     return attended.to(inputs["value"].dtype) @ inputs["value"]
 
 
-def check(monkeypatch, case, dtype, scale=None, change=lambda inputs: None):
+def check(monkeypatch, case, dtype, scale=None, change=lambda inputs: None, note=lambda launch: None):
     import cuda_offline
 
     kernels = []
 
     def execute(launch, tensors):
         kernels.append(launch.kernel)
+        note(launch)
         cuda_offline.execute(launch, tensors)
 
     rounded = cast_inputs(make_inputs(case, "cpu"), dtype)
@@ -82,7 +83,9 @@ def test_head_dims_are_within_the_bound(monkeypatch, dtype, head_dim, queries, k
 
 
 @executed
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 49, 64, 65, 196, 197, 198, 208, 209, 257, 577])
+@pytest.mark.parametrize(
+    "tokens", [1, 15, 16, 17, 32, 33, 49, 64, 65, 128, 129, 192, 193, 196, 197, 198, 208, 209, 257, 577]
+)
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_lengths_are_within_the_bound(monkeypatch, tokens, head_dim):
     check(monkeypatch, replace(ONE, queries=tokens, keys=tokens, head_dim=head_dim, packed=True), BFLOAT16)
@@ -95,6 +98,15 @@ def test_lengths_are_within_the_bound(monkeypatch, tokens, head_dim):
 def test_sources_are_within_the_bound(monkeypatch, keys, sources, residual):
     case = Case("sources", batch=2, heads=2, queries=20, keys=keys, head_dim=32, sources=sources, residual=residual)
     check(monkeypatch, case, FLOAT16)
+
+
+@executed
+@pytest.mark.parametrize("keys", [20, 40])
+def test_blocks_take_heads_in_turn(monkeypatch, keys):
+    # So many images that a block has two heads, but the last of an image one.
+    launches = []
+    check(monkeypatch, Case("turns", 820, 5, 20, keys, 32, sources=2), BFLOAT16, note=launches.append)
+    assert [launch.grid[0] for launch in launches if "attention_forward" in launch.kernel] == [820 * 3]
 
 
 @executed
