@@ -16,12 +16,28 @@
 
 namespace tlalign::cuda {
 
+// Divides numbers below 2^31 by a multiplication: with the least s for which 2^s >= d, and m = 2^(31 + s) / d, rounded
+// up, n / d is 2 n m / 2^(32 + s).
+struct Divisor {
+  uint32_t divisor = 1, multiplier = 1u << 31, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t d) : divisor(d) {
+    while ((uint64_t(1) << shift) < d) ++shift;
+    multiplier = uint32_t(((uint64_t(1) << 31 << shift) + d - 1) / d);
+  }
+#if defined(__CUDACC__)
+  __device__ unsigned quotient(unsigned number) const { return __umulhi(2 * number, multiplier) >> shift; }
+#endif
+};
+
 struct Problem {
   int64_t batch;
   int heads, queries, keys, head_dim, sources;  // sources: 0 to MAX_SOURCES; 0 in the backward
   DType dtype;                                  // of query, key, value, output and their gradients: bfloat16 or float16
   float scale;
-  Rows query, key, value;  // each row begins at a multiple of 16 bytes, as all Rows here do
+  Rows query, key,
+      value;  // each row begins at a multiple of 16 bytes, as all Rows here do; kernels get strides in bytes
   Offsets bias, mask;
 };
 
@@ -33,6 +49,9 @@ struct Forward : Problem {
   void* output;           // (B, Nq, H, D)
   float* share_out;       // (B, Nq, S) or null
   float* log_sum_exp;     // (B, H, Nq)
+  // Set by `forward`: heads that a block takes in turn, what divides an image into blocks by them, and by queries.
+  int heads_of_block;
+  Divisor turns, blocks;
 };
 
 // What the kernels of the backward tell each other of a query: its log-sum-exp in units of ln 2 and the row sum of

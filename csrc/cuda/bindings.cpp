@@ -44,6 +44,7 @@ void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, cons
   p.sources = size("S", sizes[5], 0);
   expect(std::find(std::begin(HEAD_DIMS), std::end(HEAD_DIMS), p.head_dim) != std::end(HEAD_DIMS),
          "D: expected a head dimension that the CUDA kernels have, got " + std::to_string(p.head_dim));
+  size("H * D", int64_t(p.heads) * p.head_dim, 1);
   expect(p.sources <= MAX_SOURCES, "S: expected at most " + std::to_string(MAX_SOURCES) + " sources");
   const int64_t most = std::numeric_limits<int>::max();
   expect(padded(std::max(p.queries, p.keys)) / 64 * p.batch * p.heads <= most,

@@ -2,18 +2,24 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <stdexcept>
-#include <string>
+#include <algorithm>
 
 #include "cuda/attention.h"
+#include "cuda/launch.h"
+#include "cuda/scores.h"
 #include "cuda/tiles.h"
 
 namespace tlalign::cuda {
 namespace {
 
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
-constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int QUERIES_OF_WARP = 16, QUERIES_OF_BLOCK = QUERIES_OF_WARP * WARPS;
+constexpr int QUERIES_OF_WARP = 16;
+// Blocks take more than one head in turn if at least so many blocks remain: a few times what a GPU holds at once.
+constexpr int FEW_BLOCKS = 2048;
+
+// Keys that there are at least where one step has all of them in so many tiles of 16: see launch_for_keys.
+constexpr int least_keys(int tiles) {
+  return tiles == 13 ? 193 : tiles == 12 ? 129 : tiles == 8 ? 65 : tiles == 4 ? 33 : 1;
+}
 
 // share = hi + mid + lo: rows of parts, zeros from key Nk on.
 template <class T>
@@ -46,8 +52,8 @@ __global__ void average_heads(Forward p) {
   }
   for (int source = 0; source < p.sources; ++source) {
     float mean = 0.0f;
-    for (int head = 0; head < p.heads; ++head) {
-      mean += p.head_share[((image * p.heads + head) * p.sources + source) * p.queries + query];
+    for (unsigned turn = 0; turn < p.turns.divisor; ++turn) {
+      mean += p.head_share[((image * p.turns.divisor + turn) * p.sources + source) * p.queries + query];
     }
     mean = seeing > 0 ? mean / float(seeing) : 0.0f;
     if (p.residual != nullptr) {
@@ -58,29 +64,81 @@ __global__ void average_heads(Forward p) {
   }
 }
 
-// output = softmax(scale Q K^T + bias + mask) V: a block has 64 queries of a head, a warp 16 of them, and all keys pass
-// by in steps of TILES x 16. If one step has them all (STREAMS is false) the softmax is exact in one pass, else online.
-// Registers hold Q, the scores of a step, and the sums of P V and P [1, share]; shared memory holds K, V and the labels
-// of a step, of two if steps pass by. Reads Q once, K and V once a block; writes O, the log-sum-exp and the shares of
-// the head. = reference.forward, but for the mean over heads.
-template <class T, int D, int TILES, bool STREAMS, bool OFFSETS, int LABEL_BLOCKS>
+// output = softmax(scale Q K^T + bias + mask) V: a block has 16 queries of a head for each of its WARPS, and all keys
+// pass by in steps of TILES x 16. If one step has them all (STREAMS is false) the softmax is exact in one pass, else
+// online. Where there are few, a block goes on to the next head, whose Q, K and V come while it is busy with this one.
+// Registers hold Q, the scores of a step, and the sums of P V and P [1, share]; shared memory holds K, V and
+// the labels of a step, of two if steps pass by. Reads Q once, K and V once a block; writes O, the log-sum-exp and the
+// shares of the head. = reference.forward, but for the mean over heads.
+template <class T, int D, int TILES, int WARPS, bool STREAMS, bool OFFSETS, int LABEL_BLOCKS>
 struct ForwardKernel {
   using Tile = SharedRows<T, D>;
+  static constexpr int THREADS = 32 * WARPS, QUERIES = QUERIES_OF_WARP * WARPS;
   static constexpr int KEYS = 16 * TILES;
   static constexpr int STAGES = STREAMS ? 2 : 1;
-  // Labels lie in shared memory as rows of a column each: 16-byte chunks of 8 keys, an odd number of them, so that the
-  // rows of a block of 8 begin in different banks.
-  static constexpr int LABEL_COLUMNS = 8 * LABEL_BLOCKS;
-  static constexpr int LABEL_CHUNKS = 2 * ((TILES + 1) / 2 * 2) + 1;
-  static_assert(LABEL_CHUNKS <= 32 && LABEL_COLUMNS % WARPS == 0, "a warp has a column in one go");
-  static constexpr int LABEL_BYTES = LABEL_COLUMNS * LABEL_CHUNKS * 16;
+  // Windows: a block takes several heads in turn, which share addresses and labels. Not with offsets, beside which
+  // these are little: rather have more warps to wait for them.
+  static constexpr bool TURNS = !STREAMS && !OFFSETS && TILES <= 4;
+  // Rows that are known to be there, and tiles that are not asked whether they have keys.
+  static constexpr int CERTAIN_KEYS = STREAMS ? 0 : least_keys(TILES) - 1;
+  static constexpr int CERTAIN_TILES = STREAMS ? 1 : TURNS ? TILES : CERTAIN_KEYS / 16 + 1;
+  // Labels lie in shared memory as rows of a column each, ones and the parts of the shares: 16-byte chunks of 8 keys,
+  // an odd number of them, so that 8 rows begin in different banks.
+  static constexpr int LABEL_ROWS = 1 + PARTS * 2 * LABEL_BLOCKS;
+  static constexpr int LABEL_CHUNKS = 2 * ((TILES + 1) / 2 * 2);
+  static constexpr int LABEL_PITCH = 16 * (LABEL_CHUNKS + 1);
+  static_assert(LABEL_CHUNKS <= 32, "a warp has a row in one go");
+  static constexpr int LABEL_BYTES = (LABEL_ROWS * LABEL_PITCH + 127) / 128 * 128;
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + LABEL_BYTES;
   // Blocks that the registers of a multiprocessor are to hold at once.
-  static constexpr int BLOCKS = STREAMS || D > 64 ? 2 : TILES > 4 ? 3 : 4;
-  static constexpr int SHARED_BYTES = Tile::bytes(QUERIES_OF_BLOCK) + STAGES * STAGE_BYTES;
+  static constexpr int BLOCKS = WARPS > 4 || D > 64 || (STREAMS && (OFFSETS || LABEL_BLOCKS > 1)) ? 2
+                                : STREAMS || TILES > 8                                            ? 3
+                                : TURNS && D <= 32                                                ? 5
+                                                                                                  : 4;
+  // The output passes through shared memory: that of the queries, unless the next ones are already coming.
+  static constexpr int END_OF_STAGES = Tile::bytes(QUERIES) + STAGES * STAGE_BYTES;
+  static constexpr int OUTPUT_AT = TURNS ? END_OF_STAGES : 0;
+  static constexpr int SHARED_BYTES = END_OF_STAGES + (TURNS ? Tile::bytes(QUERIES) : sizeof(uint4));
 
+  // Labels as the right factors of products, for two tiles each. Column 0 is that of the ones, column 4 s + i that of
+  // part i = 1, 2, 3 of source s.
+  using Labels = Fragment[(TILES + 1) / 2][LABEL_BLOCKS];
   struct Stage {
     uint32_t key, value, label;
+  };
+  using Queries = typename Tile::template Source<QUERIES, THREADS, false>;
+  // Rows of K from key Nk on repeat the last one, so that the maxima are those of the real keys; V, and the column of
+  // ones, are zero there. So no score needs a mask.
+  using Keys = typename Tile::template Source<KEYS, THREADS, true, CERTAIN_KEYS>;
+  using Values = typename Tile::template Source<KEYS, THREADS, false, CERTAIN_KEYS>;
+
+  // Where a warp writes to.
+  struct Destination {
+    using Rows = typename Tile::template Target<QUERIES_OF_WARP>;
+    static constexpr int ROWS = QUERIES_OF_WARP;
+
+    unsigned lane;
+    uint32_t words;  // in shared memory: the first of this thread's
+    Rows rows;       // of the output
+    // What there is one number of, even threads write for the first of their rows, odd ones for the second.
+    unsigned query;
+    bool is_query;
+    float* log_sum_exp;
+
+    __device__ Destination(const ForwardKernel& k, unsigned thread)
+        : lane(thread % 32),
+          words(k.shared + OUTPUT_AT + thread / 32 * Tile::bytes(ROWS)),
+          rows(static_cast<char*>(k.p.output) +
+                   ((uint64_t(k.image) * unsigned(k.p.queries) + k.first + thread / 32 * ROWS) * unsigned(k.p.heads) +
+                    k.head) *
+                       (D * sizeof(T)),
+               k.p.heads * int(D * sizeof(T)), k.p.queries - k.first - int(thread / 32 * ROWS), words, lane) {
+      const unsigned pair = TURNS ? k.image * k.p.heads + k.head : k.turn;
+      query = k.first + thread / 32 * ROWS + lane / 4 + lane % 2 * 8;
+      is_query = query < k.p.queries;
+      log_sum_exp = k.p.log_sum_exp + (uint64_t(pair) * unsigned(k.p.queries) + query);
+      words += Tile::at(lane / 4, 0) + lane % 4 * 4;
+    }
   };
 
   const Forward& p;
@@ -89,122 +147,219 @@ struct ForwardKernel {
   // The same in all threads of a warp, as the compiler sees now.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   int first;  // query of the block
-  int image, head;
+  unsigned turn, image, head;
 
   __device__ Stage stage(int number) const {
-    const uint32_t at = shared + Tile::bytes(QUERIES_OF_BLOCK) + number % STAGES * STAGE_BYTES;
+    const uint32_t at = shared + Tile::bytes(QUERIES) + number % STAGES * STAGE_BYTES;
     return {at, at + Tile::bytes(KEYS), at + 2 * Tile::bytes(KEYS)};
   }
 
-  __device__ const T* start(const Rows& rows) const {
-    return reinterpret_cast<const T*>(rows.data) + image * rows.image + head * rows.head;
-  }
+  __device__ const char* start(const Rows& rows) const { return rows.data + image * rows.image + head * rows.head; }
+  __device__ Queries queries() const { return Queries(start(p.query), int(p.query.row), first, p.queries); }
+  __device__ Keys keys(int step) const { return Keys(start(p.key), int(p.key.row), step * KEYS, p.keys); }
+  __device__ Values values(int step) const { return Values(start(p.value), int(p.value.row), step * KEYS, p.keys); }
 
-  // Rows of K from key Nk on repeat the last one, so that the maxima are those of the real keys; V, and the column of
-  // ones, are zero there. So no score needs a mask.
-  __device__ void load_keys(int step) const {
-    Tile::template load<KEYS, THREADS, true>(stage(step).key, start(p.key), int(p.key.row), step * KEYS, p.keys);
-  }
-
-  __device__ void load_values_and_labels(int step) const {
-    const Stage to = stage(step);
-    const int first_key = step * KEYS;
-    Tile::template load<KEYS, THREADS, false>(to.value, start(p.value), int(p.value.row), first_key, p.keys);
-    // Columns of labels: ones, the parts of the shares, zeros. A warp sees to every fourth column.
-    const int row = padded(p.keys), columns = p.sources * PARTS;
-    const T* parts = static_cast<const T*>(p.parts) + int64_t(image) * columns * row;
+  __device__ void load_labels(int step) const {
+    // Warps take rows in turn, a thread 8 keys of each.
+    const int rows = 1 + p.sources * PARTS, row_length = padded(p.keys), key = step * KEYS + 8 * lane;
+    if (lane >= LABEL_CHUNKS) return;
+    const uint32_t to_row = stage(step).label + lane * 16;
+    if (warp == 0) {
+      const uint32_t ones = pack<T>(1.0f, 1.0f), one = ones & 0xffff;
+      uint32_t words[4];
 #pragma unroll
-    for (int i = 0; i < LABEL_COLUMNS / WARPS; ++i) {
-      const int column = warp + i * WARPS, key = first_key + 8 * lane;
-      const uint32_t at = to.label + (column * LABEL_CHUNKS + lane) * 16;
-      if (lane >= LABEL_CHUNKS) break;
-      if (column > 0 && column <= columns && key < row) {
-        copy_async(at, parts + (column - 1) * row + key, true);
-      } else {
-        uint32_t words[4] = {};
-        if (column == 0) {
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair) {
-            const int left = p.keys - key - 2 * pair;
-            words[pair] = pack<T>(left > 0 ? 1.0f : 0.0f, left > 1 ? 1.0f : 0.0f);
-          }
-        }
-        store_shared(at, make_uint4(words[0], words[1], words[2], words[3]));
-      }
+      for (int i = 0; i < 4; ++i) words[i] = p.keys > key + 2 * i + 1 ? ones : p.keys > key + 2 * i ? one : 0;
+      store_shared(to_row, make_uint4(words[0], words[1], words[2], words[3]));
+    }
+    const T* parts = static_cast<const T*>(p.parts) + key;
+#pragma unroll 1
+    for (int row = warp > 0 ? warp : WARPS; row < rows; row += WARPS) {
+      copy_async(to_row + row * LABEL_PITCH, parts + uint64_t(image * (rows - 1) + row - 1) * unsigned(row_length),
+                 key < row_length);
     }
   }
 
   __device__ void run() {
-    const unsigned blocks = (p.queries + QUERIES_OF_BLOCK - 1) / QUERIES_OF_BLOCK;
-    const unsigned pair = blockIdx.x / blocks;
-    first = int(blockIdx.x % blocks) * QUERIES_OF_BLOCK;
-    head = int(pair % unsigned(p.heads));
-    image = int(pair / unsigned(p.heads));
-    // A warp without queries helps to load, no more.
-    const bool works = first + warp * QUERIES_OF_WARP < p.queries;
-
-    Tile::template load<QUERIES_OF_BLOCK, THREADS, false>(shared, start(p.query), int(p.query.row), first, p.queries);
-    load_keys(0);
+    turn = p.blocks.quotient(blockIdx.x);
+    first = (blockIdx.x - turn * p.blocks.divisor) * QUERIES;
+    image = p.turns.quotient(turn);
+    head = (turn - image * p.turns.divisor) * (TURNS ? p.heads_of_block : 1);
+    const Queries query_rows = queries();
+    const Keys key_rows = keys(0);
+    const Values value_rows = values(0);
+    query_rows.copy(shared);
+    key_rows.copy(stage(0).key);
+    if (TURNS) load_labels(0);
     commit_copies();
-    load_values_and_labels(0);
+    value_rows.copy(stage(0).value);
+    if (!TURNS) load_labels(0);
     commit_copies();
+    if constexpr (STREAMS) {
+      take_steps();
+    } else if constexpr (TURNS) {
+      take_heads(query_rows, key_rows, value_rows);
+    } else {
+      take_head();
+    }
+  }
 
-    Fragment query[D / 16];
-    float output[D / 8][4], label[LABEL_BLOCKS][4];
+  // A warp without queries helps to load, no more.
+  __device__ bool works() const { return first + warp * QUERIES_OF_WARP < p.queries; }
+
+  __device__ void take_steps() const {
+    Fragment query[D / 16], weights[TILES];
+    Labels labels;
+    float scores[2 * TILES][4], output[D / 8][4], label[LABEL_BLOCKS][4];
     float highest[2] = {-INFINITY, -INFINITY};
-    const int steps = STREAMS ? (p.keys + KEYS - 1) / KEYS : 1;
+    const int steps = (p.keys + KEYS - 1) / KEYS;
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<1>();
       __syncthreads();
-      if (works && step == 0) {
-#pragma unroll
-        for (int i = 0; i < D / 16; ++i) {
-          query[i] = load_matrices(shared + Tile::at(warp * QUERIES_OF_WARP + lane % 16, 2 * i + lane / 16));
-        }
+      if (works()) {
+        if (step == 0) read_queries(query, query_address());
+        multiply_keys(query, scores, step, key_address(step));
       }
-      float scores[2 * TILES][4];
-      if (works) multiply_keys(query, scores, step);
-      if (STREAMS && step + 1 < steps) load_keys(step + 1);
+      if (step + 1 < steps) keys(step + 1).copy(stage(step + 1).key);
       commit_copies();
-      if (works) exponentiate(scores, highest, output, label, step);
+      if (works()) exponentiate(scores, weights, highest, output, label, step);
       wait_for_copies<1>();
       __syncthreads();
-      if (works) multiply_values(scores, output, label, step);
-      if (STREAMS && step + 1 < steps) load_values_and_labels(step + 1);
+      if (works()) multiply_values(weights, output, label, labels, step, value_address(step));
+      if (step + 1 < steps) {
+        values(step + 1).copy(stage(step + 1).value);
+        load_labels(step + 1);
+      }
       commit_copies();
     }
-    if (works) write(output, label, highest);
+    if (works()) write_all(output, label, highest, Destination(*this, threadIdx.x));
   }
 
-  // Tiles of a step that have keys.
-  __device__ int tiles_of(int step) const { return min(TILES, (p.keys - step * KEYS + 15) / 16); }
-
-  __device__ void multiply_keys(const Fragment (&query)[D / 16], float (&scores)[2 * TILES][4], int step) const {
-    const int tiles = tiles_of(step);
-    uint32_t from[D / 16];
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-      from[i] = stage(step).key + Tile::at(lane % 8 + lane / 16 * 8, 2 * i + lane / 8 % 2);
+  __device__ void take_head() {
+    Fragment query[D / 16], weights[TILES];
+    Labels labels;
+    float scores[2 * TILES][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
+    const bool works = this->works();
+    // Where the block is, so that no registers keep it where most of them are needed.
+    if (threadIdx.x == 0) store_shared(shared + END_OF_STAGES, make_uint4(turn, first, image, head));
+    wait_for_copies<1>();
+    __syncthreads();
+    if (works) {
+      read_queries(query, query_address());
+      multiply_keys(query, scores, 0, key_address(0));
+      exponentiate(scores, weights, highest, output, label, 0);
     }
+    wait_for_copies<0>();
+    __syncthreads();
+    if (!works) return;
+    multiply_values(weights, output, label, labels, 0, value_address(0));
+    const uint4 place = load_shared(shared + END_OF_STAGES);
+    turn = place.x, first = int(place.y), image = place.z, head = place.w;
+    // Hides from the compiler what registers could keep.
+    unsigned thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));
+    write_all(output, label, highest, Destination(*this, thread));
+  }
+
+  __device__ void write_all(const float (&output)[D / 8][4], const float (&label)[LABEL_BLOCKS][4],
+                            const float (&highest)[2], const Destination& to) const {
+    float shares[LABEL_BLOCKS][4];
+    write(output, label, highest, shares, to);
+    write_shares(shares, to);
+  }
+
+  __device__ void take_heads(Queries query_rows, Keys key_rows, Values value_rows) const {
+    Fragment query[D / 16], weights[TILES];
+    Labels labels;
+    float scores[2 * TILES][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
+    const uint32_t from_query = kept(query_address()), from_key = kept(key_address(0));
+    const uint32_t from_value = kept(value_address(0));
+    Destination destination(*this, threadIdx.x);
+    query_rows.own = key_rows.own = value_rows.own = kept(value_rows.own);
+    destination.lane = kept(destination.lane);
+    destination.rows.from = kept(destination.rows.from);
+    float shares[LABEL_BLOCKS][4] = {};
+    wait_for_copies<1>();
+    __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile += 2) read_labels(labels, tile, 0);
+    for (int more = min(p.heads_of_block, p.heads - int(head)) - 1;; --more) {
+      read_queries(query, from_query);
+      multiply_keys(query, scores, 0, from_key);
+      exponentiate(scores, weights, highest, output, label, 0);
+      // V is there, and nobody needs Q and K any more.
+      wait_for_copies<0>();
+      __syncthreads();
+      if (more > 0) {
+        query_rows.from += p.query.head;
+        key_rows.from += p.key.head;
+        query_rows.copy(shared);
+        key_rows.copy(stage(0).key);
+        commit_copies();
+      }
+      multiply_values(weights, output, label, labels, 0, from_value);
+      write(output, label, highest, shares, destination);
+      if (more == 0) break;
+      value_rows.from += p.value.head;
+      destination.rows.to += D * sizeof(T);
+      destination.log_sum_exp += p.queries;
+      // The next Q and K are there, and nobody needs V any more.
+      wait_for_copies<0>();
+      __syncthreads();
+      value_rows.copy(stage(0).value);
+      commit_copies();
+    }
+    write_shares(shares, destination);
+  }
+
+  // Where the first of the matrices are that this thread loads.
+  __device__ uint32_t query_address() const { return shared + Tile::at(warp * QUERIES_OF_WARP + lane % 16, lane / 16); }
+  __device__ uint32_t key_address(int step) const {
+    return stage(step).key + Tile::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+  __device__ uint32_t value_address(int step) const { return stage(step).value + Tile::at(lane % 16, lane / 16); }
+
+  __device__ void read_labels(Labels& labels, int tile, int step) const {
+#pragma unroll
+    for (int n = 0; n < LABEL_BLOCKS; ++n) {
+      // Columns that nobody asks for have what other ones have.
+      const int column = 8 * n + lane % 8, row = min(column - column / 4, p.sources * PARTS);
+      labels[tile / 2][n] = load_matrices(stage(step).label + row * LABEL_PITCH + lane / 8 * 16 + 32 * tile);
+    }
+  }
+
+  // Hides from the compiler how to compute it, which it would do anew for each head.
+  static __device__ uint32_t kept(uint32_t address) {
+    asm volatile("" : "+r"(address));
+    return address;
+  }
+
+  __device__ void read_queries(Fragment (&query)[D / 16], uint32_t from) const {
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) query[i] = load_matrices(Tile::beside(from, 2 * i));
+  }
+
+  // Whether the keys of a step end before a tile; in one pass asked for every other tile.
+  __device__ bool ends_before(int tile, int step) const {
+    return tile >= CERTAIN_TILES && (STREAMS || (tile - CERTAIN_TILES) % 2 == 0) && step * KEYS + 16 * tile >= p.keys;
+  }
+
+  __device__ void multiply_keys(const Fragment (&query)[D / 16], float (&scores)[2 * TILES][4], int step,
+                                uint32_t from) const {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-      if (tile < tiles) {
+      if (ends_before(tile, step)) break;
 #pragma unroll
-        for (int i = 0; i < D / 16; ++i) {
-          const Fragment key = load_matrices(from[i] + 16 * tile * Tile::PITCH);
-          if (i == 0) {
-            multiply<T>(scores[2 * tile], query[i], key.x, key.y);
-            multiply<T>(scores[2 * tile + 1], query[i], key.z, key.w);
-          } else {
-            multiply_add<T>(scores[2 * tile], query[i], key.x, key.y);
-            multiply_add<T>(scores[2 * tile + 1], query[i], key.z, key.w);
-          }
+      for (int i = 0; i < D / 16; ++i) {
+        const Fragment key = load_matrices(Tile::beside(from, 2 * i) + 16 * tile * Tile::PITCH);
+        if (i == 0) {
+          multiply<T>(scores[2 * tile], query[i], key.x, key.y);
+          multiply<T>(scores[2 * tile + 1], query[i], key.z, key.w);
+        } else {
+          multiply_add<T>(scores[2 * tile], query[i], key.x, key.y);
+          multiply_add<T>(scores[2 * tile + 1], query[i], key.z, key.w);
         }
-        if (OFFSETS) add_offsets(scores[2 * tile], scores[2 * tile + 1], step * KEYS + 16 * tile);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores[2 * tile][i] = scores[2 * tile + 1][i] = -INFINITY;
       }
+      if (OFFSETS) add_offsets(scores[2 * tile], scores[2 * tile + 1], step * KEYS + 16 * tile);
     }
   }
 
@@ -213,42 +368,23 @@ struct ForwardKernel {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& score = i < 4 ? left[i] : right[i - 4];
-      score *= p.scale * LOG2_E;
       const int query = first + warp * QUERIES_OF_WARP + lane / 4 + i / 2 % 2 * 8;
-      const int column = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      if (query < p.queries && column < p.keys) {
-        if (p.bias.data != nullptr) score += offset(p.bias, query, column) * LOG2_E;
-        if (p.mask.data != nullptr) score += offset(p.mask, query, column) * LOG2_E;
-      } else {
-        score = -INFINITY;
-      }
-    }
-  }
-
-  __device__ float offset(const Offsets& o, int query, int key) const {
-    const int64_t at = image * o.image + head * o.head + query * o.query + key * o.key;
-    switch (o.dtype) {
-      case DType::float32:
-        return reinterpret_cast<const float*>(o.data)[at];
-      case DType::bfloat16:
-        return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(o.data)[at]);
-      case DType::float16:
-        return __half2float(reinterpret_cast<const __half*>(o.data)[at]);
-      default:
-        return reinterpret_cast<const uint8_t*>(o.data)[at] != 0 ? 0.0f : -INFINITY;
+      score = with_offsets(p, score, image, head, query, key + i / 4 * 8 + lane % 4 * 2 + i % 2);
     }
   }
 
   // Without offsets the factor, if it is positive, waits for the exponential.
   __device__ float unit() const { return OFFSETS ? 1.0f : p.scale * LOG2_E; }
 
-  __device__ void exponentiate(float (&scores)[2 * TILES][4], float (&highest)[2], float (&output)[D / 8][4],
-                               float (&label)[LABEL_BLOCKS][4], int step) const {
-    float now[2] = {-INFINITY, -INFINITY};
+  // Scores become weights, of 16 bits.
+  __device__ void exponentiate(float (&scores)[2 * TILES][4], Fragment (&weights)[TILES], float (&highest)[2],
+                               float (&output)[D / 8][4], float (&label)[LABEL_BLOCKS][4], int step) const {
+    float now[2] = {scores[0][0], scores[0][2]};
 #pragma unroll
-    for (int tile = 0; tile < 2 * TILES; ++tile) {
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) now[i / 2] = fmaxf(now[i / 2], scores[tile][i]);
+      for (int i = 0; i < 8; ++i) now[i / 2 % 2] = fmaxf(now[i / 2 % 2], scores[2 * tile + i / 4][i % 4]);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -277,195 +413,122 @@ struct ForwardKernel {
       }
     }
 #pragma unroll
-    for (int tile = 0; tile < 2 * TILES; ++tile) {
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
+      float (&l)[4] = scores[2 * tile], (&r)[4] = scores[2 * tile + 1];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[tile][i] = exp2_of(fmaf(scores[tile][i], unit(), -shift[i / 2]));
+      for (int i = 0; i < 4; ++i) {
+        l[i] = exp2_of(fmaf(l[i], unit(), -shift[i / 2]));
+        r[i] = exp2_of(fmaf(r[i], unit(), -shift[i / 2]));
+      }
+      weights[tile] = {pack<T>(l[0], l[1]), pack<T>(l[2], l[3]), pack<T>(r[0], r[1]), pack<T>(r[2], r[3])};
     }
     highest[0] = now[0], highest[1] = now[1];
   }
 
-  __device__ void multiply_values(const float (&scores)[2 * TILES][4], float (&output)[D / 8][4],
-                                  float (&label)[LABEL_BLOCKS][4], int step) const {
-    const int tiles = tiles_of(step);
-    uint32_t from[D / 16], from_label[LABEL_BLOCKS];
-#pragma unroll
-    for (int n = 0; n < D / 16; ++n) from[n] = stage(step).value + Tile::at(lane % 16, 2 * n + lane / 16);
-#pragma unroll
-    for (int n = 0; n < LABEL_BLOCKS; ++n) {
-      from_label[n] = stage(step).label + ((8 * n + lane % 8) * LABEL_CHUNKS + lane / 8) * 16;
-    }
-    Fragment labels[LABEL_BLOCKS];
+  __device__ void multiply_values(const Fragment (&weights)[TILES], float (&output)[D / 8][4],
+                                  float (&label)[LABEL_BLOCKS][4], Labels& labels, int step, uint32_t from) const {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-      if (tile >= tiles) break;
-      const float (&l)[4] = scores[2 * tile], (&r)[4] = scores[2 * tile + 1];
-      const Fragment weights = {pack<T>(l[0], l[1]), pack<T>(l[2], l[3]), pack<T>(r[0], r[1]), pack<T>(r[2], r[3])};
+      if (ends_before(tile, step)) break;
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
-        const Fragment value = load_matrices_transposed(from[n] + 16 * tile * Tile::PITCH);
+        const Fragment value = load_matrices_transposed(Tile::beside(from, 2 * n) + 16 * tile * Tile::PITCH);
         if (tile == 0 && !STREAMS) {
-          multiply<T>(output[2 * n], weights, value.x, value.y);
-          multiply<T>(output[2 * n + 1], weights, value.z, value.w);
+          multiply<T>(output[2 * n], weights[tile], value.x, value.y);
+          multiply<T>(output[2 * n + 1], weights[tile], value.z, value.w);
         } else {
-          multiply_add<T>(output[2 * n], weights, value.x, value.y);
-          multiply_add<T>(output[2 * n + 1], weights, value.z, value.w);
+          multiply_add<T>(output[2 * n], weights[tile], value.x, value.y);
+          multiply_add<T>(output[2 * n + 1], weights[tile], value.z, value.w);
         }
       }
+      if (!TURNS && tile % 2 == 0) read_labels(labels, tile, step);
 #pragma unroll
       for (int n = 0; n < LABEL_BLOCKS; ++n) {
-        // One load brings the labels of two tiles.
-        if (tile % 2 == 0) labels[n] = load_matrices(from_label[n] + 32 * tile);
-        const uint32_t upper = tile % 2 == 0 ? labels[n].x : labels[n].z;
-        const uint32_t lower = tile % 2 == 0 ? labels[n].y : labels[n].w;
+        const Fragment& l = labels[tile / 2][n];
+        const uint32_t upper = tile % 2 == 0 ? l.x : l.z, lower = tile % 2 == 0 ? l.y : l.w;
         if (tile == 0 && !STREAMS) {
-          multiply<T>(label[n], weights, upper, lower);
+          multiply<T>(label[n], weights[tile], upper, lower);
         } else {
-          multiply_add<T>(label[n], weights, upper, lower);
+          multiply_add<T>(label[n], weights[tile], upper, lower);
         }
       }
     }
   }
 
-  __device__ void write(float (&output)[D / 8][4], float (&label)[LABEL_BLOCKS][4], const float (&highest)[2]) const {
+  // `label`: the sum of P [1, share], which divided by the row sum is added to `shares`, the sum over the heads.
+  __device__ void write(const float (&output)[D / 8][4], const float (&label)[LABEL_BLOCKS][4],
+                        const float (&highest)[2], float (&shares)[LABEL_BLOCKS][4], const Destination& to) const {
     // Of the four threads that share a row the first has columns 0 and 1, the next 2 and 3, ...
-    const int64_t pair = int64_t(image) * p.heads + head;
-    const int row = warp * QUERIES_OF_WARP + lane / 4;
-    const float total[2] = {__shfl_sync(0xffffffffu, label[0][0], lane & ~3),
-                            __shfl_sync(0xffffffffu, label[0][2], lane & ~3)};
-    const float inverse[2] = {inverse_of(total[0]), inverse_of(total[1])};
+    const float total[2] = {__shfl_sync(0xffffffffu, label[0][0], to.lane & ~3),
+                            __shfl_sync(0xffffffffu, label[0][2], to.lane & ~3)};
+    // Without offsets a query sees every key.
+    const float inverse[2] = {OFFSETS && total[0] == 0.0f ? 0.0f : inverse_of(total[0]),
+                              OFFSETS && total[1] == 0.0f ? 0.0f : inverse_of(total[1])};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int query = first + row + 8 * i;
-      // log2(0) plus the maximum, -inf, is -inf: a query that sees no key.
-      if (lane % 4 == 0 && query < p.queries) {
-        p.log_sum_exp[pair * p.queries + query] = (highest[i] + __log2f(total[i])) * LN_2;
-      }
+    for (int n = 0; n < LABEL_BLOCKS; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) shares[n][i] = fmaf(label[n][i], inverse[i / 2], TURNS ? shares[n][i] : 0.0f);
     }
-    write_shares(label, inverse, pair, first + row);
+    // log2(0) plus the maximum, -inf, is -inf: a query that sees no key.
+    const bool is_odd = to.lane % 2 != 0;
+    const float log_sum = (is_odd ? highest[1] : highest[0]) + log2_of(is_odd ? total[1] : total[0]);
+    if (to.is_query && to.lane % 4 < 2) *to.log_sum_exp = log_sum * LN_2;
 
-    // Through the shared memory of this warp's own queries, so that a thread writes 16 bytes.
-    __syncwarp();
+    // Through shared memory that only this warp uses, so that a thread writes 16 bytes.
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t word = pack<T>(output[n][2 * i] * inverse[i], output[n][2 * i + 1] * inverse[i]);
-        store_shared(shared + Tile::at(row + 8 * i, n) + lane % 4 * 4, word);
+        store_shared(Tile::beside(to.words, n) + 8 * i * Tile::PITCH, word);
       }
     }
     __syncwarp();
-    T* to = static_cast<T*>(p.output) + (int64_t(image) * p.queries * p.heads + head) * D;
-#pragma unroll
-    for (int i = 0; i < QUERIES_OF_WARP * D / 8 / 32; ++i) {
-      const int at = i * 32 + lane, of_warp = at / (D / 8), chunk = at % (D / 8);
-      const int query = first + warp * QUERIES_OF_WARP + of_warp;
-      const uint4 words = load_shared(shared + Tile::at(warp * QUERIES_OF_WARP + of_warp, chunk));
-      if (query < p.queries) *reinterpret_cast<uint4*>(to + int64_t(query) * p.heads * D + 8 * chunk) = words;
-    }
+    to.rows.write(to.lane);
   }
 
-  // Without offsets a query sees every key.
-  static __device__ float inverse_of(float total) { return OFFSETS && total == 0.0f ? 0.0f : __fdividef(1.0f, total); }
-
-  // The label of a source is the sum of its parts, which neighbouring threads have: each sums its own columns of a
-  // source, then the four of a row add up.
-  __device__ void write_shares(const float (&label)[LABEL_BLOCKS][4], const float (&inverse)[2], int64_t pair,
-                               int query) const {
+  // The label of a source is the sum of its parts: the first of them has an even thread, the others its neighbour.
+  __device__ void write_shares(const float (&shares)[LABEL_BLOCKS][4], const Destination& to) const {
+    const bool is_odd = to.lane % 2 != 0;
 #pragma unroll
-    for (int source = 0; source < (LABEL_COLUMNS - 1) / PARTS; ++source) {
-      if (source >= p.sources) break;
-      float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int n = 0; n < LABEL_BLOCKS; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = 8 * n + lane % 4 * 2 + i % 2;
-          if (column > source * PARTS && column <= (source + 1) * PARTS) sum[i / 2] += label[n][i];
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-        if (lane % 4 == 0 && query + 8 * i < p.queries) {
-          p.head_share[(pair * p.sources + source) * p.queries + query + 8 * i] = sum[i] * inverse[i];
-        }
+    for (int n = 0; n < LABEL_BLOCKS; ++n) {
+      const float (&s)[4] = shares[n];
+      const float own[2] = {is_odd ? s[0] + s[1] : s[1], is_odd ? s[2] + s[3] : s[3]};
+      const float share = (is_odd ? own[1] : own[0]) + __shfl_xor_sync(0xffffffffu, is_odd ? own[0] : own[1], 1);
+      const unsigned source = 2 * n + to.lane % 4 / 2;
+      if (to.is_query && source < p.sources) {
+        p.head_share[(uint64_t(turn) * unsigned(p.sources) + source) * unsigned(p.queries) + to.query] = share;
       }
     }
   }
 };
 
-template <class T, int D, int TILES, bool STREAMS, bool OFFSETS, int LABEL_BLOCKS>
-__global__ void __launch_bounds__(THREADS, ForwardKernel<T, D, TILES, STREAMS, OFFSETS, LABEL_BLOCKS>::BLOCKS)
+template <class T, int D, int TILES, int WARPS, bool STREAMS, bool OFFSETS, int LABEL_BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, TILES, WARPS, STREAMS, OFFSETS, LABEL_BLOCKS>::BLOCKS)
     attention_forward(const __grid_constant__ Forward p) {
   extern __shared__ __align__(128) unsigned char shared[];
-  ForwardKernel<T, D, TILES, STREAMS, OFFSETS, LABEL_BLOCKS>{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
-}
-
-void check(cudaError_t status, const char* kernel, const Forward& p) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string(kernel) + " with B, H, Nq, Nk, D, S = " + std::to_string(p.batch) + ", " +
-                           std::to_string(p.heads) + ", " + std::to_string(p.queries) + ", " + std::to_string(p.keys) +
-                           ", " + std::to_string(p.head_dim) + ", " + std::to_string(p.sources) + ": " +
-                           cudaGetErrorString(status));
+  ForwardKernel<T, D, TILES, WARPS, STREAMS, OFFSETS, LABEL_BLOCKS>{p, uint32_t(__cvta_generic_to_shared(shared))}
+      .run();
 }
 
 unsigned blocks_of(int64_t threads, int of_block) { return unsigned((threads + of_block - 1) / of_block); }
 
-template <class T, int D, int TILES, bool STREAMS, bool OFFSETS, int LABEL_BLOCKS>
-void launch(const Forward& p, cudaStream_t stream) {
-  using Kernel = ForwardKernel<T, D, TILES, STREAMS, OFFSETS, LABEL_BLOCKS>;
-  const auto kernel = attention_forward<T, D, TILES, STREAMS, OFFSETS, LABEL_BLOCKS>;
+template <class T, int D, int TILES, int WARPS, bool STREAMS, bool OFFSETS, int LABEL_BLOCKS>
+void launch(Forward p, cudaStream_t stream) {
+  using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, OFFSETS, LABEL_BLOCKS>;
+  const auto kernel = attention_forward<T, D, TILES, WARPS, STREAMS, OFFSETS, LABEL_BLOCKS>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
         "attention_forward", p);
-  const int64_t blocks = blocks_of(p.queries, QUERIES_OF_BLOCK) * p.batch * p.heads;
-  kernel<<<unsigned(blocks), THREADS, Kernel::SHARED_BYTES, stream>>>(p);
-}
-
-// All keys in one step where registers hold their scores: up to 64, or up to 208 of heads of at most 64.
-template <class T, int D, bool OFFSETS>
-void launch_for_keys(const Forward& p, cudaStream_t stream) {
-  if (p.sources > 2) return launch<T, D, D <= 96 ? 4 : 2, true, OFFSETS, 4>(p, stream);
-  if (p.keys <= 64) return launch<T, D, 4, false, OFFSETS, 1>(p, stream);
-  if constexpr (D <= 64 && !OFFSETS) {
-    if (p.keys <= 208) return launch<T, D, 13, false, OFFSETS, 1>(p, stream);
+  p.blocks = Divisor(blocks_of(p.queries, Kernel::QUERIES));
+  const int64_t pairs = p.blocks.divisor * p.batch * p.heads;
+  p.heads_of_block = Kernel::TURNS ? int(std::clamp<int64_t>(pairs / FEW_BLOCKS, 1, p.heads)) : 1;
+  p.turns = Divisor(blocks_of(p.heads, p.heads_of_block));
+  const int64_t blocks = p.blocks.divisor * p.batch * p.turns.divisor;
+  for (Rows* rows : {&p.query, &p.key, &p.value}) {
+    rows->image *= sizeof(T), rows->head *= sizeof(T), rows->row *= sizeof(T);
   }
-  launch<T, D, 4, true, OFFSETS, 1>(p, stream);
-}
-
-template <class T, int D>
-void launch_for_offsets(const Forward& p, cudaStream_t stream) {
-  // A scale that is not positive can't wait for the exponential.
-  if (p.bias.data != nullptr || p.mask.data != nullptr || !(p.scale > 0.0f)) {
-    launch_for_keys<T, D, true>(p, stream);
-  } else {
-    launch_for_keys<T, D, false>(p, stream);
-  }
-}
-
-template <class T>
-void launch_for_head_dim(const Forward& p, cudaStream_t stream) {
-  switch (p.head_dim) {
-    case 32:
-      return launch_for_offsets<T, 32>(p, stream);
-    case 64:
-      return launch_for_offsets<T, 64>(p, stream);
-    case 80:
-      return launch_for_offsets<T, 80>(p, stream);
-    case 96:
-      return launch_for_offsets<T, 96>(p, stream);
-    default:
-      return launch_for_offsets<T, 128>(p, stream);
-  }
-}
-
-template <class T>
-void forward_of(const Forward& p, cudaStream_t stream) {
-  if (p.sources > 0) {
-    pack_labels<T><<<blocks_of(p.batch * padded(p.keys), 128), 128, 0, stream>>>(p);
-    check(cudaGetLastError(), "pack_labels", p);
-  }
-  launch_for_head_dim<T>(p, stream);
+  kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
   check(cudaGetLastError(), "attention_forward", p);
   if (p.sources > 0) {
     average_heads<<<blocks_of(p.batch * p.queries, 128), 128, 0, stream>>>(p);
@@ -473,11 +536,37 @@ void forward_of(const Forward& p, cudaStream_t stream) {
   }
 }
 
+// All keys in one step where registers hold their scores: up to 64, or up to 208 of heads of at most 64.
+template <class T, int D, bool OFFSETS>
+void launch_for_keys(const Forward& p, cudaStream_t stream) {
+  if (p.sources > 2) return launch<T, D, D <= 96 ? 4 : 2, 4, true, OFFSETS, 4>(p, stream);
+  if (p.keys <= 32) return launch<T, D, 2, 4, false, OFFSETS, 1>(p, stream);
+  if (p.keys <= 64) return launch<T, D, 4, 4, false, OFFSETS, 1>(p, stream);
+  if constexpr (D <= 64 && !OFFSETS) {
+    if (p.keys <= 128) return launch<T, D, 8, 4, false, OFFSETS, 1>(p, stream);
+    if (p.keys <= 192) return launch<T, D, 12, 4, false, OFFSETS, 1>(p, stream);
+    // As many queries as keys are 13 times 16: two blocks of 7 warps load K and V half as often as four of 4.
+    if (p.keys <= 208) return launch<T, D, 13, 7, false, OFFSETS, 1>(p, stream);
+  }
+  launch<T, D, 4, 4, true, OFFSETS, 1>(p, stream);
+}
+
 }  // namespace
 
-void forward(const Forward& arguments, cudaStream_t stream) {
-  if (arguments.dtype == DType::bfloat16) return forward_of<__nv_bfloat16>(arguments, stream);
-  forward_of<__half>(arguments, stream);
+void forward(const Forward& p, cudaStream_t stream) {
+  with_types(p, [&](auto type, auto head_dim) {
+    using T = decltype(type);
+    if (p.sources > 0) {
+      pack_labels<T><<<blocks_of(p.batch * padded(p.keys), 128), 128, 0, stream>>>(p);
+      check(cudaGetLastError(), "pack_labels", p);
+    }
+    // A scale that is not positive can't wait for the exponential.
+    if (p.bias.data != nullptr || p.mask.data != nullptr || !(p.scale > 0.0f)) {
+      launch_for_keys<T, head_dim(), true>(p, stream);
+    } else {
+      launch_for_keys<T, head_dim(), false>(p, stream);
+    }
+  });
 }
 
 }  // namespace tlalign::cuda

@@ -80,7 +80,7 @@ __device__ void add_product(float (&sum)[M][D / 8][4], const Scores<M>& left, co
   add_product<T, D>(sum, packed, from, offset);
 }
 
-__device__ inline float offset_of(const Offsets& o, int image, int head, int query, int key) {
+__device__ inline float offset_of(const Offsets& o, unsigned image, unsigned head, int query, int key) {
   const int64_t at = image * o.image + head * o.head + query * o.query + key * o.key;
   switch (o.dtype) {
     case DType::float32:
@@ -95,7 +95,8 @@ __device__ inline float offset_of(const Offsets& o, int image, int head, int que
 }
 
 // A product of query and key as a score in units of ln 2: scaled, with bias and mask; -inf outside of both lengths.
-__device__ inline float with_offsets(const Problem& p, float product, int image, int head, int query, int key) {
+__device__ inline float with_offsets(const Problem& p, float product, unsigned image, unsigned head, int query,
+                                     int key) {
   if (query >= p.queries || key >= p.keys) return -INFINITY;
   float score = product * (p.scale * LOG2_E);
   if (p.bias.data != nullptr) score += offset_of(p.bias, image, head, query, key) * LOG2_E;

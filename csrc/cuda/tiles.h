@@ -44,6 +44,16 @@ __device__ inline float exp2_of(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ inline float log2_of(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float inverse_of(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 __device__ inline void store_shared(uint32_t to, uint32_t word) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
@@ -72,6 +82,13 @@ __device__ inline void store_global(void* to, uint4 words) {
 // 16 bytes from global to shared memory, or zeros.
 __device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+// The same, if it is wanted. No branch, which would keep the compiler from folding the address.
+__device__ inline void copy_async_if(bool wanted, uint32_t to, const void* from, bool valid) {
+  asm volatile("{ .reg .pred wanted; setp.ne.b32 wanted, %3, 0; @wanted cp.async.cg.shared.global [%0], [%1], 16, %2; }"
+               :
+               : "r"(to), "l"(from), "r"(valid ? 16 : 0), "r"(int(wanted))
+               : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all but the last PENDING groups of this thread's copies have landed.
@@ -133,34 +150,111 @@ struct SharedRows {
 
   static constexpr __host__ __device__ int bytes(int rows) { return rows * PITCH; }
 
-  // Chunks change places with a period of 8 rows: 8 k rows further on the same chunk lies 8 k pitches further on.
-  static __device__ uint32_t at(int row, int chunk) {
-    if (SWIZZLES) chunk ^= row / ROWS_OF_LINE & (CHUNKS < 8 ? CHUNKS - 1 : 7);
-    return row * PITCH + chunk * 16;
+  // By what the chunks of a row are exchanged. They change places with a period of 8 rows: 8 k rows further on the same
+  // chunk lies 8 k pitches further on.
+  static constexpr __device__ int exchange(int row) {
+    return SWIZZLES ? row / ROWS_OF_LINE & (CHUNKS < 8 ? CHUNKS - 1 : 7) : 0;
+  }
+  static __device__ uint32_t at(int row, int chunk) { return row * PITCH + (chunk ^ exchange(row)) * 16; }
+
+  // Where the rows begin at a multiple of 128 bytes, from an address in a chunk to the same place of the chunk whose
+  // number is greater by `chunks`, if the two numbers have no bits in common ...
+  static __device__ uint32_t beside(uint32_t address, int chunks) {
+    return SWIZZLES ? address ^ 16 * chunks : address + 16 * chunks;
+  }
+  // ... or to that of the same chunk `rows` further on, if these are a multiple of 4 or have no bits in common with the
+  // number of the row.
+  static __device__ uint32_t below(uint32_t address, int rows) {
+    return (address ^ 16 * exchange(rows)) + rows * PITCH;
   }
 
-  // ROWS rows from `first` on. From row `end` on zeros or, if it REPEATS, the last one. Every thread of the block takes
-  // part.
-  template <int ROWS, int THREADS, bool REPEATS>
-  static __device__ void load(uint32_t to, const T* data, int stride, int first, int end) {
-    // Where a row takes a whole number of times 8 threads, a thread has the same chunk of each of its rows.
-    constexpr bool IS_REGULAR = THREADS % CHUNKS == 0 && THREADS / CHUNKS % 8 == 0;
-    constexpr int STEP = THREADS / CHUNKS;
-    const int own_row = threadIdx.x / CHUNKS, own_chunk = threadIdx.x % CHUNKS;
-    const uint32_t own = to + at(own_row, own_chunk);
-    const uint32_t row_bytes = stride * sizeof(T);
-    const char* own_column = reinterpret_cast<const char*>(data + 8 * own_chunk);
-#pragma unroll
-    for (int i = 0; i < (ROWS * CHUNKS + THREADS - 1) / THREADS; ++i) {
-      const int number = i * THREADS + threadIdx.x;
-      const int row = IS_REGULAR ? own_row + i * STEP : number / CHUNKS;
-      const int chunk = IS_REGULAR ? own_chunk : number % CHUNKS;
-      if (ROWS * CHUNKS % THREADS != 0 && row >= ROWS) break;
-      const char* column = IS_REGULAR ? own_column : reinterpret_cast<const char*>(data + 8 * chunk);
-      const char* from = column + uint64_t(uint32_t(min(first + row, end - 1))) * row_bytes;
-      copy_async(IS_REGULAR ? own + i * STEP * PITCH : to + at(row, chunk), from, REPEATS || first + row < end);
+  // ROWS rows in memory from `first` on, as a block copies them: from row `end` on zeros or, if it REPEATS, the last
+  // one. The first CERTAIN rows come before `end`.
+  template <int ROWS, int THREADS, bool REPEATS, int CERTAIN = 0>
+  struct Source {
+    // Where a row takes a whole number of times 4 threads, a thread has the same chunk of each of its rows.
+    static constexpr int STEP = THREADS / CHUNKS;
+    static constexpr bool IS_REGULAR = THREADS % CHUNKS == 0 && STEP % 4 == 0;
+
+    const char* from;     // the first row, if it IS_REGULAR this thread's own chunk of its own first row
+    int row_bytes, left;  // bytes from row to row, rows from there to the last one that there is
+    uint32_t own;         // in shared memory, after where rows begin there: this thread's own chunk
+
+    __device__ Source(const char* data, int pitch, int first, int end) : row_bytes(pitch) {
+      // A number of 32 bits, which the compiler would rather multiply as one of 64.
+      asm("" : "+r"(row_bytes));
+      const int own_row = IS_REGULAR ? threadIdx.x / CHUNKS : 0, own_chunk = IS_REGULAR ? threadIdx.x % CHUNKS : 0;
+      from = data + uint64_t(unsigned(first + own_row)) * unsigned(row_bytes) + 16 * own_chunk;
+      // One base for all rows: the compiler would rather begin anew at `data` each time.
+      asm("" : "+l"(from));
+      left = end - 1 - first - own_row;
+      own = at(own_row, own_chunk);
     }
+
+    // Every thread of the block takes part.
+    __device__ void copy(uint32_t to) const {
+      if constexpr (IS_REGULAR) {
+        const int own_row = threadIdx.x / CHUNKS;
+#pragma unroll
+        for (int i = 0; i < ROWS; i += STEP) {
+          const bool is_certain = i + STEP <= CERTAIN;
+          const int64_t bytes = int64_t(is_certain || !REPEATS ? i : min(i, left)) * row_bytes;
+          copy_async_if(i + STEP <= ROWS || own_row < ROWS - i, to + below(own, i), from + bytes,
+                        is_certain || REPEATS || i <= left);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
+          const int number = i + threadIdx.x, row = number / CHUNKS, chunk = number % CHUNKS;
+          if (i + THREADS > ROWS * CHUNKS && row >= ROWS) break;
+          copy_async(to + at(row, chunk), from + int64_t(min(row, left)) * row_bytes + 16 * chunk,
+                     REPEATS || row <= left);
+        }
+      }
+    }
+  };
+
+  template <int ROWS, int THREADS, bool REPEATS, int CERTAIN = 0>
+  static __device__ void load(uint32_t to, const T* data, int stride, int first, int end) {
+    Source<ROWS, THREADS, REPEATS, CERTAIN>(reinterpret_cast<const char*>(data), stride * int(sizeof(T)), first, end)
+        .copy(to);
   }
+
+  // ROWS rows in memory, as a warp writes them from shared memory.
+  template <int ROWS>
+  struct Target {
+    static constexpr int STEP = 32 / CHUNKS;
+
+    char* to;             // the first row, if it SWIZZLES this thread's own chunk of its own first row
+    uint32_t from;        // likewise
+    int row_bytes, left;  // bytes from row to row, rows from there to the last one that there is
+
+    // `count`: how many rows there are.
+    __device__ Target(char* data, int row_bytes, int count, uint32_t rows, unsigned lane) : row_bytes(row_bytes) {
+      const int own_row = SWIZZLES ? lane / CHUNKS : 0, own_chunk = SWIZZLES ? lane % CHUNKS : 0;
+      to = data + uint64_t(unsigned(own_row)) * unsigned(row_bytes) + 16 * own_chunk;
+      asm("" : "+l"(to));  // As above.
+      from = rows + (SWIZZLES ? at(own_row, own_chunk) : 0);
+      left = count - 1 - own_row;
+    }
+
+    __device__ void write(unsigned lane) const {
+      if constexpr (SWIZZLES) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i += STEP) {
+          const uint4 words = load_shared(below(from, i));
+          if (i <= left) store_global(to + int64_t(i) * row_bytes, words);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < ROWS * CHUNKS; i += 32) {
+          const int row = (i + lane) / CHUNKS, chunk = (i + lane) % CHUNKS;
+          const uint4 words = load_shared(from + at(row, chunk));
+          if (row <= left) store_global(to + int64_t(row) * row_bytes + 16 * chunk, words);
+        }
+      }
+    }
+  };
 };
 
 }  // namespace tlalign::cuda

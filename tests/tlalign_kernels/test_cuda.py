@@ -24,14 +24,21 @@ executed = pytest.mark.skipif(
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 
 
-def check(monkeypatch, case, dtype, change=lambda inputs: None):
-    """Compares output, share and gradients with the reference; `change` changes the inputs in place."""
+NAMES = ["attention_forward", *(f"attention_backward_{name}" for name in ("head", "queries", "keys", "bias"))]
+
+
+def check(monkeypatch, case, dtype, change=lambda inputs: None, note=lambda launch: None):
+    """Compares output, share and gradients with the reference.
+
+    `change` changes the inputs in place, `note` sees the launches.
+    """
     import cuda_offline
 
     kernels = []
 
     def execute(launch, tensors):
         kernels.append(launch.kernel)
+        note(launch)
         cuda_offline.execute(launch, tensors)
 
     def make_changed(*arguments):
@@ -44,9 +51,13 @@ def check(monkeypatch, case, dtype, change=lambda inputs: None):
         patch.setattr(selftest, "make_inputs", make_changed)
         checks = selftest.compare(case, dtype, "cuda")
     assert [check for check in checks if not check.passed] == []
-    names = ["attention_forward", "attention_backward_queries", "attention_backward_keys"]
-    for name in names + ["attention_backward_bias"] * any(check.tensor == "gradient of bias" for check in checks):
-        assert any(name in kernel for kernel in kernels)
+    if max(case.queries, case.keys) <= 64:
+        names = {"attention_forward", "attention_backward_head"}
+    else:
+        names = {"attention_forward", "attention_backward_queries", "attention_backward_keys"}
+    if any(check.tensor == "gradient of bias" for check in checks):
+        names |= {"attention_backward_bias"}
+    assert {name for name in NAMES if any(name in kernel for kernel in kernels)} == names
 
 
 ONE = Case("one", batch=1, heads=1)
@@ -61,7 +72,9 @@ def test_head_dims_are_within_the_bound(monkeypatch, dtype, head_dim, queries, k
 
 
 @executed
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 49, 64, 65, 196, 197, 198, 208, 209, 257, 577])
+@pytest.mark.parametrize(
+    "tokens", [1, 15, 16, 17, 32, 33, 49, 64, 65, 128, 129, 192, 193, 196, 197, 198, 208, 209, 257, 577]
+)
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_lengths_are_within_the_bound(monkeypatch, tokens, head_dim):
     check(monkeypatch, replace(ONE, queries=tokens, keys=tokens, head_dim=head_dim, packed=True), BFLOAT16)
@@ -74,6 +87,15 @@ def test_lengths_are_within_the_bound(monkeypatch, tokens, head_dim):
 def test_sources_are_within_the_bound(monkeypatch, keys, sources, residual):
     case = Case("sources", batch=2, heads=2, queries=20, keys=keys, head_dim=32, sources=sources, residual=residual)
     check(monkeypatch, case, FLOAT16)
+
+
+@executed
+@pytest.mark.parametrize("keys", [20, 40])
+def test_blocks_take_heads_in_turn(monkeypatch, keys):
+    # So many images that a block has two heads, but the last of an image one.
+    launches = []
+    check(monkeypatch, Case("turns", 820, 5, 20, keys, 32, sources=2), BFLOAT16, note=launches.append)
+    assert [launch.grid[0] for launch in launches if "attention_forward" in launch.kernel] == [820 * 3]
 
 
 @executed
