@@ -47,7 +47,8 @@ def test_resources(benchmark, arch):
         return launches
 
     launches = benchmark.pedantic(measure, rounds=1)
-    print(f"\n{f'sm_{arch}':<41} registers  spilled  shared  blocks, warps of a multiprocessor, limited by")
+    print(f"\n{f'sm_{arch}':<47} registers  spilled  shared  blocks, warps of a multiprocessor, limited by")
+    spilling = []
     for name, launch in launches:
         kernel = offline.name_of(launch.kernel)
         if "attention" not in kernel:
@@ -55,11 +56,12 @@ def test_resources(benchmark, arch):
         resources, blocks = offline.resources_of(launch, arch), offline.resident_blocks(launch, arch)
         spilled, least = resources["STACK"] + resources["LOCAL"], min(blocks, key=blocks.get)
         print(
-            f"{name:<20} {kernel:<20} {resources['REG']:9} {spilled:8} {resources['SHARED']:7}"
+            f"{name:<20} {kernel:<26} {resources['REG']:9} {spilled:8} {resources['SHARED']:7}"
             f" {blocks[least]:7}, {blocks[least] * launch.block[0] // 32}, {least}"
         )
-        assert spilled == 0
         assert blocks[least] > 0
+        spilling += [(name, kernel)] * (spilled > 0)
+    assert spilling == []
 
 
 @emulated
