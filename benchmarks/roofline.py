@@ -80,8 +80,8 @@ DEVICE = """## {0.name}: microseconds at least
 
 Floors: {0.bandwidth} GB/s of memory, {0.tflops} TFLOPS of tensor cores, 16 exponentials a clock and multiprocessor
 ({0.multiprocessors} at {0.clock} GHz). Then what the code needs if all heads spread evenly: the issue of its
-instructions, four a clock; its busiest pipe (`memory`: loads and stores of any kind, 128 bytes a clock); and that over
-the floor. Below 1, the code could reach the floor; latencies, which no pipe shows, come on top.
+instructions, four a clock; its busiest pipe (`load/store`: of shared and global memory, 128 bytes a clock); and that
+over the floor. Below 1, the code could reach the floor; latencies, which no pipe shows, come on top.
 """
 NOTES = """
 Code is counted as by `test_cuda_counts.py`, where nvcc, triton and the emulator are there; - is not counted. CUDA: all
@@ -147,6 +147,8 @@ def count_code():
             kernels += [("Triton", triton_offline.counts_of_head(device.arch, prefer=[shape.triton], **call))]
         for backend, name, counts in [(backend, *kernel) for backend, of in kernels for kernel in of.items()]:
             cycles = triton_offline.pipe_cycles(counts, device.arch)
+            # Not that of the GPU, which has a floor of its own.
+            cycles["load/store"] = cycles.pop("memory")
             del cycles["integer"]
             times = {pipe: microseconds(cycles[pipe], shape, device) for pipe in cycles}
             most = max(times, key=times.get)
