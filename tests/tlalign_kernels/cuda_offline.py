@@ -1,5 +1,6 @@
 """CUDA launches without a GPU: recorded by a stand-in for CUDA's runtime, and executed by ptxvm."""
 
+import collections
 import contextlib
 import functools
 import importlib
@@ -10,14 +11,17 @@ import subprocess
 import sysconfig
 import tempfile
 import types
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pybind11
+import pytest
 import torch
-from triton_offline import import_ptxvm
+from triton_offline import HEADS, IMAGES, INSTRUCTION, import_ptxvm, print_of, resource_usage
 
+import tlalign_kernels as tlk
 from tlalign_kernels.backends import cuda as backend
 
 ROOT = Path(__file__).parents[2]
@@ -71,21 +75,42 @@ def build():
 
 
 @functools.cache
-def module_of(kernel):
-    """One kernel as ptxvm has it."""
-    _, texts = build()
-    (text,) = [text for text in texts if f".entry {kernel}(" in text]
+def ptx(arch):
+    """PTX of each source of kernels, for a compute capability such as 80."""
+    if arch == 80:
+        return build()[1]
+    texts = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source in SOURCES:
+            if source.suffix == ".cu":
+                target = Path(folder) / f"{source.stem}.ptx"
+                subprocess.run(_nvcc(f"-arch=sm_{arch}", "-ptx", source, "-o", target), check=True)
+                texts.append(target.read_text())
+    return texts
+
+
+def ptx_of(kernel, arch):
+    """PTX of one kernel."""
+    (text,) = [text for text in ptx(arch) if f".entry {kernel}(" in text]
     header = text[: re.search(r"^.*\.entry", text, re.MULTILINE).start()]
     (body,) = re.findall(rf"^[^\n]*\.entry {re.escape(kernel)}\(.*?^}}", text, re.MULTILINE | re.DOTALL)
-    return import_ptxvm().Module(header + body)
+    return header + body
 
 
-def execute(launch, tensors, **options):
+@functools.cache
+def module_of(kernel, arch=80):
+    """One kernel as ptxvm has it."""
+    return import_ptxvm().Module(ptx_of(kernel, arch))
+
+
+def execute(launch, tensors, arch=80, **options):
     """Runs a launch on the CPU, with bounds and shared-memory races checked; returns the counts.
 
     `tensors` are those that it may touch: an address in the parameters that lies in the memory of one points to it.
+    Among the counts are "lines", how many warps executed a line of the PTX, and "conflicts", wavefronts of shared
+    memory over the least possible by instruction, if asked for by `count_conflicts`.
     """
-    module = module_of(launch.kernel)
+    module = module_of(launch.kernel, arch)
 
     def bind(kernel, _):
         """Memory as ptxvm has it, what to copy back from it, and the parameters with its addresses."""
@@ -112,10 +137,38 @@ def execute(launch, tensors, **options):
 
     rt = importlib.import_module("ptxvm.rt")
     module._args = bind
-    return module.launch(
+    module._run, lines, conflicts = _noting_run(module)
+    counts = module.launch(
         None, grid=launch.grid, block=launch.block, shared_bytes=launch.shared_bytes,
         **{"check_races": True, "check_uninit": True, **options},
     )  # fmt: skip
+    return {**counts, "lines": lines, "conflicts": conflicts}
+
+
+def _noting_run(module):
+    """What runs a batch of blocks, but notes which lines of the PTX are executed and where banks conflict."""
+    lines, conflicts = collections.Counter(), collections.Counter()
+
+    def run(kernel, machine, namespace, warps, *rest):
+        def extra_wavefronts():
+            return machine.stats.get("shared_wavefronts", 0) - machine.stats.get("shared_wavefronts_ideal", 0)
+
+        def access(number, *arguments):
+            before = extra_wavefronts()
+            address = type(machine).shphys(machine, number, *arguments)
+            conflicts[".".join(kernel.code[number].op.split(".")[:2])] += extra_wavefronts() - before
+            return address
+
+        machine.shphys = access
+        before = warps.copy()
+        type(module)._run(module, kernel, machine, namespace, warps, *rest)
+        batch = {}
+        for block, times in zip(kernel.blocks, (warps - before).tolist(), strict=True):
+            # A line may hold several instructions.
+            batch.update({i.line: max(times, batch.get(i.line, 0)) for i in block.ins})
+        lines.update(batch)
+
+    return run, lines, conflicts
 
 
 def record(monkeypatch, run):
@@ -161,3 +214,120 @@ def record(monkeypatch, run):
     monkeypatch.setattr(backend, "unsupported_reasons", lambda problem: [])
     monkeypatch.setattr(backend, "_current", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+
+
+def record_attention(run, tokens, head_dim, keys=None, heads=HEADS, sources=1, offsets=False):
+    """Hands each launch of a forward and backward in bfloat16 to `run`; see `record`.
+
+    Self-attention on a packed projection, or attention to fewer `keys`. `offsets`: with a bias and its gradient.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, run)
+        projection = torch.randn(IMAGES, tokens, 3, heads, head_dim).bfloat16().requires_grad_()
+        residual = torch.rand(IMAGES, tokens, sources) if sources else None
+        bias = torch.randn(heads, tokens, keys or tokens).bfloat16().requires_grad_() if offsets else None
+        if keys is None:
+            output, _ = tlk.attention_qkv(projection, residual, residual, bias, backend="cuda")
+        else:
+            query, key, value = projection.permute(2, 0, 3, 1, 4).unbind(0)
+            tensors = [query, key[:, :, :keys], value[:, :, :keys]]
+            share = None if residual is None else residual[:, :keys]
+            output, _ = tlk.attention(*tensors, share, residual, bias, backend="cuda")
+        output.sum().backward()
+
+
+def name_of(kernel):
+    """The function's name in a mangled one."""
+    return re.search(r"\d([a-z]+(?:_[a-z]+)+)[IE]", kernel)[1]
+
+
+@functools.cache
+def assemble(kernel, arch):
+    """What a kernel takes (`resource_usage`), and its SASS: basic blocks of instructions (line of the PTX, opcode)."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx_of(kernel, arch))
+        # The lines change nothing of the code.
+        subprocess.run(_nvcc(f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-lineinfo", source, "-o", cubin), check=True)
+        ((_, resources),) = resource_usage(cubin)
+        text = print_of("nvdisasm", "-c", "-gp", cubin)
+    blocks, line = [[]], None
+    for row in text.splitlines():
+        if found := re.search(r'"\.nv_debug_ptx_txt", line (\d+)', row):
+            line = int(found[1])
+        elif row.startswith(".L_x_"):
+            blocks.append([])
+        elif found := INSTRUCTION.search(row):
+            opcode = found[2]
+            blocks[-1].append((line, opcode))
+            if opcode.partition(".")[0] in ("BRA", "EXIT", "CALL", "RET"):
+                blocks.append([])
+    # What follows the end of the program: a branch to itself and padding.
+    last = max(number for number, block in enumerate(blocks) if block and block[-1][1] == "EXIT")
+    return resources, blocks[: last + 1]
+
+
+def count(launch, tensors, arch):
+    """SASS instructions that all warps of a launch execute, by opcode.
+
+    The emulator says how often each line of the PTX is executed, the assembler of which line each instruction of SASS
+    comes; a basic block is executed as often as most of its lines. So loops and branches count as they are taken; what
+    a false predicate switches off is issued all the same, and counts. If the matrix products, loads of matrices and
+    exponentials found in this way are not as many as the emulator has executed, a warning says so.
+    """
+    executed = execute(launch, tensors, arch, check_races=False, check_uninit=False)
+    counts = collections.Counter()
+    for block in assemble(launch.kernel, arch)[1]:
+        times = collections.Counter(executed["lines"].get(line, 0) for line, _ in block)
+        for _, opcode in block:
+            counts[opcode] += max(times, key=lambda number: (times[number], number))
+    for kind, opcode in (("mma", "HMMA"), ("ldmatrix", "LDSM"), ("ex2", "MUFU.EX2")):
+        found = sum(times for of, times in counts.items() if re.match(rf"{re.escape(opcode)}(\.|$)", of))
+        if found != executed[kind]:
+            warnings.warn(f"{name_of(launch.kernel)}: {executed[kind]} {kind}, counted as {found}", stacklevel=2)
+    return counts
+
+
+def counts_of_head(arch, heads=HEADS, **options):
+    """SASS instructions of all warps of all blocks of a head, by kernel and opcode; see `count`, `record_attention`."""
+    counts = collections.defaultdict(collections.Counter)
+
+    def run(launch, tensors):
+        for opcode, times in count(launch, tensors, arch).items():
+            counts[name_of(launch.kernel)][opcode] += times / (IMAGES * heads)
+
+    record_attention(run, heads=heads, **options)
+    return dict(counts)
+
+
+# Warps, blocks and KB of shared memory that a multiprocessor holds (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability").
+LIMITS = {
+    80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 100: (64, 32, 228), 120: (48, 24, 100)
+}  # fmt: skip
+
+
+def resident_blocks(launch, arch):
+    """Blocks that a multiprocessor holds at once, as far as each thing it has of them allows.
+
+    A warp takes its registers by 256 of the 16384 of a quarter of the multiprocessor; a block takes its shared memory
+    by 128 bytes, and 1024 for the system (`cuda_occupancy.h` of the CUDA toolkit).
+    """
+    warps, blocks, kilobytes = LIMITS[arch]
+    of_block = launch.block[0] // 32
+    warps_of_registers = 4 * (16384 // (-(-resources_of(launch, arch)["REG"] * 32 // 256) * 256))
+    taken = -(-resources_of(launch, arch)["SHARED"] // 128) * 128 + 1024
+    return {
+        "registers": warps_of_registers // of_block,
+        "shared": kilobytes * 1024 // taken,
+        "warps": warps // of_block,
+        "blocks": blocks,
+    }
+
+
+def resources_of(launch, arch):
+    """What a block takes (REG, STACK, SHARED, LOCAL), with the shared memory of the launch."""
+    resources = assemble(launch.kernel, arch)[0]
+    # From 9.0 on the system's part is reported, too, where there is any.
+    of_system = min(resources["SHARED"], 1024 if arch >= 90 else 0)
+    return {**resources, "SHARED": resources["SHARED"] - of_system + launch.shared_bytes}

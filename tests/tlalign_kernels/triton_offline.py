@@ -216,6 +216,12 @@ def count_of_head(launch, arch, heads=HEADS):
     return counts
 
 
+def counts_of_head(arch, heads=HEADS, **options):
+    """SASS instructions of a head by kernel of attention and opcode; see `record_packed`."""
+    launches = record_packed(arch, heads=heads, **options)
+    return {name: count_of_head(launch, arch, heads) for name, launch in launches.items() if "attention" in name}
+
+
 def programs_at_once(launch, arch):
     """Programs that the 65536 registers of a multiprocessor hold; a warp takes them by 256."""
     registers = disassemble(launch.compile(arch))[0]["REG"]
@@ -288,15 +294,19 @@ def forward_bytes(**options):
     return sum(count["global_load_bytes"] + count["global_store_bytes"] for count in counts)
 
 
-def cuobjdump(option, path):
-    """What the tool that Triton brings along prints of a file."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+def print_of(tool, *arguments):
+    """What a tool that Triton brings along prints: `cuobjdump` or `nvdisasm`."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+# An instruction of SASS as these tools print it: address, opcode (after a predicate, if any), operands.
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
 def resource_usage(path):
     """Names of the kernels of a file, for each architecture, and their resources (REG, STACK, SHARED, LOCAL)."""
-    found = re.findall(r"Function (\S+):\n(.*)", cuobjdump("-res-usage", path))
+    found = re.findall(r"Function (\S+):\n(.*)", print_of("cuobjdump", "-res-usage", path))
     return [
         (name, {kind: int(number) for kind, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)})
         for name, usage in found
@@ -309,9 +319,8 @@ def disassemble(compiled):
         file.write(compiled.asm["cubin"])
         file.flush()
         ((_, resources),) = resource_usage(file.name)
-        text = cuobjdump("-sass", file.name)
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
-    instructions = [(int(at, 16), opcode, rest) for at, opcode, rest in re.findall(pattern, text)]
+        text = print_of("cuobjdump", "-sass", file.name)
+    instructions = [(int(at, 16), opcode, rest) for at, opcode, rest in INSTRUCTION.findall(text)]
     # What follows the end of the program: a branch to itself and padding.
     while instructions[-1][1] == "NOP" or instructions[-1][2].strip() == hex(instructions[-1][0]):
         instructions.pop()

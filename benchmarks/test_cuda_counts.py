@@ -1,0 +1,123 @@
+"""What the kernels of csrc/cuda take of a multiprocessor and execute, without a GPU. Counts, not times.
+
+`pytest benchmarks/test_cuda_counts.py --benchmark-only -s`. Launches are those of a call, recorded; instructions are
+SASS, of all warps of all blocks of a head, and follow loops and branches as the emulator takes them
+(`cuda_offline.count`), where those of the Triton kernels beside them are the listing, loops times their trips. Cycles
+are what these take of each pipe of an A100 or H100 (`triton_offline.pipe_cycles`).
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tlalign_kernels.backends import triton as backend
+
+if backend.triton is None or shutil.which("nvcc") is None:
+    pytest.skip("needs nvcc, and triton, which brings along what disassembles", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tlalign_kernels"))
+import cuda_offline as offline
+import triton_offline
+
+PIPES = ("issue", "tensor", "special", "float", "integer", "memory")
+CALLS = {
+    "N=197 D=64": dict(tokens=197, head_dim=64),
+    "N=49 D=32 H=3": dict(tokens=49, head_dim=32, heads=3),
+    "N=49 D=32 H=3, bias": dict(tokens=49, head_dim=32, heads=3, offsets=True),
+    "N=577 D=64": dict(tokens=577, head_dim=64),
+    "N=197 D=80": dict(tokens=197, head_dim=80),
+    "N=197 D=128": dict(tokens=197, head_dim=128),
+}
+# Which Triton kernel is compared, where there is a choice.
+TRITON = {"N=197 D=64": "attention_forward_row", "N=49 D=32 H=3": "attention_forward_heads"}
+
+emulated = pytest.mark.skipif(not triton_offline.PTXVM.exists(), reason="needs ptxvm")
+
+
+@pytest.mark.parametrize("arch", offline.LIMITS)
+def test_resources(benchmark, arch):
+    def measure():
+        launches = []
+        for name, call in CALLS.items():
+            offline.record_attention(lambda launch, _, name=name: launches.append((name, launch)), **call)
+        for _, launch in launches:
+            offline.assemble(launch.kernel, arch)
+        return launches
+
+    launches = benchmark.pedantic(measure, rounds=1)
+    print(f"\n{f'sm_{arch}':<47} registers  spilled  shared  blocks, warps of a multiprocessor, limited by")
+    spilling = []
+    for name, launch in launches:
+        kernel = offline.name_of(launch.kernel)
+        if "attention" not in kernel:
+            continue
+        resources, blocks = offline.resources_of(launch, arch), offline.resident_blocks(launch, arch)
+        spilled, least = resources["STACK"] + resources["LOCAL"], min(blocks, key=blocks.get)
+        print(
+            f"{name:<20} {kernel:<26} {resources['REG']:9} {spilled:8} {resources['SHARED']:7}"
+            f" {blocks[least]:7}, {blocks[least] * launch.block[0] // 32}, {least}"
+        )
+        assert blocks[least] > 0
+        spilling += [(name, kernel)] * (spilled > 0)
+    assert spilling == []
+
+
+@emulated
+@pytest.mark.parametrize("name", CALLS)
+def test_conflicts(benchmark, name):
+    def measure():
+        conflicts = {}
+
+        def run(launch, tensors):
+            counts = offline.execute(launch, tensors, count_conflicts=True)
+            conflicts[offline.name_of(launch.kernel)] = counts["conflicts"], counts.get("shared_wavefronts", 0)
+
+        offline.record_attention(run, **CALLS[name])
+        return conflicts
+
+    print(f"\nwavefronts of shared memory, and those that conflicts of banks add, {name}:")
+    for kernel, (conflicts, wavefronts) in benchmark.pedantic(measure, rounds=1).items():
+        if conflicts:
+            by_kind = ", ".join(f"{kind} {extra}" for kind, extra in sorted(conflicts.items()))
+            print(f"{kernel:<30} {wavefronts:8}: {by_kind}")
+        # What the products read, in each step of the main loop.
+        assert conflicts["ldmatrix.sync"] == 0
+
+
+@emulated
+@pytest.mark.parametrize("name", TRITON)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_counts(benchmark, arch, name):
+    tokens = CALLS[name]["tokens"]
+
+    def measure():
+        def of_triton(*prefer, **options):
+            return triton_offline.counts_of_head(arch, prefer=[TRITON[name], *prefer], **CALLS[name], **options)
+
+        return {
+            "CUDA": offline.counts_of_head(arch, **CALLS[name]),
+            "CUDA, no labels": offline.counts_of_head(arch, sources=0, **CALLS[name]),
+            # With both ways to do the backward.
+            "Triton": of_triton() | of_triton("attention_backward_head"),
+            "Triton, no labels": of_triton(sources=0),
+        }
+
+    rows = benchmark.pedantic(measure, rounds=1)
+    print(f"\ncounts of a head, sm_{arch}, {name}, bfloat16")
+    print(f"{'':<46} {'instructions':>12} {'a score':>8}   cycles: {'  '.join(PIPES)}")
+    for row, counts in rows.items():
+        for kernel, of_kernel in counts.items():
+            if "no labels" in row and "backward" in kernel:
+                continue  # Labels have no part in it.
+            cycles, total = triton_offline.pipe_cycles(of_kernel, arch), of_kernel.total()
+            line = "  ".join(f"{cycles[pipe]:{len(pipe)}.0f}" for pipe in PIPES)
+            print(f"{row:<18} {kernel:<27} {total:12.0f} {32 * total / tokens**2:8.1f}           {line}")
+    for of, kernels in (("CUDA", "forward"), ("CUDA", ""), ("Triton", "forward")):
+
+        def total(row, kernels=kernels):
+            return sum(of.total() for kernel, of in rows[row].items() if kernels in kernel and "backward" not in kernel)
+
+        which = "attention_forward alone" if kernels else "with the kernels before and after"
+        print(f"labels, {of}, {which}: {100 * (total(of) / total(f'{of}, no labels') - 1):+.1f} %")
