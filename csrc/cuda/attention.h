@@ -74,6 +74,8 @@ struct Backward : Problem {
   // (B / images_of_sum, rounded up, bias_heads, Nq, Nk), or null.
   float* bias_sums;
   int bias_heads, images_of_sum;
+  // Set by `backward`: what divides blocks into heads, and heads into images.
+  Divisor query_blocks, key_blocks, heads_of_image;
 };
 
 constexpr int MAX_SOURCES = 8;

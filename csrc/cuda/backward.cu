@@ -43,12 +43,12 @@ struct Block {
   int first;  // row of the block
   unsigned image, head;
 
-  __device__ Block(const Backward& p, uint32_t shared, int rows) : p(p), shared(shared) {
-    const unsigned blocks = padded(rows) / ROWS_OF_BLOCK;
-    const unsigned pair = blockIdx.x / blocks;
-    first = int(blockIdx.x % blocks) * ROWS_OF_BLOCK;
-    head = pair % unsigned(p.heads);
-    image = pair / unsigned(p.heads);
+  // `blocks` have a head.
+  __device__ Block(const Backward& p, uint32_t shared, const Divisor& blocks) : p(p), shared(shared) {
+    const unsigned pair = blocks.quotient(blockIdx.x);
+    first = int(blockIdx.x - pair * blocks.divisor) * ROWS_OF_BLOCK;
+    image = p.heads_of_image.quotient(pair);
+    head = pair - image * p.heads;
   }
 
   __device__ int64_t pair() const { return int64_t(image) * p.heads + head; }
@@ -215,7 +215,7 @@ struct QueriesKernel : QueryRows<T, D, OFFSETS> {
   static constexpr int BLOCKS = 2;
   static_assert(Tile::bytes(ROWS_OF_BLOCK) <= STAGE_BYTES, "the output has room in the second stage");
 
-  __device__ QueriesKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.queries) {}
+  __device__ QueriesKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.query_blocks) {}
 
   __device__ uint32_t stage(int step) const { return shared + STAGES_AT + step % 2 * STAGE_BYTES; }
 
@@ -313,7 +313,7 @@ struct KeysKernel : Block<T, D> {
   static constexpr bool HOLDS = D * M <= 96;
   static constexpr int BLOCKS = 2;
 
-  __device__ KeysKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.keys) {}
+  __device__ KeysKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.key_blocks) {}
 
   __device__ uint32_t stage(int step) const { return shared + STAGES_AT + step % 2 * STAGE_BYTES; }
 
@@ -425,7 +425,7 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
   static constexpr int BLOCKS = 2;
   static_assert(TILE_BYTES <= 2 * SQUARE_BYTES, "the output has room");
 
-  __device__ HeadKernel(const Backward& p, uint32_t shared) : Base(p, shared, ROWS_OF_BLOCK) {}
+  __device__ HeadKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.query_blocks) {}
 
   __device__ void run() {
     const uint32_t squares = shared + 4 * TILE_BYTES;
@@ -562,7 +562,7 @@ struct BiasKernel {
 
   __device__ void run() const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const unsigned query_blocks = padded(p.queries) / ROWS_OF_BLOCK, key_blocks = padded(p.keys) / ROWS_OF_BLOCK;
+    const unsigned query_blocks = p.query_blocks.divisor, key_blocks = p.key_blocks.divisor;
     const int first_query = int(blockIdx.x % query_blocks) * ROWS_OF_BLOCK;
     const unsigned rest = blockIdx.x / query_blocks;
     const int first_key = int(rest % key_blocks) * ROWS_OF_BLOCK;
@@ -675,8 +675,7 @@ void launch_kernels(const Backward& p, cudaStream_t stream) {
   using Keys = KeysKernel<T, D, OFFSETS>;
   using Head = HeadKernel<T, D, OFFSETS>;
   using Bias = BiasKernel<T, D>;
-  const int64_t heads = p.batch * p.heads;
-  const int64_t query_blocks = padded(p.queries) / ROWS_OF_BLOCK, key_blocks = padded(p.keys) / ROWS_OF_BLOCK;
+  const int64_t heads = p.batch * p.heads, query_blocks = p.query_blocks.divisor, key_blocks = p.key_blocks.divisor;
   if (query_blocks == 1 && key_blocks == 1) {
     launch<Head>(attention_backward_head<Head>, "attention_backward_head", heads, p, stream);
   } else {
@@ -691,7 +690,11 @@ void launch_kernels(const Backward& p, cudaStream_t stream) {
 
 }  // namespace
 
-void backward(const Backward& p, cudaStream_t stream) {
+void backward(const Backward& arguments, cudaStream_t stream) {
+  Backward p = arguments;
+  p.query_blocks = Divisor(padded(p.queries) / ROWS_OF_BLOCK);
+  p.key_blocks = Divisor(padded(p.keys) / ROWS_OF_BLOCK);
+  p.heads_of_image = Divisor(p.heads);
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
     if (p.bias.data != nullptr || p.mask.data != nullptr) {

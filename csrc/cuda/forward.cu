@@ -21,46 +21,58 @@ constexpr int least_keys(int tiles) {
   return tiles == 13 ? 193 : tiles == 12 ? 129 : tiles == 8 ? 65 : tiles == 4 ? 33 : 1;
 }
 
+// Threads of a block of the two small kernels; blocks_of(row, SMALL) of them have an image.
+constexpr unsigned SMALL = 64;
+
+constexpr __host__ __device__ unsigned blocks_of(unsigned threads, unsigned of_block) {
+  return (threads + of_block - 1) / of_block;
+}
+
 // share = hi + mid + lo: rows of parts, zeros from key Nk on.
 template <class T>
-__global__ void pack_labels(Forward p) {
-  const int row = padded(p.keys);
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= p.batch * row) return;
-  const int64_t image = at / row;
-  const int key = int(at % row);
-  T* parts = static_cast<T*>(p.parts) + image * p.sources * PARTS * row + key;
+__global__ void pack_labels(const __grid_constant__ Forward p) {
+  const unsigned row = padded(p.keys), blocks = row / SMALL, image = blockIdx.x / blocks;
+  const unsigned key = blockIdx.x % blocks * SMALL + threadIdx.x;
+  T* part = static_cast<T*>(p.parts) + uint64_t(image) * (p.sources * PARTS * row) + key;
+  const float* share = p.share + (uint64_t(image) * p.keys + key) * p.sources;
+#pragma unroll 1
   for (int source = 0; source < p.sources; ++source) {
-    float rest = key < p.keys ? p.share[(image * p.keys + key) * p.sources + source] : 0.0f;
-    for (int part = 0; part < PARTS; ++part) {
+    float rest = key < p.keys ? share[source] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
       const T rounded = from_float<T>(rest);
-      parts[(source * PARTS + part) * row] = rounded;
+      *part = rounded;
+      part += row;
       rest -= to_float(rounded);
     }
   }
 }
 
-// The mean over the heads in which a query sees a key, in fixed order, averaged with the residual.
-__global__ void average_heads(Forward p) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= p.batch * p.queries) return;
-  const int64_t image = at / p.queries;
-  const int query = int(at % p.queries);
-  int seeing = 0;
-  for (int head = 0; head < p.heads; ++head) {
-    seeing += p.log_sum_exp[(image * p.heads + head) * p.queries + query] != -INFINITY;
+// The mean over the heads in which a query sees a key, in fixed order, averaged with the residual. Each row of
+// head_share is the sum of the heads that a block had. `MASKED`: a query may see no key.
+template <bool MASKED>
+__global__ void average_heads(const __grid_constant__ Forward p) {
+  const unsigned queries = p.queries, blocks = blocks_of(queries, SMALL), image = blockIdx.x / blocks;
+  const unsigned query = blockIdx.x % blocks * SMALL + threadIdx.x;
+  if (query >= queries) return;
+  int seeing = p.heads;
+  if (MASKED) {
+    const float* log_sum_exp = p.log_sum_exp + uint64_t(image) * p.heads * queries + query;
+    seeing = 0;
+    for (int head = 0; head < p.heads; ++head, log_sum_exp += queries) seeing += *log_sum_exp != -INFINITY;
   }
+  const float own = p.residual == nullptr ? 0.0f : seeing > 0 ? 0.5f : 1.0f;
+  const float mixed = seeing > 0 ? __fdividef(1.0f - own, float(seeing)) : 0.0f;
+  const uint64_t out = (uint64_t(image) * queries + query) * p.sources;
+#pragma unroll 1
   for (int source = 0; source < p.sources; ++source) {
-    float mean = 0.0f;
-    for (unsigned turn = 0; turn < p.turns.divisor; ++turn) {
-      mean += p.head_share[((image * p.turns.divisor + turn) * p.sources + source) * p.queries + query];
-    }
-    mean = seeing > 0 ? mean / float(seeing) : 0.0f;
-    if (p.residual != nullptr) {
-      const float own = p.residual[at * p.sources + source];
-      mean = seeing > 0 ? (mean + own) * 0.5f : own;
-    }
-    p.share_out[at * p.sources + source] = mean;
+    const float* share = p.head_share + (uint64_t(image) * p.turns.divisor * p.sources + source) * queries + query;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (unsigned turn = 0; turn < p.turns.divisor; ++turn, share += p.sources * queries) sum += *share;
+    sum *= mixed;
+    if (p.residual != nullptr) sum = fmaf(p.residual[out + source], own, sum);
+    p.share_out[out + source] = sum;
   }
 }
 
@@ -512,8 +524,6 @@ __global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, TILES, WARPS, 
       .run();
 }
 
-unsigned blocks_of(int64_t threads, int of_block) { return unsigned((threads + of_block - 1) / of_block); }
-
 template <class T, int D, int TILES, int WARPS, bool STREAMS, bool OFFSETS, int LABEL_BLOCKS>
 void launch(Forward p, cudaStream_t stream) {
   using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, OFFSETS, LABEL_BLOCKS>;
@@ -531,7 +541,8 @@ void launch(Forward p, cudaStream_t stream) {
   kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
   check(cudaGetLastError(), "attention_forward", p);
   if (p.sources > 0) {
-    average_heads<<<blocks_of(p.batch * p.queries, 128), 128, 0, stream>>>(p);
+    const auto average = OFFSETS ? average_heads<true> : average_heads<false>;
+    average<<<unsigned(p.batch * blocks_of(p.queries, SMALL)), SMALL, 0, stream>>>(p);
     check(cudaGetLastError(), "average_heads", p);
   }
 }
@@ -545,8 +556,9 @@ void launch_for_keys(const Forward& p, cudaStream_t stream) {
   if constexpr (D <= 64 && !OFFSETS) {
     if (p.keys <= 128) return launch<T, D, 8, 4, false, OFFSETS, 1>(p, stream);
     if (p.keys <= 192) return launch<T, D, 12, 4, false, OFFSETS, 1>(p, stream);
-    // As many queries as keys are 13 times 16: two blocks of 7 warps load K and V half as often as four of 4.
-    if (p.keys <= 208) return launch<T, D, 13, 7, false, OFFSETS, 1>(p, stream);
+    // As many queries as keys are 13 times 16: two blocks of 7 warps load K and V half as often as four of 4. But with
+    // heads of 32 ptxas does not get by with 128 registers, and with more only one such block is resident.
+    if (p.keys <= 208) return launch<T, D, 13, D == 64 ? 7 : 4, false, OFFSETS, 1>(p, stream);
   }
   launch<T, D, 4, 4, true, OFFSETS, 1>(p, stream);
 }
@@ -557,7 +569,7 @@ void forward(const Forward& p, cudaStream_t stream) {
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
     if (p.sources > 0) {
-      pack_labels<T><<<blocks_of(p.batch * padded(p.keys), 128), 128, 0, stream>>>(p);
+      pack_labels<T><<<unsigned(p.batch * padded(p.keys) / SMALL), SMALL, 0, stream>>>(p);
       check(cudaGetLastError(), "pack_labels", p);
     }
     // A scale that is not positive can't wait for the exponential.
