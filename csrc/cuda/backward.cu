@@ -43,10 +43,16 @@ struct Block {
   int first;  // row of the block
   unsigned image, head;
 
+  // A block has a head.
+  __device__ Block(const Backward& p, uint32_t shared) : p(p), shared(shared), first(0) { find_head(blockIdx.x); }
   // `blocks` have a head.
   __device__ Block(const Backward& p, uint32_t shared, const Divisor& blocks) : p(p), shared(shared) {
     const unsigned pair = blocks.quotient(blockIdx.x);
     first = int(blockIdx.x - pair * blocks.divisor) * ROWS_OF_BLOCK;
+    find_head(pair);
+  }
+
+  __device__ void find_head(unsigned pair) {
     image = p.heads_of_image.quotient(pair);
     head = pair - image * p.heads;
   }
@@ -55,13 +61,15 @@ struct Block {
   __device__ RowTermOf<T>* row_terms() const {
     return static_cast<RowTermOf<T>*>(p.row_terms) + pair() * padded(p.queries);
   }
-  __device__ T* start(const Rows& rows) const {
-    return reinterpret_cast<T*>(rows.data) + image * rows.image + head * rows.head;
+  // Strides are in bytes, and take 32 bits: see aligned_rows.
+  __device__ char* start(const Rows& rows) const {
+    return rows.data + uint64_t(image) * uint32_t(rows.image) + uint64_t(head) * uint32_t(rows.head);
   }
 
   template <int ROWS>
   __device__ void load(uint32_t to, const Rows& rows, int from, int end) const {
-    Tile::template load<ROWS, THREADS, false>(to, start(rows), int(rows.row), from, end);
+    using Source = typename Tile::template Source<ROWS, THREADS, false>;
+    Source(start(rows), int(rows.row), from, end).copy(to);
   }
 
   // The 16 rows of this warp, of the 64 at `rows`.
@@ -80,13 +88,10 @@ struct Block {
   // A sum of this warp's rows, by way of those `offset` bytes behind the first 64 of shared memory.
   __device__ void write_own(const float (&sum)[M][D / 8][4], const float (&factor)[M][2], const uint32_t (&at)[D / 8],
                             uint32_t offset, const Rows& to, int end) const {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      const int row = first + warp * ROWS_OF_WARP + 16 * m;
-      if (row >= end) break;
-      write_rows<T, D>(sum[m], factor[m], at, offset + Tile::bytes(16 * m), own(shared), start(to) + row * to.row,
-                       uint32_t(to.row * sizeof(T)), end - row, lane);
-    }
+    const int row = first + warp * ROWS_OF_WARP;
+    const uint32_t stride = uint32_t(to.row);
+    char* own_rows = start(to) + uint64_t(unsigned(row)) * stride;
+    write_rows<T, D>(sum, factor, at, offset, own(shared), own_rows, stride, end - row, lane);
   }
 };
 
@@ -115,9 +120,10 @@ struct QueryRows : Block<T, D> {
   __device__ void load_rows(uint32_t output_rows) const {
     Base::template load<ROWS_OF_BLOCK>(shared, p.query, first, p.queries);
     Base::template load<ROWS_OF_BLOCK>(shared + Tile::bytes(ROWS_OF_BLOCK), p.grad_output, first, p.queries);
-    const int64_t row = int64_t(p.heads) * D;
-    const T* output = static_cast<const T*>(p.output) + image * p.queries * row + head * D;
-    Tile::template load<ROWS_OF_BLOCK, THREADS, false>(output_rows, output, int(row), first, p.queries);
+    const uint32_t row = p.heads * D * sizeof(T);
+    const char* output =
+        static_cast<const char*>(p.output) + uint64_t(image) * p.queries * row + head * unsigned(D * sizeof(T));
+    typename Tile::template Source<ROWS_OF_BLOCK, THREADS, false>(output, int(row), first, p.queries).copy(output_rows);
   }
 
   // Four threads have parts of a row.
@@ -425,7 +431,7 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
   static constexpr int BLOCKS = 2;
   static_assert(TILE_BYTES <= 2 * SQUARE_BYTES, "the output has room");
 
-  __device__ HeadKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.query_blocks) {}
+  using Base::Base;
 
   __device__ void run() {
     const uint32_t squares = shared + 4 * TILE_BYTES;
@@ -630,8 +636,9 @@ struct BiasKernel {
   }
 
   __device__ void load(int tile, const Rows& rows, int image, int head, int first, int end) const {
-    const T* start = reinterpret_cast<const T*>(rows.data) + image * rows.image + head * rows.head;
-    Tile::template load<ROWS_OF_BLOCK, THREADS, false>(shared + tile * TILE_BYTES, start, int(rows.row), first, end);
+    using Source = typename Tile::template Source<ROWS_OF_BLOCK, THREADS, false>;
+    const char* start = rows.data + uint64_t(image) * uint32_t(rows.image) + uint64_t(head) * uint32_t(rows.head);
+    Source(start, int(rows.row), first, end).copy(shared + tile * TILE_BYTES);
   }
 };
 
@@ -695,6 +702,9 @@ void backward(const Backward& arguments, cudaStream_t stream) {
   p.query_blocks = Divisor(padded(p.queries) / ROWS_OF_BLOCK);
   p.key_blocks = Divisor(padded(p.keys) / ROWS_OF_BLOCK);
   p.heads_of_image = Divisor(p.heads);
+  for (Rows* rows : {&p.query, &p.key, &p.value, &p.grad_output, &p.grad_query, &p.grad_key, &p.grad_value}) {
+    rows->image *= sizeof(uint16_t), rows->head *= sizeof(uint16_t), rows->row *= sizeof(uint16_t);
+  }
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
     if (p.bias.data != nullptr || p.mask.data != nullptr) {

@@ -111,29 +111,37 @@ __device__ void find_sums(uint32_t (&at)[D / 8], uint32_t rows, int lane) {
   for (int n = 0; n < D / 8; ++n) at[n] = rows + SharedRows<T, D>::at(lane / 4, n) + lane % 4 * 4;
 }
 
-// Writes a sum (16 x D) times the factors of rows lane / 4 and lane / 4 + 8. It passes through 16 rows of shared memory
-// that only this warp uses, so that a thread writes 16 bytes: `rows`, `offset` bytes behind which lie those of `at`.
-// `stride` is in bytes, `count` of the rows there are to write.
-template <class T, int D>
-__device__ void write_rows(const float (&sum)[D / 8][4], const float (&factor)[2], const uint32_t (&at)[D / 8],
-                           uint32_t offset, uint32_t rows, void* to, uint32_t stride, int count, int lane) {
+// Writes a sum (16 M x D) times the factors of rows lane / 4 and lane / 4 + 8 of each 16. It passes through rows of
+// shared memory that only this warp uses, so that a thread writes 16 bytes: `rows`, `offset` bytes behind which lie
+// those of `at`. `stride` is in bytes, `count` of the rows there are to write.
+template <class T, int D, int M>
+__device__ void write_rows(const float (&sum)[M][D / 8][4], const float (&factor)[M][2], const uint32_t (&at)[D / 8],
+                           uint32_t offset, uint32_t rows, char* to, uint32_t stride, int count, int lane) {
   using Tile = SharedRows<T, D>;
   __syncwarp();
 #pragma unroll
-  for (int n = 0; n < D / 8; ++n) {
+  for (int m = 0; m < M; ++m) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t word = pack<T>(sum[n][2 * i] * factor[i], sum[n][2 * i + 1] * factor[i]);
-      store_shared(at[n] + (offset + i * Tile::bytes(8)), word);
+    for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t word = pack<T>(sum[m][n][2 * i] * factor[m][i], sum[m][n][2 * i + 1] * factor[m][i]);
+        store_shared(at[n] + (offset + Tile::bytes(16 * m + 8 * i)), word);
+      }
     }
   }
   __syncwarp();
+  // One base for all rows: the compiler would rather begin anew each time.
+  asm("" : "+l"(to));
 #pragma unroll
-  for (int i = 0; i < 16 * D / 8 / 32; ++i) {
-    const int row = (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);
-    if (row < count) {
-      store_global(static_cast<char*>(to) + (uint64_t(uint32_t(row)) * stride + 16 * chunk),
-                   load_shared(rows + Tile::at(row, chunk) + offset));
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int i = 0; i < 16 * D / 8 / 32; ++i) {
+      const int row = (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);
+      if (16 * m + row < count) {
+        store_global(to + (uint64_t(unsigned(16 * m + row)) * stride + 16 * chunk),
+                     load_shared(rows + Tile::at(row, chunk) + (offset + Tile::bytes(16 * m))));
+      }
     }
   }
 }
