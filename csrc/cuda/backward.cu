@@ -89,9 +89,8 @@ struct Block {
   __device__ void write_own(const float (&sum)[M][D / 8][4], const float (&factor)[M][2], const uint32_t (&at)[D / 8],
                             uint32_t offset, const Rows& to, int end) const {
     const int row = first + warp * ROWS_OF_WARP;
-    const uint32_t stride = uint32_t(to.row);
-    char* own_rows = start(to) + uint64_t(unsigned(row)) * stride;
-    write_rows<T, D>(sum, factor, at, offset, own(shared), own_rows, stride, end - row, lane);
+    char* own_rows = start(to) + uint64_t(unsigned(row)) * unsigned(to.row);
+    write_rows<T, D>(sum, factor, at, offset, own(shared), own_rows, int(to.row), end - row, lane);
   }
 };
 

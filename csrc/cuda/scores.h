@@ -116,7 +116,7 @@ __device__ void find_sums(uint32_t (&at)[D / 8], uint32_t rows, int lane) {
 // those of `at`. `stride` is in bytes, `count` of the rows there are to write.
 template <class T, int D, int M>
 __device__ void write_rows(const float (&sum)[M][D / 8][4], const float (&factor)[M][2], const uint32_t (&at)[D / 8],
-                           uint32_t offset, uint32_t rows, char* to, uint32_t stride, int count, int lane) {
+                           uint32_t offset, uint32_t rows, char* to, int stride, int count, int lane) {
   using Tile = SharedRows<T, D>;
   __syncwarp();
 #pragma unroll
@@ -131,19 +131,7 @@ __device__ void write_rows(const float (&sum)[M][D / 8][4], const float (&factor
     }
   }
   __syncwarp();
-  // One base for all rows: the compiler would rather begin anew each time.
-  asm("" : "+l"(to));
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int i = 0; i < 16 * D / 8 / 32; ++i) {
-      const int row = (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);
-      if (16 * m + row < count) {
-        store_global(to + (uint64_t(unsigned(16 * m + row)) * stride + 16 * chunk),
-                     load_shared(rows + Tile::at(row, chunk) + (offset + Tile::bytes(16 * m))));
-      }
-    }
-  }
+  typename Tile::template Target<16 * M>(to, stride, count, rows + offset, lane).write(lane);
 }
 
 }  // namespace tlalign::cuda

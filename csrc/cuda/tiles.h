@@ -214,12 +214,6 @@ struct SharedRows {
     }
   };
 
-  template <int ROWS, int THREADS, bool REPEATS, int CERTAIN = 0>
-  static __device__ void load(uint32_t to, const T* data, int stride, int first, int end) {
-    Source<ROWS, THREADS, REPEATS, CERTAIN>(reinterpret_cast<const char*>(data), stride * int(sizeof(T)), first, end)
-        .copy(to);
-  }
-
   // ROWS rows in memory, as a warp writes them from shared memory.
   template <int ROWS>
   struct Target {
