@@ -216,15 +216,15 @@ def record(monkeypatch, run):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
 
 
-def record_attention(run, tokens, head_dim, keys=None, heads=HEADS, sources=1, offsets=False):
+def record_attention(run, tokens, head_dim, keys=None, heads=HEADS, sources=1, offsets=False, images=IMAGES):
     """Hands each launch of a forward and backward in bfloat16 to `run`; see `record`.
 
     Self-attention on a packed projection, or attention to fewer `keys`. `offsets`: with a bias and its gradient.
     """
     with pytest.MonkeyPatch.context() as patch:
         record(patch, run)
-        projection = torch.randn(IMAGES, tokens, 3, heads, head_dim).bfloat16().requires_grad_()
-        residual = torch.rand(IMAGES, tokens, sources) if sources else None
+        projection = torch.randn(images, tokens, 3, heads, head_dim).bfloat16().requires_grad_()
+        residual = torch.rand(images, tokens, sources) if sources else None
         bias = torch.randn(heads, tokens, keys or tokens).bfloat16().requires_grad_() if offsets else None
         if keys is None:
             output, _ = tlk.attention_qkv(projection, residual, residual, bias, backend="cuda")
@@ -234,6 +234,11 @@ def record_attention(run, tokens, head_dim, keys=None, heads=HEADS, sources=1, o
             share = None if residual is None else residual[:, :keys]
             output, _ = tlk.attention(*tensors, share, residual, bias, backend="cuda")
         output.sum().backward()
+
+
+def some_blocks(launch, images):
+    """Of a launch for many images, the blocks of the first few."""
+    return [(number, 0, 0) for number in range(launch.grid[0] * IMAGES // images)]
 
 
 def name_of(kernel):
@@ -267,15 +272,16 @@ def assemble(kernel, arch):
     return resources, blocks[: last + 1]
 
 
-def count(launch, tensors, arch):
-    """SASS instructions that all warps of a launch execute, by opcode.
+def count(launch, tensors, arch, images=IMAGES):
+    """SASS instructions that all warps of `some_blocks` of a launch execute, by opcode.
 
     The emulator says how often each line of the PTX is executed, the assembler of which line each instruction of SASS
     comes; a basic block is executed as often as most of its lines. So loops and branches count as they are taken; what
     a false predicate switches off is issued all the same, and counts. If the matrix products, loads of matrices and
     exponentials found in this way are not as many as the emulator has executed, a warning says so.
     """
-    executed = execute(launch, tensors, arch, check_races=False, check_uninit=False)
+    blocks = some_blocks(launch, images)
+    executed = execute(launch, tensors, arch, check_races=False, check_uninit=False, ctas=blocks)
     counts = collections.Counter()
     for block in assemble(launch.kernel, arch)[1]:
         times = collections.Counter(executed["lines"].get(line, 0) for line, _ in block)
@@ -288,15 +294,15 @@ def count(launch, tensors, arch):
     return counts
 
 
-def counts_of_head(arch, heads=HEADS, **options):
+def counts_of_head(arch, heads=HEADS, images=IMAGES, **options):
     """SASS instructions of all warps of all blocks of a head, by kernel and opcode; see `count`, `record_attention`."""
     counts = collections.defaultdict(collections.Counter)
 
     def run(launch, tensors):
-        for opcode, times in count(launch, tensors, arch).items():
+        for opcode, times in count(launch, tensors, arch, images).items():
             counts[name_of(launch.kernel)][opcode] += times / (IMAGES * heads)
 
-    record_attention(run, heads=heads, **options)
+    record_attention(run, heads=heads, images=images, **options)
     return dict(counts)
 
 
