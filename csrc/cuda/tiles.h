@@ -168,6 +168,16 @@ struct SharedRows {
     return (address ^ 16 * exchange(rows)) + rows * PITCH;
   }
 
+  // Where rows are padded, threads take their chunks in such an order that those of 8 threads, two chunks side by side
+  // of every other row, lie in different banks.
+  struct Place {
+    int row, chunk;
+
+    __device__ explicit Place(int number)
+        : row(number / (8 * CHUNKS) * 8 + number / 2 % 4 * 2 + number / 8 % 2),
+          chunk(number / 16 % (CHUNKS / 2) * 2 + number % 2) {}
+  };
+
   // ROWS rows in memory from `first` on, as a block copies them: from row `end` on zeros or, if it REPEATS, the last
   // one. The first CERTAIN rows come before `end`.
   template <int ROWS, int THREADS, bool REPEATS, int CERTAIN = 0>
@@ -205,10 +215,10 @@ struct SharedRows {
       } else {
 #pragma unroll
         for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
-          const int number = i + threadIdx.x, row = number / CHUNKS, chunk = number % CHUNKS;
-          if (i + THREADS > ROWS * CHUNKS && row >= ROWS) break;
-          copy_async(to + at(row, chunk), from + int64_t(min(row, left)) * row_bytes + 16 * chunk,
-                     REPEATS || row <= left);
+          const Place place(i + threadIdx.x);
+          if (i + THREADS > ROWS * CHUNKS && place.row >= ROWS) break;
+          copy_async(to + at(place.row, place.chunk),
+                     from + int64_t(min(place.row, left)) * row_bytes + 16 * place.chunk, REPEATS || place.row <= left);
         }
       }
     }
@@ -242,9 +252,9 @@ struct SharedRows {
       } else {
 #pragma unroll
         for (int i = 0; i < ROWS * CHUNKS; i += 32) {
-          const int row = (i + lane) / CHUNKS, chunk = (i + lane) % CHUNKS;
-          const uint4 words = load_shared(from + at(row, chunk));
-          if (row <= left) store_global(to + int64_t(row) * row_bytes + 16 * chunk, words);
+          const Place place(i + lane);
+          const uint4 words = load_shared(from + at(place.row, place.chunk));
+          if (place.row <= left) store_global(to + int64_t(place.row) * row_bytes + 16 * place.chunk, words);
         }
       }
     }
