@@ -1,10 +1,11 @@
 // The gradients of query, key, value and bias, from the saved log-sum-exp, on tensor cores of Ampere and newer
 // (mma.sync).
 //
-// Two kernels form all scores a second time, one with a warp for 16 queries, one with a warp for 16 keys. So whatever a
+// Two kernels form all scores a second time: warps of the one have queries, warps of the other keys. So whatever a
 // product takes from scores is in the registers of the warp that formed them, nothing is summed across warps, and no
 // sum depends on an order that could change. One kernel that forms scores once would save two products of seven, but
-// pass both P and dS through shared memory, which is as busy as the tensor cores already.
+// pass both P and dS through shared memory, which is as busy as the tensor cores already. Where there are at most 64
+// queries and keys there is such a kernel: it spares loads of all rows, and those weigh more.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -19,6 +20,8 @@ namespace tlalign::cuda {
 namespace {
 
 constexpr int ROWS_OF_BLOCK = 64;
+// Blocks that the registers of a multiprocessor are to hold at once, at least.
+constexpr int BLOCKS = 2;
 
 template <class T>
 using RowTermOf = std::conditional_t<std::is_same_v<T, __half>, NormalisedRowTerm, RowTerm>;
@@ -72,7 +75,7 @@ struct Block {
     Source(start(rows), int(rows.row), from, end).copy(to);
   }
 
-  // The 16 rows of this warp, of the 64 at `rows`.
+  // The rows of this warp, of the 64 at `rows`.
   __device__ uint32_t own(uint32_t rows) const { return rows + Tile::bytes(warp * ROWS_OF_WARP); }
 
   __device__ void load_own(Fragment (&fragments)[M][D / 16], uint32_t rows) const {
@@ -217,7 +220,6 @@ struct QueriesKernel : QueryRows<T, D, OFFSETS> {
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(STEP);
   static constexpr int STAGES_AT = 2 * Tile::bytes(ROWS_OF_BLOCK);
   static constexpr int SHARED_BYTES = STAGES_AT + 2 * STAGE_BYTES;
-  static constexpr int BLOCKS = 2;
   static_assert(Tile::bytes(ROWS_OF_BLOCK) <= STAGE_BYTES, "the output has room in the second stage");
 
   __device__ QueriesKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.query_blocks) {}
@@ -316,7 +318,6 @@ struct KeysKernel : Block<T, D> {
   static constexpr int SHARED_BYTES = STAGES_AT + 2 * STAGE_BYTES;
   // Whether registers hold the rows of keys and values all the time.
   static constexpr bool HOLDS = D * M <= 96;
-  static constexpr int BLOCKS = 2;
 
   __device__ KeysKernel(const Backward& p, uint32_t shared) : Base(p, shared, p.key_blocks) {}
 
@@ -427,7 +428,6 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
   // Queries, gradients, keys and values, then P and dS, at first the output.
   static constexpr int TILE_BYTES = Tile::bytes(ROWS_OF_BLOCK), SQUARE_BYTES = Square::bytes(ROWS_OF_BLOCK);
   static constexpr int SHARED_BYTES = 4 * TILE_BYTES + 2 * SQUARE_BYTES;
-  static constexpr int BLOCKS = 2;
   static_assert(TILE_BYTES <= 2 * SQUARE_BYTES, "the output has room");
 
   using Base::Base;
@@ -560,7 +560,6 @@ struct BiasKernel {
   static constexpr int SHARED_BYTES = 4 * TILE_BYTES;
   // Whether registers hold a warp's queries while its keys pass by.
   static constexpr bool HOLDS = D <= 80;
-  static constexpr int BLOCKS = 2;
 
   const Backward& p;
   const uint32_t shared;
@@ -648,23 +647,20 @@ __device__ void run(const Backward& p) {
 }
 // Names that a profiler shows.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
+__global__ void __launch_bounds__(Kernel::THREADS, BLOCKS)
     attention_backward_queries(const __grid_constant__ Backward p) {
   run<Kernel>(p);
 }
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
-    attention_backward_keys(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(Kernel::THREADS, BLOCKS) attention_backward_keys(const __grid_constant__ Backward p) {
   run<Kernel>(p);
 }
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
-    attention_backward_head(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(Kernel::THREADS, BLOCKS) attention_backward_head(const __grid_constant__ Backward p) {
   run<Kernel>(p);
 }
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
-    attention_backward_bias(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(Kernel::THREADS, BLOCKS) attention_backward_bias(const __grid_constant__ Backward p) {
   run<Kernel>(p);
 }
 
