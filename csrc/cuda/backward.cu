@@ -559,7 +559,7 @@ struct BiasKernel {
   static constexpr int TILE_BYTES = Tile::bytes(ROWS_OF_BLOCK);
   static constexpr int SHARED_BYTES = 4 * TILE_BYTES;
   // Whether registers hold a warp's queries while its keys pass by.
-  static constexpr bool HOLDS = D <= 80;
+  static constexpr bool HOLDS = D <= 64;
 
   const Backward& p;
   const uint32_t shared;
