@@ -48,28 +48,23 @@ def _nvcc(*options):
 def build():
     """The recorder as a Python module, and PTX for sm_80 of each source of kernels."""
     folder = Path(tempfile.mkdtemp())
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    ptx = [folder / f"{source.stem}.ptx" for source in SOURCES if source.suffix == ".cu"]
-    commands = [
-        _nvcc("-arch=sm_80", "-ptx", source, "-o", target)
-        for source, target in zip([source for source in SOURCES if source.suffix == ".cu"], ptx, strict=True)
-    ]
-    # Without optimisation and for one architecture: the host code is what is wanted.
-    commands.append(
-        _nvcc(
-            "-shared", "-cudart", "none", "-gencode", "arch=compute_80,code=compute_80", "-Xcompiler", "-fPIC",
-            "-Xcompiler", "-fvisibility=hidden", f"-I{pybind11.get_include()}",
-            f"-I{sysconfig.get_paths()['include']}", *SOURCES, "-o", folder / f"cuda_recorder{suffix}",
-        )
-    )  # fmt: skip
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
+    target = folder / f"cuda_recorder{sysconfig.get_config_var('EXT_SUFFIX')}"
+    running = []
+    for source in SOURCES:
+        command = _nvcc(
+            "-c", "-gencode", "arch=compute_80,code=compute_80", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+            f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "--keep", "--keep-dir", folder,
+            source, "-o", folder / f"{source.stem}_{source.suffix[1:]}.o",
+        )  # fmt: skip
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     for process in running:
         output, _ = process.communicate()
         assert process.returncode == 0, output.decode()[-4000:]
-    spec = importlib.util.spec_from_file_location("cuda_recorder", folder / f"cuda_recorder{suffix}")
+    subprocess.run(_nvcc("-shared", "-cudart", "none", *folder.glob("*.o"), "-o", target), check=True)
+    spec = importlib.util.spec_from_file_location("cuda_recorder", target)
     recorder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recorder)
-    texts = [path.read_text() for path in ptx]
+    texts = [(folder / f"{source.stem}.ptx").read_text() for source in SOURCES if source.suffix == ".cu"]
     shutil.rmtree(folder)
     return recorder, texts
 
