@@ -27,18 +27,14 @@ BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 NAMES = ["attention_forward", *(f"attention_backward_{name}" for name in ("head", "queries", "keys", "bias"))]
 
 
-def check(monkeypatch, case, dtype, change=lambda inputs: None, note=lambda launch: None):
-    """Compares output, share and gradients with the reference.
-
-    `change` changes the inputs in place, `note` sees the launches.
-    """
+def check(monkeypatch, case, dtype, change=lambda inputs: None):
+    """Compares output, share and gradients with the reference; `change` changes the inputs in place."""
     import cuda_offline
 
     kernels = []
 
     def execute(launch, tensors):
         kernels.append(launch.kernel)
-        note(launch)
         cuda_offline.execute(launch, tensors)
 
     def make_changed(*arguments):
@@ -92,10 +88,29 @@ def test_sources_are_within_the_bound(monkeypatch, keys, sources, residual):
 @executed
 @pytest.mark.parametrize("keys", [20, 40])
 def test_blocks_take_heads_in_turn(monkeypatch, keys):
-    # So many images that a block has two heads, but the last of an image one.
-    launches = []
-    check(monkeypatch, Case("turns", 820, 5, 20, keys, 32, sources=2), BFLOAT16, note=launches.append)
-    assert [launch.grid[0] for launch in launches if "attention_forward" in launch.kernel] == [820 * 3]
+    import cuda_offline
+
+    # So many images that a block has two heads, but the last of an image one. The last two images are executed.
+    case = Case("turns", 820, 5, 20, keys, 32, sources=2)
+    inputs = selftest.cast_inputs(make_inputs(case, "cpu"), BFLOAT16)
+    grids = []
+
+    def execute_last(launch, tensors):
+        (blocks, _, _), of_image = launch.grid, launch.grid[0] // case.batch
+        grids.append(blocks)
+        cuda_offline.execute(launch, tensors, ctas=[(n, 0, 0) for n in range(blocks - 2 * of_image, blocks)])
+
+    with monkeypatch.context() as patch:
+        cuda_offline.record(patch, execute_last)
+        tensors = [inputs[name] for name in ("query", "key", "value", "share", "residual")]
+        output, share = tlk.attention(*tensors, backend="cuda")
+    assert case.batch * 3 in grids
+    exact = [tensor[-2:].double() for tensor in tensors]
+    expected, expected_share = tlk.attention(*exact, backend="reference")
+    plain = torch.softmax(tensors[0][-2:] @ tensors[1][-2:].mT * 32**-0.5, -1) @ tensors[2][-2:]
+    bound = 2 * (plain - expected).abs().max() + selftest.ROUNDING[BFLOAT16] * expected.abs().max()
+    assert (output[-2:] - expected).abs().max() <= bound
+    assert (share[-2:] - expected_share).abs().max() <= selftest.ROUNDING[BFLOAT16]
 
 
 @executed
@@ -121,8 +136,9 @@ def test_a_bias_of_each_image_or_head(monkeypatch, dtype, images, heads):
 
 @executed
 def test_gradients_of_a_bias_are_summed_in_parts(monkeypatch):
-    # 2 x 2 blocks of 6 heads: more than 1024 / 24 images take several sums of several images each.
-    check(monkeypatch, Case("parts", 45, 6, 65, 65, 32, bias_scale=1.0), BFLOAT16)
+    # As if there were so many images that a sum takes several; the last one takes fewer.
+    monkeypatch.setattr(cuda, "images_of_sum", lambda *_: 2)
+    check(monkeypatch, Case("parts", 5, 2, 20, 70, 32, bias_scale=1.0), BFLOAT16)
 
 
 @executed
