@@ -36,8 +36,8 @@ struct Problem {
   int heads, queries, keys, head_dim, sources;  // sources: 0 to MAX_SOURCES; 0 in the backward
   DType dtype;                                  // of query, key, value, output and their gradients: bfloat16 or float16
   float scale;
-  Rows query, key,
-      value;  // each row begins at a multiple of 16 bytes, as all Rows here do; kernels get strides in bytes
+  // Each row begins at a multiple of 16 bytes, as in all Rows here; kernels get strides in bytes.
+  Rows query, key, value;
   Offsets bias, mask;
 };
 
@@ -45,7 +45,7 @@ struct Forward : Problem {
   const float* share;     // (B, Nk, S) or null
   const float* residual;  // (B, Nq, S) or null
   void* parts;            // scratch (B, S * PARTS, padded(keys)) of dtype, or null
-  float* head_share;      // scratch (B, H, S, Nq), or null
+  float* head_share;      // scratch (B, H, S, Nq), or null; used up to the number of blocks that share the heads
   void* output;           // (B, Nq, H, D)
   float* share_out;       // (B, Nq, S) or null
   float* log_sum_exp;     // (B, H, Nq)

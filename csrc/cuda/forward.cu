@@ -33,7 +33,7 @@ template <class T>
 __global__ void pack_labels(const __grid_constant__ Forward p) {
   const unsigned row = padded(p.keys), blocks = row / SMALL, image = blockIdx.x / blocks;
   const unsigned key = blockIdx.x % blocks * SMALL + threadIdx.x;
-  T* part = static_cast<T*>(p.parts) + uint64_t(image) * (p.sources * PARTS * row) + key;
+  T* part = static_cast<T*>(p.parts) + uint64_t(image * p.sources * PARTS) * row + key;
   const float* share = p.share + (uint64_t(image) * p.keys + key) * p.sources;
 #pragma unroll 1
   for (int source = 0; source < p.sources; ++source) {
@@ -69,7 +69,7 @@ __global__ void average_heads(const __grid_constant__ Forward p) {
     const float* share = p.head_share + (uint64_t(image) * p.turns.divisor * p.sources + source) * queries + query;
     float sum = 0.0f;
 #pragma unroll 4
-    for (unsigned turn = 0; turn < p.turns.divisor; ++turn, share += p.sources * queries) sum += *share;
+    for (unsigned turn = 0; turn < p.turns.divisor; ++turn, share += uint64_t(queries) * p.sources) sum += *share;
     sum *= mixed;
     if (p.residual != nullptr) sum = fmaf(p.residual[out + source], own, sum);
     p.share_out[out + source] = sum;
