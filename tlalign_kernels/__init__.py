@@ -2,7 +2,7 @@
 
 from tlalign_kernels import extension, models
 from tlalign_kernels.extension import VERSION as __version__
-from tlalign_kernels.functional import attention, attention_qkv, explain
+from tlalign_kernels.functional import attention, attention_qkv, explain, window_attention
 from tlalign_kernels.labels import MixedTarget
 from tlalign_kernels.losses import mixed_binary_cross_entropy, mixed_cross_entropy
 from tlalign_kernels.patch import LabelFollower, ModelFollower, patch_model, register, unpatch_model
@@ -25,4 +25,5 @@ __all__ = [
     "register",
     "tune",
     "unpatch_model",
+    "window_attention",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tlalign_kernels.backends import Explanation, Problem, choose, explain_choice
+from tlalign_kernels.windows import Windows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -106,6 +107,134 @@ def attention_qkv(
         qkv, share, residual, bias, mask, _seed(dropout_p, qkv.device), scale, dropout_p, choose(problem, backend)
     )
     return output, None if share is None else share_out
+
+
+def window_attention(
+    qkv: Tensor,
+    share: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    window_size: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
+    pad_qkv: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention with label propagation within the (shifted) windows of a map, as in Swin (arXiv 2103.14030).
+
+    Shift, padding, partition and the way back are done by indexing: nothing of the size of the projection is copied.
+    As in timm's Swin the map is rolled, padded at its end to whole windows, and cut; tokens that the shift brought
+    together see each other with a score that is lower by 100. Padding is a key like others, but has no label: that of
+    a query is the mean over the real tokens that it attends to.
+
+    Args:
+        qkv: floating (B, Ht, Wt, 3, H, D), the output of a `qkv` linear layer on a map of Ht x Wt tokens.
+        share: float32 (B, Ht, Wt, S), labels of the tokens; float64 is accepted with a float64 projection. None: no
+            labels.
+        residual: Dtype of `share`, (B, Ht, Wt, S), labels to average the result with. None: no average.
+        window_size: Tokens of a window along each axis; N is their product.
+        shift: Tokens by which the map is rolled towards its start along each axis, less than a window.
+        bias: floating, relative position bias, broadcastable to (H, N, N) or as a table
+            ((2 * window_size[0] - 1) * (2 * window_size[1] - 1), H) of what belongs to the differences of positions;
+            differentiable.
+        pad_qkv: floating (3, H, D), dtype of `qkv`, what the projection is in the padding: its bias. Differentiable.
+            None: zeros, a projection without a bias. Of no account where windows fit the map.
+        scale: As for `attention`.
+        dropout_p: As for `attention`.
+        backend: As for `attention`.
+
+    Returns:
+        output: (B, Ht, Wt, H, D); merging the heads is a view.
+        share: (B, Ht, Wt, S), or None without labels.
+
+    Raises:
+        TypeError: If an argument is no tensor or has a wrong dtype.
+        ValueError: If shapes or devices disagree, or an option is out of range.
+        NotImplementedError: If the backend can't do it, with its reasons.
+    """
+    qkv, bias, pad_qkv = _autocast(qkv, bias, pad_qkv)
+    bias, pad_qkv, scale, problem = window_problem(
+        qkv, share, residual, window_size, shift, bias, pad_qkv, scale, dropout_p
+    )
+    output, share_out, _ = torch.ops.tlalign_kernels.window_attention.default(
+        qkv, pad_qkv, share, residual, bias, _seed(dropout_p, qkv.device), window_size, shift, scale, dropout_p,
+        choose(problem, backend),
+    )  # fmt: skip
+    return output, None if share is None else share_out
+
+
+def window_problem(
+    qkv: Tensor,
+    share: Tensor | None,
+    residual: Tensor | None,
+    window_size: tuple[int, int],
+    shift: tuple[int, int],
+    bias: Tensor | None,
+    pad_qkv: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor | None, Tensor | None, float, Problem]:
+    """Checks the arguments of `window_attention`; returns bias, padding and scale of the operator, and the problem."""
+    _check_is_tensor("qkv", qkv)
+    _check_dtype("qkv", qkv.dtype)
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv: expected shape (B, Ht, Wt, 3, H, D), got {tuple(qkv.shape)}")
+    batch, rows, columns, _, heads, head_dim = qkv.shape
+    for name, sizes, most in (("window_size", window_size, None), ("shift", shift, window_size)):
+        if len(sizes) != 2 or any(size < (most is None) for size in sizes):
+            raise ValueError(f"{name}: expected two integers of at least {int(most is None)}, got {sizes}")
+        if most is not None and any(size >= limit for size, limit in zip(sizes, most, strict=True)):
+            raise ValueError(f"{name}: expected less than the window of {tuple(most)}, got {tuple(sizes)}")
+    windows = Windows((rows, columns), tuple(window_size), tuple(shift))
+    tokens = windows.tokens
+    for name, labels in (("share", share), ("residual", residual)):
+        if isinstance(labels, Tensor) and (labels.dim() != 4 or labels.shape[:3] != (batch, rows, columns)):
+            raise ValueError(f"{name}: expected shape ({batch}, {rows}, {columns}, S), got {tuple(labels.shape)}")
+    if isinstance(bias, Tensor) and bias.dim() == 2 and tuple(bias.shape) != (tokens, tokens):
+        bias = _relative_position_bias(bias, windows, heads)
+    if isinstance(bias, Tensor) and bias.dim() > 3:
+        raise ValueError(f"bias: expected a table or a shape broadcastable to (H, N, N), got {tuple(bias.shape)}")
+    if pad_qkv is not None:
+        _check_is_tensor("pad_qkv", pad_qkv)
+        if pad_qkv.dtype != qkv.dtype:
+            raise TypeError(f"pad_qkv: expected {qkv.dtype} as qkv, got {pad_qkv.dtype}")
+        _check_device("pad_qkv", pad_qkv, qkv.device)
+        _check_shape("pad_qkv", pad_qkv, (3, heads, head_dim))
+    if not windows.is_padded:
+        pad_qkv = None
+    elif pad_qkv is None:
+        pad_qkv = qkv.new_zeros((3, heads, head_dim))
+    # Labels are checked as those of a map, all other things as those of windows.
+    _check_labels(qkv, batch, rows * columns, rows * columns, *(_flat(labels) for labels in (share, residual)))
+    sizes = (batch * windows.count, heads, tokens, tokens, head_dim)
+    tensors = (qkv,) if pad_qkv is None else (qkv, pad_qkv)
+    bias, _, scale, problem = _prepare(tensors, sizes, None, None, bias, None, scale, dropout_p)
+    problem = problem._replace(
+        sources=0 if share is None else share.shape[3],
+        share_dtype=None if share is None else share.dtype,
+        has_mask=windows.has_regions,
+        windows=windows,
+    )
+    return bias, pad_qkv, scale, problem
+
+
+def _flat(labels: Tensor | None) -> Tensor | None:
+    return labels.flatten(1, 2) if isinstance(labels, Tensor) else labels
+
+
+def _relative_position_bias(table: Tensor, windows: Windows, heads: int) -> Tensor:
+    """Gathers (H, N, N) from a table of differences of positions (Swin, arXiv 2103.14030, equation 4)."""
+    height, width = windows.window_size
+    _check_shape("bias", table, ((2 * height - 1) * (2 * width - 1), heads))
+    row, column = torch.meshgrid(
+        torch.arange(height, device=table.device), torch.arange(width, device=table.device), indexing="ij"
+    )
+    row, column = row.flatten(), column.flatten()
+    rows, columns = row[:, None] - row + height - 1, column[:, None] - column + width - 1
+    # The gradient of an embedding is summed in a fixed order, that of indexing is not.
+    return torch.nn.functional.embedding(rows * (2 * width - 1) + columns, table).permute(2, 0, 1)
 
 
 def explain(

@@ -351,6 +351,22 @@ def residual_share(share: Tensor, *mixed: Tensor) -> Tensor:
     return (share + sum(mixed)) / (len(mixed) + 1)
 
 
+def pool_share(share: Tensor, cell: tuple[int, int], partial_cells: bool = True) -> Tensor:
+    """Labels of tokens that are merged cell by cell, or pooled by a strided convolution: the mean over each cell.
+
+    Args:
+        share: (B, Ht, Wt, S), labels of a map of tokens.
+        cell: Tokens of a cell along each axis: what is merged, or the stride.
+        partial_cells: Whether cells that reach beyond the map become tokens too, as where the map is padded; their
+            labels are means over the real tokens. False: they are dropped.
+
+    Returns:
+        (B, Ht / cell, Wt / cell, S), rounded up or down.
+    """
+    pooled = F.avg_pool2d(share.permute(0, 3, 1, 2), cell, ceil_mode=partial_cells)
+    return pooled.permute(0, 2, 3, 1)
+
+
 def gather_share(share: Tensor, indices: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """Labels of the tokens that were kept by a token dropping such as PatchDropout; prefix tokens always stay.
 

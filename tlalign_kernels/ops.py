@@ -1,8 +1,9 @@
-"""The operators as `torch.library` knows them: schemas, fake kernels, autograd. Imports only torch.
+"""The operators as `torch.library` knows them: schemas, fake kernels, autograd. Imports torch, and what a window is.
 
-Two operators, each with a backward: `attention` takes query, key and value as views, `attention_qkv` the packed
-projection, whose gradient is one tensor of the same layout. A backend registers itself in `LAUNCHERS`; its name is
-an argument of the operators, so that the choice is made once a call and handed to the backward.
+Three operators, each with a backward: `attention` takes query, key and value as views, `attention_qkv` the packed
+projection, whose gradient is one tensor of the same layout, and `window_attention` that of a map of tokens. A backend
+registers itself in `LAUNCHERS`; its name is an argument of the operators, so that the choice is made once a call and
+handed to the backward.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# Name of a backend -> the module with its `forward` and `backward` launchers.
+from tlalign_kernels.windows import Windows
+
+# Name of a backend -> the module with its launchers: `forward`, `backward`, `window_forward` and `window_backward`.
 LAUNCHERS: dict[str, ModuleType] = {}
 
 _library = torch.library.Library("tlalign_kernels", "DEF")
@@ -34,6 +37,16 @@ _library.define(
 _library.define(
     f"attention_qkv_backward(Tensor grad_output, Tensor qkv, Tensor output, Tensor log_sum_exp, {_OPTIONS},"
     " bool needs_grad_bias, str backend) -> (Tensor grad_qkv, Tensor grad_bias)"
+)
+_WINDOW_OPTIONS = "Tensor? bias, Tensor? dropout_seed, int[] window_size, int[] shift, float scale, float dropout_p"
+_library.define(
+    f"window_attention(Tensor qkv, Tensor? pad_qkv, Tensor? share, Tensor? residual, {_WINDOW_OPTIONS}, str backend)"
+    " -> (Tensor output, Tensor share, Tensor log_sum_exp)"
+)
+_library.define(
+    "window_attention_backward(Tensor grad_output, Tensor qkv, Tensor? pad_qkv, Tensor output, Tensor log_sum_exp,"
+    f" {_WINDOW_OPTIONS}, bool needs_grad_bias, str backend)"
+    " -> (Tensor grad_qkv, Tensor grad_pad_qkv, Tensor grad_bias)"
 )
 
 
@@ -109,6 +122,54 @@ def _attention_qkv_backward(
     return grad_qkv, grad_bias
 
 
+def _window_attention(qkv, pad_qkv, share, residual, bias, dropout_seed, window_size, shift, scale, dropout_p, backend):
+    qkv = _unit_last_stride(qkv)
+    output, share_out, log_sum_exp = _empty_window_outputs(qkv, share, window_size, shift)
+    LAUNCHERS[backend].window_forward(
+        qkv, pad_qkv, share, residual, bias, dropout_seed, _windows(qkv, window_size, shift), scale, dropout_p,
+        output, None if share is None else share_out, log_sum_exp,
+    )  # fmt: skip
+    return output, share_out, log_sum_exp
+
+
+def _window_attention_backward(
+    grad_output, qkv, pad_qkv, output, log_sum_exp,
+    bias, dropout_seed, window_size, shift, scale, dropout_p, needs_grad_bias, backend,
+):  # fmt: skip
+    qkv = _unit_last_stride(qkv)
+    grad_qkv, grad_pad_qkv, grad_bias = _window_attention_backward_fake(
+        grad_output, qkv, pad_qkv, output, log_sum_exp,
+        bias, dropout_seed, window_size, shift, scale, dropout_p, needs_grad_bias, backend,
+    )  # fmt: skip
+    LAUNCHERS[backend].window_backward(
+        grad_output, qkv, pad_qkv, output, log_sum_exp, bias, dropout_seed, _windows(qkv, window_size, shift), scale,
+        dropout_p, grad_qkv, None if pad_qkv is None else grad_pad_qkv, grad_bias if needs_grad_bias else None,
+    )  # fmt: skip
+    return grad_qkv, grad_pad_qkv, grad_bias
+
+
+def _windows(qkv: Tensor, window_size: list[int], shift: list[int]) -> Windows:
+    return Windows(tuple(qkv.shape[1:3]), tuple(window_size), tuple(shift))
+
+
+def _empty_window_outputs(
+    qkv: Tensor, share: Tensor | None, window_size: list[int], shift: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, rows, columns, _, heads, head_dim = qkv.shape
+    windows = _windows(qkv, window_size, shift)
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    share_out = (
+        qkv.new_empty((batch, rows, columns, 0), dtype=torch.float32)
+        if share is None
+        else share.new_empty((batch, rows, columns, share.shape[3]))
+    )
+    return (
+        qkv.new_empty((batch, rows, columns, heads, head_dim)),
+        share_out,
+        qkv.new_empty((batch * windows.count, heads, windows.tokens), dtype=wide),
+    )
+
+
 def _attention_fake(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
     return _empty_outputs(query, key, share)
 
@@ -134,6 +195,23 @@ def _attention_qkv_backward_fake(
     grad_output, qkv, output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend
 ):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), _empty_grad_bias(qkv, bias, needs_grad_bias)
+
+
+def _window_attention_fake(
+    qkv, pad_qkv, share, residual, bias, dropout_seed, window_size, shift, scale, dropout_p, backend
+):
+    return _empty_window_outputs(qkv, share, window_size, shift)
+
+
+def _window_attention_backward_fake(
+    grad_output, qkv, pad_qkv, output, log_sum_exp,
+    bias, dropout_seed, window_size, shift, scale, dropout_p, needs_grad_bias, backend,
+):  # fmt: skip
+    return (
+        torch.empty_like(qkv, memory_format=torch.contiguous_format),
+        qkv.new_empty((0,) if pad_qkv is None else pad_qkv.shape),
+        _empty_grad_bias(qkv, bias, needs_grad_bias),
+    )
 
 
 def _setup_context(ctx, inputs, output):
@@ -166,21 +244,49 @@ def _attention_qkv_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp):
     return grad_qkv, None, None, grad_bias if needs_grad_bias else None, None, None, None, None, None
 
 
+def _setup_window_context(ctx, inputs, output):
+    qkv, pad_qkv, _share, _residual, bias, dropout_seed, window_size, shift, scale, dropout_p, backend = inputs
+    attended, share_out, log_sum_exp = output
+    ctx.mark_non_differentiable(share_out, log_sum_exp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, pad_qkv, attended, log_sum_exp, bias, dropout_seed)
+    needs_grad_bias = bias is not None and ctx.needs_input_grad[4]
+    ctx.options = (window_size, shift, scale, dropout_p, needs_grad_bias, backend)
+
+
+def _window_attention_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp):
+    if grad_output is None:
+        return (None,) * 11
+    grad_qkv, grad_pad_qkv, grad_bias = torch.ops.tlalign_kernels.window_attention_backward(
+        grad_output, *ctx.saved_tensors, *ctx.options
+    )
+    has_padding, needs_grad_bias = ctx.saved_tensors[1] is not None, ctx.options[4]
+    return (
+        grad_qkv, grad_pad_qkv if has_padding else None, None, None, grad_bias if needs_grad_bias else None,
+        None, None, None, None, None, None,
+    )  # fmt: skip
+
+
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("attention with label propagation has no second derivative")
 
 
-for _name, _kernel, _fake, _autograd in (
-    ("attention", _attention, _attention_fake, _attention_autograd),
-    ("attention_qkv", _attention_qkv, _attention_qkv_fake, _attention_qkv_autograd),
-    ("attention_backward", _attention_backward, _attention_backward_fake, None),
-    ("attention_qkv_backward", _attention_qkv_backward, _attention_qkv_backward_fake, None),
-):
+for _name, _kernel, _fake, _autograd, _setup in (
+    ("attention", _attention, _attention_fake, _attention_autograd, _setup_context),
+    ("attention_qkv", _attention_qkv, _attention_qkv_fake, _attention_qkv_autograd, _setup_context),
+    ("window_attention", _window_attention, _window_attention_fake, _window_attention_autograd, _setup_window_context),
+    ("attention_backward", _attention_backward, _attention_backward_fake, _no_second_derivative, None),
+    ("attention_qkv_backward", _attention_qkv_backward, _attention_qkv_backward_fake, _no_second_derivative, None),
+    (
+        "window_attention_backward", _window_attention_backward, _window_attention_backward_fake,
+        _no_second_derivative, None,
+    ),
+):  # fmt: skip
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tlalign_kernels::{_name}", _fake, lib=_library)
     torch.library.register_autograd(
         f"tlalign_kernels::{_name}",
-        _autograd or _no_second_derivative,
-        setup_context=_setup_context if _autograd else None,
+        _autograd,
+        setup_context=_setup,
         lib=_library,
     )

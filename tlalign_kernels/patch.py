@@ -25,7 +25,8 @@ class LabelFollower:
     """Base of the classes that modules are swapped to: how labels pass through one kind of module.
 
     A follower subclasses this class and the module's own class, and adds no state. Its `forward` takes a keyword
-    `share`, float32 (B, N, S): None runs the module's own forward; a share makes it return `(tokens, share)`.
+    `share`, float32 (B, N, S), or (B, Ht, Wt, S) where tokens form a map: None runs the module's own forward; a share
+    makes it return `(tokens, share)`.
     `share` is a flat argument, so that activation checkpointing sees it.
 
     Attributes:

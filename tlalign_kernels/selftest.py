@@ -6,14 +6,16 @@ one rounding of the largest value.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tlalign_kernels.backends import BACKENDS
-from tlalign_kernels.functional import attention, attention_qkv, explain
+from tlalign_kernels.backends import BACKENDS, explain_choice
+from tlalign_kernels.functional import attention, attention_qkv, explain, window_attention, window_problem
+from tlalign_kernels.windows import Windows
 
 # Part of the largest value that counts as rounding: one unit in the last place, for float32 that of the sums.
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float64: 1e-14}
@@ -36,6 +38,7 @@ class Case:
     mask: str | None = None  # "causal", "rows" (some queries see no key), "additive"
     dropout_p: float = 0.0
     scale: float | None = None  # factor of the scores; None: D**-0.5
+    windows: Windows | None = None  # then these give the numbers of queries and keys, and `batch` is that of the map
 
 
 CASES = (
@@ -50,6 +53,12 @@ CASES = (
     Case("bias, additive mask, dropout", queries=40, keys=40, bias_scale=1.0, mask="additive", dropout_p=0.25),
     Case("extreme scores", queries=24, keys=24, bias_scale=1e4),
     Case("dense labels", queries=65, keys=65, sources=100),
+    Case("windows of a map", head_dim=32, bias_scale=1.0, windows=Windows((14, 21), (7, 7), (0, 0))),
+    Case("shifted windows", head_dim=32, bias_scale=1.0, windows=Windows((14, 21), (7, 7), (3, 3))),
+    Case("padded windows", head_dim=32, bias_scale=1.0, sources=2, windows=Windows((9, 16), (7, 7), (3, 3))),
+    Case("windows beyond the map", head_dim=48, windows=Windows((3, 10), (8, 4), (4, 0)), residual=False),
+    Case("large windows", heads=2, batch=1, head_dim=32, bias_scale=1.0, windows=Windows((20, 16), (16, 16), (8, 8))),
+    Case("dense labels in windows", heads=2, head_dim=24, sources=20, windows=Windows((10, 5), (4, 4), (2, 2))),
 )
 
 
@@ -77,6 +86,18 @@ def make_inputs(case: Case, device: torch.device | str, seed: int = 0) -> dict[s
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device)
 
     heads, dim = case.heads, case.head_dim
+    if case.windows is not None:
+        of_map, tokens = (case.batch, *case.windows.map_size), case.windows.tokens
+        query_key = draw(*of_map, 2, heads, dim, scale=3**0.5)
+        labels = [torch.rand((*of_map, case.sources), generator=generator, dtype=torch.float64) for _ in range(2)]
+        return {
+            "qkv": torch.cat((query_key, draw(*of_map, 1, heads, dim)), dim=3),
+            "share": labels[0].to(device),
+            "residual": labels[1].to(device) if case.residual else None,
+            "bias": draw(heads, tokens, tokens, scale=case.bias_scale) if case.bias_scale else None,
+            "pad_qkv": draw(3, heads, dim) if case.windows.is_padded else None,
+            "grad_output": draw(*of_map, heads, dim),
+        }
     if case.packed:
         qkv = draw(case.batch, case.queries, 3, heads, dim, scale=3**0.5)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -119,8 +140,15 @@ def cast_inputs(inputs: dict[str, Tensor | None], dtype: torch.dtype) -> dict[st
 
 def run_operator(case: Case, inputs: dict[str, Tensor | None], backend: str, seed: int = 0) -> dict[str, Tensor]:
     """Output, share and gradients of the operator; `seed` is that of the dropout."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in ("query", "key", "value")}
-    bias = None if inputs["bias"] is None else inputs["bias"].detach().requires_grad_()
+    leaves, bias = _leaves(inputs)
+    if case.windows is not None:
+        torch.manual_seed(seed)
+        output, share = window_attention(
+            leaves["qkv"], inputs["share"], inputs["residual"], window_size=case.windows.window_size,
+            shift=case.windows.shift, bias=bias, pad_qkv=leaves.get("pad_qkv"), scale=case.scale,
+            dropout_p=case.dropout_p, backend=backend,
+        )  # fmt: skip
+        return _with_gradients(output, share, leaves, bias, inputs["grad_output"])
     options = dict(
         residual=inputs["residual"], bias=bias, mask=inputs["mask"], scale=case.scale, dropout_p=case.dropout_p,
         backend=backend,
@@ -137,9 +165,11 @@ def run_operator(case: Case, inputs: dict[str, Tensor | None], backend: str, see
 
 def run_plain(case: Case, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """The same by materialised attention in plain PyTorch, in the precision of the inputs; without dropout."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in ("query", "key", "value")}
-    bias = None if inputs["bias"] is None else inputs["bias"].detach().requires_grad_()
+    leaves, bias = _leaves(inputs)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    if case.windows is not None:
+        output, share = _plain_windows(case.windows, inputs, leaves, bias, scale)
+        return _with_gradients(output, share, leaves, bias, inputs["grad_output"])
     scores = leaves["query"] @ leaves["key"].transpose(-2, -1) * scale
     if bias is not None:
         scores = scores + bias
@@ -158,6 +188,54 @@ def run_plain(case: Case, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]
             if unseeing is not None:
                 share = torch.where(unseeing.all(dim=1), inputs["residual"], share)
     return _with_gradients(attended @ leaves["value"], share, leaves, bias, inputs["grad_output"])
+
+
+def _plain_windows(
+    windows: Windows, inputs: dict[str, Tensor | None], leaves: dict[str, Tensor], bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and share by rolling, padding, cutting and putting together again, as timm does it."""
+    (height, width), (rows, columns), shift = windows.window_size, windows.map_size, windows.shift
+    padded = tuple(number * size for number, size in zip(windows.grid_size, windows.window_size, strict=True))
+
+    def cut(tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+        """(B, Ht, Wt, ...) to (B, W, N, ...)."""
+        tokens = tokens.roll((-shift[0], -shift[1]), (1, 2))
+        filled = tokens.new_zeros((tokens.shape[0], *padded, *tokens.shape[3:]))
+        if padding is not None:
+            filled = filled + padding
+        filled[:, :rows, :columns] = tokens
+        parts = filled.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3)
+        return parts.flatten(3, 4).flatten(1, 2)
+
+    def join(parts: Tensor) -> Tensor:
+        parts = parts.unflatten(1, windows.grid_size).unflatten(3, (height, width)).transpose(2, 3)
+        return parts.flatten(3, 4).flatten(1, 2)[:, :rows, :columns].roll(shift, (1, 2))
+
+    query, key, value = cut(leaves["qkv"], leaves.get("pad_qkv")).permute(3, 0, 1, 4, 2, 5).unbind(0)
+    scores = query @ key.transpose(-2, -1) * scale
+    if bias is not None:
+        scores = scores + bias
+    if any(shift):
+        # Swin's own way: numbers painted on the map.
+        region = torch.zeros((1, *padded, 1), device=scores.device)
+        slices = [
+            [slice(0, -size), slice(-size, -by), slice(-by, None)] if by else [slice(None)]
+            for size, by in zip(windows.window_size, shift, strict=True)
+        ]
+        for number, (down, across) in enumerate(itertools.product(*slices)):
+            region[:, down, across] = number
+        region = region.view(1, padded[0] // height, height, padded[1] // width, width).transpose(2, 3)
+        region = region.reshape(1, windows.count, 1, -1)
+        differ = region[..., :, None] != region[..., None, :]
+        scores = scores - 100.0 * differ
+    attended = scores.softmax(dim=-1)
+    with torch.no_grad():
+        mean = attended.mean(dim=2).to(inputs["share"].dtype)
+        share = mean @ cut(inputs["share"]) / (mean @ cut(torch.ones_like(inputs["share"][..., :1])))
+        share = join(share)
+        if inputs["residual"] is not None:
+            share = (share + inputs["residual"]) / 2
+    return join((attended @ value).transpose(2, 3)), share
 
 
 def compare(
@@ -217,12 +295,29 @@ def selftest(device: torch.device | str) -> Iterator[tuple[str, Case, torch.dtyp
             if case.dropout_p > 0 and not on_cpu:
                 continue
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                inputs = cast_inputs(make_inputs(case, device), dtype)
-                inputs.pop("grad_output")
-                # Gradients are compared too, so the backend has to have them.
-                inputs["query"].requires_grad_()
-                reasons = explain(**inputs, dropout_p=case.dropout_p, backend=backend).reasons[backend]
+                reasons = reasons_against(case, dtype, backend, device)
                 yield backend, case, dtype, reasons or compare(case, dtype, backend, device)
+
+
+def reasons_against(case: Case, dtype: torch.dtype, backend: str, device: torch.device | str) -> list[str]:
+    """Why a backend can't run a case with its gradients; empty if it can."""
+    inputs = cast_inputs(make_inputs(case, device), dtype)
+    inputs.pop("grad_output")
+    if case.windows is None:
+        inputs["query"].requires_grad_()
+        return explain(**inputs, dropout_p=case.dropout_p, backend=backend).reasons[backend]
+    inputs["qkv"].requires_grad_()
+    *_, problem = window_problem(
+        **inputs, window_size=case.windows.window_size, shift=case.windows.shift, scale=None, dropout_p=case.dropout_p
+    )
+    return explain_choice(problem, backend).reasons[backend]
+
+
+def _leaves(inputs: dict[str, Tensor | None]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What gradients are wanted of, and the bias, of which one is too."""
+    names = ("query", "key", "value", "qkv", "pad_qkv")
+    leaves = {name: inputs[name].detach().requires_grad_() for name in names if inputs.get(name) is not None}
+    return leaves, None if inputs["bias"] is None else inputs["bias"].detach().requires_grad_()
 
 
 def _with_gradients(

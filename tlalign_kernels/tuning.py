@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tlalign_kernels.backends import BACKENDS, TUNED, Problem, auto_order, listen, problem_class
 from tlalign_kernels.extension import VERSION
-from tlalign_kernels.functional import attention, attention_qkv
+from tlalign_kernels.functional import attention, attention_qkv, window_attention
 
 # Of each candidate so many runs are timed, or as many as fill so many seconds; one that is so much slower is given up.
 _RUNS, _SECONDS, _HOPELESS = 30, 1.0, 10
@@ -213,9 +213,24 @@ def _time_in_turn(
 
 def _runner(problem: Problem) -> Callable[[str], None]:
     """Runs a problem on a backend: self-attention from a packed projection, other attention from three tensors."""
-    _, dtype, batch, heads, queries, keys, head_dim, sources, share_dtype, has_bias, has_mask, dropout_p, gradient = (
-        problem
-    )
+    if problem.windows is not None:
+        return _runner_of_windows(problem)
+    (
+        _,
+        dtype,
+        batch,
+        heads,
+        queries,
+        keys,
+        head_dim,
+        sources,
+        share_dtype,
+        has_bias,
+        has_mask,
+        dropout_p,
+        gradient,
+        _,
+    ) = problem
     device = torch.device(problem.device_type)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -242,6 +257,33 @@ def _runner(problem: Problem) -> Callable[[str], None]:
             output, _ = attention(*(tensor.transpose(1, 2) for tensor in inputs), share, **options)
             output = output.transpose(1, 2)
         if gradient:
+            torch.autograd.grad(output, leaves, grad_output)
+
+    return run
+
+
+def _runner_of_windows(problem: Problem) -> Callable[[str], None]:
+    windows, heads, head_dim, dtype = problem.windows, problem.heads, problem.head_dim, problem.dtype
+    map_shape = (problem.batch // windows.count, *windows.map_size)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=problem.device_type)
+
+    qkv = draw(*map_shape, 3, heads, head_dim)
+    pad_qkv = draw(3, heads, head_dim) if windows.is_padded else None
+    bias = draw(heads, windows.tokens, windows.tokens) if problem.has_bias else None
+    share = draw(*map_shape, problem.sources, dtype=problem.share_dtype) if problem.sources else None
+    leaves = [leaf for leaf in (qkv, pad_qkv, bias) if leaf is not None]
+    for leaf in leaves:
+        leaf.requires_grad_(problem.needs_gradient)
+    grad_output = draw(*map_shape, heads, head_dim)
+
+    def run(backend: str) -> None:
+        output, _ = window_attention(
+            qkv, share, share, window_size=windows.window_size, shift=windows.shift, bias=bias, pad_qkv=pad_qkv,
+            dropout_p=problem.dropout_p, backend=backend,
+        )  # fmt: skip
+        if problem.needs_gradient:
             torch.autograd.grad(output, leaves, grad_output)
 
     return run

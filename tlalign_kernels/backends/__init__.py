@@ -1,7 +1,7 @@
 """The backends, what each can do, and the choice between them.
 
-A backend is a module with `forward`, `backward` (launchers, see `reference`) and
-`unsupported_reasons(problem) -> list[str]`. One whose kernels can be compiled in several ways has `configurations`,
+A backend is a module with launchers (`forward`, `backward`, `window_forward` and `window_backward`, see `reference`)
+and `unsupported_reasons(problem) -> list[str]`. One whose kernels can be compiled in several ways has `configurations`,
 `prefer` and `configuration_of` as well, see `triton`. Backends never import one another.
 """
 
@@ -16,6 +16,7 @@ import torch
 
 from tlalign_kernels import ops
 from tlalign_kernels.backends import cpu, cuda, reference, triton
+from tlalign_kernels.windows import Windows
 
 BACKENDS = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
 # Order of preference for `backend="auto"`; a device without an entry takes the reference.
@@ -25,7 +26,10 @@ ops.LAUNCHERS.update(BACKENDS)
 
 
 class Problem(NamedTuple):
-    """All that the choice of a backend may depend on: shapes, dtypes, devices and options, never values."""
+    """All that the choice of a backend may depend on: shapes, dtypes, devices and options, never values.
+
+    In windows of a map each window counts as an image, and regions as a mask.
+    """
 
     device_type: str
     dtype: torch.dtype
@@ -40,6 +44,7 @@ class Problem(NamedTuple):
     has_mask: bool
     dropout_p: float
     needs_gradient: bool
+    windows: Windows | None = None
 
 
 # What `tune` found, by the class of a problem: the name of a backend.

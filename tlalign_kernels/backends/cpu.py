@@ -31,6 +31,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"device: expected cpu, got {problem.device_type}")
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype: expected one of {list(DTYPES)}, got {problem.dtype}")
+    if problem.windows is not None:
+        reasons.append("windows: not supported")
     return reasons
 
 

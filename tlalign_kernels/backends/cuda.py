@@ -38,6 +38,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"labels: expected at most {_native.CUDA_MAX_SOURCES} sources, got {problem.sources}")
     if problem.dropout_p > 0:
         reasons.append("dropout_p: expected 0, there is no dropout")
+    if problem.windows is not None:
+        reasons.append("windows: not supported")
     return reasons
 
 

@@ -54,6 +54,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
     if _interpreted and problem.dtype == torch.bfloat16:
         reasons.append("dtype: Triton's interpreter has no products of bfloat16")
+    if problem.windows is not None:
+        reasons.append("windows: not supported")
     return reasons
 
 

@@ -1,0 +1,99 @@
+"""How a map of tokens is divided into windows: which token lies where, and which tokens of a window see each other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Windows(NamedTuple):
+    """A map and its windows, as in Swin Transformers (arXiv 2103.14030, section 3.2) and as timm lays them out.
+
+    The map is rolled by the shift, padded at its end to a multiple of the window, and cut into windows, row after row.
+    Padding lies at the end of the rolled map; what is seen of each other is divided in the padded map.
+
+    Attributes:
+        map_size: Ht and Wt, tokens of the map along each axis.
+        window_size: Tokens of a window along each axis.
+        shift: By how many tokens the map is rolled towards its start along each axis.
+    """
+
+    map_size: tuple[int, int]
+    window_size: tuple[int, int]
+    shift: tuple[int, int]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Windows along each axis."""
+        rows, columns = (-(-tokens // window) for tokens, window in zip(self.map_size, self.window_size, strict=True))
+        return rows, columns
+
+    @property
+    def count(self) -> int:
+        """Number of windows W."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens N of a window, with those of the padding."""
+        return self.window_size[0] * self.window_size[1]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some windows reach beyond the map."""
+        return any(tokens % window for tokens, window in zip(self.map_size, self.window_size, strict=True))
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether some windows hold parts of the map that are no neighbours, and don't see each other."""
+        return any(self.shift)
+
+    def token_numbers(self, device: torch.device | str = "cpu") -> Tensor:
+        """Which token of the map, counted row after row, lies where in each window: int64 (W, N), -1 in the padding."""
+        (rows, row_inside), (columns, column_inside) = (
+            ((position + shift) % tokens, position < tokens)
+            for position, tokens, shift in zip(self._positions(device), self.map_size, self.shift, strict=True)
+        )
+        numbers = rows[:, None] * self.map_size[1] + columns
+        numbers = numbers.masked_fill(~(row_inside[:, None] & column_inside), -1)
+        return self._cut(numbers)
+
+    def regions(self, device: torch.device | str = "cpu") -> Tensor:
+        """Numbers of regions, int64 (W, N): tokens of a window in different ones were brought together by the shift."""
+        rows, columns = (
+            torch.zeros_like(position)
+            if shift == 0
+            else (position >= len(position) - window).long() + (position >= len(position) - shift)
+            for position, window, shift in zip(self._positions(device), self.window_size, self.shift, strict=True)
+        )
+        return self._cut(rows[:, None] * 3 + columns)
+
+    def gather(self, tokens: Tensor, padding: Tensor | float = 0.0) -> Tensor:
+        """Copies a map (B, Ht, Wt, ...) to windows (B * W, N, ...), with `padding` (...) where there is no token."""
+        numbers = self.token_numbers(tokens.device)
+        flat = tokens.flatten(1, 2)[:, numbers.clamp(min=0).flatten()].unflatten(1, numbers.shape)
+        is_padding = (numbers < 0).view(1, *numbers.shape, *(1,) * (tokens.dim() - 3))
+        return torch.where(is_padding, torch.as_tensor(padding, dtype=tokens.dtype), flat).flatten(0, 1)
+
+    def scatter(self, windows: Tensor, tokens: Tensor) -> None:
+        """Copies windows (B * W, N, ...) to a map (B, Ht, Wt, ...); what lies in the padding is dropped."""
+        numbers = self.token_numbers(tokens.device).flatten()
+        real = numbers >= 0
+        flat = windows.reshape(tokens.shape[0], numbers.numel(), *windows.shape[2:])[:, real].to(tokens.dtype)
+        order = numbers[real].argsort()
+        tokens.copy_(flat[:, order].view(tokens.shape))
+
+    def _positions(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Positions in the rolled and padded map along each axis."""
+        rows, columns = (
+            torch.arange(number * window, device=device)
+            for number, window in zip(self.grid_size, self.window_size, strict=True)
+        )
+        return rows, columns
+
+    def _cut(self, padded_map: Tensor) -> Tensor:
+        """Cuts a padded map into windows (W, N)."""
+        (rows, columns), (height, width) = self.grid_size, self.window_size
+        return padded_map.view(rows, height, columns, width).transpose(1, 2).reshape(self.count, self.tokens)
