@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -88,8 +89,12 @@ def train(options: Sequence[str]) -> int:
     sources.add_argument("--config")
     given, flags = sources.parse_known_args(options)
     values = load_recipe(given.recipe or _DEFAULT_RECIPE)
-    if given.config is not None:
-        values |= load_config_file(given.config)
+    of_file = {} if given.config is None else load_config_file(given.config)
+    model = _model_among(flags) or of_file.get("model")
+    if model not in (None, values.get("model")):
+        # They are made for the model of the recipe.
+        values.pop("model_kwargs", None)
+    values |= of_file
     parser = jsonargparse.ArgumentParser(
         prog="tlalign train",
         description="Trains a model. A recipe is the start; values of --config replace its, and flags replace both.",
@@ -154,6 +159,13 @@ def _parse(
                 message += suggestion(name, field_names(config_class))
         raise UsageError(message) from error
     return config_class(**{name: getattr(parsed, name) for name in field_names(config_class)})
+
+
+def _model_among(flags: Sequence[str]) -> str | None:
+    """The last model that flags name."""
+    names = [following for flag, following in itertools.pairwise(flags) if flag == "--model"]
+    names += [flag.removeprefix("--model=") for flag in flags if flag.startswith("--model=")]
+    return names[-1] if names else None
 
 
 def _underscored(flag: str) -> str:

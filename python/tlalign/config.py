@@ -30,7 +30,8 @@ class EvalConfig:
         data: `digits` (ships with scikit-learn), `folder:PATH` (an image folder with PATH/train/CLASS/IMAGE and
             PATH/val/CLASS/IMAGE) or `torch/NAME` (a set of torchvision, such as torch/cifar10).
         model: Name of a timm model, see timm.list_models().
-        model_kwargs: Further arguments of timm.create_model, such as {drop_path_rate: 0.1, depth: 4}.
+        model_kwargs: Further arguments of timm.create_model, such as {drop_path_rate: 0.1, depth: 4}; those of a recipe
+            go with its model only.
         data_dir: Folder of the torchvision set.
         download: Download the torchvision set if it isn't in data_dir.
         num_classes: Number of classes; null: as many as the data set has.

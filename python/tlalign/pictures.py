@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from tlalign.mixing import draw_boxes
 from tlalign_kernels import MixedTarget, patch_model
 from tlalign_kernels.labels import box_masks
-from tlalign_kernels.patch import ModelFollower
 
 _OWN, _PARTNER = "#b2182b", "#2166ac"
 _SHARES = LinearSegmentedColormap.from_list("shares", (_OWN, "white", _PARTNER))
-_ROWS = ("image", "partner", "mixed image", "token labels\nbefore", "token labels\nafter alignment")
+_ROWS = ("image", "partner", "mixed image", "token labels\nbefore")
 # Boxes outside of this leave too little of one image to see what happens.
 _RATIO_LIMITS = (0.2, 0.6)
 
@@ -39,6 +38,8 @@ def draw_token_labels(
 ) -> None:
     """Draws a few images mixed by CutMix, and the labels of their tokens before and after alignment.
 
+    Where a model merges tokens, their labels are drawn after the last block of each stage.
+
     Args:
         model: Vision transformer; it is left as it is, patched or not.
         images: Normalised images to mix, (B, channels, Hi, Wi), each with its mirror image in the batch.
@@ -54,26 +55,28 @@ def draw_token_labels(
         ValueError: If the batch has no two images of different classes.
     """
     model = copy.deepcopy(model).eval()
-    if not isinstance(model, ModelFollower):
-        patch_model(model)
     chosen, boxes = _choose(classes, tuple(images.shape[-2:]), columns)
     partners, images = images.flip(0)[chosen], images[chosen]
     pairs = torch.stack((classes[chosen], classes.flip(0)[chosen]), dim=1)
     mixed = torch.where(box_masks(boxes, tuple(images.shape[-2:]))[:, None], partners, images)
     target = MixedTarget.from_boxes(pairs, boxes[:, None], tuple(images.shape[-2:]))
-    with torch.inference_mode():
-        _, aligned = model(mixed, target=target, collect_layers=True)
-    after = aligned.layer_shares[-1][:, model.num_prefix_tokens :]
-    before = target.token_share(model.patch_embed.grid_size, model.patch_embed.feat_ratio(as_scalar=False))
-    grid = (-1, *model.patch_embed.grid_size)
+    maps = {}
+    # Aligned in no block, labels stay what they were before the first one.
+    for name, layers in (("before", []), ("after", None)):
+        with torch.inference_mode():
+            _, aligned = patch_model(model, layers)(mixed, target=target, collect_layers=True)
+        maps[name] = _last_of_each_size([_as_map(share, model) for share in aligned.layer_shares])
+    shown_maps = [maps["before"][0], *maps["after"]]
+    after = [f"token labels\nafter stage {stage}" for stage in range(1, len(maps["after"]) + 1)]
+    rows = [*_ROWS, *(after if len(after) > 1 else ["token labels\nafter alignment"])]
 
     def pixels(normalised: Tensor) -> np.ndarray:
         scale, offset = (torch.tensor(value, device=images.device).view(1, -1, 1, 1) for value in (std, mean))
         return (normalised * scale + offset).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
 
-    figure = Figure(figsize=(1.45 * len(chosen) + 2.0, 8.3), layout="constrained")
-    axes = figure.subplots(len(_ROWS), len(chosen), squeeze=False)
-    for axis, label in zip(axes[:, 0], _ROWS, strict=True):
+    figure = Figure(figsize=(1.45 * len(chosen) + 2.0, 1.5 * len(rows) + 0.8), layout="constrained")
+    axes = figure.subplots(len(rows), len(chosen), squeeze=False)
+    for axis, label in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     for row, content, frame in zip(axes, (images, partners, mixed), (_OWN, _PARTNER, _OWN), strict=False):
         for axis, picture in zip(row, pixels(content), strict=True):
@@ -81,8 +84,8 @@ def draw_token_labels(
             _frame(axis, frame, 2.0)
     for axis, (y0, x0, y1, x1) in zip(axes[2], boxes.tolist(), strict=True):
         axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=_PARTNER, linewidth=2))
-    for row, shares in zip(axes[3:], (before, after), strict=True):
-        for axis, share in zip(row, shares[..., 0].view(grid).cpu().numpy(), strict=True):
+    for row, shares in zip(axes[3:], shown_maps, strict=True):
+        for axis, share in zip(row, shares[..., 0].cpu().numpy(), strict=True):
             shown = axis.imshow(share, cmap=_SHARES, vmin=0, vmax=1)
             _frame(axis, "black", 0.6)
     if not class_names:
@@ -94,6 +97,21 @@ def draw_token_labels(
     bar = figure.colorbar(shown, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
     bar.set_label("share of the partner")
     figure.savefig(path, dpi=150)
+
+
+def _as_map(share: Tensor, model: nn.Module) -> Tensor:
+    """Labels of the tokens that stand for a place, (B, Ht, Wt, S)."""
+    if share.dim() == 4:
+        return share
+    return share[:, model.num_prefix_tokens :].unflatten(1, model.patch_embed.grid_size)
+
+
+def _last_of_each_size(maps: list[Tensor]) -> list[Tensor]:
+    return [
+        share
+        for share, following in zip(maps, [*maps[1:], None], strict=True)
+        if following is None or following.shape != share.shape
+    ]
 
 
 def _choose(classes: Tensor, image_size: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:

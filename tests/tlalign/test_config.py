@@ -48,6 +48,17 @@ def test_one_argument_of_the_model_can_be_changed_by_a_flag(resolved):
     assert config.model_kwargs == load_recipe("digits")["model_kwargs"] | {"depth": 2}
 
 
+@pytest.mark.parametrize("flags", [["--model", "swin_tiny"], ["--model=swin_tiny"], ["--config", "{file}"]])
+def test_the_arguments_of_a_recipe_go_with_its_model_only(tmp_path, resolved, flags):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: swin_tiny\n")
+    flags = [flag.format(file=file) for flag in flags]
+    assert resolved(*flags).model_kwargs == {}
+    assert resolved(*flags, "--model_kwargs", "{depths: [2]}").model_kwargs == {"depths": [2]}
+    recipe = load_recipe("digits")
+    assert resolved("--model", recipe["model"]).model_kwargs == recipe["model_kwargs"]
+
+
 def test_every_recipe_is_a_valid_configuration():
     for name in recipe_names():
         TrainConfig(**load_recipe(name))

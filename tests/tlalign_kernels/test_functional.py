@@ -84,10 +84,11 @@ def test_reference_in_float64_is_plain_attention(case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_errors_are_within_the_bound(backend, dtype, case, seed):
-    if not is_usable(backend, dtype):
-        pytest.skip(f"{backend} has no {dtype} here")
+    if reasons := selftest.reasons_against(case, dtype, backend, "cpu"):
+        pytest.skip("; ".join(reasons))
     checks = compare(case, dtype, backend, seed=seed)
-    assert {check.tensor for check in checks} >= {"output", "share", "gradient of query", "gradient of value"}
+    gradients = {"gradient of query", "gradient of value"} if case.windows is None else {"gradient of qkv"}
+    assert {check.tensor for check in checks} >= {"output", "share", *gradients}
     assert [check for check in checks if not check.passed] == []
 
 
@@ -560,4 +561,6 @@ def test_selftest_has_a_case_of_each_option():
     assert {case.packed for case in CASES} == {case.bias_scale > 0 for case in CASES} == {True, False}
     assert {case.mask for case in CASES} >= {None, "causal", "rows", "additive"}
     assert any(case.dropout_p for case in CASES)
+    assert {case.windows.is_padded for case in CASES if case.windows is not None} == {True, False}
+    assert {case.windows.has_regions for case in CASES if case.windows is not None} == {True, False}
     assert set(selftest.ROUNDING) >= set(DTYPES)
