@@ -186,7 +186,7 @@ const char* instruction_set(const std::string& wanted) { return choose(wanted).n
 void forward(const Forward& f, const std::string& isa, int threads) {
   const Kernels& kernels = *choose(isa).kernels;
   const bool dense = f.sources > MAX_FUSED_SOURCES;
-  const Floats head_share = allocate(dense ? 1 : f.batch * f.heads * f.sources * f.queries + 1);
+  const Floats head_share = allocate(f.batch * f.heads * head_sums(f) * f.queries + 1);
   const Tasks tasks(f, f.bias.data != nullptr && f.bias.image == 0, 0, kernels.forward_chunks(f), threads);
   // Heads of an image, times chunks, that are still to be done: whoever does the last one averages its shares.
   const std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[f.batch]);
@@ -200,7 +200,7 @@ void forward(const Forward& f, const std::string& isa, int threads) {
   if (dense) {
     const int64_t label_chunks = kernels.dense_share_chunks(f);
     run(f.batch * label_chunks, threads, kernels.dense_share_scratch(f), [&](int64_t task, float* scratch) {
-      kernels.dense_share(f, task / label_chunks, task % label_chunks, scratch);
+      kernels.dense_share(f, head_share.get(), task / label_chunks, task % label_chunks, scratch);
     });
   }
 }
@@ -211,11 +211,16 @@ void backward(const Backward& b, const std::string& isa, int threads) {
   const bool sums_bias = b.grad_bias != nullptr;
   const bool shares_bias = b.bias.data != nullptr && (sums_bias ? b.bias_images == 1 : b.bias.image == 0);
   const Tasks tasks(b, shares_bias, sums_bias ? bias_sum : 0, 1, threads);
+  const int64_t padding_sum = b.grad_padding != nullptr ? b.heads * 3 * b.head_dim : 0;
   const Floats parts = allocate(sums_bias ? tasks.image_parts() * b.heads * bias_sum : 1);
+  const Floats padding_parts = allocate(tasks.image_parts() * padding_sum + 1);
   run(tasks.count(), threads, kernels.backward_scratch(b), [&](int64_t task, float* scratch) {
     float* part = sums_bias ? parts.get() + tasks.image_part(task) * b.heads * bias_sum : nullptr;
-    kernels.backward(b, tasks[task], part, scratch);
+    float* padding_part = padding_sum > 0 ? padding_parts.get() + tasks.image_part(task) * padding_sum : nullptr;
+    kernels.backward(b, tasks[task], part, padding_part, scratch);
   });
+  for (int64_t head = 0; padding_sum > 0 && head < b.heads; ++head)
+    kernels.sum_grad_padding(b, padding_parts.get(), tasks.image_parts(), head);
   if (sums_bias) {
     const int64_t vectors = padded / kernels.lanes;
     run(b.bias_images * b.bias_heads * vectors, threads, 0, [&](int64_t task, float*) {

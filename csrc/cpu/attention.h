@@ -9,6 +9,16 @@
 
 namespace tlalign::cpu {
 
+// Images that are windows of a map, W of each map after one another: `batch` counts windows, queries and keys are the N
+// tokens of a window. Rows, and labels (B, map_tokens, S), are those of the map.
+struct Windows {
+  int64_t count = 0;                 // W; 0: images are no windows
+  int64_t map_tokens = 0;            // Ht * Wt
+  const int32_t* tokens = nullptr;   // (W, N), the token of the map that lies there, or -1 in the padding
+  const int32_t* regions = nullptr;  // (W, N), tokens of different ones see each other less; or null
+  const char* padding = nullptr;     // (3, H, D), query, key and value in the padding; null exactly if there is none
+};
+
 // Both directions. Sizes are at least 1 but for `sources`, which is 0 without labels; head_dim is at most 256.
 struct Problem {
   int64_t batch, heads, queries, keys, head_dim, sources;
@@ -18,12 +28,13 @@ struct Problem {
   uint64_t dropout_seed;
   Rows query, key, value;
   Offsets bias, mask;
+  Windows windows;
 };
 
 struct Forward : Problem {
   const float* share;     // (B, Nk, S) or null
   const float* residual;  // (B, Nq, S) or null
-  char* output;           // (B, Nq, H, D)
+  Rows output;            // (B, Nq, H, D)
   float* share_out;       // (B, Nq, S) or null
   float* log_sum_exp;     // (B, H, Nq)
 };
@@ -34,6 +45,7 @@ struct Backward : Problem {
   Rows grad_query, grad_key, grad_value;
   char* grad_bias;                  // (bias_images, bias_heads, Nq, Nk) in the dtype of the bias, or null
   int64_t bias_images, bias_heads;  // 1 where the bias is broadcast, else B and H
+  char* grad_padding;               // (3, H, D), null exactly if `windows.padding` is
 };
 
 // The instruction set that a call takes: the best one that the processor has, or the one that is wanted by name. Throws

@@ -4,6 +4,7 @@
 // sum across lanes, and the share of a key a broadcast factor, one multiply-add per score. They are in units of ln 2,
 // so that a power of two is all that the softmax takes. Keys and values of a block are copied into scratch as padded
 // floats, once for all queries (short windows are read in place); what is computed from them never leaves the cache.
+// Where images are windows of a map, these copies follow its table of tokens.
 //
 //   forward    for each block of keys, each panel of queries:  S = K Q^T and its maximum;  online softmax and share;
 //              O = E^T V
@@ -48,6 +49,8 @@ constexpr int64_t LABEL_BLOCK = 64;  // labels of a pass over dense ones
 constexpr int64_t MAX_REUSE_IN_PLACE = 4;
 // A bias or mask that all images share is transposed once a task, if it is no larger than this.
 constexpr int64_t OFFSET_CACHE = KEY_BLOCK * QUERY_CHUNK;
+// Added to scores across regions, in units of ln 2: a trained Swin knows this number, not minus infinity.
+constexpr float REGION_BIAS = -100 * LOG2_E;
 // exp(score - log_sum_exp) is good to half a unit in the last place of the log-sum-exp: up to here to 2e-6.
 constexpr float PRECISE_LOG_SUM_EXP = 32;
 
@@ -91,6 +94,24 @@ void with_type(DType dtype, Work work) {
   work(Float16{});
 }
 
+// Rows in order of the tokens of an image: evenly strided, or, in a window, those that its table names.
+template <class T>
+struct TokenRows {
+  T* data;
+  int64_t stride;
+  const int32_t* tokens;  // null: evenly strided
+  T* padding;             // the row in the padding; null: there is none, or it is not to be written
+
+  T* operator[](int64_t token) const {
+    if (tokens == nullptr) return data + token * stride;
+    return tokens[token] < 0 ? padding : data + tokens[token] * stride;
+  }
+  TokenRows from(int64_t token) const {
+    if (tokens == nullptr) return {data + token * stride, stride, nullptr, padding};
+    return {data, stride, tokens + token, padding};
+  }
+};
+
 // Fetches rows that will be needed next into the cache, spread over the work at hand: the strides of heads defeat the
 // processor's own prefetching, and many lines at once fill its queue of misses and wait there.
 class Prefetcher {
@@ -99,9 +120,11 @@ class Prefetcher {
   // queries make less work, and what comes late is waited for.
   explicit Prefetcher(int64_t work) : work_(work) {}
 
-  void add(const char* data, int64_t stride, int64_t rows, int64_t row_bytes) {
-    row_bytes_ = row_bytes;
-    parts_[count_++] = {data, stride, rows};
+  template <class T>
+  void add(const TokenRows<T>& source, int64_t rows, int64_t width) {
+    row_bytes_ = width * sizeof(T);
+    parts_[count_++] = {reinterpret_cast<const char*>(source.data), source.stride * static_cast<int64_t>(sizeof(T)),
+                        source.tokens, rows};
     rows_ = larger(rows_, rows);
     interval_ = larger(work_ * 6 / 10 / rows_, 1);
   }
@@ -112,9 +135,10 @@ class Prefetcher {
       for (int i = 0; i < count_; ++i) {
         Part& part = parts_[i];
         if (--part.rows < 0) continue;
+        const char* row = part.tokens == nullptr ? part.row : part.row + larger(*part.tokens++, 0) * part.stride;
         for (int64_t line = 0; line < row_bytes_; line += LINE)
-          __builtin_prefetch(part.row + line, 0, 2);  // to read, into the second level
-        part.row += part.stride;
+          __builtin_prefetch(row + line, 0, 2);  // to read, into the second level
+        if (part.tokens == nullptr) part.row += part.stride;
       }
   }
 
@@ -122,7 +146,9 @@ class Prefetcher {
   static constexpr int64_t LINE = 64;
   struct Part {
     const char* row;
-    int64_t stride, rows;
+    int64_t stride;
+    const int32_t* tokens;
+    int64_t rows;
   };
   Part parts_[5];
   int64_t work_, row_bytes_ = 0, rows_ = 0, interval_ = 1, credit_ = 0;
@@ -306,73 +332,139 @@ TLALIGN_INLINE Vector load_words_of(const T* p, int64_t count) {
 
 // `count` rows of `width` elements as words, filled up with zeros to whole vectors.
 template <bool PAIRS = false, class T>
-void pack_rows(const T* source, int64_t stride, int64_t count, int64_t width, float* rows, int64_t row) {
+void pack_rows(const TokenRows<T> source, int64_t count, int64_t width, float* rows, int64_t row) {
   constexpr int64_t STEP = PAIRS ? 2 * LANES : LANES;
-  for (int64_t i = 0; i < count; ++i, source += stride)
+  for (int64_t i = 0; i < count; ++i) {
+    const T* from = source[i];
     for (int64_t d = 0; d < width; d += STEP)
-      store(rows + i * row + d / STEP * LANES, load_words_of<PAIRS>(source + d, width - d));
+      store(rows + i * row + d / STEP * LANES, load_words_of<PAIRS>(from + d, width - d));
+  }
 }
 
 // The same rows as columns of words: (words, vectors * LANES), 0 in the lanes beyond `count`. Floats are multiplied
 // with `factor`.
 template <bool PAIRS = false, class T>
-void pack_columns(const T* source, int64_t stride, int64_t count, int64_t width, float factor, float* columns,
-                  int64_t row, int64_t vectors) {
+void pack_columns(const TokenRows<T> source, int64_t count, int64_t width, float factor, float* columns, int64_t row,
+                  int64_t vectors) {
   constexpr int64_t STEP = PAIRS ? 2 * LANES : LANES;
-  for (int64_t lane = 0; lane < vectors * LANES; lane += LANES)
+  for (int64_t lane = 0; lane < vectors * LANES; lane += LANES) {
+    const T* from[LANES];
+    for (int i = 0; i < LANES; ++i) from[i] = lane + i < count ? source[lane + i] : nullptr;
     for (int64_t d = 0; d < width; d += STEP) {
       const int64_t present = smaller(width - d, STEP), words = words_of<PAIRS>(present);
-      const T* corner = source + lane * stride + d;
       Vector square[LANES];
       if (lane + LANES <= count && present == STEP) {
-        for (int i = 0; i < LANES; ++i) square[i] = load_words_of<PAIRS>(corner + i * stride, STEP);
+        for (int i = 0; i < LANES; ++i) square[i] = load_words_of<PAIRS>(from[i] + d, STEP);
       } else {
         for (int i = 0; i < LANES; ++i)
-          square[i] = lane + i < count ? load_words_of<PAIRS>(corner + i * stride, present) : Vector{};
+          square[i] = from[i] != nullptr ? load_words_of<PAIRS>(from[i] + d, present) : Vector{};
       }
       transpose(square);
       for (int i = 0; i < words; ++i)
         store(columns + (d / STEP * LANES + i) * row + lane, PAIRS ? square[i] : square[i] * factor);
     }
+  }
 }
 
 // Two rows after one another as one row of pairs, an odd one with zeros.
-[[maybe_unused]] void pair_rows(const BFloat16* source, int64_t stride, int64_t count, int64_t width, float* rows,
+[[maybe_unused]] void pair_rows(const TokenRows<BFloat16> source, int64_t count, int64_t width, float* rows,
                                 int64_t row) {
-  for (int64_t i = 0; i < count; i += 2, source += 2 * stride, rows += row)
+  for (int64_t i = 0; i < count; i += 2, rows += row) {
+    const BFloat16 *even = source[i], *odd = i + 1 < count ? source[i + 1] : nullptr;
     for (int64_t d = 0; d < width; d += LANES) {
-      const Vector first = load_first(source + d, width - d);
-      const Vector second = i + 1 < count ? load_first(source + stride + d, width - d) : Vector{};
+      const Vector first = load_first(even + d, width - d);
+      const Vector second = odd != nullptr ? load_first(odd + d, width - d) : Vector{};
       store(rows + d, bits<Vector>(bits<UintVector>(first) >> 16 | bits<UintVector>(second)));
     }
+  }
 }
 
+// Rows of floats to the tensor; what lies in the padding is added to `padding_sum` (width), or dropped if that is null.
 template <class T>
-void unpack_rows(const float* rows, int64_t row, int64_t count, int64_t width, T* target, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i, rows += row, target += stride)
-    for (int64_t d = 0; d < width; d += LANES) store_first(target + d, load(rows + d), width - d);
+void unpack_rows(const float* rows, int64_t row, int64_t count, int64_t width, const TokenRows<T> target,
+                 bool streams = false, float* padding_sum = nullptr) {
+  for (int64_t i = 0; i < count; ++i, rows += row) {
+    T* to = target[i];
+    if (to == nullptr) {
+      for (int64_t d = 0; padding_sum != nullptr && d < width; ++d) padding_sum[d] += rows[d];
+    } else if (sizeof(T) == sizeof(float) && streams) {
+      for (int64_t d = 0; d < width; d += LANES) stream(reinterpret_cast<float*>(to + d), load(rows + d));
+    } else {
+      for (int64_t d = 0; d < width; d += LANES) store_first(to + d, load(rows + d), width - d);
+    }
+  }
 }
 
 // Whether products write their results as rows of the tensor itself.
 template <class T>
 bool writes_in_place(const Problem& p) {
-  return (sizeof(T) == sizeof(float) || PAIRED<T>) && p.head_dim % LANES == 0;
+  return (sizeof(T) == sizeof(float) || PAIRED<T>) && p.head_dim % LANES == 0 && p.windows.count == 0;
 }
 
 // Whether even sums that are not complete can be kept there.
 bool sums_in_place(const Problem& p) { return p.dtype == DType::float32 && writes_in_place<Float32>(p); }
 
 // Whether results of so many floats are written past the caches, which they would only fill.
-bool streams(const Rows& rows, int64_t floats) {
+bool streams(const Problem& p, const Rows& rows, int64_t floats) {
   constexpr int64_t SMALLEST = 2 << 20;
   constexpr uint64_t VECTOR = sizeof(Vector);
-  const uint64_t strides = static_cast<uint64_t>(rows.image | rows.head | rows.row) * sizeof(float);
+  const uint64_t strides = static_cast<uint64_t>(rows.image | rows.head | rows.row | p.head_dim) * sizeof(float);
   return floats >= SMALLEST && (reinterpret_cast<uintptr_t>(rows.data) | strides) % VECTOR == 0;
 }
 
+// What the padding is in tensors that have nothing there.
+alignas(64) const char ZEROS[256 * sizeof(float)] = {};
+
+// Rows of one image and head. `padding`: see `TokenRows`.
 template <class T>
-TLALIGN_INLINE T* row_of(const Rows& rows, int64_t image, int64_t head, int64_t row) {
-  return reinterpret_cast<T*>(rows.data) + image * rows.image + head * rows.head + row * rows.row;
+TLALIGN_INLINE TokenRows<T> rows_of(const Problem& p, const Rows& rows, int64_t image, int64_t head,
+                                    const void* padding = nullptr) {
+  T* data = reinterpret_cast<T*>(rows.data) + head * rows.head;
+  const Windows& w = p.windows;
+  if (w.count == 0) return {data + image * rows.image, rows.row, nullptr, nullptr};
+  return {data + image / w.count * rows.image, rows.row, w.tokens + image % w.count * p.queries,
+          static_cast<T*>(const_cast<void*>(padding))};
+}
+
+// Row of the query (0), key (1) or value (2) in the padding.
+template <class T>
+TLALIGN_INLINE const T* padding_of(const Problem& p, int64_t which, int64_t head) {
+  if (p.windows.padding == nullptr) return nullptr;
+  return reinterpret_cast<const T*>(p.windows.padding) + (which * p.heads + head) * p.head_dim;
+}
+
+template <class T>
+struct QueryKeyValue {
+  TokenRows<T> query, key, value;
+  QueryKeyValue(const Problem& p, int64_t image, int64_t head)
+      : query(rows_of<T>(p, p.query, image, head, padding_of<T>(p, 0, head))),
+        key(rows_of<T>(p, p.key, image, head, padding_of<T>(p, 1, head))),
+        value(rows_of<T>(p, p.value, image, head, padding_of<T>(p, 2, head))) {}
+};
+
+// Labels of an image, from one of the sources on.
+TokenRows<Float32> labels_of(const Problem& p, const float* labels, int64_t image, int64_t tokens, int64_t source) {
+  auto* data = reinterpret_cast<char*>(const_cast<float*>(labels + source));
+  const int64_t of_image = (p.windows.count == 0 ? tokens : p.windows.map_tokens) * p.sources;
+  return rows_of<Float32>(p, {data, of_image, 0, p.sources}, image, 0, ZEROS);
+}
+
+// Whether some tokens of a window are padding.
+bool is_padded(const Problem& p, int64_t image) {
+  if (p.windows.padding == nullptr) return false;
+  const int32_t* tokens = p.windows.tokens + image % p.windows.count * p.queries;
+  int32_t signs = 0;
+  for (int64_t i = 0; i < p.queries; ++i) signs |= tokens[i];
+  return signs < 0;
+}
+
+// Regions of the tokens of a window, or null if all lie in one.
+const int32_t* regions_of(const Problem& p, int64_t image) {
+  if (p.windows.regions == nullptr) return nullptr;
+  const int32_t* regions = p.windows.regions + image % p.windows.count * p.queries;
+  int32_t differences = 0;
+  for (int64_t i = 1; i < p.queries; ++i) differences |= regions[i] ^ regions[0];
+  return differences == 0 ? nullptr : regions;
 }
 
 // Words of a product in memory.
@@ -384,26 +476,26 @@ struct Factor {
 // Rows as left factor of a product along them: in place if they are words in whole vectors and `reuse`, how often they
 // are read, is small, else a copy, which lies closer together.
 template <class T>
-Factor left_factor(const Problem& p, const Rows& rows, int64_t image, int64_t head, int64_t first, int64_t count,
-                   int64_t reuse, float* scratch, int64_t scratch_row) {
+Factor left_factor(const Problem& p, const TokenRows<T>& rows, int64_t count, int64_t reuse, float* scratch,
+                   int64_t scratch_row) {
   constexpr int64_t PER_WORD = sizeof(float) / sizeof(T);
-  const T* source = row_of<T>(rows, image, head, first);
-  const bool has_words =
-      (PER_WORD == 1 || PAIRED<T>) && p.head_dim % (LANES * PER_WORD) == 0 && rows.row % PER_WORD == 0;
-  if (has_words && reuse <= MAX_REUSE_IN_PLACE) return {reinterpret_cast<const float*>(source), rows.row / PER_WORD};
-  pack_rows<PAIRED<T>>(source, rows.row, count, p.head_dim, scratch, scratch_row);
+  const bool has_words = (PER_WORD == 1 || PAIRED<T>) && p.head_dim % (LANES * PER_WORD) == 0 &&
+                         rows.stride % PER_WORD == 0 && rows.tokens == nullptr;
+  if (has_words && reuse <= MAX_REUSE_IN_PLACE)
+    return {reinterpret_cast<const float*>(rows.data), rows.stride / PER_WORD};
+  pack_rows<PAIRED<T>>(rows, count, p.head_dim, scratch, scratch_row);
   return {scratch, scratch_row};
 }
 
 // Rows as right factor of a product across them.
 template <class T>
-Factor right_factor(const Problem& p, const Rows& rows, int64_t image, int64_t head, int64_t first, int64_t count,
-                    int64_t reuse, float* scratch, int64_t scratch_row) {
+Factor right_factor(const Problem& p, const TokenRows<T>& rows, int64_t count, int64_t reuse, float* scratch,
+                    int64_t scratch_row) {
   if constexpr (PAIRED<T>) {
-    pair_rows(row_of<T>(rows, image, head, first), rows.row, count, p.head_dim, scratch, scratch_row);
+    pair_rows(rows, count, p.head_dim, scratch, scratch_row);
     return {scratch, scratch_row};
   } else {
-    return left_factor<T>(p, rows, image, head, first, count, reuse, scratch, scratch_row);
+    return left_factor<T>(p, rows, count, reuse, scratch, scratch_row);
   }
 }
 
@@ -440,13 +532,13 @@ void pack_offsets(const Offsets& offsets, bool adds, int64_t image, int64_t head
     with_type(offsets.dtype, pack);
 }
 
-// Bias and mask of a problem, and their sum as the kernels read it. What images share is summed once a task, for all
-// queries and keys, if it is small and a task has several images; the rest once a panel.
+// Bias, mask and regions of a problem, and their sum as the kernels read it. What images share is summed once a task,
+// for all queries and keys, if it is small and a task has several images; the rest once a panel.
 class OffsetReader {
  public:
   // Floats of scratch for panels of `lanes` queries and `keys` keys.
   static int64_t scratch(const Problem& p, int64_t keys, int64_t lanes) {
-    if (p.bias.data == nullptr && p.mask.data == nullptr) return 0;
+    if (p.bias.data == nullptr && p.mask.data == nullptr && p.windows.regions == nullptr) return 0;
     return (caches(p, p.bias) || caches(p, p.mask) ? p.keys * padded_queries(p, LANES) : 0) + keys * lanes;
   }
 
@@ -468,16 +560,25 @@ class OffsetReader {
 
   OffsetColumns panel(int64_t image, int64_t query, int64_t vectors, int64_t key, int64_t keys) const {
     const OffsetColumns cached{has_cache_ ? cache_ + key * padded_ + query : nullptr, padded_};
-    if (varying_count_ == 0) return cached;
+    const int32_t* regions = regions_of(problem_, image);
+    if (varying_count_ == 0 && regions == nullptr) return cached;
     const int64_t lanes = vectors * LANES;
     for (int i = 0; i < varying_count_; ++i)
       pack_offsets(*varying_[i], i > 0, image, head_, query, smaller(problem_.queries - query, lanes), key, keys,
                    panel_, lanes, vectors);
-    for (int64_t j = 0; has_cache_ && j < keys; ++j)
-      for (int64_t lane = 0; lane < lanes; lane += LANES) {
+    for (int64_t lane = 0; (has_cache_ || regions != nullptr) && lane < lanes; lane += LANES) {
+      IntVector own = {};
+      if (regions != nullptr)
+        own = bits<IntVector>(
+            load_first(reinterpret_cast<const Float32*>(regions + query + lane), problem_.queries - query - lane));
+      for (int64_t j = 0; j < keys; ++j) {
         float* at = panel_ + j * lanes + lane;
-        store(at, load(at) + load(cached.data + j * padded_ + lane));
+        Vector sum = varying_count_ > 0 ? load(at) : Vector{};
+        if (has_cache_) sum += load(cached.data + j * padded_ + lane);
+        if (regions != nullptr) sum += own == regions[key + j] ? Vector{} : broadcast(REGION_BIAS);
+        store(at, sum);
       }
+    }
     return {panel_, lanes};
   }
 
@@ -511,8 +612,7 @@ struct Next {
 template <class T>
 void prefetch_rows(Prefetcher& prefetcher, const Problem& p, const Rows& rows, const Next& next, int64_t first,
                    int64_t count) {
-  prefetcher.add(reinterpret_cast<const char*>(row_of<T>(rows, next.image, next.head, first)), rows.row * sizeof(T),
-                 count, p.head_dim * sizeof(T));
+  prefetcher.add(rows_of<T>(p, rows, next.image, next.head).from(first), count, p.head_dim);
 }
 
 // Hands out parts of the scratch, each on its own cache lines. Asked with a null pointer it only counts.
@@ -594,8 +694,7 @@ constexpr int64_t MAX_FEW = LANES / 8;
 // One column of vectors of a product as scores, for a few queries, the last of them repeated in the lanes beyond: sums
 // along the rows. The right factor of the product is not used.
 template <class T>
-void multiply_few(const Product& product, int64_t keys, const T* queries, int64_t stride, int64_t count,
-                  int64_t width) {
+void multiply_few(const Product& product, int64_t keys, const TokenRows<T> queries, int64_t count, int64_t width) {
   const Product p = product;  // which no store can change
   Vector highest = p.maximum != nullptr ? load(p.maximum) : Vector{};
   for (int64_t j = 0; j < keys; j += LANES) {
@@ -606,7 +705,7 @@ void multiply_few(const Product& product, int64_t keys, const T* queries, int64_
       if (q >= count) continue;
       Vector rows[LANES] = {};
       for (int64_t d = 0; d < width; d += LANES) {
-        const Vector right = load_first(queries + q * stride + d, width - d);
+        const Vector right = load_first(queries[q] + d, width - d);
         TLALIGN_UNROLL
         for (int i = 0; i < LANES; ++i) rows[i] += load(p.a + (j + smaller(i, present - 1)) * p.a_row + d) * right;
       }
@@ -627,15 +726,15 @@ void multiply_few(const Product& product, int64_t keys, const T* queries, int64_
 
 // The product, as scores, of the keys of a block and V vectors of queries, `rows` from `query` on, packed into
 // `columns`. Floats take the product's factor there: queries are fewer than scores.
-template <int V, class T, bool PAIRS>
-void multiply_queries(Product product, const Problem& p, const Rows& rows, int64_t image, int64_t head, int64_t query,
-                      int64_t keys, float* columns) {
+template <int V, bool PAIRS, class T>
+void multiply_queries(Product product, const Problem& p, const TokenRows<T>& rows, int64_t query, int64_t keys,
+                      float* columns) {
   constexpr bool TAKES_FEW = !PAIRS && MAX_FEW > 0;
-  const T* first = row_of<T>(rows, image, head, query);
+  const TokenRows<T> first = rows.from(query);
   const int64_t queries = smaller(p.queries - query, V * LANES), few = queries - (V - 1) * LANES;
   const int64_t vectors = TAKES_FEW && few <= MAX_FEW ? V - 1 : V;
   const float factor = product.factor;
-  pack_columns<PAIRS>(first, rows.row, queries, p.head_dim, factor, columns, V * LANES, vectors);
+  pack_columns<PAIRS>(first, queries, p.head_dim, factor, columns, V * LANES, vectors);
   product.factor = PAIRS ? factor : 1.0f;
   product.depth = words_of<PAIRS>(p.head_dim);
   product.b = columns;
@@ -648,13 +747,13 @@ void multiply_queries(Product product, const Problem& p, const Rows& rows, int64
     product.c += LANE;
     if (product.offset != nullptr) product.offset += LANE;
     if (product.maximum != nullptr) product.maximum += LANE;
-    multiply_few(product, keys, first + LANE * rows.row, rows.row, few, p.head_dim);
+    multiply_few(product, keys, first.from(LANE), few, p.head_dim);
   }
 }
 
 // Scores of the keys of a block, (keys, V vectors), and in `maximum` (unless null) the maximum of each query.
-template <int V, class T, bool PAIRS>
-void multiply_scores(const Problem& p, int64_t image, int64_t head, int64_t query, Factor key_rows, int64_t keys,
+template <int V, bool PAIRS, class T>
+void multiply_scores(const Problem& p, const TokenRows<T>& queries, int64_t query, Factor key_rows, int64_t keys,
                      OffsetColumns offsets, float* columns, float* scores, int64_t row, float* maximum,
                      Prefetcher* prefetcher = nullptr) {
   Product product{key_rows.data, key_rows.row, scores, row};
@@ -663,7 +762,7 @@ void multiply_scores(const Problem& p, int64_t image, int64_t head, int64_t quer
   product.offset_row = offsets.row;
   product.maximum = maximum;
   product.prefetcher = prefetcher;
-  multiply_queries<V, T, PAIRS>(product, p, p.query, image, head, query, keys, columns);
+  multiply_queries<V, PAIRS>(product, p, queries, query, keys, columns);
 }
 
 // Forward
@@ -754,11 +853,21 @@ void pair_weights(float* weights, int64_t row, int64_t keys) {
 
 Split chunks_of(const Problem& p, int64_t queries) { return Split(padded_queries(p, LANES) / LANES, queries / LANES); }
 
-int64_t fused_sources(const Problem& p) { return p.sources <= MAX_FUSED_SOURCES ? p.sources : 0; }
+// Labels (keys, sources) of a window, the fused ones, and last, if it has padding, 1 for real keys and 0 for the
+// others.
+void gather_labels(const Forward& f, int64_t image, bool padded, float* labels) {
+  const int64_t fused = fused_sources(f), sources = fused + padded;
+  const TokenRows<Float32> rows = labels_of(f, f.share, image, f.keys, 0);
+  for (int64_t key = 0; key < f.keys; ++key, labels += sources) {
+    const Float32* own = rows[key];
+    for (int64_t s = 0; s < fused; ++s) labels[s] = own[s].value;
+    if (padded) labels[fused] = own != rows.padding ? 1.0f : 0.0f;
+  }
+}
 
 struct ForwardScratch {
   static constexpr int64_t SCORE_ROW = row_length(PANEL);
-  float *key, *value, *query, *scores, *output, *maximum, *sum, *share, *keep, *inverse, *offsets;
+  float *key, *value, *query, *scores, *output, *maximum, *sum, *share, *keep, *inverse, *labels, *offsets;
   int64_t size;
 
   ForwardScratch(const Problem& p, const Plan& plan, float* scratch) {
@@ -770,17 +879,18 @@ struct ForwardScratch {
     value = arena.take(keys * plan.row);
     maximum = arena.take(chunk);
     sum = arena.take(chunk);
-    share = arena.take(fused_sources(p) * chunk);
+    share = arena.take(head_sums(p) * chunk);
     keep = arena.take(PANEL);
     inverse = arena.take(PANEL);
     output = arena.take(chunk * plan.row);
+    labels = arena.take(p.windows.count > 0 ? head_sums(p) * p.keys : 0);
     offsets = arena.take(OffsetReader::scratch(p, keys, PANEL));
     size = arena.used();
   }
 };
 
-// Writes what the last block of keys completes: the log-sum-exp, the share of this head, and `inverse`, 1 / sum.
-void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query, int64_t vectors,
+// Writes what the last block of keys completes: the log-sum-exp, the shares of this head, and `inverse`, 1 / sum.
+void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query, int64_t vectors, int64_t sources,
                     const RunningSoftmax& running, float* head_share, float* inverse) {
   const int64_t index = image * f.heads + head;
   for (int64_t lane = 0; lane < vectors * LANES; lane += LANES) {
@@ -792,8 +902,8 @@ void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query
     // sum - sum is 0, or NaN if sum is: that the logarithm would lose.
     const Vector log_sum_exp = sum == 0.0f ? broadcast(-INFINITE) : highest * LN_2 + logarithm(sum) + (sum - sum);
     store_first(reinterpret_cast<Float32*>(f.log_sum_exp + index * f.queries + first), log_sum_exp, count);
-    for (int64_t s = 0; s < fused_sources(f); ++s) {
-      float* target = head_share + (index * f.sources + s) * f.queries + first;
+    for (int64_t s = 0; s < sources; ++s) {
+      float* target = head_share + (index * head_sums(f) + s) * f.queries + first;
       store_first(reinterpret_cast<Float32*>(target), load(running.share + s * running.share_row + lane) * inverted,
                   count);
     }
@@ -806,11 +916,8 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
   const ForwardScratch at(f, plan, scratch);
   const Split chunks = chunks_of(f, QUERY_CHUNK), panels(chunks.size(task.chunk), MAX_VECTORS);
   constexpr bool PAIRS = PAIRED<T>;
-  const int64_t sources = fused_sources(f), output_row = f.heads * f.head_dim;
   const int64_t chunk_query = chunks.begin(task.chunk) * LANES, chunk_lanes = chunks.size(task.chunk) * LANES;
-  const bool pairs_at_once = PAIRS && sources <= 1 && !(f.dropout_p > 0);
-  const bool streams_output =
-      streams({f.output, 0, f.head_dim, output_row}, f.batch * f.queries * f.heads * f.head_dim);
+  const bool streams_output = streams(f, f.output, f.batch * f.queries * f.heads * f.head_dim);
   for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
     const OffsetReader offsets(f, head, task.images, at.offsets);
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
@@ -822,15 +929,25 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
         prefetch_rows<T>(prefetcher, f, f.value, next, 0, f.keys);
         prefetch_rows<T>(prefetcher, f, f.query, next, chunk_query, smaller(f.queries - chunk_query, chunk_lanes));
       }
+      const QueryKeyValue<T> rows(f, image, head);
+      const TokenRows<T> output_rows = rows_of<T>(f, f.output, image, head);
+      const bool padded = is_padded(f, image) && f.sources > 0;
+      const int64_t sources = fused_sources(f) + padded;
+      const bool pairs_at_once = PAIRS && sources <= 1 && !(f.dropout_p > 0);
+      const float* labels = sources > 0 ? f.share + image * f.keys * sources : nullptr;
+      if (f.windows.count > 0 && sources > 0) {
+        gather_labels(f, image, padded, at.labels);
+        labels = at.labels;
+      }
       for (int64_t i = 0; i < chunk_lanes; ++i) at.maximum[i] = -INFINITE;
       for (int64_t i = 0; i < chunk_lanes; ++i) at.sum[i] = 0.0f;
       for (int64_t i = 0; i < chunk_lanes * sources; ++i) at.share[i] = 0.0f;
       for (int64_t block = 0; block < plan.keys.count; ++block) {
         const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
         const bool last = block == plan.keys.count - 1;
-        const Factor key_rows = left_factor<T>(f, f.key, image, head, key, keys, panels.count, at.key, plan.row);
-        const Factor value_rows = right_factor<T>(f, f.value, image, head, key, keys, panels.count, at.value, plan.row);
-        const float* share = sources > 0 ? f.share + (image * f.keys + key) * sources : nullptr;
+        const Factor key_rows = left_factor(f, rows.key.from(key), keys, panels.count, at.key, plan.row);
+        const Factor value_rows = right_factor(f, rows.value.from(key), keys, panels.count, at.value, plan.row);
+        const float* share = labels + key * sources;
         for (int64_t panel = 0; panel < panels.count; ++panel)
           with_vectors(panels.size(panel), [&](auto width) {
             constexpr int V = decltype(width)::count;
@@ -840,9 +957,8 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             const int64_t queries = smaller(f.queries - query, V * LANES);
             const RunningSoftmax running{at.maximum + lane, at.sum + lane, at.share + lane, chunk_lanes};
             for (int64_t i = 0; i < V * LANES; i += LANES) store(at.keep + i, load(running.maximum + i));
-            multiply_scores<V, T, PAIRS>(f, image, head, query, key_rows, keys,
-                                         offsets.panel(image, query, V, key, keys), at.query, at.scores, SCORE_ROW,
-                                         running.maximum, &prefetcher);
+            multiply_scores<V, PAIRS>(f, rows.query, query, key_rows, keys, offsets.panel(image, query, V, key, keys),
+                                      at.query, at.scores, SCORE_ROW, running.maximum, &prefetcher);
             const auto softmax = [&](auto shares, auto pairs) {
               softmax_panel<V, decltype(shares)::count != 0, decltype(pairs)::count != 0>(
                   at.scores, SCORE_ROW, keys, share, running, at.keep, prefetcher);
@@ -852,17 +968,16 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             else
               sources == 1 ? softmax(Vectors<1>{}, Vectors<0>{}) : softmax(Vectors<0>{}, Vectors<0>{});
             if (sources > 1) mix_shares<V>(at.scores, SCORE_ROW, keys, share, sources, running, at.keep);
-            if (last) finish_softmax(f, image, head, query, V, running, head_share, at.inverse);
+            if (last) finish_softmax(f, image, head, query, V, sources, running, head_share, at.inverse);
             if (f.dropout_p > 0) drop_weights<V>(at.scores, SCORE_ROW, keys, Dropout(f, image, head), query, key);
             if (PAIRS && !pairs_at_once) pair_weights<V>(at.scores, SCORE_ROW, keys);
 
-            T* output = reinterpret_cast<T*>(f.output) + ((image * f.queries + query) * f.heads + head) * f.head_dim;
             float* sums = at.output + lane * plan.row;
             const bool direct = last && writes_in_place<T>(f);
             Product product{at.scores,
                             SCORE_ROW,
-                            direct ? reinterpret_cast<float*>(output) : sums,
-                            direct ? output_row : plan.row,
+                            direct ? reinterpret_cast<float*>(output_rows[query]) : sums,
+                            direct ? f.output.row : plan.row,
                             value_rows.data,
                             value_rows.row,
                             words_of<PAIRS>(keys)};
@@ -876,15 +991,32 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             product.rounds = direct && PAIRS;
             product.prefetcher = &prefetcher;
             multiply<true, PAIRS>(product, queries, plan.width_vectors);
-            if (last && !direct) unpack_rows(sums, plan.row, queries, f.head_dim, output, output_row);
+            if (last && !direct)
+              unpack_rows(sums, plan.row, queries, f.head_dim, output_rows.from(query), streams_output);
           });
       }
     }
   }
 }
 
+// Labels of LANES tokens, one source.
+Vector load_labels(const TokenRows<Float32> rows, int64_t count) {
+  if (rows.tokens == nullptr) return load_strided(rows.data, rows.stride, count);
+  Vector labels = {};
+  for (int64_t i = 0; i < count; ++i) labels[i] = rows[i]->value;
+  return labels;
+}
+
+void store_labels(const TokenRows<Float32> rows, Vector labels, int64_t count) {
+  if (rows.tokens == nullptr) return store_strided(rows.data, labels, rows.stride, count);
+  for (int64_t i = 0; i < count; ++i)
+    if (rows.tokens[i] >= 0) rows[i]->value = labels[i];
+}
+
 // share = mean over the heads that see a key, averaged with the residual; without any such head the residual, or 0.
+// With padding it is the mean over the real keys that they see.
 void average_heads(const Forward& f, const float* head_share, int64_t image) {
+  const bool padded = is_padded(f, image);
   for (int64_t query = 0; query < f.queries; query += LANES) {
     const int64_t count = smaller(f.queries - query, LANES);
     const auto of_head = [&](const float* p, int64_t row) {
@@ -892,18 +1024,20 @@ void average_heads(const Forward& f, const float* head_share, int64_t image) {
     };
     Vector seeing = {};
     for (int64_t row = image * f.heads; row < (image + 1) * f.heads; ++row)
-      seeing += of_head(f.log_sum_exp, row) == -INFINITE ? Vector{} : broadcast(1.0f);
+      if (padded)
+        seeing += of_head(head_share, row * head_sums(f) + f.sources);
+      else
+        seeing += of_head(f.log_sum_exp, row) == -INFINITE ? Vector{} : broadcast(1.0f);
     for (int64_t s = 0; s < f.sources; ++s) {
       Vector mean = {};
       for (int64_t row = image * f.heads; row < (image + 1) * f.heads; ++row)
-        mean += of_head(head_share, row * f.sources + s);
+        mean += of_head(head_share, row * head_sums(f) + s);
       mean = seeing > 0.0f ? mean / seeing : Vector{};
-      const int64_t first = (image * f.queries + query) * f.sources + s;
       if (f.residual != nullptr) {
-        const Vector own = load_strided(reinterpret_cast<const Float32*>(f.residual + first), f.sources, count);
+        const Vector own = load_labels(labels_of(f, f.residual, image, f.queries, s).from(query), count);
         mean = seeing > 0.0f ? (mean + own) * 0.5f : own;
       }
-      store_strided(reinterpret_cast<Float32*>(f.share_out + first), mean, f.sources, count);
+      store_labels(labels_of(f, f.share_out, image, f.queries, s).from(query), mean, count);
     }
   }
 }
@@ -1031,9 +1165,9 @@ void load_log_sum_exp(const Problem& p, const float* log_sum_exp, int64_t image,
 // which matters where that is large. Needs the product of queries and keys once more, so it is done for such queries
 // only.
 template <class T>
-void divide_by_sums(const Problem& p, const Plan& plan, const OffsetReader& offsets, int64_t image, int64_t head,
-                    int64_t query, int64_t vectors, const float* log_sum_exp, float* inverse, float* key_rows,
-                    float* columns, float* scores) {
+void divide_by_sums(const Problem& p, const Plan& plan, const QueryKeyValue<T>& rows, const OffsetReader& offsets,
+                    int64_t image, int64_t query, int64_t vectors, const float* log_sum_exp, float* inverse,
+                    float* key_rows, float* columns, float* scores) {
   bool precise = true;
   for (int64_t i = 0; i < vectors * LANES; ++i) {
     constexpr float LIMIT = PRECISE_LOG_SUM_EXP * LOG2_E;
@@ -1049,9 +1183,9 @@ void divide_by_sums(const Problem& p, const Plan& plan, const OffsetReader& offs
       Vector sum[V] = {};
       for (int64_t block = 0; block < plan.keys.count; ++block) {
         const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
-        pack_rows(row_of<T>(p.key, image, head, key), p.key.row, keys, p.head_dim, key_rows, plan.row);
-        multiply_scores<V, T, false>(p, image, head, query + lane, {key_rows, plan.row}, keys,
-                                     offsets.panel(image, query + lane, V, key, keys), columns, scores, ROW, nullptr);
+        pack_rows(rows.key.from(key), keys, p.head_dim, key_rows, plan.row);
+        multiply_scores<V, false>(p, rows.query, query + lane, {key_rows, plan.row}, keys,
+                                  offsets.panel(image, query + lane, V, key, keys), columns, scores, ROW, nullptr);
         const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane);
         for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
         for (int v = 0; v < V; ++v)
@@ -1067,13 +1201,12 @@ void divide_by_sums(const Problem& p, const Plan& plan, const OffsetReader& offs
 
 // sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135).
 template <class T>
-void sum_row_terms(const Backward& b, int64_t image, int64_t head, float* row_terms) {
+void sum_row_terms(const Backward& b, const TokenRows<T>& grad_output, const TokenRows<T>& output, float* row_terms) {
   for (int64_t first = 0; first < b.queries; first += LANES) {
     const int64_t count = smaller(b.queries - first, LANES);
     Vector rows[LANES] = {};
     for (int64_t i = 0; i < count; ++i) {
-      const T* left = row_of<T>(b.grad_output, image, head, first + i);
-      const T* right = row_of<T>(b.output, image, head, first + i);
+      const T *left = grad_output[first + i], *right = output[first + i];
       for (int64_t d = 0; d < b.head_dim; d += LANES)
         rows[i] += load_first(left + d, b.head_dim - d) * load_first(right + d, b.head_dim - d);
     }
@@ -1082,7 +1215,7 @@ void sum_row_terms(const Backward& b, int64_t image, int64_t head, float* row_te
 }
 
 template <class T>
-void backward_of(const Backward& b, const Task& task, float* grad_bias, float* scratch) {
+void backward_of(const Backward& b, const Task& task, float* grad_bias, float* grad_padding, float* scratch) {
   constexpr bool PAIRS = PAIRED<T>;
   constexpr int64_t SCORE_ROW = ScorePanel::ROW;
   const Plan plan(b);
@@ -1095,6 +1228,8 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
     const OffsetReader offsets(b, head, task.images, at.offsets);
     float* grad_bias_sum = grad_bias == nullptr ? nullptr : grad_bias + head * b.keys * padded;
     for (int64_t i = 0; grad_bias != nullptr && i < b.keys * padded; ++i) grad_bias_sum[i] = 0.0f;
+    float* padding_sums = grad_padding == nullptr ? nullptr : grad_padding + head * 3 * b.head_dim;
+    for (int64_t i = 0; grad_padding != nullptr && i < 3 * b.head_dim; ++i) padding_sums[i] = 0.0f;
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
       const Next next(task, image, head);
       Prefetcher prefetcher(padded / LANES * b.keys * (2 * words_of<PAIRS>(b.head_dim) + GRADIENT_WORK) +
@@ -1106,38 +1241,39 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
         prefetch_rows<T>(prefetcher, b, b.grad_output, next, 0, b.queries);
         prefetch_rows<T>(prefetcher, b, b.output, next, 0, b.queries);
       }
+      const QueryKeyValue<T> rows(b, image, head);
+      const TokenRows<T> grad_output_rows = rows_of<T>(b, b.grad_output, image, head, ZEROS);
       load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp, at.inverse);
-      sum_row_terms<T>(b, image, head, at.row_terms);
-      divide_by_sums<T>(b, plan, offsets, image, head, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key,
-                        at.columns, at.scores);
+      sum_row_terms(b, grad_output_rows, rows_of<T>(b, b.output, image, head, ZEROS), at.row_terms);
+      divide_by_sums(b, plan, rows, offsets, image, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key, at.columns,
+                     at.scores);
       const Dropout dropout(b, image, head);
       for (int64_t key_block = 0; key_block < plan.keys.count; ++key_block) {
         const int64_t key = plan.keys.begin(key_block), keys = plan.keys.size(key_block);
         const bool last_keys = key_block == plan.keys.count - 1;
         const int64_t reuse = padded / LANES / MAX_VECTORS;
-        const Factor key_rows = left_factor<T>(b, b.key, image, head, key, keys, reuse, at.key, plan.row);
-        const Factor value_rows = left_factor<T>(b, b.value, image, head, key, keys, reuse, at.value, plan.row);
+        const Factor key_rows = left_factor(b, rows.key.from(key), keys, reuse, at.key, plan.row);
+        const Factor value_rows = left_factor(b, rows.value.from(key), keys, reuse, at.value, plan.row);
         const Factor key_factor =
-            PAIRS ? right_factor<T>(b, b.key, image, head, key, keys, reuse, at.key_pairs, plan.row) : key_rows;
+            PAIRS ? right_factor(b, rows.key.from(key), keys, reuse, at.key_pairs, plan.row) : key_rows;
         for (int64_t query_block = 0; query_block < query_blocks.count; ++query_block) {
           const int64_t query = query_blocks.begin(query_block) * LANES;
           const int64_t queries = smaller(b.queries - query, query_blocks.size(query_block) * LANES);
           const bool last_queries = query_block == query_blocks.count - 1;
-          const Factor query_factor =
-              right_factor<T>(b, b.query, image, head, query, queries, reuse, at.query, plan.row);
+          const Factor query_factor = right_factor(b, rows.query.from(query), queries, reuse, at.query, plan.row);
           const Factor grad_output_factor =
-              right_factor<T>(b, b.grad_output, image, head, query, queries, reuse, at.grad_output, plan.row);
+              right_factor(b, grad_output_rows.from(query), queries, reuse, at.grad_output, plan.row);
           const Split panels(query_blocks.size(query_block), MAX_VECTORS);
           for (int64_t panel = 0; panel < panels.count; ++panel)
             with_vectors(panels.size(panel), [&](auto width) {
               constexpr int V = decltype(width)::count;
               const int64_t lane = panels.begin(panel) * LANES;
-              multiply_scores<V, T, PAIRS>(b, image, head, query + lane, key_rows, keys,
-                                           offsets.panel(image, query + lane, V, key, keys), at.columns,
-                                           at.scores + lane, SCORE_ROW, nullptr, &prefetcher);
+              multiply_scores<V, PAIRS>(b, rows.query, query + lane, key_rows, keys,
+                                        offsets.panel(image, query + lane, V, key, keys), at.columns, at.scores + lane,
+                                        SCORE_ROW, nullptr, &prefetcher);
               Product product{value_rows.data, value_rows.row, at.gradients + lane, SCORE_ROW};
               product.prefetcher = &prefetcher;
-              multiply_queries<V, T, PAIRS>(product, b, b.grad_output, image, head, query + lane, keys, at.columns);
+              multiply_queries<V, PAIRS>(product, b, grad_output_rows, query + lane, keys, at.columns);
               const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane);
               const auto gradients_of_scores = [&](auto drops) {
                 gradient_panel<V, PAIRS, decltype(drops)::count != 0>(
@@ -1153,12 +1289,12 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
           // vectors.
           const auto accumulate = [&](auto across, int64_t rows, int64_t depth, const float* left, Factor right,
                                       float* sums, int64_t sums_row, const Rows& target, int64_t row, bool first,
-                                      bool last, const float* scale) {
-            T* result = row_of<T>(target, image, head, row);
-            const bool direct = last && writes_in_place<T>(b);
+                                      bool last, const float* scale, int64_t which) {
+            const TokenRows<T> result = rows_of<T>(b, target, image, head).from(row);
+            const bool direct = last && writes_in_place<T>(b), streams_result = streams(b, target, gradients);
             Product product{left,
                             SCORE_ROW,
-                            direct ? reinterpret_cast<float*>(result) : sums,
+                            direct ? reinterpret_cast<float*>(result.data) : sums,
                             direct ? target.row : sums_row,
                             right.data,
                             right.row,
@@ -1168,21 +1304,23 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* s
               product.init_row = sums_row;
             }
             if (last) product.scale = scale;
-            product.streams = direct && streams(target, gradients);
+            product.streams = direct && streams_result;
             product.rounds = direct && PAIRS;
             product.prefetcher = &prefetcher;
             multiply<decltype(across)::count != 0, PAIRS>(product, rows, plan.width_vectors);
-            if (last && !direct) unpack_rows(sums, sums_row, rows, b.head_dim, result, target.row);
+            if (last && !direct)
+              unpack_rows(sums, sums_row, rows, b.head_dim, result, streams_result,
+                          padding_sums == nullptr ? nullptr : padding_sums + which * b.head_dim);
           };
           float* grad_query = plan.keys.count > 1 ? at.grad_query + query * plan.row : at.grad_query;
-          if (sums_in_place(b)) grad_query = reinterpret_cast<float*>(row_of<T>(b.grad_query, image, head, query));
+          if (sums_in_place(b)) grad_query = reinterpret_cast<float*>(rows_of<T>(b, b.grad_query, image, head)[query]);
           accumulate(Vectors<1>{}, queries, keys, PAIRS ? at.pairs : at.gradients, key_factor, grad_query,
                      sums_in_place(b) ? b.grad_query.row : plan.row, b.grad_query, query, key_block == 0, last_keys,
-                     at.scale);
+                     at.scale, 0);
           accumulate(Vectors<0>{}, keys, queries, at.scores, grad_output_factor, at.grad_value, plan.row, b.grad_value,
-                     key, query_block == 0, last_queries, nullptr);
+                     key, query_block == 0, last_queries, nullptr, 2);
           accumulate(Vectors<0>{}, keys, queries, at.gradients, query_factor, at.grad_key, plan.row, b.grad_key, key,
-                     query_block == 0, last_queries, at.scale);
+                     query_block == 0, last_queries, at.scale, 1);
         }
       }
     }
@@ -1214,22 +1352,24 @@ struct DenseShareScratch {
 };
 
 template <class T>
-void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scratch) {
+void dense_share_of(const Forward& f, const float* head_share, int64_t image, int64_t chunk, float* scratch) {
   const Plan plan(f);
   const DenseShareScratch at(f, plan, scratch);
   const Split chunks = chunks_of(f, QUERY_BLOCK);
   const int64_t query = chunks.begin(chunk) * LANES, vectors = chunks.size(chunk), lanes = vectors * LANES;
   const int64_t queries = smaller(f.queries - query, lanes);
+  const bool padded = is_padded(f, image);
   for (int64_t i = 0; i < lanes; ++i) at.weight[i] = 0.0f;
   for (int64_t head = 0; head < f.heads; ++head) {
     const OffsetReader offsets(f, head, 1, at.offsets);
     float *log_sum_exp = at.log_sum_exp + head * QUERY_BLOCK, *inverse = at.inverse + head * QUERY_BLOCK;
     load_log_sum_exp(f, f.log_sum_exp, image, head, query, lanes, log_sum_exp, inverse);
-    divide_by_sums<T>(f, plan, offsets, image, head, query, vectors, log_sum_exp, inverse, at.key, at.columns,
-                      at.scores);
-    for (int64_t i = 0; i < lanes; ++i) at.weight[i] += log_sum_exp[i] != INFINITE;
+    divide_by_sums(f, plan, QueryKeyValue<T>(f, image, head), offsets, image, query, vectors, log_sum_exp, inverse,
+                   at.key, at.columns, at.scores);
+    const float* real = head_share + (image * f.heads + head) * f.queries + query;
+    for (int64_t i = 0; i < lanes; ++i) at.weight[i] += padded && i < queries ? real[i] : log_sum_exp[i] != INFINITE;
   }
-  // Heads in which a query sees no key don't count in its mean; no residual, no halving.
+  // Heads in which a query sees no key, and keys in the padding, don't count in its mean; no residual, no halving.
   const float part = f.residual != nullptr ? 0.5f : 1.0f;
   for (int64_t i = 0; i < lanes; ++i) at.weight[i] = at.weight[i] > 0 ? part / at.weight[i] : 0.0f;
 
@@ -1238,15 +1378,16 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
     for (int64_t i = 0; i < keys * DenseShareScratch::MEAN_ROW; ++i) at.mean[i] = 0.0f;
     for (int64_t head = 0; head < f.heads; ++head) {
       const OffsetReader offsets(f, head, 1, at.offsets);
-      pack_rows(row_of<T>(f.key, image, head, key), f.key.row, keys, f.head_dim, at.key, plan.row);
+      const QueryKeyValue<T> rows(f, image, head);
+      pack_rows(rows.key.from(key), keys, f.head_dim, at.key, plan.row);
       const Split panels(vectors, MAX_VECTORS);
       for (int64_t panel = 0; panel < panels.count; ++panel)
         with_vectors(panels.size(panel), [&](auto width) {
           constexpr int V = decltype(width)::count;
           const int64_t lane = panels.begin(panel) * LANES;
-          multiply_scores<V, T, false>(f, image, head, query + lane, {at.key, plan.row}, keys,
-                                       offsets.panel(image, query + lane, V, key, keys), at.columns, at.scores,
-                                       V * LANES, nullptr);
+          multiply_scores<V, false>(f, rows.query, query + lane, {at.key, plan.row}, keys,
+                                    offsets.panel(image, query + lane, V, key, keys), at.columns, at.scores, V * LANES,
+                                    nullptr);
           const Probabilities<V> probabilities(at.log_sum_exp + head * QUERY_BLOCK + lane,
                                                at.inverse + head * QUERY_BLOCK + lane);
           for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
@@ -1260,21 +1401,21 @@ void dense_share_of(const Forward& f, int64_t image, int64_t chunk, float* scrat
     }
     for (int64_t label = 0; label < f.sources; label += LABEL_BLOCK) {
       const int64_t labels = smaller(f.sources - label, LABEL_BLOCK), row = DenseShareScratch::LABEL_ROW;
-      const auto* share = reinterpret_cast<const Float32*>(f.share + (image * f.keys + key) * f.sources + label);
-      float* result = f.share_out + (image * f.queries + query) * f.sources + label;
-      pack_rows(share, f.sources, keys, labels, at.labels, row);
+      const TokenRows<Float32> result = labels_of(f, f.share_out, image, f.queries, label).from(query);
+      pack_rows(labels_of(f, f.share, image, f.keys, label).from(key), keys, labels, at.labels, row);
       Product product{at.mean, DenseShareScratch::MEAN_ROW, at.sums, row, at.labels, row, keys};
       if (block > 0 || f.residual != nullptr) {
         // What earlier blocks left in the result, or half the residual (all of it where no key is seen).
-        const float* start = block > 0 ? result : f.residual + (image * f.queries + query) * f.sources + label;
-        pack_rows(reinterpret_cast<const Float32*>(start), f.sources, queries, labels, at.sums, row);
+        const auto start = block > 0 ? result : labels_of(f, f.residual, image, f.queries, label).from(query);
+        pack_rows(start, queries, labels, at.sums, row);
         for (int64_t i = 0; block == 0 && i < queries; ++i)
           for (int64_t c = 0; c < labels && at.weight[i] > 0; ++c) at.sums[i * row + c] *= 0.5f;
         product.init = at.sums;
         product.init_row = row;
       }
       multiply<true>(product, queries, (labels + LANES - 1) / LANES);
-      unpack_rows(at.sums, row, queries, labels, reinterpret_cast<Float32*>(result), f.sources);
+      unpack_rows(at.sums, row, queries, labels,
+                  TokenRows<Float32>{result.data, result.stride, result.tokens, nullptr});
     }
   }
 }
@@ -1286,13 +1427,13 @@ void forward_task(const Forward& f, const Task& task, float* head_share, float* 
   finish_streams();
 }
 
-void backward_task(const Backward& b, const Task& task, float* grad_bias, float* scratch) {
-  with_type(b.dtype, [&](auto element) { backward_of<decltype(element)>(b, task, grad_bias, scratch); });
+void backward_task(const Backward& b, const Task& task, float* grad_bias, float* grad_padding, float* scratch) {
+  with_type(b.dtype, [&](auto element) { backward_of<decltype(element)>(b, task, grad_bias, grad_padding, scratch); });
   finish_streams();
 }
 
-void dense_share_task(const Forward& f, int64_t image, int64_t chunk, float* scratch) {
-  with_type(f.dtype, [&](auto element) { dense_share_of<decltype(element)>(f, image, chunk, scratch); });
+void dense_share_task(const Forward& f, const float* head_share, int64_t image, int64_t chunk, float* scratch) {
+  with_type(f.dtype, [&](auto element) { dense_share_of<decltype(element)>(f, head_share, image, chunk, scratch); });
 }
 
 void sum_grad_bias(const Backward& b, const float* parts, int64_t image_parts, int64_t image, int64_t head,
@@ -1319,6 +1460,22 @@ void sum_grad_bias(const Backward& b, const float* parts, int64_t image_parts, i
   });
 }
 
+void sum_grad_padding(const Backward& b, const float* parts, int64_t image_parts, int64_t head) {
+  with_type(b.dtype, [&](auto element) {
+    using T = decltype(element);
+    for (int64_t which = 0; which < 3; ++which)
+      for (int64_t d = 0; d < b.head_dim; d += LANES) {
+        const int64_t count = smaller(b.head_dim - d, LANES);
+        Vector sum = {};
+        for (int64_t part = 0; part < image_parts; ++part) {
+          const float* at = parts + ((part * b.heads + head) * 3 + which) * b.head_dim + d;
+          sum += load_first(reinterpret_cast<const Float32*>(at), count);
+        }
+        store_first(reinterpret_cast<T*>(b.grad_padding) + (which * b.heads + head) * b.head_dim + d, sum, count);
+      }
+  });
+}
+
 int64_t forward_chunks(const Problem& p) { return chunks_of(p, QUERY_CHUNK).count; }
 int64_t dense_share_chunks(const Problem& p) { return chunks_of(p, QUERY_BLOCK).count; }
 
@@ -1342,6 +1499,7 @@ const Kernels TLALIGN_KERNELS = {
     &dense_share_task,
     &backward_task,
     &sum_grad_bias,
+    &sum_grad_padding,
 };
 
 }  // namespace tlalign::cpu

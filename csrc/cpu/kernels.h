@@ -32,20 +32,33 @@ struct Kernels {
   int64_t (*forward_scratch)(const Problem&);
   int64_t (*backward_scratch)(const Problem&);
   int64_t (*dense_share_scratch)(const Problem&);
-  // Output and log-sum-exp; the share in one head into head_share (B, H, S, Nq), up to MAX_FUSED_SOURCES.
+  // Output and log-sum-exp; the share in one head into head_share (B, H, head_sums, Nq).
   void (*forward)(const Forward&, const Task&, float* head_share, float* scratch);
   // Share of one image from those of its heads.
   void (*average_heads)(const Forward&, const float* head_share, int64_t image);
   // Share of one chunk of queries of one image, from the log-sum-exp of all heads; for any number of sources.
-  void (*dense_share)(const Forward&, int64_t image, int64_t chunk, float* scratch);
-  // Gradients of query, key and value; that of the bias, summed over the images of the task, into grad_bias (H, Nk,
-  // padded_queries) unless that is null.
-  void (*backward)(const Backward&, const Task&, float* grad_bias, float* scratch);
+  void (*dense_share)(const Forward&, const float* head_share, int64_t image, int64_t chunk, float* scratch);
+  // Gradients of query, key and value; those of the bias and of the padding, summed over the images of the task, into
+  // grad_bias (H, Nk, padded_queries) and grad_padding (H, 3, D) unless that is null.
+  void (*backward)(const Backward&, const Task&, float* grad_bias, float* grad_padding, float* scratch);
   // Gradient of the bias in one image and head of its own, for the queries of one vector: the sum of what tasks left in
   // parts (parts of the images, H, Nk, padded_queries).
   void (*sum_grad_bias)(const Backward&, const float* parts, int64_t image_parts, int64_t image, int64_t head,
                         int64_t first_query);
+  // Gradient of the padding in one head: the sum of what tasks left in parts (parts of the images, H, 3, D).
+  void (*sum_grad_padding)(const Backward&, const float* parts, int64_t image_parts, int64_t head);
 };
+
+// Sources that are mixed head by head.
+static inline int64_t fused_sources(const Problem& problem) {
+  return problem.sources <= MAX_FUSED_SOURCES ? problem.sources : 0;
+}
+
+// What the forward leaves of each head and query: the shares that it mixes, and where there is padding the part of its
+// weights that real keys have.
+static inline int64_t head_sums(const Problem& problem) {
+  return fused_sources(problem) + (problem.windows.padding != nullptr && problem.sources > 0);
+}
 
 // Queries rounded up to whole vectors.
 static inline int64_t padded_queries(const Problem& problem, int64_t lanes) {

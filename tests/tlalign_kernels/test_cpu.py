@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tlalign_kernels as tlk
 from tlalign_kernels import extension
 from tlalign_kernels.backends import cpu
 from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator
+from tlalign_kernels.windows import Windows
 
 if not hasattr(extension.compiled, "cpu_attention_forward"):
     pytest.skip("built without CPU kernels", allow_module_level=True)
@@ -59,6 +60,46 @@ def large_cases(draw):
 @given(case=large_cases(), seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_errors_are_within_the_bound_at_large_shapes(case, seed, dtype):
     assert [check for check in compare(case, dtype, "cpu", seed=seed) if not check.passed] == []
+
+
+@st.composite
+def large_windows(draw):
+    """Windows beyond a block of keys, and small ones; padding, shifts, dropout, and scores up to 1e4."""
+    window = draw(st.sampled_from([(2, 9), (7, 7), (8, 8), (12, 12), (16, 17), (20, 20), (24, 24)]))
+    return Case(
+        "random",
+        batch=1,
+        heads=draw(st.integers(1, 3)),
+        head_dim=draw(st.integers(8, 80)),
+        sources=draw(st.sampled_from([1, 2, 8, 9, 70])),
+        residual=draw(st.booleans()),
+        bias_scale=draw(st.sampled_from([0.0, 1.0, 1e4])),
+        dropout_p=draw(st.sampled_from([0.0, 0.3])),
+        windows=Windows(
+            (draw(st.integers(1, 30)), draw(st.integers(1, 30))),
+            window,
+            (draw(st.integers(0, window[0] - 1)), draw(st.integers(0, window[1] - 1))),
+        ),
+    )
+
+
+@settings(max_examples=25)
+@given(case=large_windows(), seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_errors_are_within_the_bound_in_large_windows(case, seed, dtype):
+    assert [check for check in compare(case, dtype, "cpu", seed=seed) if not check.passed] == []
+
+
+@pytest.mark.parametrize("sources", [1, 9], ids=["fused", "dense"])
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_a_query_that_sees_only_padding_keeps_its_residual(sources, has_residual):
+    # The first window has a token and padding, and its bias lets the token see the padding alone.
+    share, residual = torch.rand(2, 1, 1, 1, sources).unbind(0)
+    bias = torch.tensor([[float("-inf"), 0.0], [0.0, 0.0]])
+    _, mixed = tlk.window_attention(
+        torch.randn(1, 1, 1, 3, 2, 8), share, residual if has_residual else None, window_size=(1, 2), bias=bias,
+        pad_qkv=torch.randn(3, 2, 8), backend="cpu",
+    )  # fmt: skip
+    assert torch.equal(mixed, residual if has_residual else torch.zeros_like(residual))
 
 
 # Instruction sets
@@ -113,6 +154,8 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
         Case("windows", batch=70, queries=49, keys=49, head_dim=32, bias_scale=1.0, packed=True),
         Case("long", batch=1, heads=2, queries=700, keys=300, head_dim=16, sources=3),
         Case("dense", queries=150, keys=150, sources=40),
+        Case("windows of a map", head_dim=16, bias_scale=1.0, windows=Windows((17, 30), (5, 7), (2, 3))),
+        Case("padding without a bias", heads=2, head_dim=8, sources=12, windows=Windows((9, 10), (4, 4), (0, 1))),
     ],
     ids=lambda case: case.name,
 )
@@ -226,6 +269,78 @@ def test_nothing_is_written_beyond_the_results(monkeypatch, isa, dtype, queries,
     cpu.backward(grad_output, query, key, value, output, log_sum_exp, *options, *views, grad_bias)
     for check in (check_output, check_share, check_log_sum_exp, check_grad_bias, *(check for _, check in gradients)):
         check()
+
+
+@isas
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("windows", "head_dim"),
+    [
+        (Windows((1, 1), (1, 1), (0, 0)), 8),
+        (Windows((5, 9), (3, 4), (1, 2)), 20),
+        (Windows((14, 14), (7, 7), (3, 3)), 32),
+        (Windows((9, 8), (18, 17), (4, 0)), 16),
+    ],
+    ids=["token", "padded", "whole", "larger than the map"],
+)
+def test_nothing_is_written_beyond_the_results_of_windows(monkeypatch, isa, dtype, windows, head_dim):
+    monkeypatch.setenv("TLALIGN_CPU_ISA", isa)
+    case = Case("bounds", sources=3, head_dim=head_dim, bias_scale=1.0, windows=windows)
+    inputs = cast_inputs(make_inputs(case, "cpu"), dtype)
+    qkv, pad_qkv, bias, of_map = inputs["qkv"], inputs["pad_qkv"], inputs["bias"][None], (2, *windows.map_size)
+    output, check_output = guarded(*of_map, 3, head_dim, dtype=dtype)
+    share, check_share = guarded(*of_map, 3)
+    log_sum_exp, check_log_sum_exp = guarded(2 * windows.count, 3, windows.tokens)
+    options = (bias, None, windows, head_dim**-0.5, 0.0)
+    cpu.window_forward(qkv, pad_qkv, inputs["share"], inputs["residual"], *options, output, share, log_sum_exp)
+    grad_qkv, check_grad_qkv = guarded(*qkv.shape, dtype=dtype)
+    grad_pad_qkv, check_grad_pad_qkv = guarded(3, 3, head_dim, dtype=dtype) if windows.is_padded else (None, bool)
+    grad_bias, check_grad_bias = guarded(*bias.shape, dtype=dtype)
+    gradients = (grad_qkv, grad_pad_qkv, grad_bias)
+    cpu.window_backward(inputs["grad_output"], qkv, pad_qkv, output, log_sum_exp, *options, *gradients)
+    for check in (check_output, check_share, check_log_sum_exp, check_grad_qkv, check_grad_pad_qkv, check_grad_bias):
+        check()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([0, 1, 2, 9], "tokens: expected numbers from -1"),
+        ([0, 1, 2, -2], "tokens: expected numbers from -1"),
+        ([0, 1, 2, 2], "tokens: expected no token of the map twice"),
+        ([0, 1, 2, -1], "padding: expected an address"),
+    ],
+)
+def test_a_table_of_tokens_that_is_wrong_is_refused(monkeypatch, row, message):
+    right = torch.arange(8, dtype=torch.int32).view(2, 4)
+    monkeypatch.setattr(cpu, "_tables", lambda windows: (torch.tensor([row, [4, 5, 6, 7]], dtype=torch.int32), None))
+    qkv, options = torch.randn(1, 4, 2, 3, 2, 8), dict(window_size=(2, 2), backend="cpu")
+    with pytest.raises(ValueError, match=message):
+        tlk.window_attention(qkv, **options)
+    monkeypatch.setattr(cpu, "_tables", lambda windows: (right, None))
+    tlk.window_attention(qkv, **options)
+
+
+def test_a_table_that_leaves_a_token_out_is_refused(monkeypatch):
+    tokens = torch.tensor([[0, 1], [2, -1], [-1, -1]], dtype=torch.int32)
+    monkeypatch.setattr(cpu, "_tables", lambda windows: (tokens, None))
+    with pytest.raises(ValueError, match="tokens: expected every token of the map"):
+        tlk.window_attention(torch.randn(1, 1, 5, 3, 2, 8), window_size=(1, 2), backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"share": (2, 4, 4, 1)}, "share: expected"),
+        ({"pad_qkv": (3, 8, 3)}, "pad_qkv: expected"),
+        ({"bias": (1, 2, 4, 4)}, "bias: expected"),
+    ],
+)
+def test_the_operator_of_windows_refuses_shapes_that_disagree(changes, message):
+    shapes = {"qkv": (2, 3, 4, 3, 3, 8), "pad_qkv": (3, 3, 8), "share": (2, 3, 4, 1), "residual": None, "bias": None}
+    tensors = [None if shape is None else torch.rand(shape) for shape in {**shapes, **changes}.values()]
+    with pytest.raises(ValueError, match=message):
+        torch.ops.tlalign_kernels.window_attention(*tensors, None, (2, 2), (0, 0), 1.0, 0.0, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tlalign_kernels import extension
-from tlalign_kernels.backends.addresses import DTYPES, float_or_smaller, offsets, rows, whole
+from tlalign_kernels.backends.addresses import DTYPES, check, float_or_smaller, offsets, rows, whole
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
+    from tlalign_kernels.windows import Windows
 
 _CPU = torch.device("cpu")
 
@@ -31,8 +33,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"device: expected cpu, got {problem.device_type}")
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype: expected one of {list(DTYPES)}, got {problem.dtype}")
-    if problem.windows is not None:
-        reasons.append("windows: not supported")
     return reasons
 
 
@@ -68,6 +68,7 @@ def forward(
         scale,
         dropout_p,
         _word(dropout_seed),
+        None,
         whole("share", share, (batch, keys, sources), torch.float32, _CPU),
         whole("residual", residual, (batch, queries, sources), torch.float32, _CPU),
         whole("output", output, (batch, queries, heads, head_dim), query.dtype, _CPU),
@@ -98,13 +99,8 @@ def backward(
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     dtype = query.dtype
-    grad_output = grad_output.to(dtype).transpose(1, 2)
-    if grad_output.stride(-1) != 1:
-        grad_output = grad_output.contiguous()
-    computing_bias, mask = float_or_smaller(bias), float_or_smaller(mask)
-    computing_grad_bias = grad_bias
-    if grad_bias is not None and computing_bias.dtype != grad_bias.dtype:
-        computing_grad_bias = torch.empty_like(grad_bias, dtype=computing_bias.dtype)
+    grad_output = _unit_last_stride(grad_output.to(dtype).transpose(1, 2))
+    (computing_bias, computing_grad_bias), mask = _computing_biases(bias, grad_bias), float_or_smaller(mask)
     extension.compiled.cpu_attention_backward(
         (batch, heads, queries, keys, head_dim, 0),
         DTYPES[dtype],
@@ -117,6 +113,7 @@ def backward(
         scale,
         dropout_p,
         _word(dropout_seed),
+        None,
         whole("output", output, (batch, queries, heads, head_dim), dtype, _CPU),
         whole("log_sum_exp", log_sum_exp, (batch, heads, queries), torch.float32, _CPU),
         rows("grad_query", grad_query, (batch, heads, queries, head_dim), dtype, _CPU),
@@ -124,10 +121,146 @@ def backward(
         rows("grad_value", grad_value, (batch, heads, keys, head_dim), dtype, _CPU),
         0 if bias is None else whole("grad_bias", computing_grad_bias, bias.shape, computing_bias.dtype, _CPU),
         (1, 1) if bias is None else tuple(bias.shape[:2]),
+        0,
         *_how(),
     )
     if computing_grad_bias is not grad_bias:
         grad_bias.copy_(computing_grad_bias)
+
+
+def window_forward(
+    qkv: Tensor,
+    pad_qkv: Tensor | None,
+    share: Tensor | None,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    windows: Windows,
+    scale: float,
+    dropout_p: float,
+    output: Tensor,
+    share_out: Tensor | None,
+    log_sum_exp: Tensor,
+) -> None:
+    """Computes attention and labels within windows into the given tensors; see `reference.window_forward`."""
+    batch, heads, head_dim = qkv.shape[0], *qkv.shape[4:]
+    of_map = (batch, *windows.map_size)
+    images, tokens, sources = batch * windows.count, windows.tokens, 0 if share is None else share.shape[3]
+    qkv, pad_qkv = _by_token(qkv), None if pad_qkv is None else pad_qkv.contiguous()
+    bias = float_or_smaller(bias)
+    share = None if share is None else share.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    extension.compiled.cpu_attention_forward(
+        (images, heads, tokens, tokens, head_dim, sources),
+        DTYPES[qkv.dtype],
+        *_rows_of_parts("qkv", qkv, (batch, windows, 3, heads, head_dim), qkv.dtype),
+        offsets("bias", bias, (images, heads, tokens, tokens), _CPU),
+        None,
+        scale,
+        dropout_p,
+        _word(dropout_seed),
+        _windows(windows, pad_qkv, qkv),
+        whole("share", share, (*of_map, sources), torch.float32, _CPU),
+        whole("residual", residual, (*of_map, sources), torch.float32, _CPU),
+        whole("output", output, (*of_map, heads, head_dim), qkv.dtype, _CPU),
+        whole("share_out", share_out, (*of_map, sources), torch.float32, _CPU),
+        whole("log_sum_exp", log_sum_exp, (images, heads, tokens), torch.float32, _CPU),
+        *_how(),
+    )
+
+
+def window_backward(
+    grad_output: Tensor,
+    qkv: Tensor,
+    pad_qkv: Tensor | None,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    windows: Windows,
+    scale: float,
+    dropout_p: float,
+    grad_qkv: Tensor,
+    grad_pad_qkv: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Computes the gradients into the given tensors; see `reference.window_backward`."""
+    dtype, batch, heads, head_dim = qkv.dtype, qkv.shape[0], *qkv.shape[4:]
+    images, tokens = batch * windows.count, windows.tokens
+    qkv, pad_qkv = _by_token(qkv), None if pad_qkv is None else pad_qkv.contiguous()
+    grad_output = _by_token(_unit_last_stride(grad_output.to(dtype)))[:, :, None]
+    grad_qkv = grad_qkv.view(batch, -1, 3, heads, head_dim)
+    computing_bias, computing_grad_bias = _computing_biases(bias, grad_bias)
+    packed = (batch, windows, 3, heads, head_dim)
+    extension.compiled.cpu_attention_backward(
+        (images, heads, tokens, tokens, head_dim, 0),
+        DTYPES[dtype],
+        *_rows_of_parts("grad_output", grad_output, (batch, windows, 1, heads, head_dim), dtype),
+        *_rows_of_parts("qkv", qkv, packed, dtype),
+        offsets("bias", computing_bias, (images, heads, tokens, tokens), _CPU),
+        None,
+        scale,
+        dropout_p,
+        _word(dropout_seed),
+        _windows(windows, pad_qkv, qkv),
+        whole("output", output, (batch, *windows.map_size, heads, head_dim), dtype, _CPU),
+        whole("log_sum_exp", log_sum_exp, (images, heads, tokens), torch.float32, _CPU),
+        *_rows_of_parts("grad_qkv", grad_qkv, packed, dtype),
+        0 if bias is None else whole("grad_bias", computing_grad_bias, bias.shape, computing_bias.dtype, _CPU),
+        (1, 1) if bias is None else tuple(bias.shape[:2]),
+        whole("grad_pad_qkv", grad_pad_qkv, (3, heads, head_dim), dtype, _CPU),
+        *_how(),
+    )
+    if computing_grad_bias is not grad_bias:
+        grad_bias.copy_(computing_grad_bias)
+
+
+def _by_token(of_map: Tensor) -> Tensor:
+    """(B, Ht * Wt, ...) of a map (B, Ht, Wt, ...): a view of what a linear layer puts out.
+
+    A map whose rows don't follow one another, a part of a larger one, is copied.
+    """
+    return of_map.flatten(1, 2)
+
+
+def _rows_of_parts(
+    name: str, packed: Tensor, shape: tuple[int, Windows, int, int, int], dtype: torch.dtype
+) -> list[tuple[int, int, int, int]]:
+    """Addresses and strides of the parts of a tensor (B, Ht * Wt, parts, H, D)."""
+    batch, windows, parts, heads, head_dim = shape
+    tokens = windows.map_size[0] * windows.map_size[1]
+    check(name, packed, (batch, tokens, parts, heads, head_dim), dtype, _CPU)
+    return [rows(name, part, (batch, heads, tokens, head_dim), dtype, _CPU) for part in packed.permute(2, 0, 3, 1, 4)]
+
+
+def _windows(windows: Windows, pad_qkv: Tensor | None, qkv: Tensor) -> tuple[int, int, int, int, int]:
+    """What the native code is told of windows: their number, that of tokens in the map, addresses of tables."""
+    tokens, regions = _tables(windows)
+    return (
+        windows.count,
+        windows.map_size[0] * windows.map_size[1],
+        tokens.data_ptr(),
+        0 if regions is None else regions.data_ptr(),
+        whole("pad_qkv", pad_qkv, (3, *qkv.shape[3:]), qkv.dtype, _CPU),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(windows: Windows) -> tuple[Tensor, Tensor | None]:
+    """Numbers of tokens and of regions, int32 (W, N); no regions if the windows are not shifted."""
+    return windows.token_numbers(_CPU).int(), windows.regions(_CPU).int() if windows.has_regions else None
+
+
+def _unit_last_stride(grad_output: Tensor) -> Tensor:
+    return grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
+
+
+def _computing_biases(bias: Tensor | None, grad_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A bias as the native code reads it, and a tensor of the same dtype for its gradient."""
+    computing_bias = float_or_smaller(bias)
+    if grad_bias is not None and computing_bias.dtype != grad_bias.dtype:
+        return computing_bias, torch.empty_like(grad_bias, dtype=computing_bias.dtype)
+    return computing_bias, grad_bias
 
 
 def _how() -> tuple[str, int]:
