@@ -31,7 +31,7 @@ class MixedTarget:
         token_labels: floating (B, C, h, w), labels of the general path; None otherwise.
         image_size: (Hi, Wi) of the images that boxes or masks refer to; None if the target has no place in space.
         layer_shares: after a model was called with `collect_layers=True`, the float32 (B, N, S) share after each
-            of its blocks ((B, N, C) for dense labels); None otherwise.
+            of its blocks, (B, Ht, Wt, S) where tokens form a map (C for S with dense labels); None otherwise.
     """
 
     def __init__(

@@ -257,10 +257,11 @@ def _setup_window_context(ctx, inputs, output):
 def _window_attention_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp):
     if grad_output is None:
         return (None,) * 11
+    saved = ctx.saved_tensors  # asked for once: checkpointing computes them again, and refuses to do so twice
     grad_qkv, grad_pad_qkv, grad_bias = torch.ops.tlalign_kernels.window_attention_backward(
-        grad_output, *ctx.saved_tensors, *ctx.options
+        grad_output, *saved, *ctx.options
     )
-    has_padding, needs_grad_bias = ctx.saved_tensors[1] is not None, ctx.options[4]
+    has_padding, needs_grad_bias = saved[1] is not None, ctx.options[4]
     return (
         grad_qkv, grad_pad_qkv if has_padding else None, None, None, grad_bias if needs_grad_bias else None,
         None, None, None, None, None, None,

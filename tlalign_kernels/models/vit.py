@@ -234,7 +234,7 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
         """Raises NotImplementedError for stems that attend and for poolings without a label."""
-        _check_patch_embed(module.patch_embed)
+        check_patch_embed(module.patch_embed, (tl.PatchEmbed, HybridEmbed))
         _check_pooling(module)
 
     def forward(
@@ -269,7 +269,7 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         self.check_target(x, target)
         image_size = tuple(x.shape[-2:])
-        _check_image_size(self.patch_embed, image_size)
+        check_image_size(self.patch_embed, image_size)
         x = self.patch_embed(x)
         share = self._first_share(x, target, image_size)
         x = self._pos_embed(x)
@@ -345,24 +345,29 @@ def _mask_options(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> dict[
     return {"mask": attn_mask} if attn_mask.dtype == torch.bool else {"bias": attn_mask}
 
 
-def _check_patch_embed(patch_embed: nn.Module) -> None:
-    """Stems may convolve, since a token stands for its stride; one that attends has labels of its own."""
-    if type(patch_embed) not in (tl.PatchEmbed, HybridEmbed):
+def check_patch_embed(patch_embed: nn.Module, classes: tuple[type[nn.Module], ...]) -> None:
+    """Raises NotImplementedError for stems of other classes, and for those that attend.
+
+    They may convolve, since a token stands for its stride; one that attends has labels of its own.
+    """
+    if type(patch_embed) not in classes:
         raise NotImplementedError(f"patch_embed: can't follow labels through {type(patch_embed).__name__}")
     for name, module in patch_embed.named_modules():
         if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower():
             raise NotImplementedError(f"patch_embed.{name}: can't follow labels through {type(module).__name__}")
 
 
-def _check_image_size(patch_embed: nn.Module, image_size: tuple[int, int]) -> None:
-    """What timm's `PatchEmbed` asserts, as an error of ours."""
-    if not isinstance(patch_embed, tl.PatchEmbed) or patch_embed.img_size is None:
+def check_image_size(patch_embed: nn.Module, image_size: tuple[int, int]) -> None:
+    """Raises ValueError where timm's classes `PatchEmbed` assert, of which that of Swin v2-CR crops what is over."""
+    if isinstance(patch_embed, HybridEmbed) or patch_embed.img_size is None:
         return
     if patch_embed.strict_img_size:
         if image_size != tuple(patch_embed.img_size):
             raise ValueError(f"images: expected {tuple(patch_embed.img_size)} pixels, got {image_size}")
-    elif not patch_embed.dynamic_img_pad and any(
-        size % patch for size, patch in zip(image_size, patch_embed.patch_size, strict=True)
+    elif (
+        isinstance(patch_embed, tl.PatchEmbed)
+        and not patch_embed.dynamic_img_pad
+        and any(size % patch for size, patch in zip(image_size, patch_embed.patch_size, strict=True))
     ):
         raise ValueError(f"images: expected multiples of the patches of {patch_embed.patch_size}, got {image_size}")
 
