@@ -61,11 +61,9 @@ def draw_token_labels(
     pairs = torch.stack((classes[chosen], classes.flip(0)[chosen]), dim=1)
     mixed = torch.where(box_masks(boxes, tuple(images.shape[-2:]))[:, None], partners, images)
     target = MixedTarget.from_boxes(pairs, boxes[:, None], tuple(images.shape[-2:]))
-    with torch.inference_mode():
-        _, aligned = model(mixed, target=target, collect_layers=True)
-    after = aligned.layer_shares[-1][:, model.num_prefix_tokens :]
-    before = target.token_share(model.patch_embed.grid_size, model.patch_embed.feat_ratio(as_scalar=False))
-    grid = (-1, *model.patch_embed.grid_size)
+    after, aligned = _last_share(model, mixed, target)
+    # The map of labels that nothing but the merging of tokens has changed.
+    before, _ = _last_share(patch_model(model, layers=[]), mixed, target)
 
     def pixels(normalised: Tensor) -> np.ndarray:
         scale, offset = (torch.tensor(value, device=images.device).view(1, -1, 1, 1) for value in (std, mean))
@@ -82,7 +80,7 @@ def draw_token_labels(
     for axis, (y0, x0, y1, x1) in zip(axes[2], boxes.tolist(), strict=True):
         axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=_PARTNER, linewidth=2))
     for row, shares in zip(axes[3:], (before, after), strict=True):
-        for axis, share in zip(row, shares[..., 0].view(grid).cpu().numpy(), strict=True):
+        for axis, share in zip(row, shares.cpu().numpy(), strict=True):
             shown = axis.imshow(share, cmap=_SHARES, vmin=0, vmax=1)
             _frame(axis, "black", 0.6)
     if not class_names:
@@ -94,6 +92,18 @@ def draw_token_labels(
     bar = figure.colorbar(shown, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
     bar.set_label("share of the partner")
     figure.savefig(path, dpi=150)
+
+
+def _last_share(model: nn.Module, images: Tensor, target: MixedTarget) -> tuple[Tensor, MixedTarget]:
+    """The partner's share of the tokens after the last block, (B, Ht, Wt), and the aligned target."""
+    with torch.inference_mode():
+        _, aligned = model(images, target=target, collect_layers=True)
+    share = aligned.layer_shares[-1][..., 0]
+    if share.dim() == 2:
+        share = share[:, model.num_prefix_tokens :]
+        height, width = images.shape[-2:]
+        share = share.unflatten(1, (round(math.sqrt(share.shape[1] * height / width)), -1))
+    return share, aligned
 
 
 def _choose(classes: Tensor, image_size: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
