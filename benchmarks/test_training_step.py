@@ -74,8 +74,11 @@ def variants_of(name):
     return [variant for variant in VARIANTS if variant != "materialised" or name.startswith("deit")]
 
 
-STEPS = [pytest.param(name, batch, VARIANTS[variant], id=f"{name}-{variant}")
-         for name, batch in MODELS for variant in variants_of(name)]
+STEPS = [
+    pytest.param(name, batch, VARIANTS[variant], id=f"{name}-{variant}")
+    for name, batch in MODELS
+    for variant in variants_of(name)
+]
 
 
 def make_step(variant, name, batch):

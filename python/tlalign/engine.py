@@ -22,6 +22,7 @@ from timm.utils import CheckpointSaver, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+import tlalign.models  # noqa: F401 (timm knows them from here on)
 from tlalign.config import EvalConfig, TrainConfig, UsageError, suggestion
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
 from tlalign.progress import TrainingProgress

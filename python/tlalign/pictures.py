@@ -55,17 +55,18 @@ def draw_token_labels(
         ValueError: If the batch has no two images of different classes.
     """
     model = copy.deepcopy(model).eval()
-    chosen, boxes = _choose(classes, tuple(images.shape[-2:]), columns)
+    image_size = tuple(images.shape[-2:])
+    chosen, boxes = _choose(classes, image_size, columns)
     partners, images = images.flip(0)[chosen], images[chosen]
     pairs = torch.stack((classes[chosen], classes.flip(0)[chosen]), dim=1)
-    mixed = torch.where(box_masks(boxes, tuple(images.shape[-2:]))[:, None], partners, images)
-    target = MixedTarget.from_boxes(pairs, boxes[:, None], tuple(images.shape[-2:]))
+    mixed = torch.where(box_masks(boxes, image_size)[:, None], partners, images)
+    target = MixedTarget.from_boxes(pairs, boxes[:, None], image_size)
     maps = {}
     # Aligned in no block, labels stay what they were before the first one.
     for name, layers in (("before", []), ("after", None)):
         with torch.inference_mode():
             _, aligned = patch_model(model, layers)(mixed, target=target, collect_layers=True)
-        maps[name] = _last_of_each_size([_as_map(share, model) for share in aligned.layer_shares])
+        maps[name] = _last_of_each_size([_as_map(share, model, image_size) for share in aligned.layer_shares])
     shown_maps = [maps["before"][0], *maps["after"]]
     after = [f"token labels\nafter stage {stage}" for stage in range(1, len(maps["after"]) + 1)]
     rows = [*_ROWS, *(after if len(after) > 1 else ["token labels\nafter alignment"])]
@@ -99,11 +100,14 @@ def draw_token_labels(
     figure.savefig(path, dpi=150)
 
 
-def _as_map(share: Tensor, model: nn.Module) -> Tensor:
+def _as_map(share: Tensor, model: nn.Module, image_size: tuple[int, int]) -> Tensor:
     """Labels of the tokens that stand for a place, (B, Ht, Wt, S)."""
     if share.dim() == 4:
         return share
-    return share[:, model.num_prefix_tokens :].unflatten(1, model.patch_embed.grid_size)
+    share = share[:, model.num_prefix_tokens :]
+    tokens, aspect = share.shape[1], image_size[0] / image_size[1]
+    divisors = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
+    return share.unflatten(1, (min(divisors, key=lambda rows: abs(rows * rows / tokens - aspect)), -1))
 
 
 def _last_of_each_size(maps: list[Tensor]) -> list[Tensor]:

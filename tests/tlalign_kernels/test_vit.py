@@ -16,7 +16,10 @@ from timm.models import checkpoint
 import tlalign_kernels as tlk
 from tlalign_kernels import MixedTarget, mixed_cross_entropy
 from tlalign_kernels.patch import unfollowable_reason
-from tlalign_kernels.selftest import ROUNDING
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import following
+from following import assert_same, gradients, randomised, step
 
 # A name for each way in which models differ; the slow test has all names.
 SAMPLE = {
@@ -63,13 +66,6 @@ def small(name, **options):
     return randomised(model).eval()
 
 
-def randomised(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-    return model
-
-
 def images_and_target(model, batch=3):
     height, width = model.patch_embed.img_size
     boxes = torch.tensor([[0, 0, height // 2, width], [1, 3, height - 2, width // 2], [0, 0, height, width]])
@@ -79,67 +75,14 @@ def images_and_target(model, batch=3):
     return images, target
 
 
-def gradients(model, loss):
-    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-
-
-def _existing(found):
-    return [gradient for gradient in found if gradient is not None]
-
-
 def relative(error, scale):
     return float((error.detach().double() - scale.detach().double()).abs().max() / scale.detach().double().abs().max())
-
-
-def assert_within_bound(ours, own, exact):
-    """The errors of ours against float64 are at most twice those of timm, plus a rounding of the largest value."""
-    floor = ROUNDING[torch.float32] * max(float(tensor.detach().abs().max()) for tensor in exact)
-    for our, timms, truth in zip(ours, own, exact, strict=True):
-        error, allowed = (
-            float((our - truth).detach().abs().max()),
-            2 * float((timms - truth).detach().abs().max()) + floor,
-        )
-        assert error <= allowed, (tuple(truth.shape), error, allowed)
 
 
 def check_followed(name):
     model = small(name)
     images, target = images_and_target(model)
-    classes, keys = [type(module) for module in model.modules()], list(model.state_dict())
-    exact = copy.deepcopy(model).double()
-    exact_logits = exact(images.double())
-    exact_gradients = gradients(exact, exact_logits.square().sum())
-    del exact
-    logits = model(images)
-    own_gradients = gradients(model, logits.square().sum())
-
-    assert tlk.patch_model(model) is model
-    assert list(model.state_dict()) == keys
-    assert torch.equal(model(images), logits)
-    with_target, aligned = model(images, target=target, collect_layers=True)
-    assert_within_bound([with_target], [logits], [exact_logits])
-    our_gradients = gradients(model, with_target.square().sum())
-    assert [gradient is None for gradient in our_gradients] == [gradient is None for gradient in own_gradients]
-    assert_within_bound(*(_existing(found) for found in (our_gradients, own_gradients, exact_gradients)))
-
-    assert len(aligned.layer_shares) == 2
-    assert aligned.ratio.shape == (3, 1)
-    assert aligned.ratio.dtype == torch.float32
-    assert not aligned.ratio.requires_grad
-    assert torch.equal(aligned.classes, target.classes)
-    for share in (*aligned.layer_shares, aligned.ratio):
-        assert share.min() >= 0
-        assert share.max() <= 1 + 1e-6
-    # The third image is all of the other source.
-    torch.testing.assert_close(aligned.ratio[2], torch.ones(1), rtol=0, atol=1e-6)
-    constant = MixedTarget.from_ratio(target.classes, torch.full((3, 1), 0.3))
-    torch.testing.assert_close(model(images, target=constant)[1].ratio, torch.full((3, 1), 0.3), rtol=0, atol=1e-6)
-
-    tlk.unpatch_model(model)
-    assert [type(module) for module in model.modules()] == classes
-    assert not any(name.startswith("label_") for module in model.modules() for name in vars(module))
-    assert torch.equal(model(images), logits)
-    return target, aligned
+    return target, following.check_followed(model, images, target, blocks=2)
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -406,24 +349,12 @@ def _dense_tokens(target):
 NAMES = ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"]
 
 
-def step(model, images, target):
-    logits, aligned = model(images, target=target)
-    loss = mixed_cross_entropy(logits, aligned, smoothing=0.1)
-    return aligned.ratio, gradients(model, loss)
-
-
 @pytest.fixture(params=NAMES)
 def run(request):
     """A patched model with its images, target, aligned ratio and gradients when run eagerly."""
     model = tlk.patch_model(small(request.param, depth=3).train())
     images, target = images_and_target(model)
     return model, images, target, *step(model, images, target)
-
-
-def assert_same(result, ratio, expected, rtol=1e-4):
-    torch.testing.assert_close(result[0], ratio, rtol=0, atol=1e-6)
-    for ours, theirs in zip(result[1], expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=rtol * float(theirs.abs().max()) + 1e-8)
 
 
 @pytest.fixture

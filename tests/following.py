@@ -1,0 +1,233 @@
+"""What every model that is followed has to show, whatever its family, and what dense computations of labels share."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import set_reentrant_ckpt
+
+import tlalign_kernels as tlk
+from tlalign_kernels import MixedTarget, mixed_cross_entropy
+from tlalign_kernels.selftest import ROUNDING
+
+CLASSES = 10
+
+
+def randomised(model):
+    """Weights large enough that attention is not flat."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+def images_and_target(size, batch=3, dtype=torch.float32):
+    """Mixed images of some pixels; the third is all of the other source."""
+    height, width = size
+    boxes = torch.tensor([[0, 0, height // 2, width], [1, 3, height - 2, width // 2], [0, 0, height, width]])
+    target = MixedTarget.from_boxes(torch.randint(0, CLASSES, (batch, 2)), boxes[:batch, None], (height, width))
+    return torch.randn(batch, 3, height, width, dtype=dtype), target
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+
+def _existing(found):
+    return [gradient for gradient in found if gradient is not None]
+
+
+def assert_within_bound(ours, own, exact):
+    """The errors of ours against float64 are at most twice those of timm, plus a rounding of the largest value."""
+    floor = ROUNDING[torch.float32] * max(float(tensor.detach().abs().max()) for tensor in exact)
+    for our, timms, truth in zip(ours, own, exact, strict=True):
+        error, allowed = (
+            float((our - truth).detach().abs().max()),
+            2 * float((timms - truth).detach().abs().max()) + floor,
+        )
+        assert error <= allowed, (tuple(truth.shape), error, allowed)
+
+
+def check_followed(model, images, target, blocks):
+    """Patched, a model computes what it did, carries labels that are labels, and can be given back."""
+    classes, keys = [type(module) for module in model.modules()], list(model.state_dict())
+    exact = copy.deepcopy(model).double()
+    exact_logits = exact(images.double())
+    exact_gradients = gradients(exact, exact_logits.square().sum())
+    del exact
+    logits = model(images)
+    own_gradients = gradients(model, logits.square().sum())
+
+    assert tlk.patch_model(model) is model
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(images), logits)
+    with_target, aligned = model(images, target=target, collect_layers=True)
+    assert_within_bound([with_target], [logits], [exact_logits])
+    our_gradients = gradients(model, with_target.square().sum())
+    assert [gradient is None for gradient in our_gradients] == [gradient is None for gradient in own_gradients]
+    assert_within_bound(*(_existing(found) for found in (our_gradients, own_gradients, exact_gradients)))
+
+    assert len(aligned.layer_shares) == blocks
+    assert aligned.ratio.shape == (3, 1)
+    assert aligned.ratio.dtype == torch.float32
+    assert not aligned.ratio.requires_grad
+    assert torch.equal(aligned.classes, target.classes)
+    for share in (*aligned.layer_shares, aligned.ratio):
+        assert share.min() >= 0
+        assert share.max() <= 1 + 1e-6
+    torch.testing.assert_close(aligned.ratio[2], torch.ones(1), rtol=0, atol=1e-6)
+    constant = MixedTarget.from_ratio(target.classes, torch.full((3, 1), 0.3))
+    torch.testing.assert_close(model(images, target=constant)[1].ratio, torch.full((3, 1), 0.3), rtol=0, atol=1e-6)
+
+    tlk.unpatch_model(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert not any(name.startswith("label_") for module in model.modules() for name in vars(module))
+    assert torch.equal(model(images), logits)
+    return aligned
+
+
+# Ways to run a model
+
+
+def step(model, images, target):
+    logits, aligned = model(images, target=target)
+    loss = mixed_cross_entropy(logits, aligned, smoothing=0.1)
+    return aligned.ratio, gradients(model, loss)
+
+
+def assert_same(result, ratio, expected, rtol=1e-4):
+    torch.testing.assert_close(result[0], ratio, rtol=0, atol=1e-6)
+    for ours, theirs in zip(result[1], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=rtol * float(theirs.abs().max()) + 1e-8)
+
+
+def check_checkpointing(model, images, target, blocks):
+    """Activation checkpointing, of either kind, changes nothing."""
+    expected = step(model, images, target)
+    model.set_grad_checkpointing()
+    original, modes = torch.utils.checkpoint.checkpoint, []
+
+    def recording(*arguments, use_reentrant):
+        modes.append(use_reentrant)
+        return original(*arguments, use_reentrant=use_reentrant)
+
+    for reentrant in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.utils.checkpoint, "checkpoint", recording)
+            try:
+                set_reentrant_ckpt(reentrant)
+                model.zero_grad()
+                logits, aligned = model(images.clone().requires_grad_(), target=target)
+                mixed_cross_entropy(logits, aligned, smoothing=0.1).backward()
+            finally:
+                set_reentrant_ckpt(False)
+        assert modes == [reentrant] * blocks
+        assert not aligned.ratio.requires_grad
+        assert_same((aligned.ratio, [p.grad for p in model.parameters()]), *expected, rtol=0)
+        modes.clear()
+    model.set_grad_checkpointing(False)
+
+
+def check_compiles(model, images, target):
+    """A model compiles into one graph that computes the same."""
+    expected = step(model, images, target)
+    torch._dynamo.reset()
+    assert_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), images, target), *expected)
+
+
+def check_layers(model, images, target, blocks):
+    """`layers` chooses blocks over all stages: in the others labels stay as they are."""
+    own_class = type(tlk.patch_model(model).label_blocks(model)[0])
+    tlk.patch_model(model, layers=[1, -1])
+    assert type(model.label_blocks(model)[0]) in own_class.__mro__[1:]
+    _, aligned = model(images, target=target, collect_layers=True)
+    _, nowhere = tlk.patch_model(model, layers=[])(images, target=target, collect_layers=True)
+    changed = [
+        not torch.equal(share, unaligned)
+        for share, unaligned in zip(aligned.layer_shares, nowhere.layer_shares, strict=True)
+    ]
+    assert changed == [index > 0 for index in range(blocks)]
+    with pytest.raises(ValueError, match=f"layers: expected block indices from -{blocks} to {blocks - 1}"):
+        tlk.patch_model(model, layers=[blocks])
+
+
+def check_errors(model, images, target):
+    """What does not belong together is refused with a reason."""
+    tlk.patch_model(model)
+    with pytest.raises(ValueError, match="collect_layers: expected False without a target"):
+        model(images, collect_layers=True)
+    with pytest.raises(ValueError, match="target: expected a batch of 2 images, got 3"):
+        model(images[:2], target=target)
+    with pytest.raises(TypeError, match="target: expected a MixedTarget, got Tensor"):
+        model(images, target=torch.rand(3, CLASSES))
+    model.reset_classifier(CLASSES, global_pool="")
+    with pytest.raises(NotImplementedError, match=r"global_pool: labels are defined for .*, got ''"):
+        model(images, target=target)
+    with pytest.raises(NotImplementedError, match=r"global_pool: labels are defined for .*, got ''"):
+        tlk.patch_model(model)
+
+
+# Dense computations
+
+
+class Weights:
+    """The weights of a model, by name, applied by PyTorch's functions."""
+
+    def __init__(self, model):
+        self.named = dict(model.state_dict())
+
+    def linear(self, x, name):
+        return F.linear(x, self.named[f"{name}.weight"], self.named[f"{name}.bias"])
+
+    def norm(self, x, name, eps):
+        return F.layer_norm(x, x.shape[-1:], self.named[f"{name}.weight"], self.named[f"{name}.bias"], eps)
+
+    def conv(self, x, name, **options):
+        return F.conv2d(x, self.named[f"{name}.weight"], self.named[f"{name}.bias"], **options)
+
+
+def attend(query, key, value, heads):
+    """A.V (B, Nq, channels) and the mean of A over the heads (B, Nq, Nk), of (B, N, channels)."""
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    attention = torch.softmax(query @ key.transpose(2, 3) / query.shape[-1] ** 0.5, dim=-1)
+    return (attention @ value).transpose(1, 2).flatten(2), attention.mean(dim=1)
+
+
+def cells(tokens, step, partial):
+    """Bounds of the cells of `step` tokens along an axis."""
+    end = tokens if partial else tokens - tokens % step
+    return [(start, min(start + step, tokens)) for start in range(0, end, step)]
+
+
+def pooled(labels, rows, columns):
+    """Means of a map of labels (B, Ht, Wt, C) over cells that are given by their bounds."""
+    means = [[labels[:, y0:y1, x0:x1].mean(dim=(1, 2)) for x0, x1 in columns] for y0, y1 in rows]
+    return torch.stack([torch.stack(row, dim=1) for row in means], dim=1)
+
+
+def thousand_classes(size):
+    """Images in float64, their target, and the label of each pixel, (B, Hi, Wi, 1000)."""
+    height, width = size
+    classes = torch.tensor([[1, 998], [500, 2]])
+    boxes = torch.tensor([[[3, 5, height // 2 + 3, width - 9]], [[11, 0, height, width // 2]]])
+    pixels = F.one_hot(classes[:, 0], 1000).double()[:, None, None].repeat(1, height, width, 1)
+    for image, (y0, x0, y1, x1) in enumerate(boxes[:, 0].tolist()):
+        pixels[image, y0:y1, x0:x1] = F.one_hot(classes[image, 1], 1000).double()
+    images = torch.randn(2, 3, height, width, dtype=torch.float64)
+    return images, MixedTarget.from_boxes(classes, boxes, size), pixels
+
+
+def check_against_dense(model, images, target, logits, labels, pool):
+    """A patched model's logits and labels are those of a dense computation.
+
+    `labels` (B, N, 1000) are those of the tokens after the last block, `pool` what makes the image's label of them.
+    """
+    ours, aligned = model(images, target=target, collect_layers=True)
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-10)
+    assert aligned.ratio.dtype == torch.float64
+    torch.testing.assert_close(aligned.to_dense(1000), pool(labels), rtol=0, atol=1e-10)
+    for image, partner in enumerate(target.classes[:, 1]):
+        of_tokens = labels[image, :, partner]
+        torch.testing.assert_close(aligned.layer_shares[-1][image, ..., 0].flatten(), of_tokens, rtol=0, atol=1e-10)
+    assert (aligned.ratio - target.ratio).abs().max() > 1e-4

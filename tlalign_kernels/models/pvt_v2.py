@@ -1,0 +1,252 @@
+"""How labels pass through timm's PVT v2, whose tokens form a pyramid of maps and attend to a reduced map."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from timm.models import checkpoint, pvt_v2
+from torch import Tensor, nn
+
+from tlalign_kernels.functional import attention
+from tlalign_kernels.labels import MixedTarget, pool_share
+from tlalign_kernels.patch import LabelFollower, ModelFollower, register
+
+
+class AlignedAttention(LabelFollower, pvt_v2.Attention):
+    """timm's attention to reduced keys and values: their labels are means over what a key was made of."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "7e415347d098ec7a"}
+    untouched = ("pool", "sr")
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError if keys are reduced by another module than timm's."""
+        if module.sr is not None:
+            check_convolution(module.sr, f"{name}.sr", overlap=False)
+        if module.pool is not None and type(module.pool) is not nn.AdaptiveAvgPool2d:
+            raise NotImplementedError(f"{name}.pool: can't follow labels through {type(module.pool).__name__}")
+
+    def forward(
+        self,
+        x: Tensor,
+        feat_size: tuple[int, int],
+        share: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attends to the reduced map, and mixes labels with the mean of the heads.
+
+        Args:
+            x: (B, N, channels).
+            feat_size: Ht and Wt of the map that the tokens form.
+            share: (B, N, S), or None to run timm's own forward.
+            residual: (B, N, S) to average the labels with, or None.
+
+        Returns:
+            (B, N, channels), with a share also the new share (B, N, S).
+        """
+        if share is None:
+            return super().forward(x, feat_size)
+        batch, tokens, channels = x.shape
+        query = self.q(x).view(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
+        if self.sr is not None:
+            x, share = self._reduced(x, feat_size, share)
+        key, value = self.kv(x).view(batch, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        attended, share = attention(
+            query,
+            key,
+            value,
+            share,
+            residual,
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            backend=self.label_backend,
+        )
+        attended = attended.transpose(1, 2).reshape(batch, tokens, channels)
+        return self.proj_drop(self.proj(attended)), share
+
+    def _reduced(self, x: Tensor, feat_size: tuple[int, int], share: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, Nk, channels) that keys and values are made of, and their labels (B, Nk, S)."""
+        x, share = x.transpose(1, 2).unflatten(2, feat_size), share.unflatten(1, feat_size)
+        if self.pool is None:
+            share = pool_share(share, self.sr.stride, partial_cells=False)
+        else:
+            x = self.pool(x)
+            share = F.adaptive_avg_pool2d(share.permute(0, 3, 1, 2), self.pool.output_size).permute(0, 2, 3, 1)
+        x = self.norm(self.sr(x).flatten(2).transpose(1, 2))
+        return x if self.act is None else self.act(x), share.flatten(1, 2)
+
+
+class AlignedBlock(LabelFollower, pvt_v2.Block):
+    """timm's `Block`: labels go through the attention and its residual, the MLP leaves them as they are."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "174a3c0df608224a"}
+
+    def forward(
+        self, x: Tensor, feat_size: tuple[int, int], share: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments and result as for `AlignedAttention`."""
+        if share is None:
+            return super().forward(x, feat_size)
+        residual = share if self.label_residual else None
+        attended, share = self.attn(self.norm1(x), feat_size, share, residual)
+        x = x + self.drop_path1(attended)
+        x = x + self.drop_path2(self.mlp(self.norm2(x), feat_size))
+        return x, share
+
+
+class AlignedMlpWithDepthwiseConv(LabelFollower, pvt_v2.MlpWithDepthwiseConv):
+    """timm's MLP of PVT v2: its depth-wise convolution counts as channel mixing, labels stay (no `share` is given)."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "fd7ac3fe51815489"}
+    untouched = ("dwconv",)
+
+
+class AlignedOverlapPatchEmbed(LabelFollower, pvt_v2.OverlapPatchEmbed):
+    """timm's patch embedding with overlap: a token stands for the cell of the stride, not for its receptive field."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "26e8c70f06f70885"}
+    untouched = ("proj",)
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError unless there is a token for each cell, also for those at the end of the map."""
+        check_convolution(module.proj, f"{name}.proj", overlap=True)
+
+    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Embeds a map (B, channels, Ht, Wt), and merges its labels (B, Ht, Wt, S) if they are given."""
+        if share is None:
+            return super().forward(x)
+        return super().forward(x), pool_share(share, self.proj.stride)
+
+
+class AlignedPyramidVisionTransformerStage(LabelFollower, pvt_v2.PyramidVisionTransformerStage):
+    """timm's stage: a patch embedding but in the first, and blocks."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "f1b7b46e569c24f8"}
+
+    def forward(
+        self, x: Tensor, share: Tensor | None = None, collect_layers: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Runs the blocks on a map of tokens.
+
+        Args:
+            x: (B, channels, Ht, Wt), in a stage without a patch embedding (B, Ht, Wt, channels).
+            share: (B, Ht, Wt, S), or None to run timm's own forward.
+            collect_layers: Return the share after each block as well; of no account without a share.
+
+        Returns:
+            (B, channels, Ht, Wt); with a share also the new share (B, Ht, Wt, S); with `collect_layers` also a tuple of
+            those after each block.
+        """
+        if share is None:
+            return super().forward(x)
+        if self.downsample is not None:
+            x, share = self.downsample(x, share)
+        feat_size = tuple(x.shape[1:3])
+        x, share, layer_shares = x.flatten(1, 2), share.flatten(1, 2), []
+        for block in self.blocks:
+            # Flat arguments: reentrant checkpointing gives no gradient to tensors inside containers.
+            arguments = (x, feat_size) + ((share,) if isinstance(block, LabelFollower) else ())
+            result = checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
+            x, share = result if isinstance(block, LabelFollower) else (result, share)
+            if collect_layers:
+                layer_shares.append(share.detach().unflatten(1, feat_size))
+        x = self.norm(x).unflatten(1, feat_size).permute(0, 3, 1, 2)
+        share = share.unflatten(1, feat_size)
+        return (x, share, tuple(layer_shares)) if collect_layers else (x, share)
+
+
+class AlignedPyramidVisionTransformerV2(ModelFollower, pvt_v2.PyramidVisionTransformerV2):
+    """timm's `PyramidVisionTransformerV2` that returns the aligned target beside the logits when it is given one."""
+
+    mirrors: ClassVar[dict[str, str]] = {
+        "forward": "b6a6653831a7fb8a",
+        "forward_features": "b52752d3630ae09b",
+        "forward_head": "ff2af79defa988b0",
+    }
+    untouched = ("head",)
+
+    @classmethod
+    def label_blocks(cls, model: nn.Module) -> list[nn.Module]:
+        """The transformer blocks of all stages."""
+        return [block for stage in model.stages for block in stage.blocks]
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError for a model that does not pool its tokens."""
+        check_average_pooling(module)
+
+    def forward(
+        self, x: Tensor, *, target: MixedTarget | None = None, collect_layers: bool = False
+    ) -> Tensor | tuple[Tensor, MixedTarget]:
+        """Classifies images and aligns their target.
+
+        Args:
+            x: Images, (B, channels, Hi, Wi).
+            target: What the images are mixed of; None runs timm's own forward.
+            collect_layers: Keep the share (B, Ht, Wt, S) after each block in `aligned.layer_shares`.
+
+        Returns:
+            Logits (B, C), with a target also the aligned target.
+
+        Raises:
+            TypeError: If `target` is no MixedTarget.
+            ValueError: If `target` does not belong to the images, or `collect_layers` is set without a target.
+        """
+        if target is None:
+            if collect_layers:
+                raise ValueError("collect_layers: expected False without a target, got True")
+            return super().forward(x)
+        self.check_target(x, target)
+        check_average_pooling(self)
+        x = self.patch_embed(x)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        grid_size = tuple(x.shape[1:3])
+        share = target.token_share(grid_size, self.patch_embed.proj.stride, dtype).unflatten(1, grid_size)
+        layer_shares = [] if collect_layers else None
+        for stage in self.stages:
+            x, share, *of_blocks = stage(x, share, collect_layers)
+            if collect_layers:
+                layer_shares.extend(*of_blocks)
+        # Reentrant checkpointing marks all outputs as differentiable; labels are not.
+        return self.forward_head(x), target.with_share(share.detach().mean(dim=(1, 2)), layer_shares)
+
+
+def check_convolution(conv: nn.Module, name: str, overlap: bool) -> None:
+    """Raises NotImplementedError unless the outputs of a convolution stand for the cells of its stride.
+
+    Args:
+        conv: The module that should be such a convolution.
+        name: What to call it.
+        overlap: Whether its kernel is odd and padded by its half, so that there is an output for each cell; else the
+            kernel is the cell, and there is one for each whole cell.
+    """
+    if type(conv) is not nn.Conv2d:
+        raise NotImplementedError(f"{name}: can't follow labels through {type(conv).__name__}")
+    if overlap:
+        wanted = "odd and padded by their half"
+        kernel_size = tuple(size // 2 * 2 + 1 for size in conv.kernel_size)
+        padding = tuple(size // 2 for size in kernel_size)
+    else:
+        wanted, kernel_size, padding = "the stride, without padding", conv.stride, (0, 0)
+    if (conv.kernel_size, conv.padding, conv.dilation) != (kernel_size, padding, (1, 1)):
+        raise NotImplementedError(
+            f"{name}: labels are defined for kernels that are {wanted}, got a kernel of {conv.kernel_size}, stride "
+            f"{conv.stride}, padding {conv.padding}, dilation {conv.dilation}"
+        )
+
+
+def check_average_pooling(model: nn.Module) -> None:
+    """Raises NotImplementedError unless the model averages its tokens."""
+    if model.global_pool != "avg":
+        raise NotImplementedError(f"global_pool: labels are defined for 'avg' pooling, got {model.global_pool!r}")
+
+
+register(pvt_v2.Attention, AlignedAttention)
+register(pvt_v2.Block, AlignedBlock)
+register(pvt_v2.MlpWithDepthwiseConv, AlignedMlpWithDepthwiseConv)
+register(pvt_v2.OverlapPatchEmbed, AlignedOverlapPatchEmbed)
+register(pvt_v2.PyramidVisionTransformerStage, AlignedPyramidVisionTransformerStage)
+register(pvt_v2.PyramidVisionTransformerV2, AlignedPyramidVisionTransformerV2)

@@ -1,0 +1,223 @@
+"""How labels pass through timm's Twins, which attend within windows and to a reduced map by turns."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from timm.models import twins
+from torch import Tensor, nn
+
+from tlalign_kernels.functional import attention, window_attention
+from tlalign_kernels.labels import MixedTarget, pool_share
+from tlalign_kernels.models.pvt_v2 import check_average_pooling, check_convolution
+from tlalign_kernels.patch import LabelFollower, ModelFollower, register
+
+
+class AlignedLocallyGroupedAttn(LabelFollower, twins.LocallyGroupedAttn):
+    """timm's attention within windows that are neither shifted nor biased; padding is attended to, without a label."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "06ac705f2065c1d3"}
+
+    def forward(
+        self, x: Tensor, size: tuple[int, int], share: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attends within windows, and mixes labels with the mean of the heads.
+
+        Args:
+            x: (B, N, channels).
+            size: Ht and Wt of the map that the tokens form.
+            share: (B, N, S), or None to run timm's own forward.
+            residual: (B, N, S) to average the labels with, or None.
+
+        Returns:
+            (B, N, channels), with a share also the new share (B, N, S).
+        """
+        if share is None:
+            return super().forward(x, size)
+        heads = (3, self.num_heads, self.dim // self.num_heads)
+        attended, share = window_attention(
+            self.qkv(x).unflatten(2, heads).unflatten(1, size),
+            share.unflatten(1, size),
+            None if residual is None else residual.unflatten(1, size),
+            window_size=(self.ws, self.ws),
+            # timm pads with zeros before the projection, which makes its bias of them.
+            pad_qkv=self.qkv.bias.view(heads),
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            backend=self.label_backend,
+        )
+        return self.proj_drop(self.proj(attended.reshape(x.shape))), share.flatten(1, 2)
+
+
+class AlignedGlobalSubSampleAttn(LabelFollower, twins.GlobalSubSampleAttn):
+    """timm's attention to reduced keys and values: their labels are means over the cell that a key was made of."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "daa38e9fe4cd4c4e"}
+    untouched = ("sr",)
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError if keys are reduced by another module than timm's."""
+        if module.sr is not None:
+            check_convolution(module.sr, f"{name}.sr", overlap=False)
+
+    def forward(
+        self, x: Tensor, size: tuple[int, int], share: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments and result as for `AlignedLocallyGroupedAttn`; without a reduction the tokens need form no map."""
+        if share is None:
+            return super().forward(x, size)
+        batch, tokens, channels = x.shape
+        heads = (self.num_heads, channels // self.num_heads)
+        query = self.q(x).unflatten(2, heads).transpose(1, 2)
+        if self.sr is not None:
+            x = self.norm(self.sr(x.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2))
+            share = pool_share(share.unflatten(1, size), self.sr.stride, partial_cells=False).flatten(1, 2)
+        key, value = self.kv(x).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended, share = attention(
+            query,
+            key,
+            value,
+            share,
+            residual,
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            backend=self.label_backend,
+        )
+        attended = attended.transpose(1, 2).reshape(batch, tokens, channels)
+        return self.proj_drop(self.proj(attended)), share
+
+
+class AlignedBlock(LabelFollower, twins.Block):
+    """timm's `Block`: labels go through the attention and its residual, the MLP leaves them as they are."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "12dc1f99b71f21f6"}
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError for the plain attention, which timm's block can be built with but not run."""
+        if not isinstance(module.attn, (twins.LocallyGroupedAttn, twins.GlobalSubSampleAttn)):
+            raise NotImplementedError(f"{name}.attn: can't follow labels through {type(module.attn).__name__}")
+
+    def forward(self, x: Tensor, size: tuple[int, int], share: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments and result as for `AlignedLocallyGroupedAttn`."""
+        if share is None:
+            return super().forward(x, size)
+        residual = share if self.label_residual else None
+        attended, share = self.attn(self.norm1(x), size, share, residual)
+        x = x + self.drop_path1(attended)
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x, share
+
+
+class AlignedPosConv(LabelFollower, twins.PosConv):
+    """timm's positional encoding by a depth-wise convolution: labels stay as they are (no `share` is given)."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "6fe5445cb993d4dc"}
+    untouched = ("proj",)
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError if the encoding thins out the tokens."""
+        if module.stride != 1:
+            raise NotImplementedError(f"{name}: can't follow labels through a stride of {module.stride}")
+
+
+class AlignedPatchEmbed(LabelFollower, twins.PatchEmbed):
+    """timm's patch embedding without overlap: the label of a patch is the mean over what it was made of."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "b65a00b7ec7f0b98"}
+    untouched = ("proj",)
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError unless patches are cells."""
+        check_convolution(module.proj, f"{name}.proj", overlap=False)
+
+    def forward(
+        self, x: Tensor, share: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int]] | tuple[Tensor, tuple[int, int], Tensor]:
+        """Embeds the patches of a map, and merges its labels.
+
+        Args:
+            x: (B, channels, Ht, Wt).
+            share: (B, Ht, Wt, S), or None to run timm's own forward.
+
+        Returns:
+            (B, N, channels) and the size of the new map, with a share also the new share (B, N, S).
+        """
+        if share is None:
+            return super().forward(x)
+        return *super().forward(x), pool_share(share, self.patch_size, partial_cells=False).flatten(1, 2)
+
+
+class AlignedTwins(ModelFollower, twins.Twins):
+    """timm's `Twins` that returns the aligned target beside the logits when it is given a target."""
+
+    mirrors: ClassVar[dict[str, str]] = {
+        "forward": "b6a6653831a7fb8a",
+        "forward_features": "bb594dec872da403",
+        "forward_head": "55fa15eef6e03e8d",
+    }
+    untouched = ("head",)
+
+    @classmethod
+    def label_blocks(cls, model: nn.Module) -> list[nn.Module]:
+        """The transformer blocks of all stages."""
+        return [block for blocks in model.blocks for block in blocks]
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError for a model that does not pool its tokens."""
+        check_average_pooling(module)
+
+    def forward(
+        self, x: Tensor, *, target: MixedTarget | None = None, collect_layers: bool = False
+    ) -> Tensor | tuple[Tensor, MixedTarget]:
+        """Classifies images and aligns their target.
+
+        Args:
+            x: Images, (B, channels, Hi, Wi).
+            target: What the images are mixed of; None runs timm's own forward.
+            collect_layers: Keep the share (B, Ht, Wt, S) after each block in `aligned.layer_shares`.
+
+        Returns:
+            Logits (B, C), with a target also the aligned target.
+
+        Raises:
+            TypeError: If `target` is no MixedTarget.
+            ValueError: If `target` does not belong to the images, or `collect_layers` is set without a target.
+        """
+        if target is None:
+            if collect_layers:
+                raise ValueError("collect_layers: expected False without a target, got True")
+            return super().forward(x)
+        self.check_target(x, target)
+        check_average_pooling(self)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        share, layer_shares = None, [] if collect_layers else None
+        for embed, drop, blocks, encode in zip(
+            self.patch_embeds, self.pos_drops, self.blocks, self.pos_block, strict=False
+        ):
+            if share is None:
+                x, size = embed(x)
+                share = target.token_share(size, embed.patch_size, dtype)
+            else:
+                x, size, share = embed(x.transpose(1, 2).unflatten(2, size), share.unflatten(1, size))
+            x = drop(x)
+            for index, block in enumerate(blocks):
+                x, share = block(x, size, share) if isinstance(block, LabelFollower) else (block(x, size), share)
+                if index == 0:
+                    x = encode(x, size)
+                if collect_layers:
+                    layer_shares.append(share.detach().unflatten(1, size))
+        return self.forward_head(self.norm(x)), target.with_share(share.mean(dim=1), layer_shares)
+
+
+register(twins.LocallyGroupedAttn, AlignedLocallyGroupedAttn)
+register(twins.GlobalSubSampleAttn, AlignedGlobalSubSampleAttn)
+register(twins.Block, AlignedBlock)
+register(twins.PosConv, AlignedPosConv)
+register(twins.PatchEmbed, AlignedPatchEmbed)
+register(twins.Twins, AlignedTwins)
