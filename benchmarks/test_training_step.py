@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import timm
-import tlalign.models  # noqa: F401 - timm learns of PVT
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
+import tlalign.models  # noqa: F401 - timm learns of PVT
 import tlalign_kernels as tlk
 
 MODELS = [
