@@ -1,11 +1,12 @@
 """Patched Swin Transformers: logits and gradients are timm's, labels are those of a dense computation."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
 from timm.layers import set_reentrant_ckpt
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
@@ -14,7 +15,9 @@ from torch import nn
 import tlalign_kernels as tlk
 from tlalign_kernels import MixedTarget, mixed_cross_entropy
 from tlalign_kernels.models import swin
-from tlalign_kernels.selftest import ROUNDING
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import following
 
 MODULES = {"timm.models.swin_transformer", "timm.models.swin_transformer_v2", "timm.models.swin_transformer_v2_cr"}
 NAMES = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__ in MODULES]
@@ -37,36 +40,11 @@ def small(name, image_size=(36, 20), **options):
     With the default size maps are 9 x 5 and 5 x 3 for windows of 4: padded, shifted along both axes and along one.
     """
     defaults = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "window_size": 4, "num_classes": 10}
-    return randomised(timm.create_model(name, **{**defaults, "img_size": image_size, **options})).eval()
-
-
-def randomised(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-    return model
+    return following.randomised(timm.create_model(name, **{**defaults, "img_size": image_size, **options})).eval()
 
 
 def images_and_target(model):
-    height, width = model.patch_embed.img_size
-    boxes = torch.tensor([[0, 0, height // 2, width], [1, 3, height - 2, width // 2], [0, 0, height, width]])
-    target = MixedTarget.from_boxes(torch.randint(0, 10, (3, 2)), boxes[:, None], (height, width))
-    return torch.randn(3, 3, height, width, dtype=next(model.parameters()).dtype), target
-
-
-def gradients(model, loss):
-    return torch.autograd.grad(loss, list(model.parameters()))
-
-
-def assert_within_bound(ours, own, exact):
-    """The errors of ours against float64 are at most twice those of timm, plus a rounding of the largest value."""
-    floor = ROUNDING[torch.float32] * max(float(tensor.detach().abs().max()) for tensor in exact)
-    for our, timms, truth in zip(ours, own, exact, strict=True):
-        error, allowed = (
-            float((our - truth).detach().abs().max()),
-            2 * float((timms - truth).detach().abs().max()) + floor,
-        )
-        assert error <= allowed, (tuple(truth.shape), error, allowed)
+    return following.images_and_target(model.patch_embed.img_size, dtype=next(model.parameters()).dtype)
 
 
 def relative(ours, own):
@@ -81,39 +59,10 @@ def check_followed(name):
     windows = [stage.blocks[0].window_size for stage in (full.stages if "_cr_" in name else full.layers)]
     model = small(name, (56, 40), window_size=windows, **options)
     images, target = images_and_target(model)
-    classes, keys = [type(module) for module in model.modules()], list(model.state_dict())
-    exact = copy.deepcopy(model).double()
-    exact_logits = exact(images.double())
-    exact_gradients = gradients(exact, exact_logits.square().sum())
-    logits = model(images)
-    own_gradients = gradients(model, logits.square().sum())
-
-    assert tlk.patch_model(model) is model
-    assert list(model.state_dict()) == keys
-    assert torch.equal(model(images), logits)
-    with_target, aligned = model(images, target=target, collect_layers=True)
-    assert_within_bound([with_target], [logits], [exact_logits])
-    assert_within_bound(gradients(model, with_target.square().sum()), own_gradients, exact_gradients)
-
+    aligned = following.check_followed(model, images, target, blocks=sum(options["depths"]))
     sizes = [(14, 10), (7, 5), (4, 3), (2, 2)]
     expected = [(3, *size, 1) for size, depth in zip(sizes, options["depths"], strict=True) for _ in range(depth)]
     assert [tuple(share.shape) for share in aligned.layer_shares] == expected
-    assert aligned.ratio.shape == (3, 1)
-    assert aligned.ratio.dtype == torch.float32
-    assert not aligned.ratio.requires_grad
-    assert torch.equal(aligned.classes, target.classes)
-    for share in (*aligned.layer_shares, aligned.ratio):
-        assert share.min() >= 0
-        assert share.max() <= 1 + 1e-6
-    # The third image is all of the other source.
-    torch.testing.assert_close(aligned.ratio[2], torch.ones(1), rtol=0, atol=1e-6)
-    constant = MixedTarget.from_ratio(target.classes, torch.full((3, 1), 0.3))
-    torch.testing.assert_close(model(images, target=constant)[1].ratio, torch.full((3, 1), 0.3), rtol=0, atol=1e-6)
-
-    tlk.unpatch_model(model)
-    assert [type(module) for module in model.modules()] == classes
-    assert not any(name.startswith("label_") for module in model.modules() for name in vars(module))
-    assert torch.equal(model(images), logits)
     return target, aligned
 
 
@@ -354,7 +303,7 @@ def test_windows_and_masks_are_those_of_timm(family, made_for, given, window, sh
     """Of static masks and, where a map is not the one that the block was made for, of dynamic ones."""
     original, follower, attention_follower = BLOCKS[family]
     size = {"feat_size" if family == "cr" else "input_resolution": made_for}
-    block = randomised(
+    block = following.randomised(
         original(
             16,
             num_heads=2,
@@ -451,10 +400,10 @@ def test_a_separate_bias_of_the_projection_is_followed():
     for block in (*model.layers[0].blocks, *model.layers[1].blocks):
         block.attn.qkv_bias_separate = True
     logits = model(images)
-    own = gradients(model, logits.square().sum())
+    own = following.gradients(model, logits.square().sum())
     ours, _ = tlk.patch_model(model)(images, target=target)
     assert relative(ours, logits) < 1e-11
-    for gradient, timms in zip(gradients(model, ours.square().sum()), own, strict=True):
+    for gradient, timms in zip(following.gradients(model, ours.square().sum()), own, strict=True):
         torch.testing.assert_close(gradient, timms, rtol=1e-9, atol=1e-9)
 
 
@@ -492,11 +441,6 @@ def test_the_input_size_can_be_set_after_patching(name):
 # Ways to run a model
 
 
-def step(model, images, target):
-    logits, aligned = model(images, target=target)
-    return aligned.ratio, gradients(model, mixed_cross_entropy(logits, aligned, smoothing=0.1))
-
-
 def without_dropout(model):
     """In training mode, but for what draws random numbers, so that runs can be compared."""
     for module in model.modules():
@@ -510,7 +454,7 @@ def run(request):
     """A patched model with its images, target, aligned ratio and gradients when run eagerly."""
     model = without_dropout(tlk.patch_model(small(request.param).train()))
     images, target = images_and_target(model)
-    return model, images, target, *step(model, images, target)
+    return model, images, target, *following.step(model, images, target)
 
 
 def assert_same(result, ratio, expected, rtol=1e-4):
@@ -563,10 +507,10 @@ def test_checkpointing_repeats_the_dropout_of_the_position_bias():
 def check_compiles(name, checkpointing, **options):
     model = without_dropout(tlk.patch_model(small(name, depths=(0, 2)).train()))
     images, target = images_and_target(model)
-    expected = step(model, images, target)
+    expected = following.step(model, images, target)
     model.set_grad_checkpointing(checkpointing)
     torch._dynamo.reset()
-    assert_same(step(torch.compile(model, fullgraph=True, **options), images, target), *expected)
+    assert_same(following.step(torch.compile(model, fullgraph=True, **options), images, target), *expected)
 
 
 @pytest.mark.parametrize(
@@ -589,7 +533,9 @@ def test_autocast_errors_are_those_of_timm(run):
         own_logits = model(images)
     assert all(share.dtype == torch.float32 for share in (aligned.ratio, *aligned.layer_shares))
     torch.testing.assert_close(aligned.ratio, ratio, rtol=0, atol=0.02)
-    ours, own = (gradients(model, mixed_cross_entropy(found, aligned, smoothing=0.1)) for found in (logits, own_logits))
+    ours, own = (
+        following.gradients(model, mixed_cross_entropy(found, aligned, smoothing=0.1)) for found in (logits, own_logits)
+    )
     largest = max(float(gradient.abs().max()) for gradient in expected)
     for our, timms, exact in zip(ours, own, expected, strict=True):
         allowed = 2 * float((timms - exact).abs().max()) + 2.0**-7 * largest
@@ -601,7 +547,7 @@ def test_copies_follow_labels(run):
     copied = copy.deepcopy(model)
     with torch.no_grad():
         model.patch_embed.proj.weight.zero_()
-    assert_same(step(copied, images, target), ratio, expected, rtol=0)
+    assert_same(following.step(copied, images, target), ratio, expected, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
