@@ -13,16 +13,22 @@ Letters in shapes: B images in the batch, C channels here, Hi x Wi pixels, h x w
 """
 
 from tlalign.mixing.boxes import BoxStrategy, CutMix, MixUp, MixUpCutMix, blend, draw_boxes, paste, whole_boxes
+from tlalign.mixing.masks import MaskStrategy
+from tlalign.mixing.patches import BlockWise, RandomPatches, TokenMix
 from tlalign.mixing.strategy import MODES, MixingStrategy, Mode, draw_ratios
 
 __all__ = [
     "MODES",
+    "BlockWise",
     "BoxStrategy",
     "CutMix",
+    "MaskStrategy",
     "MixUp",
     "MixUpCutMix",
     "MixingStrategy",
     "Mode",
+    "RandomPatches",
+    "TokenMix",
     "blend",
     "draw_boxes",
     "draw_ratios",
