@@ -13,6 +13,7 @@ Letters in shapes: B images in the batch, C channels here, Hi x Wi pixels, h x w
 """
 
 from tlalign.mixing.boxes import BoxStrategy, CutMix, MixUp, MixUpCutMix, blend, draw_boxes, paste, whole_boxes
+from tlalign.mixing.fourier import FMix
 from tlalign.mixing.masks import MaskStrategy
 from tlalign.mixing.patches import BlockWise, RandomPatches, TokenMix
 from tlalign.mixing.strategy import MODES, MixingStrategy, Mode, draw_ratios
@@ -22,6 +23,7 @@ __all__ = [
     "BlockWise",
     "BoxStrategy",
     "CutMix",
+    "FMix",
     "MaskStrategy",
     "MixUp",
     "MixUpCutMix",
