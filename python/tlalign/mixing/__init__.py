@@ -16,6 +16,7 @@ from tlalign.mixing.boxes import BoxStrategy, CutMix, MixUp, MixUpCutMix, blend,
 from tlalign.mixing.fourier import FMix
 from tlalign.mixing.masks import MaskStrategy
 from tlalign.mixing.patches import BlockWise, RandomPatches, TokenMix
+from tlalign.mixing.resize import ResizeMix
 from tlalign.mixing.strategy import MODES, MixingStrategy, Mode, draw_ratios
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "MixingStrategy",
     "Mode",
     "RandomPatches",
+    "ResizeMix",
     "TokenMix",
     "blend",
     "draw_boxes",
