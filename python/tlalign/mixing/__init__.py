@@ -17,6 +17,7 @@ from tlalign.mixing.fourier import FMix
 from tlalign.mixing.masks import MaskStrategy
 from tlalign.mixing.patches import BlockWise, RandomPatches, TokenMix
 from tlalign.mixing.resize import ResizeMix
+from tlalign.mixing.saliency import SaliencyMix
 from tlalign.mixing.strategy import MODES, MixingStrategy, Mode, draw_ratios
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Mode",
     "RandomPatches",
     "ResizeMix",
+    "SaliencyMix",
     "TokenMix",
     "blend",
     "draw_boxes",
