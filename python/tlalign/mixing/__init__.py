@@ -12,6 +12,7 @@ area that was really pasted; and `label_smoothing` and `num_classes` belong to t
 Letters in shapes: B images in the batch, C channels here, Hi x Wi pixels, h x w cells of a map, n draws.
 """
 
+from tlalign.mixing.attentive import AttentiveCutMix
 from tlalign.mixing.boxes import BoxStrategy, CutMix, MixUp, MixUpCutMix, blend, draw_boxes, paste, whole_boxes
 from tlalign.mixing.fourier import FMix
 from tlalign.mixing.masks import MaskStrategy
@@ -22,6 +23,7 @@ from tlalign.mixing.strategy import MODES, MixingStrategy, Mode, draw_ratios
 
 __all__ = [
     "MODES",
+    "AttentiveCutMix",
     "BlockWise",
     "BoxStrategy",
     "CutMix",
