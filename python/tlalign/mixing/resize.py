@@ -40,6 +40,11 @@ class ResizeMix(MixingStrategy):
             raise ValueError(f"scale: expected (least, greatest) with 0 < least <= greatest <= 1, got {tuple(scale)}")
         self.scale = (float(scale[0]), float(scale[1]))
 
+    def visible_parts(self, maps: Tensor, target: MixedTarget) -> tuple[Tensor, Tensor]:
+        """As for every strategy; of a partner that was pasted all is seen."""
+        own, _ = super().visible_parts(maps, target)
+        return own, (target.ratio[:, 0] > 0).to(own.dtype)
+
     def _mix(
         self, images: Tensor, classes: Tensor, draw_index: np.ndarray, chosen: np.ndarray
     ) -> tuple[Tensor, MixedTarget]:

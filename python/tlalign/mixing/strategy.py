@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tlalign_kernels.labels import MixedTarget
@@ -85,6 +86,23 @@ class MixingStrategy(ABC):
         chosen = chosen[draw_index] & (own != partner)
         pairs = torch.stack((classes, classes.flip(0)), dim=1)
         return self._mix(images, pairs, draw_index, chosen)
+
+    def visible_parts(self, maps: Tensor, target: MixedTarget) -> tuple[Tensor, Tensor]:
+        """How much of each image's map is seen in the mixed images.
+
+        Args:
+            maps: float32 (B, h, w) of sum 1, how something is spread over cells of equal size of each image before it
+                was mixed.
+            target: What the mixed images are labelled with.
+
+        Returns:
+            What is seen of the image's own map and of its partner's, (B,) each.
+        """
+        cells = tuple(maps.shape[1:])
+        pixels = cells if target.image_size is None else target.image_size
+        share = target.token_share(pixels, (1, 1)).view(-1, 1, *pixels)
+        share = F.adaptive_avg_pool2d(share, cells)[:, 0]
+        return (maps * (1 - share)).sum(dim=(1, 2)), (maps.flip(0) * share).sum(dim=(1, 2))
 
     @abstractmethod
     def _mix(
