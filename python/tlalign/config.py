@@ -15,7 +15,7 @@ import yaml
 
 Mixing = Literal[
     "none", "cutmix", "mixup", "mixup-cutmix", "random", "block", "fmix", "resizemix", "saliencymix",
-    "attentive-cutmix", "tokenmix",
+    "attentive-cutmix", "puzzlemix", "tokenmix",
 ]  # fmt: skip
 Target = Literal["ratio", "tl-align", "transmix", "teacher"]
 
@@ -97,7 +97,7 @@ class TrainConfig(EvalConfig):
             Where a config.yaml lies beside them, that says what they are of. It is shown the images that the model is
             trained on, with their size and normalisation.
         teacher_model: Name of the teacher's timm model, if no config.yaml says it.
-        cutmix_alpha: CutMix, random, block, fmix and saliencymix draw their ratio from Beta(cutmix_alpha,
+        cutmix_alpha: CutMix, random, block, fmix, saliencymix and puzzlemix draw their ratio from Beta(cutmix_alpha,
             cutmix_alpha).
         mixup_alpha: MixUp draws its ratio from Beta(mixup_alpha, mixup_alpha).
         mix_prob: Probability that images are mixed.

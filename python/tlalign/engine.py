@@ -92,7 +92,7 @@ class Trainer:
         teacher = create_teacher(config, data.num_classes, self.device) if config.needs_teacher else None
         self.task = AlignedClassificationTask(
             model,
-            create_mixing(config, teacher),
+            create_mixing(config, model, teacher),
             align=config.aligns,
             teacher=teacher if config.target == "teacher" else None,
             loss=config.loss,

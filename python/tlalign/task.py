@@ -13,8 +13,10 @@ from tlalign.mixing import (
     AttentiveCutMix,
     BlockWise,
     FMix,
+    GradientSaliency,
     MixingStrategy,
     MixUpCutMix,
+    PuzzleMix,
     RandomPatches,
     ResizeMix,
     SaliencyMix,
@@ -108,11 +110,14 @@ class AlignedClassificationTask(ClassificationTask):
         return torch.stack(losses).mean()
 
 
-def create_mixing(config: TrainConfig, teacher: Teacher | None = None) -> MixingStrategy | None:
+def create_mixing(
+    config: TrainConfig, model: nn.Module | None = None, teacher: Teacher | None = None
+) -> MixingStrategy | None:
     """The mixing strategy of a configuration, None for `none`.
 
     Args:
         config: Configuration of the run.
+        model: The model that is trained, by whose gradient `puzzlemix` finds what is salient.
         teacher: The network that `attentive-cutmix` takes its activation from.
 
     Raises:
@@ -138,6 +143,8 @@ def create_mixing(config: TrainConfig, teacher: Teacher | None = None) -> Mixing
                 return SaliencyMix(alpha, **options)
             except ModuleNotFoundError as error:
                 raise UsageError(f"mixing: {error}") from error
+        case "puzzlemix":
+            return PuzzleMix(None if model is None else GradientSaliency(model), alpha, **options)
         case "attentive-cutmix":
             return AttentiveCutMix(None if teacher is None else teacher.activation, **options)
     return MixUpCutMix(

@@ -18,6 +18,7 @@ from tlalign.mixing import (
     FMix,
     MixUp,
     MixUpCutMix,
+    PuzzleMix,
     RandomPatches,
     ResizeMix,
     SaliencyMix,
@@ -47,12 +48,15 @@ STRATEGIES = {
     "resizemix": ResizeMix,
     "saliencymix": SaliencyMix,
     "attentive-cutmix": functools.partial(AttentiveCutMix, in_cells),
+    "puzzlemix": functools.partial(PuzzleMix, lambda images, classes: images.float().abs().mean(1), 50),
 }
 if importlib.util.find_spec("cv2") is None:
     del STRATEGIES["saliencymix"]
 every_strategy = pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES.keys())
-SPATIAL = {name: make for name, make in STRATEGIES.items() if not name.startswith("mixup")}
-DRAWN = {name: make for name, make in STRATEGIES.items() if name != "attentive-cutmix"}
+# Whose pixels are the partner's or one's own.
+SPATIAL = {name: make for name, make in STRATEGIES.items() if not name.startswith(("mixup", "puzzlemix"))}
+# Where another draw is sure to give another mix.
+DRAWN = {name: make for name, make in STRATEGIES.items() if name not in ("attentive-cutmix", "puzzlemix")}
 every_spatial_strategy = pytest.mark.parametrize("make", SPATIAL.values(), ids=SPATIAL.keys())
 every_drawn_strategy = pytest.mark.parametrize("make", DRAWN.values(), ids=DRAWN.keys())
 every_mode = pytest.mark.parametrize("mode", MODES)

@@ -154,7 +154,9 @@ def test_each_mixing_mixes_as_its_name_says(mixing, kinds):
 
 
 @pytest.mark.parametrize("target", ["ratio", "tl-align", "transmix", "teacher"])
-@pytest.mark.parametrize("mixing", ["cutmix", "random", "block", "fmix", "resizemix", "tokenmix", "attentive-cutmix"])
+@pytest.mark.parametrize(
+    "mixing", ["cutmix", "random", "block", "fmix", "resizemix", "tokenmix", "attentive-cutmix", "puzzlemix"]
+)
 def test_every_spatial_mixing_combines_with_every_target(mixing, target):
     images, classes = make_batch(8)
     teacher = Teacher(make_model())
@@ -162,7 +164,7 @@ def test_every_spatial_mixing_combines_with_every_target(mixing, target):
     model = make_model()
     if config.aligns:
         tlk.patch_model(model, method=target)
-    strategy = create_mixing(config, teacher)
+    strategy = create_mixing(config, model, teacher)
     task = AlignedClassificationTask(
         model, strategy, align=config.aligns, teacher=teacher if target == "teacher" else None, seed=7
     )

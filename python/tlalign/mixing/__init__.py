@@ -17,6 +17,7 @@ from tlalign.mixing.boxes import BoxStrategy, CutMix, MixUp, MixUpCutMix, blend,
 from tlalign.mixing.fourier import FMix
 from tlalign.mixing.masks import MaskStrategy
 from tlalign.mixing.patches import BlockWise, RandomPatches, TokenMix
+from tlalign.mixing.puzzle import GradientSaliency, PuzzleMix
 from tlalign.mixing.resize import ResizeMix
 from tlalign.mixing.saliency import SaliencyMix
 from tlalign.mixing.strategy import MODES, MixingStrategy, Mode, draw_ratios
@@ -28,11 +29,13 @@ __all__ = [
     "BoxStrategy",
     "CutMix",
     "FMix",
+    "GradientSaliency",
     "MaskStrategy",
     "MixUp",
     "MixUpCutMix",
     "MixingStrategy",
     "Mode",
+    "PuzzleMix",
     "RandomPatches",
     "ResizeMix",
     "SaliencyMix",
