@@ -11,18 +11,11 @@ from scipy import ndimage, stats
 
 from tlalign.mixing import AttentiveCutMix, BlockWise, FMix, RandomPatches, ResizeMix, SaliencyMix, TokenMix, saliency
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ACCEPT = 1e-4  # bound of a p-value at the fixed seeds
 PATCH = 2
 GRID = (14, 14)  # the papers' grid of patches, in pixels as small as can be
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of a few kilobytes: more threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw_masks(strategy, count, image_size=(GRID[0] * PATCH, GRID[1] * PATCH)):

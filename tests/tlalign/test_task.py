@@ -204,7 +204,7 @@ def test_a_missing_package_is_a_usage_error(monkeypatch):
 def test_a_teacher_s_target_takes_the_place_of_the_ratio():
     images, classes = make_batch()
     model = make_model()
-    teacher = Teacher(timm.create_model("resnet10t", num_classes=CLASSES))
+    teacher = Teacher(timm.create_model("test_resnet", num_classes=CLASSES))
     task = AlignedClassificationTask(model, CutMix(mode="elem"), align=False, teacher=teacher, seed=3)
     task.start_step(5)
     loss = task(images, classes)["loss"]

@@ -8,9 +8,11 @@ from tlalign.mixing import BlockWise, CutMix, FMix, MixUp, RandomPatches, Resize
 from tlalign.teacher import Teacher
 from tlalign_kernels import MixedTarget
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS = {
-    "resnet10t": {},
-    "convnext_atto": {"depths": (1, 1, 1, 1)},
+    "test_resnet": {},
+    "test_convnext": {},
     "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "depths": (1, 1, 1, 1), "embed_dim": 16},
     "vit_tiny_patch16_224": {"img_size": 64, "depth": 1, "embed_dim": 24},
     "vit_medium_patch16_reg4_gap_256": {"img_size": 64, "depth": 1, "embed_dim": 24, "num_heads": 3},
@@ -98,7 +100,7 @@ def test_of_a_resized_partner_all_is_seen():
 
 def test_models_and_classes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="classes: expected ids below the teacher's 5, got 5"):
-        Teacher(timm.create_model("resnet10t", num_classes=5)).class_activation(
+        Teacher(timm.create_model("test_resnet", num_classes=5)).class_activation(
             torch.randn(1, 3, 32, 32), torch.tensor([5])
         )
     mixer = timm.create_model("mixer_s32_224", img_size=64)
