@@ -22,7 +22,7 @@ class SaliencyMix(MixingStrategy):
 
     Args:
         alpha: The ratio meant for the box is Beta(alpha, alpha); > 0. The paper takes 1, a uniform ratio.
-        prob: As in `MixingStrategy`. The paper mixes half of the batches of CIFAR, and all of ImageNet's.
+        prob: As in `MixingStrategy`. The authors mix half of the batches of CIFAR.
         mode: As in `MixingStrategy`, for the sizes of boxes.
         seed: As in `MixingStrategy`.
 
