@@ -17,7 +17,7 @@ class SaliencyMix(MixingStrategy):
     """SaliencyMix: a box around the partner's most salient pixel replaces the same box of the image (arXiv 2006.01791).
 
     Saliency is OpenCV's fine-grained static one (Montabone and Soto 2010), as in the paper. It is computed on the CPU,
-    for each image of the batch, at about 50 ms for 224 x 224 pixels. Each box has its own place; its size, cut off at
+    for each image of the batch, at about 15 ms for 224 x 224 pixels. Each box has its own place; its size, cut off at
     the border, is that of a draw. (The authors' code takes the box of one image for the whole batch.)
 
     Args:
