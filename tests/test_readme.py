@@ -1,9 +1,12 @@
-"""The README's own example runs as it is printed."""
+"""The README's own example runs as it is printed, and its tables have all that can be chosen."""
 
 import re
+import typing
 from pathlib import Path
 
 import torch
+
+from tlalign.config import Mixing, Target
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -19,3 +22,10 @@ def test_the_loop_in_the_readme_runs():
     assert variables["loss"].isfinite()
     assert variables["aligned"].ratio.shape == (2, 1)
     assert all(p.grad is not None for p in variables["model"].parameters())
+
+
+def test_every_mixing_and_target_is_in_the_tables():
+    for flag, choices in (("--mixing", Mixing), ("--target", Target)):
+        table = README.read_text().split(f"| `{flag}` |")[1].split("\n\n")[0]
+        first_cells = "".join(line.split("|")[1] for line in table.splitlines()[2:])
+        assert set(re.findall("`(.*?)`", first_cells)) == set(typing.get_args(choices))

@@ -20,6 +20,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from tlalign_kernels.backends import BACKENDS
 from tlalign_kernels.labels import MixedTarget
 
+# How a patched model aligns targets, see `patch_model`.
+METHODS = ("tl-align", "transmix")
+
 
 class LabelFollower:
     """Base of the classes that modules are swapped to: how labels pass through one kind of module.
@@ -48,7 +51,18 @@ class LabelFollower:
 
 
 class ModelFollower(LabelFollower):
-    """Base of the followers of whole models: `model(images, target=...)` returns `(logits, aligned)`."""
+    """Base of the followers of whole models: `model(images, target=...)` returns `(logits, aligned)`.
+
+    Attributes:
+        label_method: How targets are aligned, one of `METHODS`, set by `patch_model`.
+    """
+
+    label_method: str = "tl-align"
+
+    @classmethod
+    def check_transmix(cls, model: nn.Module) -> None:
+        """Raises NotImplementedError unless the logits are those of a class token, which TransMix needs."""
+        raise NotImplementedError(f"method: TransMix needs a class token, which {_describe(model)} has not")
 
     @classmethod
     def label_blocks(cls, model: nn.Module) -> list[nn.Module]:
@@ -99,7 +113,11 @@ def register(module_class: type[nn.Module], follower: type[LabelFollower] | None
 
 
 def patch_model(
-    model: nn.Module, layers: Iterable[int] | None = None, residual: bool = True, backend: str = "auto"
+    model: nn.Module,
+    layers: Iterable[int] | None = None,
+    residual: bool = True,
+    backend: str = "auto",
+    method: str = "tl-align",
 ) -> nn.Module:
     """Makes a timm model follow labels: `model(images, target=target)` then returns `(logits, aligned)`.
 
@@ -111,24 +129,39 @@ def patch_model(
         layers: Blocks in which labels are aligned, counted from 0 (negative: from the end); None: all.
         residual: Average labels over residual connections; False gives Y <- A.Y in each layer (an ablation).
         backend: Name of a backend, or "auto".
+        method: "tl-align" follows labels from layer to layer. "transmix" (arXiv 2111.09833) weights the labels of the
+            patches by the attention of the class token in the last block, averaged over the heads, and leaves out the
+            attention to other prefix tokens; `layers` and `residual` are then of no account and must not be given. A
+            patch on the border of a mask has its fraction here (the paper rounds it), and the target is of the
+            attention alone (the authors' code averages it with the plain ratio).
 
     Returns:
         `model` itself.
 
     Raises:
-        NotImplementedError: If a module can't be followed, naming it, or its forward is not the one that was read.
+        NotImplementedError: If a module can't be followed, naming it, or its forward is not the one that was read; for
+            "transmix" also if the logits are not those of a class token.
         TypeError: If `model` is no module.
         ValueError: If `model` is compiled or wrapped already, or an option is out of range.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method == "transmix":
+        if layers is not None or not residual:
+            raise ValueError("layers, residual: expected neither with method='transmix', which is of the last block")
+        layers, residual = [-1], False
     _check_bare(model)
     plan = list(_plan(model, layers))
+    if method == "transmix":
+        plan[0][1].check_transmix(model)
     unpatch_model(model)
     for module, follower in plan:
         module.__class__ = follower
         module.label_residual = residual
         module.label_backend = backend
+    model.label_method = method
     return model
 
 
@@ -150,8 +183,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         original = _originals.get(type(module))
         if original is not None:
             module.__class__ = original
-            module.__dict__.pop("label_residual", None)
-            module.__dict__.pop("label_backend", None)
+            for option in ("label_residual", "label_backend", "label_method"):
+                module.__dict__.pop(option, None)
     return model
 
 

@@ -13,7 +13,14 @@ from typing import Any, Literal
 
 import yaml
 
-Method = Literal["none", "cutmix", "mixup", "mixup-cutmix", "tl-align"]
+Mixing = Literal[
+    "none", "cutmix", "mixup", "mixup-cutmix", "random", "block", "fmix", "resizemix", "saliencymix",
+    "attentive-cutmix", "puzzlemix", "tokenmix",
+]  # fmt: skip
+Target = Literal["ratio", "tl-align", "transmix", "teacher"]
+
+# Strategies whose masks consist of patches.
+PATCH_MIXING = ("random", "block", "tokenmix")
 
 CONFIG_FILE = "config.yaml"
 
@@ -81,12 +88,21 @@ class TrainConfig(EvalConfig):
     """What a model is, which images it is trained and evaluated on, and how it is trained.
 
     Attributes:
-        method: How images are mixed and labelled: `tl-align` is CutMix with aligned targets; `cutmix`, `mixup` and
-            `mixup-cutmix` keep the plain mixing ratio; `none` does not mix.
-        cutmix_alpha: CutMix draws its ratio from Beta(cutmix_alpha, cutmix_alpha).
+        mixing: How images are mixed, see tlalign.mixing; `none` does not mix, whatever the target.
+        target: What mixed images are trained on: the plain mixing `ratio`; the aligned target of `tl-align` or of
+            `transmix`; or of a `teacher` how much of each image's class activation is seen (TokenMix).
+        layers: Blocks in which `tl-align` aligns labels, counted from 0, negative from the end; null: all.
+        residual: Let `tl-align` average labels over residual connections.
+        teacher_checkpoint: Weights of a trained network, for the target `teacher` and the mixing `attentive-cutmix`.
+            Where a config.yaml lies beside them, that says what they are of. It is shown the images that the model is
+            trained on, with their size and normalisation.
+        teacher_model: Name of the teacher's timm model, if no config.yaml says it.
+        cutmix_alpha: CutMix, random, block, fmix, saliencymix and puzzlemix draw their ratio from Beta(cutmix_alpha,
+            cutmix_alpha).
         mixup_alpha: MixUp draws its ratio from Beta(mixup_alpha, mixup_alpha).
         mix_prob: Probability that images are mixed.
         mix_switch_prob: Probability of CutMix in `mixup-cutmix`.
+        mix_patch_size: Side in pixels of the patches that random, block and tokenmix mix; best the model's own.
         mix_mode: What one draw is for: the whole batch, a pair of images, or one image (elem).
         box_grid: Side in pixels of the cells that boxes of CutMix consist of; null: boxes of any pixels.
         loss: Cross entropy (ce), or binary cross entropy of each class (bce).
@@ -109,14 +125,21 @@ class TrainConfig(EvalConfig):
         ema_decay: Decay of the moving average of the weights, by steps; null: no average. The decay grows to this value
             during training as 1 - (1 + steps) ** (-2/3).
         seed: Decides the initial weights, the order and augmentation of the images, and how they are mixed.
-        output: Folder of the run, which must not hold a run already; null: a new folder runs/<time>-<model>-<method>.
+        output: Folder of the run, which must not hold a run already; null: a new folder
+            runs/<time>-<model>-<mixing>+<target>.
     """
 
-    method: Method = "tl-align"
+    mixing: Mixing = "cutmix"
+    target: Target = "tl-align"
+    layers: tuple[int, ...] | None = None
+    residual: bool = True
+    teacher_checkpoint: str | None = None
+    teacher_model: str | None = None
     cutmix_alpha: float = 1.0
     mixup_alpha: float = 0.8
     mix_prob: float = 1.0
     mix_switch_prob: float = 0.5
+    mix_patch_size: int = 16
     mix_mode: Literal["batch", "pair", "elem"] = "batch"
     box_grid: int | None = None
     loss: Literal["ce", "bce"] = "ce"
@@ -143,14 +166,34 @@ class TrainConfig(EvalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("epochs", "at least 1", lambda value: value >= 1)
-        self._check("batch_size", "at least 2 images to mix", lambda value: value >= 2 or self.method == "none")
+        self._check("batch_size", "at least 2 images to mix", lambda value: value >= 2 or self.mixing == "none")
         self._check("warmup_epochs", f"0 to epochs - 1 = {self.epochs - 1}", lambda value: 0 <= value < self.epochs)
         for name in ("smoothing", "hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay"):
             self._check(name, "0 to 1", lambda value: 0 <= value <= 1)
         for name in ("color_jitter", "weight_decay", "warmup_lr", "min_lr", "seed"):
             self._check(name, "at least 0", lambda value: value >= 0)
-        for name in ("lr", "clip_grad", "cutmix_alpha", "mixup_alpha", "box_grid"):
+        for name in ("lr", "clip_grad", "cutmix_alpha", "mixup_alpha", "box_grid", "mix_patch_size"):
             self._check(name, "more than 0", lambda value: value > 0)
+        if self.target != "tl-align" and (self.layers is not None or not self.residual):
+            raise UsageError(f"layers, residual: expected neither with the target {self.target}, only with tl-align")
+        if self.needs_teacher and self.teacher_checkpoint is None:
+            what = "the target teacher" if self.target == "teacher" else "attentive-cutmix"
+            raise UsageError(f"teacher_checkpoint: expected weights of a trained network for {what}, got none")
+
+    @property
+    def method(self) -> str:
+        """Name of the combination of mixing and target: `none`, `cutmix`, `cutmix+tl-align`, ..."""
+        return self.mixing if self.mixing == "none" or self.target == "ratio" else f"{self.mixing}+{self.target}"
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the model aligns the target that it is trained on."""
+        return self.mixing != "none" and self.target in ("tl-align", "transmix")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the run needs a trained network."""
+        return self.mixing == "attentive-cutmix" or (self.mixing != "none" and self.target == "teacher")
 
 
 def recipe_names() -> list[str]:

@@ -23,11 +23,21 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import tlalign.models  # noqa: F401 (timm knows them from here on)
-from tlalign.config import EvalConfig, TrainConfig, UsageError, suggestion
+from tlalign.config import (
+    CONFIG_FILE,
+    PATCH_MIXING,
+    EvalConfig,
+    TrainConfig,
+    UsageError,
+    field_names,
+    load_config_file,
+    suggestion,
+)
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
 from tlalign.progress import TrainingProgress
 from tlalign.runs import EpochRecord, RunFolder
 from tlalign.task import AlignedClassificationTask, create_mixing
+from tlalign.teacher import Teacher
 from tlalign_kernels import patch_model
 
 # Reading the loss waits for an accelerator, so it is read every so many steps there.
@@ -71,18 +81,21 @@ class Trainer:
         side = self.image_config["input_size"][-1]
         if config.box_grid is not None and side % config.box_grid:
             raise UsageError(f"box_grid: expected a divisor of the {side} pixels of an image, got {config.box_grid}")
+        if config.mixing in PATCH_MIXING and (side % config.mix_patch_size or side == config.mix_patch_size):
+            raise UsageError(
+                f"mix_patch_size: expected a divisor of the {side} pixels of an image that gives several patches, got "
+                f"{config.mix_patch_size}"
+            )
         self.train_loader = create_train_loader(data.train, config, self.image_config, self.device)
         self.eval_loader = create_eval_loader(data.held_out, config, self.image_config, self.device)
-        align = config.method == "tl-align"
-        if align:
-            try:
-                patch_model(model)
-            except NotImplementedError as error:
-                raise UsageError(f"method: tl-align can't train {config.model}: {error}") from error
+        if config.aligns:
+            _patch(model, config)
+        teacher = create_teacher(config, data.num_classes, self.device) if config.needs_teacher else None
         self.task = AlignedClassificationTask(
             model,
-            create_mixing(config),
-            align=align,
+            create_mixing(config, model, teacher),
+            align=config.aligns,
+            teacher=teacher if config.target == "teacher" else None,
             loss=config.loss,
             smoothing=config.smoothing,
             seed=config.seed,
@@ -244,11 +257,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
         UsageError: If the checkpoint can't be read or is not of this model, or the configuration can't be run.
     """
     device = choose_device(config)
-    try:
-        # weights_only, so that a checkpoint from anywhere runs no code.
-        weights = {name: load_state_dict(str(path), use_ema=name == "EMA") for name in ("model", "EMA")}
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UsageError(f"checkpoint: cannot read {path}: {error}") from error
+    weights = {name: _load_weights("checkpoint", path, name == "EMA") for name in ("model", "EMA")}
     averaged = weights["EMA"]
     if all(key in averaged and torch.equal(tensor, averaged[key]) for key, tensor in weights["model"].items()):
         del weights["EMA"]
@@ -304,6 +313,54 @@ def create_model(config: EvalConfig, num_classes: int, **overrides: Any) -> nn.M
         return timm.create_model(**arguments, num_classes=num_classes)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UsageError(f"model_kwargs: timm can't make {config.model} with {config.model_kwargs}: {error}") from error
+
+
+def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) -> Teacher:
+    """The trained network of a configuration, with its averaged weights if its checkpoint has any.
+
+    Args:
+        config: Names the checkpoint, and its model if no configuration lies beside it.
+        num_classes: Number of classes that it knows.
+        device: Device to run it on.
+
+    Raises:
+        UsageError: If the checkpoint can't be read or is not of this model.
+    """
+    path = Path(config.teacher_checkpoint)
+    beside = path.parent / CONFIG_FILE
+    values = load_config_file(beside) if beside.is_file() else {}
+    values = {name: value for name, value in values.items() if name in field_names(EvalConfig)}
+    if config.teacher_model is not None:
+        values = {"model": config.teacher_model}
+    if "model" not in values:
+        raise UsageError(f"teacher_model: expected the timm model of {path}, beside which no {CONFIG_FILE} lies")
+    values |= {"data": config.data, "img_size": config.img_size, "in_chans": config.in_chans}
+    model = create_model(EvalConfig(**values), num_classes, pretrained=False)
+    try:
+        model.load_state_dict(_load_weights("teacher_checkpoint", path, use_ema=True))
+    except RuntimeError as error:
+        raise UsageError(f"teacher_checkpoint: {path} is not of this {values['model']}: {error}") from error
+    return Teacher(model.to(device))
+
+
+def _load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
+    """Weights in the checkpoint that the option `name` gives."""
+    try:
+        # weights_only, so that a checkpoint from anywhere runs no code.
+        return load_state_dict(str(path), use_ema=use_ema)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UsageError(f"{name}: cannot read {path}: {error}") from error
+
+
+def _patch(model: nn.Module, config: TrainConfig) -> None:
+    """Makes a model align targets as its configuration says."""
+    options = {"layers": config.layers, "residual": config.residual, "method": config.target}
+    try:
+        patch_model(model, **options)
+    except NotImplementedError as error:
+        raise UsageError(f"target: {config.target} can't train {config.model}: {error}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _check_finite(loss: float, where: str) -> None:

@@ -8,8 +8,21 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from tlalign.config import TrainConfig
-from tlalign.mixing import MixingStrategy, MixUpCutMix
+from tlalign.config import TrainConfig, UsageError
+from tlalign.mixing import (
+    AttentiveCutMix,
+    BlockWise,
+    FMix,
+    GradientSaliency,
+    MixingStrategy,
+    MixUpCutMix,
+    PuzzleMix,
+    RandomPatches,
+    ResizeMix,
+    SaliencyMix,
+    TokenMix,
+)
+from tlalign.teacher import Teacher
 from tlalign_kernels import MixedTarget, mixed_binary_cross_entropy, mixed_cross_entropy
 
 _MIXED_LOSSES = {"ce": mixed_cross_entropy, "bce": mixed_binary_cross_entropy}
@@ -25,7 +38,8 @@ class AlignedClassificationTask(ClassificationTask):
     Args:
         model: The model to train; with `align` one that `tlalign_kernels.patch_model` has patched.
         mixing: Strategy that mixes each batch of class ids, or None.
-        align: Train on the aligned target; if not, on the plain mixing ratio.
+        align: Train on the target that the model aligned; if not, on the plain mixing ratio or the teacher's target.
+        teacher: Network by whose activation maps the target of images that `mixing` mixes is formed, or None.
         loss: Cross entropy (`ce`), or binary cross entropy of each class (`bce`).
         smoothing: Label smoothing in [0, 1].
         rank: Rank of this process; each mixes differently.
@@ -38,6 +52,7 @@ class AlignedClassificationTask(ClassificationTask):
         model: nn.Module,
         mixing: MixingStrategy | None = None,
         align: bool = True,
+        teacher: Teacher | None = None,
         loss: Literal["ce", "bce"] = "ce",
         smoothing: float = 0.0,
         seed: int = 0,
@@ -46,9 +61,12 @@ class AlignedClassificationTask(ClassificationTask):
     ) -> None:
         if loss not in _MIXED_LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(_MIXED_LOSSES)}, got {loss!r}")
+        if teacher is not None and align:
+            raise ValueError("teacher: expected None with align=True, got a teacher, whose target takes its place")
         super().__init__(model, criterion_kwargs={"loss_type": loss, "smoothing": smoothing}, **options)
         self.mixing = mixing
         self.align = align
+        self.teacher = teacher
         self.loss = _MIXED_LOSSES[loss]
         self.smoothing = smoothing
         self.seed = seed
@@ -74,7 +92,10 @@ class AlignedClassificationTask(ClassificationTask):
         if not isinstance(target, MixedTarget):
             if self.mixing is None:
                 return super().forward(input, target)
-            input, target = self.mixing(input, target)
+            images = input
+            input, target = self.mixing(images, target)
+            if self.teacher is not None:
+                target = self.teacher.target(self.mixing, images, target)
         if not self.align:
             outputs = _as_tuple(self.trainable_module(input))
             return {"loss": self._mean_loss(outputs, (target,) * len(outputs)), "output": outputs[0]}
@@ -89,17 +110,49 @@ class AlignedClassificationTask(ClassificationTask):
         return torch.stack(losses).mean()
 
 
-def create_mixing(config: TrainConfig) -> MixingStrategy | None:
-    """The mixing strategy of a configuration's method, None for `none`."""
-    if config.method == "none":
-        return None
+def create_mixing(
+    config: TrainConfig, model: nn.Module | None = None, teacher: Teacher | None = None
+) -> MixingStrategy | None:
+    """The mixing strategy of a configuration, None for `none`.
+
+    Args:
+        config: Configuration of the run.
+        model: The model that is trained, by whose gradient `puzzlemix` finds what is salient.
+        teacher: The network that `attentive-cutmix` takes its activation from.
+
+    Raises:
+        UsageError: If a package that the strategy needs is not installed.
+    """
+    options = {"prob": config.mix_prob, "mode": config.mix_mode}
+    alpha, patch_size = config.cutmix_alpha, config.mix_patch_size
+    match config.mixing:
+        case "none":
+            return None
+        case "random":
+            return RandomPatches(patch_size, alpha, **options)
+        case "block":
+            return BlockWise(patch_size, alpha, **options)
+        case "tokenmix":
+            return TokenMix(patch_size, **options)
+        case "fmix":
+            return FMix(alpha, **options)
+        case "resizemix":
+            return ResizeMix(**options)
+        case "saliencymix":
+            try:
+                return SaliencyMix(alpha, **options)
+            except ModuleNotFoundError as error:
+                raise UsageError(f"mixing: {error}") from error
+        case "puzzlemix":
+            return PuzzleMix(None if model is None else GradientSaliency(model), alpha, **options)
+        case "attentive-cutmix":
+            return AttentiveCutMix(None if teacher is None else teacher.activation, **options)
     return MixUpCutMix(
-        mixup_alpha=config.mixup_alpha if config.method in ("mixup", "mixup-cutmix") else 0.0,
-        cutmix_alpha=0.0 if config.method == "mixup" else config.cutmix_alpha,
-        prob=config.mix_prob,
+        mixup_alpha=config.mixup_alpha if config.mixing in ("mixup", "mixup-cutmix") else 0.0,
+        cutmix_alpha=0.0 if config.mixing == "mixup" else alpha,
         switch_prob=config.mix_switch_prob,
-        mode=config.mix_mode,
         box_grid=config.box_grid,
+        **options,
     )
 
 

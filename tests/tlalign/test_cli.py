@@ -112,7 +112,7 @@ def test_image_folders_train_and_evaluate(on_images, tmp_path, capsys):
 
 
 def test_a_model_that_labels_cannot_be_followed_through_trains_without_alignment(on_images, capsys):
-    assert main(["train", *on_images, "--model=resnet10t", "--method=cutmix"]) == 0
+    assert main(["train", *on_images, "--model=resnet10t", "--target=ratio"]) == 0
     assert "picture     none: model: can't follow labels" in capsys.readouterr().out
 
 
@@ -128,7 +128,7 @@ def test_a_model_that_labels_cannot_be_followed_through_trains_without_alignment
         ),
         (["train", "--data", "folder:/nowhere", "--recipe=none", "--model=vit_tiny_patch16_224"], "PATH/train/CLASS"),
         (["train", "--model", "vit_tinny_patch16_224"], "did you mean vit_tiny_patch16_224?"),
-        (["train", "--model", "resnet18", "--model_kwargs", "{}"], "tl-align can't train resnet18"),
+        (["train", "--model", "resnet18", "--model_kwargs", "{}"], "target: tl-align can't train resnet18"),
     ],
 )
 def test_what_cannot_be_done_ends_with_a_message_and_code_2(arguments, message, capsys):

@@ -59,6 +59,13 @@ def test_the_arguments_of_a_recipe_go_with_its_model_only(tmp_path, resolved, fl
     assert resolved("--model", recipe["model"]).model_kwargs == recipe["model_kwargs"]
 
 
+def test_layers_and_residual_are_flags_and_come_back_from_the_file(tmp_path, resolved):
+    config = resolved("--layers", "[-1, 2]", "--residual=false")
+    assert (config.layers, config.residual) == ((-1, 2), False)
+    save_config(config, tmp_path / "config.yaml")
+    assert dataclasses.asdict(resolved("--config", str(tmp_path / "config.yaml"))) == dataclasses.asdict(config)
+
+
 def test_every_recipe_is_a_valid_configuration():
     for name in recipe_names():
         TrainConfig(**load_recipe(name))
@@ -86,7 +93,12 @@ def test_every_field_is_explained_in_the_help(capsys):
     ("options", "message"),
     [
         (["--epoch", "3"], "did you mean epochs?"),
-        (["--method", "cutmixx"], "'mixup-cutmix'"),
+        (["--mixing", "cutmixx"], "'mixup-cutmix'"),
+        (["--target", "alignment"], "'transmix'"),
+        (["--target", "ratio", "--layers", "[1]"], "layers, residual: expected neither with the target ratio"),
+        (["--target", "transmix", "--residual", "false"], "layers, residual: expected neither with the target trans"),
+        (["--target", "teacher"], "teacher_checkpoint: expected weights of a trained network for the target teacher"),
+        (["--mixing", "attentive-cutmix"], "teacher_checkpoint: expected weights of a trained network for attentive"),
         (["--lr", "fast"], "lr"),
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["--smoothing", "2"], "smoothing: expected 0 to 1, got 2"),

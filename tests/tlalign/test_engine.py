@@ -7,10 +7,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from tlalign.config import TrainConfig, UsageError, load_recipe
+from tlalign.config import TrainConfig, UsageError, load_recipe, save_config
 from tlalign.engine import NonFiniteLossError, Trainer
 from tlalign.progress import TrainingProgress
 from tlalign.runs import RunFolder
+from tlalign_kernels import LabelFollower
 
 TINY = {
     "model_kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
@@ -48,16 +49,63 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-@pytest.mark.parametrize("method", ["none", "cutmix", "mixup", "mixup-cutmix", "tl-align"])
-def test_every_method_trains_and_logs(tmp_path, method):
-    trainer, folder, (record,) = fit(tiny(tmp_path / "run", method=method))
-    assert (record.ratio_change is not None) == (method == "tl-align")
+@pytest.mark.parametrize(
+    ("mixing", "target", "method"),
+    [
+        ("none", "tl-align", "none"),
+        ("cutmix", "ratio", "cutmix"),
+        ("cutmix", "tl-align", "cutmix+tl-align"),
+        ("cutmix", "transmix", "cutmix+transmix"),
+        ("mixup", "ratio", "mixup"),
+        ("mixup-cutmix", "tl-align", "mixup-cutmix+tl-align"),
+        ("block", "tl-align", "block+tl-align"),
+    ],
+)
+def test_every_mixing_and_target_trains_and_logs(tmp_path, mixing, target, method):
+    config = tiny(tmp_path / "run", mixing=mixing, target=target)
+    assert config.method == method
+    trainer, folder, (record,) = fit(config)
+    aligned = "+" in method
+    assert (record.ratio_change is not None) == aligned
     header, row = folder.log.read_text().splitlines()
     assert header.split(",") == [field.name for field in dataclasses.fields(record)]
     assert row.split(",")[1] == str(record.loss)
     assert trainer.step == len(trainer.train_loader)
     patched = type(trainer.task.get_trainable_module()).__name__
-    assert patched == ("AlignedVisionTransformer" if method == "tl-align" else "VisionTransformer")
+    assert patched == ("AlignedVisionTransformer" if aligned else "VisionTransformer")
+
+
+def test_layers_and_residual_are_those_of_the_model(tmp_path):
+    model = {**TINY["model_kwargs"], "depth": 3}
+    trainer = Trainer(tiny(tmp_path, model_kwargs=model, layers=(0, -1), residual=False))
+    blocks = trainer.task.get_trainable_module().blocks
+    assert [isinstance(block, LabelFollower) for block in blocks] == [True, False, True]
+    assert not blocks[0].label_residual
+
+
+@pytest.mark.parametrize(("mixing", "target"), [("tokenmix", "teacher"), ("attentive-cutmix", "tl-align")])
+def test_a_run_s_checkpoint_teaches_another(tmp_path, mixing, target):
+    (tmp_path / "teacher").mkdir()
+    # What a run leaves: its configuration, and weights of the model and of its average.
+    model = {**TINY["model_kwargs"], "patch_size": 4}
+    save_config(tiny(tmp_path, model_kwargs=model), tmp_path / "teacher" / "config.yaml")
+    checkpoint = tmp_path / "teacher" / "last.pth.tar"
+    weights, averaged = (
+        Trainer(tiny(tmp_path, model_kwargs=model, seed=seed)).task.get_trainable_module().state_dict()
+        for seed in (1, 2)
+    )
+    torch.save({"state_dict": weights, "state_dict_ema": averaged}, checkpoint)
+
+    config = tiny(tmp_path / "run", mixing=mixing, target=target, teacher_checkpoint=str(checkpoint))
+    trainer = Trainer(config)
+    images, classes = next(iter(trainer.train_loader))
+    loss = trainer._forward(images, classes)["loss"]
+    assert torch.isfinite(loss)
+    teacher = trainer.task.teacher if target == "teacher" else trainer.task.mixing.activation.__self__
+    assert all(torch.equal(value, averaged[key]) for key, value in teacher.model.state_dict().items())
+    # Its model can be given by name instead, but this name has other weights.
+    with pytest.raises(UsageError, match=r"teacher_checkpoint: .* is not of this resnet10t"):
+        Trainer(dataclasses.replace(config, teacher_model="resnet10t"))
 
 
 def test_bfloat16_and_no_average_train(tmp_path):
@@ -106,7 +154,19 @@ def test_weights_broken_by_the_last_step_are_not_saved(tmp_path, monkeypatch):
         ({"model": "vit_tinny_patch16_224"}, "did you mean vit_tiny_patch16_224"),
         ({"model_kwargs": {"nonsense": 1}}, "unexpected keyword argument 'nonsense'"),
         ({"model_kwargs": {"img_size": 32}}, "expected img_size as an option of its own"),
-        ({"model": "resnet18", "model_kwargs": {}}, "tl-align can't train resnet18"),
+        ({"model": "resnet18", "model_kwargs": {}}, "target: tl-align can't train resnet18"),
+        (
+            {"target": "transmix", "model_kwargs": {**TINY["model_kwargs"], "global_pool": "avg"}},
+            "target: transmix can't train vit_tiny_patch16_224: .*class token",
+        ),
+        ({"layers": (1,)}, "layers: expected block indices from -1 to 0, got"),
+        ({"mixing": "random", "mix_patch_size": 5}, "mix_patch_size: expected a divisor of the 16 pixels"),
+        ({"mixing": "block", "mix_patch_size": 16}, "mix_patch_size: expected a divisor of the 16 pixels"),
+        ({"target": "teacher", "teacher_checkpoint": "nowhere.pth"}, "teacher_model: expected the timm model of nowhe"),
+        (
+            {"target": "teacher", "teacher_checkpoint": "nowhere.pth", "teacher_model": "resnet10t"},
+            "teacher_checkpoint: cannot read nowhere.pth",
+        ),
         ({"opt": "adamm"}, "adamm"),
         ({"sched": "cosinus"}, "cosinus"),
         ({"box_grid": 5}, "box_grid: expected a divisor of the 16 pixels"),
@@ -129,7 +189,7 @@ def test_two_runs_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda form: "20250101-000000")
     first, second = (RunFolder(TrainConfig(**load_recipe("digits"))) for _ in range(2))
-    assert str(first.path) == "runs/20250101-000000-vit_tiny_patch16_224-tl-align"
+    assert str(first.path) == "runs/20250101-000000-vit_tiny_patch16_224-cutmix+tl-align"
     assert second.path != first.path
 
 

@@ -1,37 +1,67 @@
-"""CutMix, MixUp and their switch: pixels, targets, distributions, reproducibility and errors."""
+"""What holds for every strategy; CutMix, MixUp and their switch: pixels, targets, distributions, errors."""
 
 import copy
 import functools
+import importlib.util
 
 import numpy as np
 import pytest
 import timm.data.mixup as timm_mixup
 import torch
+import torch.nn.functional as F
 from scipy import stats
 
-from tlalign.mixing import CutMix, MixUp, MixUpCutMix, draw_boxes
+from tlalign.mixing import (
+    AttentiveCutMix,
+    BlockWise,
+    CutMix,
+    FMix,
+    MixUp,
+    MixUpCutMix,
+    PuzzleMix,
+    RandomPatches,
+    ResizeMix,
+    SaliencyMix,
+    TokenMix,
+    draw_boxes,
+)
 from tlalign_kernels.labels import MixedTarget
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODES = ("batch", "pair", "elem")
 HEIGHT, WIDTH = 24, 20  # not square: a mix-up of the axes shows
 
+
+def in_cells(images):
+    """Stands for the activation of a network: the mean of the pixels of each of 4 x 4 cells."""
+    return F.adaptive_avg_pool2d(images.float().mean(1), (4, 4))
+
+
 STRATEGIES = {
     "cutmix": CutMix,
-    "cutmix-minmax": lambda **options: CutMix(minmax=(0.2, 0.8), **options),
+    "cutmix-minmax": functools.partial(CutMix, minmax=(0.2, 0.8)),
     "mixup": MixUp,
     "mixup-cutmix": MixUpCutMix,
+    "random": functools.partial(RandomPatches, 4),
+    "block": functools.partial(BlockWise, 4),
+    "tokenmix": functools.partial(TokenMix, 4),
+    "fmix": FMix,
+    "resizemix": ResizeMix,
+    "saliencymix": SaliencyMix,
+    "attentive-cutmix": functools.partial(AttentiveCutMix, in_cells),
+    "puzzlemix": functools.partial(PuzzleMix, lambda images, classes: images.float().abs().mean(1), 50),
 }
+if importlib.util.find_spec("cv2") is None:
+    del STRATEGIES["saliencymix"]
 every_strategy = pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES.keys())
+# Whose pixels are the partner's or one's own.
+SPATIAL = {name: make for name, make in STRATEGIES.items() if not name.startswith(("mixup", "puzzlemix"))}
+# Where another draw is sure to give another mix.
+DRAWN = {name: make for name, make in STRATEGIES.items() if name not in ("attentive-cutmix", "puzzlemix")}
+every_spatial_strategy = pytest.mark.parametrize("make", SPATIAL.values(), ids=SPATIAL.keys())
+every_drawn_strategy = pytest.mark.parametrize("make", DRAWN.values(), ids=DRAWN.keys())
 every_mode = pytest.mark.parametrize("mode", MODES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of a few kilobytes: more threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_batch(batch_size, dtype=torch.float32, seed=0):
@@ -48,6 +78,26 @@ def share_map(target):
 
 
 # --- Pixels and targets ------------------------------------------------------------------------------------------
+
+
+@every_spatial_strategy
+@every_mode
+@pytest.mark.parametrize("patch_size", [(4, 4), (6, 5)])
+def test_labels_of_tokens_are_the_means_of_the_masks_of_their_pixels(make, mode, patch_size):
+    # Image i is filled with the number i, so that pixels tell where they come from, also resized ones.
+    images = torch.arange(6.0)[:, None, None, None].expand(-1, 1, HEIGHT, WIDTH) + 1e-3 * random_batch(6)[0][:, :1]
+    strategy, ratios = make(mode=mode, seed=3), []
+    grid = (HEIGHT // patch_size[0], WIDTH // patch_size[1])
+    for _ in range(5):
+        mixed, target = strategy(images, torch.arange(6))
+        mask = ((mixed - images.flip(0)).abs() < 0.1)[:, 0].double()
+        share = target.token_share(grid, patch_size, torch.float64)
+        expected = F.avg_pool2d(mask, patch_size).flatten(1)[..., None]
+        torch.testing.assert_close(share, expected, rtol=0, atol=1e-15)
+        torch.testing.assert_close(target.ratio[:, 0].double(), mask.mean((1, 2)), rtol=0, atol=1e-7)
+        assert torch.equal(target.classes, torch.stack((torch.arange(6), torch.arange(6).flip(0)), 1))
+        ratios.append(target.ratio)
+    assert (torch.cat(ratios) > 0).any() and (torch.cat(ratios) < 1).all()
 
 
 @every_mode
@@ -170,6 +220,20 @@ def test_nothing_is_mixed_with_probability_zero(make, mode):
 
 
 @every_strategy
+@pytest.mark.parametrize("image_size", [(1, 1), (1, 3), (2, 2), (4, 8)])
+def test_tiny_images_are_mixed_or_refused(make, image_size):
+    images = torch.arange(4.0)[:, None, None, None].expand(-1, 1, *image_size).contiguous()
+    try:
+        mixed, target = make(mode="elem")(images, torch.arange(4))
+    except ValueError as error:
+        assert str(image_size) in str(error)
+        assert any(name in str(error) for name in ("patch_size", "minmax", "activation", "images"))
+        return
+    part = (mixed - images) / (images.flip(0) - images)
+    torch.testing.assert_close(target.ratio[:, 0], part.mean((1, 2, 3)), rtol=0, atol=1e-6)
+
+
+@every_strategy
 @every_mode
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_layout_and_input_are_kept(make, mode, dtype):
@@ -212,7 +276,7 @@ def test_gpu_batch_is_mixed_as_on_the_cpu(make, mode):
     on_cpu = make(mode=mode, seed=2)(images, classes)
     mixed, target = make(mode=mode, seed=2)(images.cuda(), classes.cuda())
     assert mixed.is_cuda and target.ratio.is_cuda
-    torch.testing.assert_close(mixed.cpu(), on_cpu[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(mixed.cpu(), on_cpu[0], rtol=0, atol=1e-5)
     assert torch.equal(target.ratio.cpu(), on_cpu[1].ratio)
 
 
@@ -396,7 +460,7 @@ def same(first, second):
     return torch.equal(mixed, other_mixed) and torch.equal(target.ratio, other_target.ratio)
 
 
-@every_strategy
+@every_drawn_strategy
 @every_mode
 def test_same_seed_gives_the_same_batches_and_another_seed_others(make, mode):
     batch = random_batch(6)

@@ -1,6 +1,8 @@
 """The training task: which target its loss uses, for each way to train."""
 
 import copy
+import dataclasses
+import sys
 
 import pytest
 import timm
@@ -8,9 +10,10 @@ import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 import tlalign_kernels as tlk
-from tlalign.config import TrainConfig, load_recipe
+from tlalign.config import PATCH_MIXING, TrainConfig, UsageError, load_recipe
 from tlalign.mixing import CutMix
 from tlalign.task import AlignedClassificationTask, create_mixing
+from tlalign.teacher import Teacher
 
 CLASSES = 7
 
@@ -29,6 +32,10 @@ def make_model(name="vit_tiny_patch16_224"):
 def make_batch(size=6):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(size, 3, 16, 16, generator=generator), torch.randint(CLASSES, (size,), generator=generator)
+
+
+def digits(**values):
+    return TrainConfig(**load_recipe("digits") | values)
 
 
 def mix(images, classes, seed=0):
@@ -130,14 +137,84 @@ def test_an_unknown_loss_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("method", "kinds"),
-    [("cutmix", {"boxes"}), ("tl-align", {"boxes"}), ("mixup", {"ratio"}), ("mixup-cutmix", {"boxes", "ratio"})],
+    ("mixing", "kinds"),
+    [
+        ("cutmix", {"boxes"}),
+        ("mixup", {"ratio"}),
+        ("mixup-cutmix", {"boxes", "ratio"}),
+        ("resizemix", {"boxes"}),
+        *((name, {"masks"}) for name in ("random", "block", "fmix", "tokenmix")),
+    ],
 )
-def test_each_method_mixes_as_its_name_says(method, kinds):
-    strategy = create_mixing(TrainConfig(**load_recipe("digits") | {"method": method}))
+def test_each_mixing_mixes_as_its_name_says(mixing, kinds):
+    strategy = create_mixing(digits(mixing=mixing))
     targets = [strategy(*make_batch())[1] for _ in range(20)]
-    assert {"ratio" if target.boxes is None else "boxes" for target in targets} == kinds
+    found = {"boxes" if t.boxes is not None else "masks" if t.masks is not None else "ratio" for t in targets}
+    assert found == kinds
 
 
-def test_method_none_does_not_mix():
-    assert create_mixing(TrainConfig(**load_recipe("digits") | {"method": "none"})) is None
+@pytest.mark.parametrize("target", ["ratio", "tl-align", "transmix", "teacher"])
+@pytest.mark.parametrize(
+    "mixing", ["cutmix", "random", "block", "fmix", "resizemix", "tokenmix", "attentive-cutmix", "puzzlemix"]
+)
+def test_every_spatial_mixing_combines_with_every_target(mixing, target):
+    images, classes = make_batch(8)
+    teacher = Teacher(make_model())
+    config = digits(mixing=mixing, target=target, teacher_checkpoint="somewhere")
+    model = make_model()
+    if config.aligns:
+        tlk.patch_model(model, method=target)
+    strategy = create_mixing(config, model, teacher)
+    task = AlignedClassificationTask(
+        model, strategy, align=config.aligns, teacher=teacher if target == "teacher" else None, seed=7
+    )
+    task.start_step(3)
+    loss = task(images, classes)["loss"]
+    strategy.reseed(7, 3, 0)
+    mixed, mixed_target = strategy(images, classes)
+    plain = tlk.mixed_cross_entropy(model(mixed), mixed_target)
+    assert mixed_target.ratio.max() > 0
+    if target == "ratio":
+        torch.testing.assert_close(loss, plain)
+    else:
+        assert (loss - plain).abs() > 1e-6
+
+
+def test_options_of_the_configuration_reach_the_strategy():
+    config = digits(cutmix_alpha=0.3, mix_patch_size=5, mix_prob=0.4, mix_mode="pair")
+    for mixing in ("random", "block", "fmix", "tokenmix", "resizemix"):
+        strategy = create_mixing(dataclasses.replace(config, mixing=mixing))
+        assert (strategy.prob, strategy.mode) == (0.4, "pair")
+        if mixing in PATCH_MIXING:
+            assert strategy.patch_size == 5
+        if mixing in ("random", "block", "fmix"):
+            assert strategy.alpha == 0.3
+
+
+def test_mixing_none_does_not_mix():
+    assert create_mixing(digits(mixing="none")) is None
+
+
+def test_a_missing_package_is_a_usage_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(UsageError, match=r"mixing: SaliencyMix needs OpenCV.*tlalign-kernels\[saliency\]"):
+        create_mixing(digits(mixing="saliencymix"))
+
+
+def test_a_teacher_s_target_takes_the_place_of_the_ratio():
+    images, classes = make_batch()
+    model = make_model()
+    teacher = Teacher(timm.create_model("test_resnet", num_classes=CLASSES))
+    task = AlignedClassificationTask(model, CutMix(mode="elem"), align=False, teacher=teacher, seed=3)
+    task.start_step(5)
+    loss = task(images, classes)["loss"]
+    strategy = CutMix(mode="elem")
+    strategy.reseed(3, 5, 0)
+    mixed, target = strategy(images, classes)
+    expected = tlk.mixed_cross_entropy(model(mixed), teacher.target(strategy, images, target))
+    torch.testing.assert_close(loss, expected)
+    assert set(task.state_dict()) == set(AlignedClassificationTask(model, align=False).state_dict())
+    task.train()
+    assert not teacher.model.training and not any(p.requires_grad for p in teacher.model.parameters())
+    with pytest.raises(ValueError, match="teacher: expected None with align=True"):
+        AlignedClassificationTask(model, CutMix(), teacher=teacher)

@@ -48,6 +48,8 @@ def test_patching_is_idempotent_and_replaces_options(images, target):
     assert type(model.blocks[0]) is vision_transformer.Block
     assert type(model.blocks[1]) is vit.AlignedBlock
     assert (model.blocks[1].label_residual, model.blocks[1].attn.label_backend) == (False, "reference")
+    tlk.patch_model(model, method="transmix")
+    assert (model.label_method, model.blocks[1].label_residual) == ("transmix", False)
     assert snapshot(tlk.patch_model(model)) == once
 
 
@@ -176,6 +178,11 @@ def test_bad_arguments_are_refused():
         tlk.patch_model("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
         tlk.patch_model(vit_tiny(), backend="fast")
+    with pytest.raises(ValueError, match="method: expected one of tl-align, transmix, got 'cutmix'"):
+        tlk.patch_model(vit_tiny(), method="cutmix")
+    for options in ({"layers": [1]}, {"residual": False}):
+        with pytest.raises(ValueError, match="layers, residual: expected neither with method='transmix'"):
+            tlk.patch_model(vit_tiny(), method="transmix", **options)
 
 
 # Modules of one's own

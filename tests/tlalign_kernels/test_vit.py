@@ -170,6 +170,101 @@ def test_shares_equal_thousand_class_labels_in_float64(name):
     torch.testing.assert_close(dense_aligned.to_dense(1000), expected, rtol=0, atol=1e-10)
 
 
+def last_attention(model, images):
+    """The attention matrix (B, N, N) of the last block of a plain ViT, averaged over its heads."""
+    attention, inputs = model.blocks[-1].attn, []
+    hook = attention.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    model(images)
+    hook.remove()
+    qkv = attention.qkv(inputs[0]).unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+    return torch.softmax(qkv[0] @ qkv[1].transpose(2, 3) * attention.scale, dim=-1).mean(dim=1)
+
+
+def targets_of_each_kind(target):
+    """Targets for a model of 3 x 2 patches and three images, from one by boxes: by masks, ratio, ..."""
+    size = target.image_size
+    return {
+        "boxes": target,
+        "masks": MixedTarget.from_masks(target.classes, torch.rand(3, 1, *size)),
+        "ratio": MixedTarget.from_ratio(target.classes, torch.rand(3, 1)),
+        "three sources": MixedTarget.from_masks(torch.randint(0, 10, (3, 3)), torch.rand(3, 2, *size) / 2),
+        "dense": MixedTarget.from_dense(torch.rand(3, 10, 3, 2).softmax(dim=1)),
+    }
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+def test_transmix_equals_transmix_from_a_materialised_attention_matrix(name):
+    model = small(name)
+    images, target = images_and_target(model)
+    prefix = model.num_prefix_tokens
+    attention = last_attention(model, images)[:, 0, prefix:, None]
+    logits = model(images)
+    tlk.patch_model(model, method="transmix")
+    for kind, mixed in targets_of_each_kind(target).items():
+        patches = mixed.token_share((3, 2), model.patch_embed.patch_size)
+        expected = (attention * patches).sum(dim=1) / attention.sum(dim=1)
+        ours, aligned = model(images, target=mixed, collect_layers=True)
+        torch.testing.assert_close(aligned.image_share(), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours, logits)
+        # No label is moved before the last block.
+        assert torch.equal(aligned.layer_shares[0][:, prefix:], patches)
+        if kind != "ratio":
+            assert (expected - mixed.image_share()).abs().max() > 1e-3
+
+
+def test_alignment_in_the_last_block_without_residual_restricted_to_patches_is_transmix():
+    model = small("vit_tiny_patch16_224")
+    images, target = images_and_target(model)
+    to_itself = last_attention(model, images)[:, 0, :1]
+    aligned = tlk.patch_model(model, layers=[-1], residual=False)(images, target=target)[1].ratio
+    restricted = (aligned - to_itself * target.ratio) / (1 - to_itself)
+    transmix = tlk.patch_model(model, method="transmix")(images, target=target)[1].ratio
+    torch.testing.assert_close(transmix, restricted, rtol=0, atol=1e-6)
+    assert (transmix - aligned).abs().max() > 1e-4
+
+
+def test_transmix_of_a_distilled_model_has_a_target_for_each_token():
+    model = small("deit_tiny_distilled_patch16_224")
+    images, target = images_and_target(model)
+    attention = last_attention(model, images)[:, :2, 2:]
+    shares = target.token_share((3, 2), model.patch_embed.patch_size)
+    expected = (attention @ shares / attention.sum(dim=2, keepdim=True)).unbind(1)
+    tlk.patch_model(model, method="transmix")
+    torch.testing.assert_close(model(images, target=target)[1].ratio, sum(expected) / 2, rtol=0, atol=1e-6)
+    model.set_distilled_training(True)
+    for ours, theirs in zip(model.train()(images, target=target)[1], expected, strict=True):
+        torch.testing.assert_close(ours.ratio, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_transmix_gives_the_gradients_of_the_model_itself(checkpointing):
+    model = small("vit_tiny_patch16_224").double()
+    images, target = images_and_target(model)
+    expected = gradients(model, model(images).square().sum())
+    tlk.patch_model(model, method="transmix").set_grad_checkpointing(checkpointing)
+    logits, aligned = model.train()(images, target=target)
+    assert not aligned.ratio.requires_grad
+    for ours, theirs in zip(gradients(model, logits.square().sum()), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_medium_patch16_reg4_gap_256"])
+def test_alignment_in_no_block_is_the_mixing_ratio(name):
+    model = tlk.patch_model(small(name), layers=[])
+    images, target = images_and_target(model)
+    for mixed in targets_of_each_kind(target).values():
+        aligned = model(images, target=mixed)[1]
+        torch.testing.assert_close(aligned.image_share(), mixed.image_share(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit_medium_patch16_reg4_gap_256", "vit_base_patch16_siglip_224"])
+def test_transmix_without_a_class_token_is_refused(name):
+    model = small(name)
+    with pytest.raises(NotImplementedError, match="method: TransMix needs logits of a class token, got global_pool"):
+        tlk.patch_model(model, method="transmix")
+    assert not any(isinstance(module, tlk.LabelFollower) for module in model.modules())
+
+
 def test_parallel_attentions_and_attention_beside_an_mlp_average_over_their_residual():
     model = tlk.patch_model(small("vit_small_patch16_18x2_224", depth=1).double())
     images, target = images_and_target(model)

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import timm.layers as tl
 import torch
+import torch.nn.functional as F
 from timm.layers import activations as timm_activations
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.hybrid_embed import HybridEmbed
@@ -237,6 +238,15 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
         check_patch_embed(module.patch_embed, (tl.PatchEmbed, HybridEmbed))
         _check_pooling(module)
 
+    @classmethod
+    def check_transmix(cls, model: nn.Module) -> None:
+        """Raises NotImplementedError unless the logits are those of a class token."""
+        if model.global_pool != "token" or model.cls_token is None:
+            raise NotImplementedError(
+                f"method: TransMix needs logits of a class token, got global_pool {model.global_pool!r} "
+                f"{'without' if model.cls_token is None else 'beside'} a class token"
+            )
+
     def forward(
         self,
         x: Tensor,
@@ -279,9 +289,14 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
         layer_shares = [] if collect_layers else None
         for block in self.blocks:
             # Flat arguments: reentrant checkpointing gives no gradient to tensors inside containers.
-            arguments = (x, attn_mask, is_causal) + ((share,) if isinstance(block, LabelFollower) else ())
+            aligned = isinstance(block, LabelFollower)
+            if aligned and self.label_method == "transmix":
+                share = _mark_patches(share, self.num_prefix_tokens)
+            arguments = (x, attn_mask, is_causal) + ((share,) if aligned else ())
             result = checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
-            x, share = result if isinstance(block, LabelFollower) else (result, share)
+            x, share = result if aligned else (result, share)
+            if aligned and self.label_method == "transmix":
+                share = share[..., :-1] / share[..., -1:]
             if collect_layers:
                 layer_shares.append(share.detach())
         logits, share = self._aligned_head(self.norm(x), share)
@@ -330,6 +345,15 @@ class AlignedVisionTransformerDistilled(AlignedVisionTransformer, deit.VisionTra
         if isinstance(logits, tuple):
             return logits, (share[:, 0], share[:, 1])
         return logits, share[:, :2].mean(dim=1)
+
+
+def _mark_patches(share: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Shares (B, N, S) with a last column of ones, and zeros for prefix tokens, in all columns.
+
+    Attention takes the last column to the part of it that goes to patches, by which the others are then divided.
+    """
+    patches = F.pad(share[:, num_prefix_tokens:], (0, 1), value=1.0)
+    return F.pad(patches, (0, 0, num_prefix_tokens, 0))
 
 
 def _mask_options(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> dict[str, Tensor]:

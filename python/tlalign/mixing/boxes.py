@@ -1,117 +1,25 @@
-"""Mixing of a batch: each strategy takes images and classes and returns the mixed images and their `MixedTarget`.
-
-A strategy is a callable, `mixed_images, target = strategy(images, classes)`. It draws from a generator of its own and
-so never from numpy's or torch's global state: `seed=` and `reseed(seed, step, rank)` decide everything it does. The
-partner of an image is its mirror in the batch (`images.flip(0)`), as in `timm.data.Mixup`, whose parameters and
-distributions are kept. Two of timm's parameters are missing on purpose: `correct_lam=False` would label a box cut off
-by the border with the area it was meant to have, but a token's label is the share of each image in the token's
-pixels, so that the ratio has to be the area that was really pasted; and `label_smoothing` and `num_classes` belong to
-the loss (or to `MixedTarget.to_dense`), since a `MixedTarget` needs neither.
-
-Letters in shapes: B images in the batch, C channels here, Hi x Wi pixels, n draws.
-"""
+"""Strategies that blend the partner into one box: CutMix, MixUp and their switch."""
 
 from __future__ import annotations
 
-import math
-import numbers
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tlalign.mixing.strategy import (
+    MixingStrategy,
+    Mode,
+    check_alpha,
+    check_number,
+    check_positive,
+    check_probability,
+    draw_ratios,
+    is_integer,
+)
 from tlalign_kernels.labels import MixedTarget, box_masks
-
-Mode = Literal["batch", "pair", "elem"]
-MODES = ("batch", "pair", "elem")
-
-# Added to the seed, so that another generator made of the same seed, step and rank (augmentation, say) is independent.
-_STREAM = int.from_bytes(b"mix", "big")
-
-
-class MixingStrategy(ABC):
-    """What all strategies share: arguments, their generator, who is mixed with whom, and checks of the input.
-
-    A subclass implements `_mix` (or `_draw` of `BoxStrategy`) and draws from `self.generator` only.
-
-    Args:
-        prob: Probability that a draw mixes at all. May be set between calls, such as to 0 for the last epochs.
-        mode: What one draw is for: the whole `batch`, a `pair` (image i and its mirror image B - 1 - i, which swap
-            the same region), or one image (`elem`).
-        seed: Seed of the generator, see `reseed`.
-    """
-
-    averages_pixels = False  # whether it needs images of a floating dtype
-
-    def __init__(self, prob: float = 1.0, mode: Mode = "batch", seed: int = 0) -> None:
-        check_probability("prob", prob)
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-        self.prob = float(prob)
-        self.mode = mode
-        self.reseed(seed)
-
-    def reseed(self, seed: int, step: int = 0, rank: int = 0) -> None:
-        """Starts the generator anew; what follows depends on these three numbers only.
-
-        Called with the step and the rank before each batch, it makes a resumed run repeat without any saved state and
-        gives each rank draws of its own.
-
-        Args:
-            seed: Seed of the run, >= 0.
-            step: Number of the batch, >= 0.
-            rank: Rank of the process, >= 0.
-        """
-        for name, value in (("seed", seed), ("step", step), ("rank", rank)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-            if value < 0:
-                raise ValueError(f"{name}: expected at least 0, got {value}")
-        # A spawn key, not more entropy: numpy pads entropy with zeros, so that seeds [1] and [1, 0] would be the same.
-        sequence = np.random.SeedSequence(int(seed), spawn_key=(_STREAM, int(step), int(rank)))
-        self.generator = np.random.Generator(np.random.PCG64(sequence))
-
-    def __call__(self, images: Tensor, classes: Tensor) -> tuple[Tensor, MixedTarget]:
-        """Mixes each image with its mirror image in the batch.
-
-        In an odd batch the image in the middle is its own partner: it stays as it is, with a mixing ratio of 0.
-
-        Args:
-            images: (B, C, Hi, Wi) with B >= 2, on any device; not modified. MixUp needs a floating dtype.
-            classes: (B,) int64, on the device of the images.
-
-        Returns:
-            The mixed images, of the same shape and dtype, and their target with classes (B, 2), own class first, and
-            ratio (B, 1), the part of the partner in each mixed image.
-        """
-        check_batch(images, classes, self.averages_pixels)
-        batch_size = len(images)
-        own = np.arange(batch_size)
-        partner = batch_size - 1 - own
-        draw_index = {"batch": np.zeros_like(own), "pair": np.minimum(own, partner), "elem": own}[self.mode]
-        chosen = self.generator.random(draw_index.max() + 1) < self.prob
-        chosen = chosen[draw_index] & (own != partner)
-        pairs = torch.stack((classes, classes.flip(0)), dim=1)
-        return self._mix(images, pairs, draw_index, chosen)
-
-    @abstractmethod
-    def _mix(
-        self, images: Tensor, classes: Tensor, draw_index: np.ndarray, chosen: np.ndarray
-    ) -> tuple[Tensor, MixedTarget]:
-        """Mixes images with their partners, `images.flip(0)`.
-
-        Args:
-            images: (B, C, Hi, Wi); not to be modified.
-            classes: (B, 2) int64, classes of image and partner.
-            draw_index: (B,) int64, which draw each image takes; there are max + 1 of them.
-            chosen: (B,) bool, which images are mixed at all; never one that is its own partner.
-
-        Returns:
-            As `__call__`.
-        """
 
 
 class BoxStrategy(MixingStrategy):
@@ -216,10 +124,7 @@ class MixUp(BoxStrategy):
 
     def __init__(self, alpha: float = 0.8, prob: float = 1.0, mode: Mode = "batch", seed: int = 0) -> None:
         super().__init__(prob, mode, seed)
-        check_alpha("alpha", alpha)
-        if alpha == 0:
-            raise ValueError("alpha: expected more than 0, got 0")
-        self.alpha = float(alpha)
+        self.alpha = check_positive("alpha", alpha)
 
     def _draw(self, count: int, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         return whole_boxes(count, image_size), draw_ratios(self.generator, count, self.alpha)
@@ -277,20 +182,6 @@ class MixUpCutMix(BoxStrategy):
         return boxes, weight
 
 
-def draw_ratios(generator: np.random.Generator, count: int, alpha: float) -> np.ndarray:
-    """Draws mixing ratios from Beta(alpha, alpha), which is symmetric: timm's lambda has the same distribution.
-
-    Args:
-        generator: Source of randomness.
-        count: Number of draws n.
-        alpha: Parameter of the distribution, > 0.
-
-    Returns:
-        (n,) float64 in [0, 1].
-    """
-    return generator.beta(alpha, alpha, size=count)
-
-
 def draw_boxes(
     generator: np.random.Generator,
     count: int,
@@ -329,7 +220,7 @@ def draw_boxes(
         )
     limits = np.array(image_size) // cell
     if minmax is None:
-        side = (limits * np.sqrt(draw_ratios(generator, count, alpha))[:, None]).astype(np.int64)
+        side = box_sides(draw_ratios(generator, count, alpha), limits)
         centre = generator.integers(0, limits, size=(count, 2))
         start = centre - side // 2
         stop = centre + (side + 1 if box_grid is None else side) // 2
@@ -344,6 +235,11 @@ def draw_boxes(
         start = generator.integers(0, limits - side + 1)
         stop = start + side
     return np.concatenate((start.clip(0, limits), stop.clip(0, limits)), axis=1) * cell
+
+
+def box_sides(ratio: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Returns the sides (n, 2) int64 of boxes that take the part sqrt(ratio) (n,) of each of the `limits` (2,)."""
+    return (limits * np.sqrt(ratio)[:, None]).astype(np.int64)
 
 
 def whole_boxes(count: int, image_size: tuple[int, int]) -> np.ndarray:
@@ -384,53 +280,6 @@ def blend(images: Tensor, ratio: Tensor) -> Tensor:
     return images.flip(0).to(dtype).lerp_(images.to(dtype), own_weight).to(images.dtype)
 
 
-def check_batch(images: Tensor, classes: Tensor, averages_pixels: bool = False) -> None:
-    """Raises unless images are (B, C, Hi, Wi) with B >= 2, of a dtype that can be mixed, and classes (B,) int64.
-
-    Args:
-        images: What was given as images.
-        classes: What was given as classes.
-        averages_pixels: Whether pixels of two images are averaged, which integers cannot hold.
-    """
-    for name, value in (("images", images), ("classes", classes)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"images: expected the shape (B, C, Hi, Wi), none of them 0, got {tuple(images.shape)}")
-    if len(images) < 2:
-        raise ValueError("images: expected at least 2 images to mix, got 1 (a loader with drop_last=True avoids it)")
-    if averages_pixels and not images.is_floating_point():
-        raise TypeError(f"images: expected a floating dtype for MixUp, which averages pixels, got {images.dtype}")
-    if classes.dtype != torch.int64:
-        raise TypeError(f"classes: expected int64, got {classes.dtype}")
-    if classes.shape != images.shape[:1]:
-        raise ValueError(
-            f"classes: expected the shape ({len(images)},), one for each of the images, got {tuple(classes.shape)}"
-        )
-    if classes.device != images.device:
-        raise ValueError(f"classes: expected on the device of the images, {images.device}, got {classes.device}")
-
-
-def check_number(name: str, value: float) -> None:
-    """Raises TypeError unless `value` is a real number, bool excluded."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-
-
-def check_alpha(name: str, value: float) -> None:
-    """Raises unless `value` is a finite number of at least 0."""
-    check_number(name, value)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-
-
-def check_probability(name: str, value: float) -> None:
-    """Raises unless `value` is a number in [0, 1]."""
-    check_number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
-
-
 def check_minmax(name: str, value: Sequence[float] | None) -> tuple[float, float] | None:
     """Returns `value` as a tuple; raises unless it is None or two numbers with 0 <= least < greatest <= 1."""
     if value is None:
@@ -450,7 +299,7 @@ def check_box_grid(value: int | None) -> int | None:
     """Returns `value`; raises unless it is None or a positive int."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not is_integer(value):
         raise TypeError(f"box_grid: expected None or an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"box_grid: expected at least 1, got {value}")

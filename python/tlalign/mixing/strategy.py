@@ -1,0 +1,197 @@
+"""What all mixing strategies share: arguments, their generator, who is mixed with whom, and checks of the input."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tlalign_kernels.labels import MixedTarget
+
+Mode = Literal["batch", "pair", "elem"]
+MODES = ("batch", "pair", "elem")
+
+# Added to the seed, so that another generator made of the same seed, step and rank (augmentation, say) is independent.
+_STREAM = int.from_bytes(b"mix", "big")
+
+
+class MixingStrategy(ABC):
+    """What all strategies share: arguments, their generator, who is mixed with whom, and checks of the input.
+
+    A subclass implements `_mix` (or `_draw` of `BoxStrategy` or `MaskStrategy`) and draws from `self.generator` only.
+
+    Args:
+        prob: Probability that a draw mixes at all. May be set between calls, such as to 0 for the last epochs.
+        mode: What one draw is for: the whole `batch`, a `pair` (image i and its mirror image B - 1 - i, which swap
+            the same region), or one image (`elem`).
+        seed: Seed of the generator, see `reseed`.
+    """
+
+    averages_pixels = False  # whether it needs images of a floating dtype
+
+    def __init__(self, prob: float = 1.0, mode: Mode = "batch", seed: int = 0) -> None:
+        check_probability("prob", prob)
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        self.prob = float(prob)
+        self.mode = mode
+        self.reseed(seed)
+
+    def reseed(self, seed: int, step: int = 0, rank: int = 0) -> None:
+        """Starts the generator anew; what follows depends on these three numbers only.
+
+        Called with the step and the rank before each batch, it makes a resumed run repeat without any saved state and
+        gives each rank draws of its own.
+
+        Args:
+            seed: Seed of the run, >= 0.
+            step: Number of the batch, >= 0.
+            rank: Rank of the process, >= 0.
+        """
+        for name, value in (("seed", seed), ("step", step), ("rank", rank)):
+            if not is_integer(value):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
+        # A spawn key, not more entropy: numpy pads entropy with zeros, so that seeds [1] and [1, 0] would be the same.
+        sequence = np.random.SeedSequence(int(seed), spawn_key=(_STREAM, int(step), int(rank)))
+        self.generator = np.random.Generator(np.random.PCG64(sequence))
+
+    def __call__(self, images: Tensor, classes: Tensor) -> tuple[Tensor, MixedTarget]:
+        """Mixes each image with its mirror image in the batch.
+
+        In an odd batch the image in the middle is its own partner: it stays as it is, with a mixing ratio of 0.
+
+        Args:
+            images: (B, C, Hi, Wi) with B >= 2, on any device; not modified. Strategies that average pixels need a
+                floating dtype.
+            classes: (B,) int64, on the device of the images.
+
+        Returns:
+            The mixed images, of the same shape and dtype, and their target with classes (B, 2), own class first, and
+            ratio (B, 1), the part of the partner in each mixed image.
+        """
+        check_batch(images, classes, type(self).__name__ if self.averages_pixels else None)
+        batch_size = len(images)
+        own = np.arange(batch_size)
+        partner = batch_size - 1 - own
+        draw_index = {"batch": np.zeros_like(own), "pair": np.minimum(own, partner), "elem": own}[self.mode]
+        chosen = self.generator.random(draw_index.max() + 1) < self.prob
+        chosen = chosen[draw_index] & (own != partner)
+        pairs = torch.stack((classes, classes.flip(0)), dim=1)
+        return self._mix(images, pairs, draw_index, chosen)
+
+    def visible_parts(self, maps: Tensor, target: MixedTarget) -> tuple[Tensor, Tensor]:
+        """How much of each image's map is seen in the mixed images.
+
+        Args:
+            maps: float32 (B, h, w) of sum 1, how something is spread over cells of equal size of each image before it
+                was mixed.
+            target: What the mixed images are labelled with.
+
+        Returns:
+            What is seen of the image's own map and of its partner's, (B,) each.
+        """
+        cells = tuple(maps.shape[1:])
+        pixels = cells if target.image_size is None else target.image_size
+        share = target.token_share(pixels, (1, 1)).view(-1, 1, *pixels)
+        share = F.adaptive_avg_pool2d(share, cells)[:, 0]
+        return (maps * (1 - share)).sum(dim=(1, 2)), (maps.flip(0) * share).sum(dim=(1, 2))
+
+    @abstractmethod
+    def _mix(
+        self, images: Tensor, classes: Tensor, draw_index: np.ndarray, chosen: np.ndarray
+    ) -> tuple[Tensor, MixedTarget]:
+        """Mixes images with their partners, `images.flip(0)`.
+
+        Args:
+            images: (B, C, Hi, Wi); not to be modified.
+            classes: (B, 2) int64, classes of image and partner.
+            draw_index: (B,) int64, which draw each image takes; there are max + 1 of them.
+            chosen: (B,) bool, which images are mixed at all; never one that is its own partner.
+
+        Returns:
+            As `__call__`.
+        """
+
+
+def draw_ratios(generator: np.random.Generator, count: int, alpha: float) -> np.ndarray:
+    """Draws mixing ratios from Beta(alpha, alpha), which is symmetric: timm's lambda has the same distribution.
+
+    Args:
+        generator: Source of randomness.
+        count: Number of draws n.
+        alpha: Parameter of the distribution, > 0.
+
+    Returns:
+        (n,) float64 in [0, 1].
+    """
+    return generator.beta(alpha, alpha, size=count)
+
+
+def check_batch(images: Tensor, classes: Tensor, averaged_by: str | None = None) -> None:
+    """Raises unless images are (B, C, Hi, Wi) with B >= 2, of a dtype that can be mixed, and classes (B,) int64.
+
+    Args:
+        images: What was given as images.
+        classes: What was given as classes.
+        averaged_by: Name of a strategy that averages pixels, which integers cannot hold; None if none does.
+    """
+    for name, value in (("images", images), ("classes", classes)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images: expected the shape (B, C, Hi, Wi), none of them 0, got {tuple(images.shape)}")
+    if len(images) < 2:
+        raise ValueError("images: expected at least 2 images to mix, got 1 (a loader with drop_last=True avoids it)")
+    if averaged_by is not None and not images.is_floating_point():
+        raise TypeError(
+            f"images: expected a floating dtype for {averaged_by}, which averages pixels, got {images.dtype}"
+        )
+    if classes.dtype != torch.int64:
+        raise TypeError(f"classes: expected int64, got {classes.dtype}")
+    if classes.shape != images.shape[:1]:
+        raise ValueError(
+            f"classes: expected the shape ({len(images)},), one for each of the images, got {tuple(classes.shape)}"
+        )
+    if classes.device != images.device:
+        raise ValueError(f"classes: expected on the device of the images, {images.device}, got {classes.device}")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raises TypeError unless `value` is a real number, bool excluded."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def check_alpha(name: str, value: float) -> None:
+    """Raises unless `value` is a finite number of at least 0."""
+    check_number(name, value)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raises unless `value` is a number in [0, 1]."""
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+
+
+def check_positive(name: str, value: float) -> float:
+    """Returns `value` as a float; raises unless it is a finite number above 0."""
+    check_alpha(name, value)
+    if value == 0:
+        raise ValueError(f"{name}: expected more than 0, got 0")
+    return float(value)
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer, bool excluded."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

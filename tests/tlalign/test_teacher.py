@@ -1,0 +1,114 @@
+"""Teachers: their maps of a model's own features, and the target by what of them is seen."""
+
+import pytest
+import timm
+import torch
+
+from tlalign.mixing import BlockWise, CutMix, FMix, MixUp, RandomPatches, ResizeMix, TokenMix
+from tlalign.teacher import Teacher
+from tlalign_kernels import MixedTarget
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODELS = {
+    "test_resnet": {},
+    "test_convnext": {},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "depths": (1, 1, 1, 1), "embed_dim": 16},
+    "vit_tiny_patch16_224": {"img_size": 64, "depth": 1, "embed_dim": 24},
+    "vit_medium_patch16_reg4_gap_256": {"img_size": 64, "depth": 1, "embed_dim": 24, "num_heads": 3},
+    "vit_base_patch16_siglip_224": {"img_size": 64, "depth": 1, "embed_dim": 24, "num_heads": 3},
+    "deit_tiny_distilled_patch16_224": {"img_size": 64, "depth": 1, "embed_dim": 24},
+}
+
+
+class KnownMaps(Teacher):
+    """A teacher whose class activation is given."""
+
+    def __init__(self, maps):
+        self.maps = maps / maps.sum(dim=(1, 2), keepdim=True)
+
+    def class_activation(self, images, classes):
+        return self.maps
+
+
+def head_of_cell(model, features, row, column):
+    """A cell of the features (B, channels), and the logits of a map of that cell alone."""
+    if features.dim() == 3:
+        prefix = model.num_prefix_tokens
+        cell = features[:, prefix + row * model.patch_embed.grid_size[1] + column]
+        return cell, model.forward_head(cell[:, None].repeat(1, prefix + 1, 1))
+    if type(model).__name__ == "SwinTransformer":
+        return features[:, row, column], model.forward_head(features[:, row : row + 1, column : column + 1])
+    return features[:, :, row, column], model.forward_head(features[:, :, row : row + 1, column : column + 1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_maps_are_those_of_the_model_s_own_features_and_head(name):
+    model = timm.create_model(name, num_classes=5, **MODELS[name])
+    teacher = Teacher(model)
+    images, classes = torch.randn(3, 3, 64, 64), torch.tensor([0, 3, 4])
+    activation, spread = teacher.activation(images), teacher.class_activation(images, classes)
+    side = 4 if hasattr(model, "num_prefix_tokens") else 2
+    assert activation.shape == spread.shape == (3, side, side)
+    torch.testing.assert_close(spread.sum(dim=(1, 2)), torch.ones(3))
+    features, scores = model.forward_features(images), []
+    for row, column in ((0, 1), (1, 0)):
+        cell, logits = head_of_cell(model, features, row, column)
+        torch.testing.assert_close(activation[:, row, column], cell.mean(dim=1))
+        scores.append(logits.softmax(1)[torch.arange(3), classes])
+    torch.testing.assert_close(spread[:, 0, 1] / spread[:, 1, 0], scores[0] / scores[1])
+    assert not torch.allclose(scores[0], scores[1])
+
+
+@pytest.mark.parametrize("make", [CutMix, FMix, TokenMix, BlockWise, RandomPatches], ids=lambda make: make.__name__)
+def test_the_target_is_what_is_seen_of_each_map(make):
+    options = {} if make in (CutMix, FMix) else {"patch_size": 4}
+    strategy = make(mode="elem", seed=1, **options)
+    images, classes = torch.randn(6, 3, 16, 16), torch.arange(6)
+    maps = torch.rand(6, 4, 4)
+    teacher = KnownMaps(maps)
+    mixed, target = strategy(images, classes)
+    foreign = (mixed == images.flip(0)).all(1).float()
+    density = teacher.maps.repeat_interleave(4, 1).repeat_interleave(4, 2) / 16
+    own, partner = (density * (1 - foreign)).sum((1, 2)), (density.flip(0) * foreign).sum((1, 2))
+    ours = teacher.target(strategy, images, target)
+    torch.testing.assert_close(ours.ratio[:, 0], partner / (own + partner), rtol=0, atol=1e-6)
+    assert torch.equal(ours.classes, target.classes)
+    assert (ours.ratio - target.ratio).abs().max() > 1e-3
+
+
+def test_maps_without_a_preference_give_the_mixing_ratio():
+    images, classes = torch.randn(4, 3, 16, 16), torch.arange(4)
+    for strategy in (CutMix(seed=2), MixUp(seed=2), FMix(seed=2)):
+        target = strategy(images, classes)[1]
+        ours = KnownMaps(torch.ones(4, 4, 4)).target(strategy, images, target)
+        torch.testing.assert_close(ours.ratio, target.ratio, rtol=0, atol=1e-6)
+
+
+def test_of_a_resized_partner_all_is_seen():
+    images, classes = torch.randn(5, 3, 16, 16), torch.arange(5)
+    strategy = ResizeMix(seed=3)
+    target = strategy(images, classes)[1]
+    teacher = KnownMaps(torch.rand(5, 4, 4))
+    y0, x0, y1, x1 = target.boxes[0, 0].tolist()
+    density = teacher.maps.repeat_interleave(4, 1).repeat_interleave(4, 2) / 16
+    own = 1 - density[:, y0:y1, x0:x1].sum((1, 2))
+    expected = 1 / (1 + own)
+    expected[2] = 0  # the image in the middle is not mixed
+    torch.testing.assert_close(teacher.target(strategy, images, target).ratio[:, 0], expected, rtol=0, atol=1e-6)
+
+
+def test_models_and_classes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="classes: expected ids below the teacher's 5, got 5"):
+        Teacher(timm.create_model("test_resnet", num_classes=5)).class_activation(
+            torch.randn(1, 3, 32, 32), torch.tensor([5])
+        )
+    mixer = timm.create_model("mixer_s32_224", img_size=64)
+    with pytest.raises(ValueError, match=r"model: expected features of shape .* of MlpMixer"):
+        Teacher(mixer).activation(torch.randn(1, 3, 64, 64))
+
+
+def test_a_target_of_a_teacher_is_a_mixed_target():
+    strategy, images = CutMix(), torch.randn(2, 3, 16, 16)
+    target = strategy(images, torch.arange(2))[1]
+    assert isinstance(KnownMaps(torch.ones(2, 2, 2)).target(strategy, images, target), MixedTarget)
