@@ -236,11 +236,12 @@ def _rows_of_parts(
 def _windows(windows: Windows, pad_qkv: Tensor | None, qkv: Tensor) -> tuple[int, int, int, int, int]:
     """What the native code is told of windows: their number, that of tokens in the map, addresses of tables."""
     tokens, regions = _tables(windows)
+    shape = (windows.count, windows.tokens)
     return (
         windows.count,
         windows.map_size[0] * windows.map_size[1],
-        tokens.data_ptr(),
-        0 if regions is None else regions.data_ptr(),
+        whole("tokens", tokens, shape, torch.int32, _CPU),
+        whole("regions", regions, shape, torch.int32, _CPU),
         whole("pad_qkv", pad_qkv, (3, *qkv.shape[3:]), qkv.dtype, _CPU),
     )
 
@@ -248,7 +249,9 @@ def _windows(windows: Windows, pad_qkv: Tensor | None, qkv: Tensor) -> tuple[int
 @functools.lru_cache(maxsize=64)
 def _tables(windows: Windows) -> tuple[Tensor, Tensor | None]:
     """Numbers of tokens and of regions, int32 (W, N); no regions if the windows are not shifted."""
-    return windows.token_numbers(_CPU).int(), windows.regions(_CPU).int() if windows.has_regions else None
+    tables = (windows.token_numbers(_CPU), windows.regions(_CPU) if windows.has_regions else None)
+    tokens, regions = (None if table is None else table.to(torch.int32).contiguous() for table in tables)
+    return tokens, regions
 
 
 def _unit_last_stride(grad_output: Tensor) -> Tensor:
