@@ -147,7 +147,7 @@ def window_forward(
     of_map = (batch, *windows.map_size)
     images, tokens, sources = batch * windows.count, windows.tokens, 0 if share is None else share.shape[3]
     qkv, pad_qkv = _by_token(qkv), None if pad_qkv is None else pad_qkv.contiguous()
-    bias = float_or_smaller(bias)
+    bias, tables = float_or_smaller(bias), _tables(windows)
     share = None if share is None else share.contiguous()
     residual = None if residual is None else residual.contiguous()
     extension.compiled.cpu_attention_forward(
@@ -159,7 +159,7 @@ def window_forward(
         scale,
         dropout_p,
         _word(dropout_seed),
-        _windows(windows, pad_qkv, qkv),
+        _windows(windows, tables, pad_qkv, qkv),
         whole("share", share, (*of_map, sources), torch.float32, _CPU),
         whole("residual", residual, (*of_map, sources), torch.float32, _CPU),
         whole("output", output, (*of_map, heads, head_dim), qkv.dtype, _CPU),
@@ -190,7 +190,7 @@ def window_backward(
     qkv, pad_qkv = _by_token(qkv), None if pad_qkv is None else pad_qkv.contiguous()
     grad_output = _by_token(_unit_last_stride(grad_output.to(dtype)))[:, :, None]
     grad_qkv = grad_qkv.view(batch, -1, 3, heads, head_dim)
-    computing_bias, computing_grad_bias = _computing_biases(bias, grad_bias)
+    (computing_bias, computing_grad_bias), tables = _computing_biases(bias, grad_bias), _tables(windows)
     packed = (batch, windows, 3, heads, head_dim)
     extension.compiled.cpu_attention_backward(
         (images, heads, tokens, tokens, head_dim, 0),
@@ -202,7 +202,7 @@ def window_backward(
         scale,
         dropout_p,
         _word(dropout_seed),
-        _windows(windows, pad_qkv, qkv),
+        _windows(windows, tables, pad_qkv, qkv),
         whole("output", output, (batch, *windows.map_size, heads, head_dim), dtype, _CPU),
         whole("log_sum_exp", log_sum_exp, (images, heads, tokens), torch.float32, _CPU),
         *_rows_of_parts("grad_qkv", grad_qkv, packed, dtype),
@@ -233,9 +233,11 @@ def _rows_of_parts(
     return [rows(name, part, (batch, heads, tokens, head_dim), dtype, _CPU) for part in packed.permute(2, 0, 3, 1, 4)]
 
 
-def _windows(windows: Windows, pad_qkv: Tensor | None, qkv: Tensor) -> tuple[int, int, int, int, int]:
-    """What the native code is told of windows: their number, that of tokens in the map, addresses of tables."""
-    tokens, regions = _tables(windows)
+def _windows(
+    windows: Windows, tables: tuple[Tensor, Tensor | None], pad_qkv: Tensor | None, qkv: Tensor
+) -> tuple[int, int, int, int, int]:
+    """What the native code is told of windows: their number, that of tokens in the map, addresses."""
+    tokens, regions = tables
     shape = (windows.count, windows.tokens)
     return (
         windows.count,
