@@ -144,27 +144,27 @@ def window_forward(
 ) -> None:
     """Computes attention and labels within windows into the given tensors; see `reference.window_forward`."""
     batch, heads, head_dim = qkv.shape[0], *qkv.shape[4:]
-    of_map = (batch, *windows.map_size)
-    images, tokens, sources = batch * windows.count, windows.tokens, 0 if share is None else share.shape[3]
+    of_map, sources = (batch, *windows.map_size), 0 if share is None else share.shape[3]
     qkv, pad_qkv = _by_token(qkv), None if pad_qkv is None else pad_qkv.contiguous()
-    bias = float_or_smaller(bias)
+    bias, tables = float_or_smaller(bias), _tables(windows)
+    count, tokens = tables[0].shape
     share = None if share is None else share.contiguous()
     residual = None if residual is None else residual.contiguous()
     extension.compiled.cpu_attention_forward(
-        (images, heads, tokens, tokens, head_dim, sources),
+        (batch * count, heads, tokens, tokens, head_dim, sources),
         DTYPES[qkv.dtype],
-        *_rows_of_parts("qkv", qkv, (batch, windows, 3, heads, head_dim), qkv.dtype),
-        offsets("bias", bias, (images, heads, tokens, tokens), _CPU),
+        *_rows_of_parts("qkv", qkv, (batch, qkv.shape[1], 3, heads, head_dim), qkv.dtype),
+        offsets("bias", bias, (batch * count, heads, tokens, tokens), _CPU),
         None,
         scale,
         dropout_p,
         _word(dropout_seed),
-        _windows(windows, pad_qkv, qkv),
+        _windows(tables, pad_qkv, qkv),
         whole("share", share, (*of_map, sources), torch.float32, _CPU),
         whole("residual", residual, (*of_map, sources), torch.float32, _CPU),
         whole("output", output, (*of_map, heads, head_dim), qkv.dtype, _CPU),
         whole("share_out", share_out, (*of_map, sources), torch.float32, _CPU),
-        whole("log_sum_exp", log_sum_exp, (images, heads, tokens), torch.float32, _CPU),
+        whole("log_sum_exp", log_sum_exp, (batch * count, heads, tokens), torch.float32, _CPU),
         *_how(),
     )
 
@@ -186,25 +186,25 @@ def window_backward(
 ) -> None:
     """Computes the gradients into the given tensors; see `reference.window_backward`."""
     dtype, batch, heads, head_dim = qkv.dtype, qkv.shape[0], *qkv.shape[4:]
-    images, tokens = batch * windows.count, windows.tokens
     qkv, pad_qkv = _by_token(qkv), None if pad_qkv is None else pad_qkv.contiguous()
-    grad_output = _by_token(_unit_last_stride(grad_output.to(dtype)))[:, :, None]
+    grad_output = _by_token(_unit_last_stride(grad_output.to(dtype))).unsqueeze(2)
     grad_qkv = grad_qkv.view(batch, -1, 3, heads, head_dim)
-    computing_bias, computing_grad_bias = _computing_biases(bias, grad_bias)
-    packed = (batch, windows, 3, heads, head_dim)
+    (computing_bias, computing_grad_bias), tables = _computing_biases(bias, grad_bias), _tables(windows)
+    count, tokens = tables[0].shape
+    packed = (batch, qkv.shape[1], 3, heads, head_dim)
     extension.compiled.cpu_attention_backward(
-        (images, heads, tokens, tokens, head_dim, 0),
+        (batch * count, heads, tokens, tokens, head_dim, 0),
         DTYPES[dtype],
-        *_rows_of_parts("grad_output", grad_output, (batch, windows, 1, heads, head_dim), dtype),
+        *_rows_of_parts("grad_output", grad_output, (batch, qkv.shape[1], 1, heads, head_dim), dtype),
         *_rows_of_parts("qkv", qkv, packed, dtype),
-        offsets("bias", computing_bias, (images, heads, tokens, tokens), _CPU),
+        offsets("bias", computing_bias, (batch * count, heads, tokens, tokens), _CPU),
         None,
         scale,
         dropout_p,
         _word(dropout_seed),
-        _windows(windows, pad_qkv, qkv),
+        _windows(tables, pad_qkv, qkv),
         whole("output", output, (batch, *windows.map_size, heads, head_dim), dtype, _CPU),
-        whole("log_sum_exp", log_sum_exp, (images, heads, tokens), torch.float32, _CPU),
+        whole("log_sum_exp", log_sum_exp, (batch * count, heads, tokens), torch.float32, _CPU),
         *_rows_of_parts("grad_qkv", grad_qkv, packed, dtype),
         0 if bias is None else whole("grad_bias", computing_grad_bias, bias.shape, computing_bias.dtype, _CPU),
         (1, 1) if bias is None else tuple(bias.shape[:2]),
@@ -224,23 +224,26 @@ def _by_token(of_map: Tensor) -> Tensor:
 
 
 def _rows_of_parts(
-    name: str, packed: Tensor, shape: tuple[int, Windows, int, int, int], dtype: torch.dtype
+    name: str, packed: Tensor, shape: tuple[int, int, int, int, int], dtype: torch.dtype
 ) -> list[tuple[int, int, int, int]]:
-    """Addresses and strides of the parts of a tensor (B, Ht * Wt, parts, H, D)."""
-    batch, windows, parts, heads, head_dim = shape
-    tokens = windows.map_size[0] * windows.map_size[1]
-    check(name, packed, (batch, tokens, parts, heads, head_dim), dtype, _CPU)
-    return [rows(name, part, (batch, heads, tokens, head_dim), dtype, _CPU) for part in packed.permute(2, 0, 3, 1, 4)]
+    """Addresses and strides of the parts (B, H, Ht * Wt, D) of a tensor (B, Ht * Wt, parts, H, D)."""
+    check(name, packed, shape, dtype, _CPU)
+    batch, tokens, parts, heads, head_dim = shape
+    first = rows(name, packed[:, :, 0].transpose(1, 2), (batch, heads, tokens, head_dim), dtype, _CPU)
+    step = packed.stride(2) * packed.element_size()
+    return [(first[0] + part * step, *first[1:]) for part in range(parts)]
 
 
-def _windows(windows: Windows, pad_qkv: Tensor | None, qkv: Tensor) -> tuple[int, int, int, int, int]:
-    """What the native code is told of windows: their number, that of tokens in the map, addresses of tables."""
-    tokens, regions = _tables(windows)
+def _windows(
+    tables: tuple[Tensor, Tensor | None], pad_qkv: Tensor | None, qkv: Tensor
+) -> tuple[int, int, int, int, int]:
+    """What the native code is told of windows: their number, that of tokens in the map, addresses."""
+    tokens, regions = tables
     return (
-        windows.count,
-        windows.map_size[0] * windows.map_size[1],
-        tokens.data_ptr(),
-        0 if regions is None else regions.data_ptr(),
+        tokens.shape[0],
+        qkv.shape[1],
+        whole("tokens", tokens, tokens.shape, torch.int32, _CPU),
+        whole("regions", regions, tokens.shape, torch.int32, _CPU),
         whole("pad_qkv", pad_qkv, (3, *qkv.shape[3:]), qkv.dtype, _CPU),
     )
 
@@ -248,7 +251,9 @@ def _windows(windows: Windows, pad_qkv: Tensor | None, qkv: Tensor) -> tuple[int
 @functools.lru_cache(maxsize=64)
 def _tables(windows: Windows) -> tuple[Tensor, Tensor | None]:
     """Numbers of tokens and of regions, int32 (W, N); no regions if the windows are not shifted."""
-    return windows.token_numbers(_CPU).int(), windows.regions(_CPU).int() if windows.has_regions else None
+    tables = (windows.token_numbers(_CPU), windows.regions(_CPU) if windows.has_regions else None)
+    tokens, regions = (None if table is None else table.to(torch.int32).contiguous() for table in tables)
+    return tokens, regions
 
 
 def _unit_last_stride(grad_output: Tensor) -> Tensor:
