@@ -201,6 +201,8 @@ struct SharedRows {
       own = at(own_row, own_chunk);
     }
 
+    __device__ void next_head(int64_t bytes) { from += bytes; }
+
     // Every thread of the block takes part.
     __device__ void copy(uint32_t to) const {
       if constexpr (IS_REGULAR) {

@@ -200,10 +200,13 @@ def record(monkeypatch, run):
         cuda_row_terms=recorder.cuda_row_terms,
         cuda_attention_forward=running(recorder.cuda_attention_forward),
         cuda_attention_backward=running(recorder.cuda_attention_backward),
+        cuda_starts=recorder.cuda_starts,
+        cuda_window_attention_forward=running(recorder.cuda_window_attention_forward),
+        cuda_window_attention_backward=running(recorder.cuda_window_attention_backward),
     )
-    for name in ("new_empty", "contiguous", "float", "to"):
+    for name in ("new_empty", "clone", "contiguous", "flatten", "float", "to"):
         monkeypatch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name)))
-    for name in ("forward", "backward"):
+    for name in ("forward", "backward", "window_forward", "window_backward"):
         monkeypatch.setattr(backend, name, noting_arguments(getattr(backend, name)))
     monkeypatch.setattr(backend, "_native", native)
     monkeypatch.setattr(backend, "unsupported_reasons", lambda problem: [])
