@@ -47,6 +47,8 @@ struct Windows {
   // What products of queries and keys begin with, (1 or H, padded(N)**2), float32: the bias over `unit`, as
   // `read_starts` has it. `start_head`: from a head to the next.
   float* starts = nullptr;
+  // Where the tokens of each window of a map lie, (W, padded(N)), as `Window` has it.
+  int* places;
   int64_t start_head = 0;
   // (3, H, D), what lies in the padding, or null.
   const char* padding = nullptr;
@@ -65,7 +67,7 @@ struct Problem {
   Rows query, key, value;
   Offsets bias, mask;
   // If `starts` are given, then rows are those of maps, `batch` and `queries` and `keys` count windows and their
-  // tokens; row i of a window is not i rows behind the first, but where `Window` says.
+  // tokens; row i of a window is not i rows behind the first, but where `places` say.
   Windows windows;
 };
 
@@ -126,7 +128,7 @@ inline TLALIGN_BOTH int64_t starts(int tokens) { return int64_t(padded(tokens)) 
 // Launch on `stream` of the current device. Throw std::runtime_error with the kernel and its shape where CUDA fails.
 void forward(const Forward& arguments, cudaStream_t stream);
 void backward(const Backward& arguments, cudaStream_t stream);
-// What both of them launch first for windows.
-void pack_starts(const Problem& problem, cudaStream_t stream);
+// What both of them launch first for windows: fills `starts` and `places`.
+void prepare_windows(const Problem& problem, cudaStream_t stream);
 
 }  // namespace tlalign::cuda

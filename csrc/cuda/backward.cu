@@ -87,7 +87,7 @@ struct Block {
   template <int ROWS>
   __device__ void load_padded(uint32_t to, const Rows& rows, int number, int from, int end) const {
     if constexpr (WINDOWS) {
-      const char* padding = p.windows.padding + (number * p.heads + head) * uint64_t(D * sizeof(T));
+      const char* padding = p.windows.padding + uint64_t(number * p.heads + head) * unsigned(D * sizeof(T));
       WindowSource<Tile, ROWS, THREADS, true>(window(), from, start(rows), int(rows.row), padding).copy(to);
     } else {
       load<ROWS>(to, rows, from, end);
@@ -179,8 +179,11 @@ struct QueryRows : Block<T, D, KIND> {
   __device__ void multiply_keys(Scores<M>& scores, const Fragment (&query)[M][D / 16], const uint32_t (&from)[D / 16],
                                 uint32_t at, int key) const {
     if constexpr (WINDOWS) {
-      read_starts(scores, p.windows, Base::window(), head, first + warp * ROWS_OF_WARP, key, p.keys, lane);
+      const int own_query = first + warp * ROWS_OF_WARP;
+      read_starts(scores, find_starts(p.windows, head, own_query, 0, p.keys) + 16 * key, p.keys, lane);
       add_scores<T, D>(scores, query, from, at);
+      const Window window = Base::window();
+      if (window.has_regions()) add_regions(scores, p.windows, window, own_query, key, lane);
     } else {
       multiply_scores<T, D>(scores, query, from, at);
     }
@@ -431,8 +434,10 @@ struct KeysKernel : Block<T, D, KIND> {
         if (!HOLDS) load_keys(key);
         if constexpr (WINDOWS) {
           const int own_key = first + warp * ROWS_OF_WARP;
-          read_starts_of_keys(scores, p.windows, Base::window(), head, query, own_key, p.keys, lane);
+          read_starts_of_keys(scores, find_starts(p.windows, head, query, own_key, p.keys), lane);
           add_scores<T, D>(scores, key, scores_from, at);
+          const Window window = Base::window();
+          if (window.has_regions()) add_regions(scores, p.windows, window, own_key, query, lane);
         } else {
           multiply_scores<T, D>(scores, key, scores_from, at);
         }
@@ -529,12 +534,14 @@ struct HeadKernel : QueryRows<T, D, KIND> {
     if (p.bias_sums == nullptr) return;
     float* to = p.bias_sums + (int64_t(sum) * p.heads + head) * p.queries * p.keys;
 #pragma unroll
-    for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) {
+    for (int row = 0; row < 2 * M; ++row) {
+      const int query = warp * ROWS_OF_WARP + 8 * row + lane / 4, keys = p.keys - lane % 4 * 2;
+      if (query >= p.queries) break;
+      float* own = to + (query * p.keys + lane % 4 * 2);
 #pragma unroll
-      for (int i = 0; i < 8 * M; ++i) {
-        const int query = warp * ROWS_OF_WARP + i / 8 * 16 + lane / 4 + i / 2 % 2 * 8;
-        const int key = 16 * tile + i / 4 % 2 * 8 + lane % 4 * 2 + i % 2;
-        if (query < p.queries && key < p.keys) to[query * p.keys + key] = grad_bias[tile][i / 8][i / 4 % 2][i % 4];
+      for (int i = 0; i < ROWS_OF_BLOCK / 4; ++i) {
+        const int key = i / 2 * 8 + i % 2;
+        if (key < keys) own[key] = grad_bias[i / 4][row / 2][i / 2 % 2][row % 2 * 2 + i % 2];
       }
     }
   }
@@ -721,9 +728,11 @@ struct BiasKernel {
         }
         Scores<1> scores, grad_scores;
         if constexpr (WINDOWS) {
-          read_starts(scores, p.windows, Window(p.windows, image), head, own_query, first_key + 16 * tile, p.keys,
-                      lane);
+          const int key = first_key + 16 * tile;
+          read_starts(scores, find_starts(p.windows, head, own_query, first_key, p.keys) + 256 * tile, p.keys, lane);
           add_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
+          const Window window(p.windows, image);
+          if (window.has_regions()) add_regions(scores, p.windows, window, own_query, key, lane);
         } else {
           multiply_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
         }
@@ -763,7 +772,7 @@ struct BiasKernel {
     const char* start = rows.data + uint64_t(WINDOWS ? window.image : unsigned(image)) * uint32_t(rows.image) +
                         uint64_t(head) * uint32_t(rows.head);
     if constexpr (WINDOWS) {
-      const char* padding = p.windows.padding + (number * p.heads + head) * uint64_t(D * sizeof(T));
+      const char* padding = p.windows.padding + uint64_t(number * p.heads + head) * unsigned(D * sizeof(T));
       WindowSource<Tile, ROWS_OF_BLOCK, THREADS, PADS>(window, first, start, int(rows.row), padding).copy(to);
     } else {
       typename Tile::template Source<ROWS_OF_BLOCK, THREADS, false>(start, int(rows.row), first, end).copy(to);
@@ -835,7 +844,7 @@ void backward(const Backward& arguments, cudaStream_t stream) {
   for (Rows* rows : {&p.query, &p.key, &p.value, &p.grad_output, &p.grad_query, &p.grad_key, &p.grad_value}) {
     rows->image *= sizeof(uint16_t), rows->head *= sizeof(uint16_t), rows->row *= sizeof(uint16_t);
   }
-  if (p.windows.starts != nullptr) pack_starts(p, stream);
+  if (p.windows.starts != nullptr) prepare_windows(p, stream);
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
     if (p.windows.starts != nullptr) {

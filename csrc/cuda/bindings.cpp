@@ -114,7 +114,8 @@ Windows::Axis axis(const std::string& name, int64_t tokens, int64_t window, int6
 }
 
 // `p` without a mask, whose images are windows.
-void read_windows(Problem& p, const MapSizes& map, Address padding, Address starts, int64_t bias_heads) {
+void read_windows(Problem& p, const MapSizes& map, Address padding, Address starts, Address places,
+                  int64_t bias_heads) {
   Windows& w = p.windows;
   w.down = axis("rows", map[0], map[2], map[4]);
   w.across = axis("columns", map[1], map[3], map[5]);
@@ -132,6 +133,7 @@ void read_windows(Problem& p, const MapSizes& map, Address padding, Address star
   expect(padding % 16 == 0, "pad_qkv: expected an address that is a multiple of 16");
   w.starts = pointer<float>("starts", starts);
   expect(starts % 16 == 0, "starts: expected an address that is a multiple of 16");
+  w.places = pointer<int>("places", places);
   expect(bias_heads == 1 || bias_heads == p.heads, "bias_heads: expected 1 or H, got " + std::to_string(bias_heads));
   w.start_head = bias_heads == 1 ? 0 : tlalign::cuda::starts(p.keys);
   expect(bias_heads * tlalign::cuda::starts(p.keys) <= std::numeric_limits<int>::max(),
@@ -156,12 +158,12 @@ void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsT
 
 void window_attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
                               const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                              double scale, const MapSizes& map, Address pad_qkv, Address starts, int64_t bias_heads,
-                              Address share, Address residual, Address parts, Address head_share, Address output,
-                              Address share_out, Address log_sum_exp, Address stream) {
+                              double scale, const MapSizes& map, Address pad_qkv, Address starts, Address places,
+                              int64_t bias_heads, Address share, Address residual, Address parts, Address head_share,
+                              Address output, Address share_out, Address log_sum_exp, Address stream) {
   Forward f;
   read_problem(f, sizes, dtype, query, key, value, bias, std::nullopt, scale);
-  read_windows(f, map, pad_qkv, starts, bias_heads);
+  read_windows(f, map, pad_qkv, starts, places, bias_heads);
   read_outputs(f, share, residual, parts, head_share, output, share_out, log_sum_exp);
   forward(f, reinterpret_cast<cudaStream_t>(stream));
 }
@@ -181,13 +183,14 @@ void attention_backward(const Sizes& sizes, const std::string& dtype, const Rows
 
 void window_attention_backward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
                                const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                               double scale, const MapSizes& map, Address pad_qkv, Address starts, int64_t bias_heads,
-                               const RowsTuple& grad_output, Address output, Address log_sum_exp, Address row_terms,
-                               const RowsTuple& grad_query, const RowsTuple& grad_key, const RowsTuple& grad_value,
-                               Address grad_padding, Address bias_sums, int64_t images_of_sum, Address stream) {
+                               double scale, const MapSizes& map, Address pad_qkv, Address starts, Address places,
+                               int64_t bias_heads, const RowsTuple& grad_output, Address output, Address log_sum_exp,
+                               Address row_terms, const RowsTuple& grad_query, const RowsTuple& grad_key,
+                               const RowsTuple& grad_value, Address grad_padding, Address bias_sums,
+                               int64_t images_of_sum, Address stream) {
   Backward b;
   read_problem(b, sizes, dtype, query, key, value, bias, std::nullopt, scale);
-  read_windows(b, map, pad_qkv, starts, bias_heads);
+  read_windows(b, map, pad_qkv, starts, places, bias_heads);
   read_gradients(b, grad_output, output, log_sum_exp, row_terms, grad_query, grad_key, grad_value, bias_sums, b.heads,
                  images_of_sum);
   b.images_of_sum = size("images_of_sum", images_of_sum, 1);
@@ -211,7 +214,9 @@ void bind(py::module_& module) {
                               (dtype == "float16" ? sizeof(NormalisedRowTerm) : sizeof(RowTerm)) / sizeof(float));
       },
       "Rows and columns of the scratch `row_terms` of a head.");
-  module.def("cuda_starts", [](int tokens) { return starts(tokens); }, "Numbers of the scratch `starts` of a head.");
+  module.def(
+      "cuda_starts", [](int tokens) { return std::make_pair(starts(tokens), padded(tokens)); },
+      "Numbers of the scratch `starts` of a head, and of the scratch `places` of a window.");
   module.def("cuda_window_attention_forward", &window_attention_forward);
   module.def("cuda_window_attention_backward", &window_attention_backward);
   module.def("cuda_attention_forward", &attention_forward);

@@ -195,14 +195,14 @@ struct ForwardKernel {
 
     static __device__ Rows rows_of(const ForwardKernel& k, unsigned row, uint32_t words, unsigned lane) {
       char* output = static_cast<char*>(k.p.output);
-      const unsigned heads = k.p.heads, row_bytes = heads * unsigned(D * sizeof(T));
+      const int row_bytes = k.p.heads * int(D * sizeof(T));
       if constexpr (WINDOWS) {
         const Window window = k.window();
-        output += (window.first_token() * heads + k.head) * (D * sizeof(T));
+        output += (window.first_token() * unsigned(k.p.heads) + k.head) * (D * sizeof(T));
         return Rows(window, row, output, row_bytes, words, lane);
       } else {
-        output += ((uint64_t(k.image) * unsigned(k.p.queries) + row) * heads + k.head) * (D * sizeof(T));
-        return Rows(output, row_bytes, k.p.queries - row, words, lane);
+        output += ((uint64_t(k.image) * unsigned(k.p.queries) + row) * unsigned(k.p.heads) + k.head) * (D * sizeof(T));
+        return Rows(output, row_bytes, k.p.queries - int(row), words, lane);
       }
     }
   };
@@ -228,7 +228,7 @@ struct ForwardKernel {
   template <class Source>
   __device__ Source source(const Rows& rows, int number, int row, int end) const {
     if constexpr (WINDOWS) {
-      const char* padding = p.windows.padding + (number * p.heads + head) * uint64_t(D * sizeof(T));
+      const char* padding = p.windows.padding + uint64_t(number * p.heads + head) * unsigned(D * sizeof(T));
       return Source(window(), row, start(rows), int(rows.row), padding);
     } else {
       return Source(start(rows), int(rows.row), row, end);
@@ -294,12 +294,13 @@ struct ForwardKernel {
     float highest[2] = {-INFINITY, -INFINITY};
     const int steps = (p.keys + KEYS - 1) / KEYS;
     for (int step = 0; step < steps; ++step) {
-      if (WINDOWS && works()) read_starts(scores, step);
+      if (WINDOWS && works()) read_starts(scores, find_starts(step), step);
       wait_for_copies<1>();
       __syncthreads();
       if (works()) {
         if (step == 0) read_queries(query, query_address());
         multiply_keys(query, scores, step, key_address(step));
+        if (WINDOWS) add_regions(scores, find_regions(step), step);
       }
       if (step + 1 < steps) keys(step + 1).copy(stage(step + 1).key);
       commit_copies();
@@ -349,7 +350,7 @@ struct ForwardKernel {
     write_shares(shares, to);
   }
 
-  __device__ void take_heads(Queries query_rows, Keys key_rows, Values value_rows) {
+  __device__ void take_heads(Queries query_rows, Keys key_rows, Values value_rows) const {
     Fragment query[D / 16], weights[TILES];
     Labels labels;
     float scores[2 * TILES][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
@@ -360,7 +361,9 @@ struct ForwardKernel {
     destination.lane = kept(destination.lane);
     destination.rows.from = kept(destination.rows.from);
     float shares[LABEL_BLOCKS][4] = {};
-    if (WINDOWS) read_starts(scores, 0);
+    const float* starts = WINDOWS ? find_starts(0) : nullptr;
+    if (WINDOWS) read_starts(scores, starts, 0);
+    const Differing differing = find_regions(0);
     wait_for_copies<1>();
     __syncthreads();
 #pragma unroll
@@ -368,6 +371,7 @@ struct ForwardKernel {
     for (int more = min(p.heads_of_block, p.heads - int(head)) - 1;; --more) {
       read_queries(query, from_query);
       multiply_keys(query, scores, 0, from_key);
+      if (WINDOWS) add_regions(scores, differing, 0);
       exponentiate(scores, weights, highest, output, label, 0);
       // V is there, and nobody needs Q and K any more.
       wait_for_copies<0>();
@@ -380,10 +384,7 @@ struct ForwardKernel {
         commit_copies();
       }
       multiply_values(weights, output, label, labels, 0, from_value);
-      if (WINDOWS && more > 0) {
-        ++head;
-        read_starts(scores, 0);
-      }
+      if (WINDOWS && more > 0) read_starts(scores, starts += p.windows.start_head, 0);
       write(output, label, highest, shares, destination);
       if (more == 0) break;
       value_rows.next_head(p.value.head);
@@ -452,13 +453,40 @@ struct ForwardKernel {
     }
   }
 
-  __device__ void read_starts(float (&scores)[2 * TILES][4], int step) const {
-    const Window window = this->window();
+  __device__ const float* find_starts(int step) const {
+    return cuda::find_starts(p.windows, head, first + warp * QUERIES_OF_WARP, step * KEYS, p.keys);
+  }
+  __device__ void read_starts(float (&scores)[2 * TILES][4], const float* from, int step) const {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       if (ends_before(tile, step)) break;
-      cuda::read_starts(reinterpret_cast<Scores<1>&>(scores[2 * tile]), p.windows, window, head,
-                        first + warp * QUERIES_OF_WARP, step * KEYS + 16 * tile, p.keys, lane);
+      cuda::read_starts(reinterpret_cast<Scores<1>&>(scores[2 * tile]), from + 256 * tile, p.keys, lane);
+    }
+  }
+
+  // Of the keys of a step.
+  struct Differing {
+    bool is_needed;
+    Regions regions[(TILES + 1) / 2];
+  };
+  __device__ Differing find_regions(int step) const {
+    Differing d;
+    d.is_needed = WINDOWS && window().has_regions();
+    if (d.is_needed) {
+#pragma unroll
+      for (int i = 0; i < (TILES + 1) / 2; ++i) {
+        d.regions[i] = Regions(window(), first + warp * QUERIES_OF_WARP, step * KEYS + 32 * i, lane);
+      }
+    }
+    return d;
+  }
+  __device__ void add_regions(float (&scores)[2 * TILES][4], const Differing& differing, int step) const {
+    if (!differing.is_needed) return;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
+      cuda::add_regions(reinterpret_cast<Scores<1>&>(scores[2 * tile]), p.windows, differing.regions[tile / 2],
+                        tile % 2 * 16);
     }
   }
 
@@ -666,7 +694,7 @@ void launch_for_keys(const Forward& p, cudaStream_t stream) {
 
 void forward(const Forward& p, cudaStream_t stream) {
   const bool in_windows = p.windows.starts != nullptr;
-  if (in_windows) pack_starts(p, stream);
+  if (in_windows) prepare_windows(p, stream);
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
     if (p.sources > 0) {

@@ -111,46 +111,49 @@ __device__ inline float with_offsets(const Problem& p, float product, unsigned i
   return score;
 }
 
-// What the products of 16 M queries from `query` on and 16 keys from `key` on begin with, both multiples of 16: the
-// bias, and what divides regions. Four numbers of a thread lie side by side, as registers hold them, and those of the
-// threads after each other.
+// Where that lies what the products of 16 queries from `query` on and 16 keys from `key` on begin with, both multiples
+// of 16: of 16 more keys 256 numbers further on.
+__device__ inline const float* find_starts(const Windows& map, unsigned head, int query, int key, int tokens) {
+  const unsigned tiles = unsigned(padded(tokens)) / 16;
+  return map.starts + (head * unsigned(map.start_head) + (unsigned(query) / 16 * tiles + unsigned(key) / 16) * 256);
+}
+// That of 16 M queries. Four numbers of a thread lie side by side, as registers hold them, and those of the threads
+// after each other.
 template <int M>
-__device__ void read_starts(Scores<M>& scores, const Windows& map, const Window& window, unsigned head, int query,
-                            int key, int tokens, int lane) {
-  const unsigned tiles = padded(tokens) / 16;
-  const float4* from = reinterpret_cast<const float4*>(map.starts + head * map.start_head) +
-                       (unsigned(query) / 16 * tiles + unsigned(key) / 16) * 64 + lane;
+__device__ void read_starts(Scores<M>& scores, const float* from, int tokens, int lane) {
+  const float4* own = reinterpret_cast<const float4*>(from) + lane;
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
-    const float4 words = __ldg(from + i / 2 * tiles * 64 + i % 2 * 32);
+    const float4 words = __ldg(own + (i % 2 * 32 + (i / 2 == 0 ? 0 : padded(tokens) / 16 * 64)));
     scores[i / 2][i % 2][0] = words.x, scores[i / 2][i % 2][1] = words.y;
     scores[i / 2][i % 2][2] = words.z, scores[i / 2][i % 2][3] = words.w;
   }
-  if (!window.has_regions()) return;
+}
+// That of 16 M keys as rows and 16 queries as columns.
+template <int M>
+__device__ void read_starts_of_keys(Scores<M>& scores, const float* from, int lane) {
+  const float* own = from + ((lane % 4 * 8 + lane / 8) * 4 + lane / 4 % 2);
 #pragma unroll
   for (int i = 0; i < 8 * M; ++i) {
-    const int of_query = window.region(query + i / 8 * 16 + lane / 4 + i / 2 % 2 * 8);
-    const int of_key = window.region(key + i / 4 % 2 * 8 + lane % 4 * 2 + i % 2);
-    if (of_query != of_key) scores[i / 8][i / 4 % 2][i % 4] += map.region_start;
+    scores[i / 8][i / 4 % 2][i % 4] = __ldg(own + (i / 8 * 256 + i / 2 % 2 * 128 + i % 2 * 16 + i / 4 % 2 * 2));
   }
 }
-// The same for 16 M keys as rows and 16 queries as columns.
-template <int M>
-__device__ void read_starts_of_keys(Scores<M>& scores, const Windows& map, const Window& window, unsigned head,
-                                    int query, int key, int tokens, int lane) {
-  const unsigned tiles = padded(tokens) / 16;
-  const float* from = map.starts + head * map.start_head + (unsigned(query) / 16 * tiles + unsigned(key) / 16) * 256 +
-                      (lane % 4 * 8 + lane / 8) * 4 + lane / 4 % 2;
+
+// What divides regions, in a window that has them: added to scores whose columns begin at `column` of 32.
+__device__ inline void add_regions(Scores<1>& scores, const Windows& map, const Regions& regions, int column) {
 #pragma unroll
-  for (int i = 0; i < 8 * M; ++i) {
-    scores[i / 8][i / 4 % 2][i % 4] = __ldg(from + (i / 8 * 256 + i / 2 % 2 * 128 + i % 2 * 16 + i / 4 % 2 * 2));
+  for (int i = 0; i < 8; ++i) {
+    if (regions.differs(i, column)) scores[0][i / 4][i % 4] += map.region_start;
   }
-  if (!window.has_regions()) return;
+}
+// The same for rows from `row` and columns from `column` on.
+template <int M>
+__device__ void add_regions(Scores<M>& scores, const Windows& map, const Window& window, int row, int column,
+                            int lane) {
 #pragma unroll
-  for (int i = 0; i < 8 * M; ++i) {
-    const int of_key = window.region(key + i / 8 * 16 + lane / 4 + i / 2 % 2 * 8);
-    const int of_query = window.region(query + i / 4 % 2 * 8 + lane % 4 * 2 + i % 2);
-    if (of_query != of_key) scores[i / 8][i / 4 % 2][i % 4] += map.region_start;
+  for (int m = 0; m < M; ++m) {
+    const Regions regions(window, row + 16 * m, column, lane);
+    add_regions(reinterpret_cast<Scores<1>&>(scores[m]), map, regions, 0);
   }
 }
 

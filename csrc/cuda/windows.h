@@ -9,44 +9,26 @@
 
 namespace tlalign::cuda {
 
-// The tokens of one window, counted row after row: `Windows` of windows.py says what is computed here.
+// The tokens of one window, counted row after row.
 struct Window {
   static constexpr int NOWHERE = INT_MIN;
 
   const Windows& map;
   unsigned image;
-  int top, left;     // of the window in the rolled map
+  const int* places;
   int lower, right;  // from which row and column of the window on tokens lie in another region
 
   __device__ Window(const Windows& map, unsigned number) : map(map) {
     image = map.of_image.quotient(number);
-    const unsigned rest = number - image * map.of_image.divisor;
-    const unsigned row = map.of_row.quotient(rest), column = rest - row * map.of_row.divisor;
-    top = row * map.down.window;
-    left = column * map.across.window;
+    const unsigned of_image = number - image * map.of_image.divisor;
+    const unsigned row = map.of_row.quotient(of_image), column = of_image - row * map.of_row.divisor;
+    places = map.places + of_image * padded(map.down.window * map.across.window);
     lower = map.down.window - (int(row) + 1 == map.down.windows ? map.down.shift : 0);
     right = map.across.window - (int(column) + 1 == map.across.windows ? map.across.shift : 0);
   }
 
-  // The same in all threads of a block.
-  __device__ bool has_regions() const { return lower < map.down.window || right < map.across.window; }
-  __device__ int region(int token) const {
-    const int row = map.width.quotient(token), column = token - row * map.across.window;
-    return (row >= lower ? 2 : 0) + (column >= right ? 1 : 0);
-  }
-
   // The number of a token in the map, of one of the padding ~ its number in there, or NOWHERE beyond the window.
-  __device__ int place(int token) const {
-    const int down = map.width.quotient(token), across = token - down * map.across.window;
-    const int row = top + down, column = left + across;
-    const int own = at(row, map.down) * map.across.tokens + at(column, map.across);
-    const int beside = map.padded_width - map.across.tokens;
-    const int number = row < map.down.tokens
-                           ? row * beside + column - map.across.tokens
-                           : map.down.tokens * beside + (row - map.down.tokens) * map.padded_width + column;
-    const bool is_real = row < map.down.tokens && column < map.across.tokens;
-    return down >= map.down.window ? NOWHERE : is_real ? own : ~number;
-  }
+  __device__ int place(int token) const { return __ldg(places + token); }
   __device__ bool has(int token) const { return place(token) >= 0; }
   // Number among the tokens of all maps of the first one of this map, and of one of this window.
   __device__ uint64_t first_token() const {
@@ -54,9 +36,37 @@ struct Window {
   }
   __device__ uint64_t token_of_all(int token) const { return first_token() + place(token); }
 
-  static __device__ int at(int position, const Windows::Axis& axis) {
-    const int rolled = position + axis.rolled;
-    return rolled - (rolled >= axis.tokens ? axis.tokens : 0);
+  // The same in all threads of a block.
+  __device__ bool has_regions() const { return lower < map.down.window || right < map.across.window; }
+  struct Region {
+    bool is_lower, is_right;
+  };
+  __device__ Region region(int token) const {
+    const int row = map.width.quotient(token), column = token - row * map.across.window;
+    return {row >= lower, column >= right};
+  }
+};
+
+// Which of 32 tokens of a window lie in other regions than that of two rows, those of a thread in a fragment.
+struct Regions {
+  uint32_t differing[2];  // a bit for each token from this thread's first one on
+
+  Regions() = default;
+
+  // Rows lane / 4 and lane / 4 + 8 from `row` on. Takes a warp.
+  __device__ Regions(const Window& window, int row, int first, int lane) {
+    const Window::Region own = window.region(first + lane);
+    const uint32_t lower = __ballot_sync(0xffffffffu, own.is_lower), right = __ballot_sync(0xffffffffu, own.is_right);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Window::Region of_row = window.region(row + lane / 4 + 8 * i);
+      differing[i] = ((lower ^ (of_row.is_lower ? ~0u : 0)) | (right ^ (of_row.is_right ? ~0u : 0))) >> lane % 4 * 2;
+    }
+  }
+
+  // Of number `i` of 8 x 2 of a fragment whose columns begin `column` behind the first token.
+  __device__ bool differs(int i, int column) const {
+    return differing[i / 2 % 2] >> (column + i / 4 % 2 * 8 + i % 2) & 1;
   }
 };
 

@@ -60,7 +60,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   if (shared > 48 * 1024 && shared_limits[kernel] < static_cast<int>(shared)) return cudaErrorInvalidValue;
   const std::string& name = names().at(kernel);
   const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
-  const size_t bytes = has("pack_window_bias")     ? sizeof(tlalign::cuda::Problem)
+  const size_t bytes = has("pack_windows")         ? sizeof(tlalign::cuda::Problem)
                        : has("attention_backward") ? sizeof(tlalign::cuda::Backward)
                                                    : sizeof(tlalign::cuda::Forward);
   const py::bytes parameters(static_cast<const char*>(arguments[0]), bytes);

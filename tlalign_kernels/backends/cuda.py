@@ -202,7 +202,8 @@ def window_backward(
         grad_padding = qkv.new_empty((images, padding, 2, heads, head_dim))
     windows_of_sum = 1
     if grad_bias is not None:
-        windows_of_sum = _windows_of_sum(batch, -((-tokens // 64) ** 2) * heads)
+        blocks = -(-tokens // 64)
+        windows_of_sum = _windows_of_sum(batch, blocks * blocks * heads)
         bias_sums = qkv.new_empty((-(-batch // windows_of_sum), heads, tokens, tokens), dtype=torch.float32)
     problem, _keep = _window_problem(qkv, pad_qkv, bias, windows, 0, scale)
     with _current(device):
@@ -250,7 +251,9 @@ def _window_problem(
     bias = float_or_smaller(bias)
     pad_qkv = None if pad_qkv is None else _aligned(pad_qkv).contiguous()
     bias_heads = 1 if bias is None else bias.shape[1]
-    starts = qkv.new_empty((bias_heads, _native.cuda_starts(tokens)), dtype=torch.float32)
+    starts_of_head, places_of_window = _native.cuda_starts(tokens)
+    starts = qkv.new_empty((bias_heads, starts_of_head), dtype=torch.float32)
+    places = qkv.new_empty((windows.count, places_of_window), dtype=torch.int32)
     views = zip(("query", "key", "value"), _unpack(qkv), strict=True)
     problem = (
         (batch, heads, tokens, tokens, head_dim, sources),
@@ -261,9 +264,10 @@ def _window_problem(
         (*windows.map_size, *windows.window_size, *windows.shift),
         whole("pad_qkv", pad_qkv, (3, heads, head_dim), dtype, device),
         starts.data_ptr(),
+        places.data_ptr(),
         bias_heads,
     )
-    return problem, (bias, pad_qkv, starts)
+    return problem, (bias, pad_qkv, starts, places)
 
 
 def _problem(
