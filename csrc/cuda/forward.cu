@@ -144,10 +144,11 @@ struct ForwardKernel {
   static constexpr int LABEL_BYTES = (LABEL_ROWS * LABEL_PITCH + 127) / 128 * 128;
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + LABEL_BYTES;
   // Blocks that the registers of a multiprocessor are to hold at once.
-  static constexpr int BLOCKS = WARPS > 4 || D > 64 || (STREAMS && (OFFSETS || LABEL_BLOCKS > 1)) ? 2
-                                : STREAMS || TILES > 8                                            ? 3
-                                : TURNS && D <= 32 && !WINDOWS                                    ? 5
-                                                                                                  : 4;
+  static constexpr bool IS_WIDE = D > 64 || (WINDOWS && D > 32);
+  static constexpr int BLOCKS = WARPS > 4 || D > 64 || (STREAMS && (OFFSETS || LABEL_BLOCKS > 1 || IS_WIDE)) ? 2
+                                : STREAMS || TILES > 8 || IS_WIDE                                            ? 3
+                                : TURNS && D <= 32 && !WINDOWS                                               ? 5
+                                                                                                             : 4;
   // The output passes through shared memory: that of the queries, unless the next ones are already coming.
   static constexpr int END_OF_STAGES = Tile::bytes(QUERIES) + STAGES * STAGE_BYTES;
   static constexpr int OUTPUT_AT = TURNS ? END_OF_STAGES : 0;
@@ -185,7 +186,7 @@ struct ForwardKernel {
     __device__ Destination(const ForwardKernel& k, unsigned thread)
         : lane(thread % 32),
           words(k.shared + OUTPUT_AT + thread / 32 * Tile::bytes(ROWS)),
-          rows(rows_of(k, k.first + thread / 32 * ROWS, words, lane)) {
+          rows(rows_of(k, thread, words, lane)) {
       const unsigned pair = TURNS ? k.image * k.p.heads + k.head : k.turn;
       query = k.first + thread / 32 * ROWS + lane / 4 + lane % 2 * 8;
       is_query = query < k.p.queries;
@@ -193,16 +194,18 @@ struct ForwardKernel {
       words += Tile::at(lane / 4, 0) + lane % 4 * 4;
     }
 
-    static __device__ Rows rows_of(const ForwardKernel& k, unsigned row, uint32_t words, unsigned lane) {
+    static __device__ Rows rows_of(const ForwardKernel& k, unsigned thread, uint32_t words, unsigned lane) {
       char* output = static_cast<char*>(k.p.output);
       const int row_bytes = k.p.heads * int(D * sizeof(T));
       if constexpr (WINDOWS) {
         const Window window = k.window();
         output += (window.first_token() * unsigned(k.p.heads) + k.head) * (D * sizeof(T));
-        return Rows(window, row, output, row_bytes, words, lane);
+        return Rows(window, k.first + thread / 32 * ROWS, output, row_bytes, words, lane);
       } else {
-        output += ((uint64_t(k.image) * unsigned(k.p.queries) + row) * unsigned(k.p.heads) + k.head) * (D * sizeof(T));
-        return Rows(output, row_bytes, k.p.queries - int(row), words, lane);
+        output += ((uint64_t(k.image) * unsigned(k.p.queries) + k.first + thread / 32 * ROWS) * unsigned(k.p.heads) +
+                   k.head) *
+                  (D * sizeof(T));
+        return Rows(output, row_bytes, k.p.queries - k.first - int(thread / 32 * ROWS), words, lane);
       }
     }
   };
@@ -618,13 +621,15 @@ struct ForwardKernel {
   // The label of a source is the sum of its parts: the first of them has an even thread, the others its neighbour.
   __device__ void write_shares(const float (&shares)[LABEL_BLOCKS][4], const Destination& to) const {
     const bool is_odd = to.lane % 2 != 0;
-    const unsigned queries = p.queries, rows = p.sources + WINDOWS;
+    const unsigned rows = p.sources + WINDOWS;
     if (WINDOWS && p.sources > 0 && to.lane % 4 == 2) {
       // Column 4, the last row: the part of the attention that goes to labels.
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const unsigned query = to.query + 8 * i;
-        if (query < queries) p.head_share[(uint64_t(turn) * rows + rows - 1) * queries + query] = shares[0][2 * i];
+        if (query < p.queries) {
+          p.head_share[(uint64_t(turn) * rows + rows - 1) * unsigned(p.queries) + query] = shares[0][2 * i];
+        }
       }
     }
 #pragma unroll
@@ -634,7 +639,7 @@ struct ForwardKernel {
       const float share = (is_odd ? own[1] : own[0]) + __shfl_xor_sync(0xffffffffu, is_odd ? own[0] : own[1], 1);
       const unsigned source = 2 * n + to.lane % 4 / 2;
       if (to.is_query && source < p.sources) {
-        p.head_share[(uint64_t(turn) * rows + source) * queries + to.query] = share;
+        p.head_share[(uint64_t(turn) * rows + source) * unsigned(p.queries) + to.query] = share;
       }
     }
   }

@@ -92,6 +92,21 @@ def ptx_of(kernel, arch):
     return header + body
 
 
+def usage_of(is_wanted, arch, folder):
+    """Names of the kernels that are wanted, and what they take (`resource_usage`), all assembled at once."""
+    usage = []
+    for number, text in enumerate(ptx(arch)):
+        header = text[: re.search(r"^.*\.entry", text, re.MULTILINE).start()]
+        bodies = re.findall(r"^[^\n]*\.entry (\w+)(\(.*?^})", text, re.MULTILINE | re.DOTALL)
+        wanted = [f".visible .entry {name}{body}\n" for name, body in bodies if is_wanted(name)]
+        if wanted:
+            source, cubin = folder / f"{number}.ptx", folder / f"{number}.cubin"
+            source.write_text(header + "".join(wanted))
+            subprocess.run(_nvcc(f"-arch=sm_{arch}", "-cubin", source, "-o", cubin), check=True)
+            usage += resource_usage(cubin)
+    return usage
+
+
 @functools.cache
 def module_of(kernel, arch=80):
     """One kernel as ptxvm has it."""
@@ -235,7 +250,7 @@ def record_attention(run, tokens, head_dim, keys=None, heads=HEADS, sources=1, o
 
 
 def record_windows(run, windows, head_dim, heads=HEADS, sources=1, bias=True, images=IMAGES):
-    """Hands each launch of a forward and backward in bfloat16 within windows of `images` maps to `run`; see `record`."""
+    """Hands each launch of a forward and backward in bfloat16 within windows of maps to `run`; see `record`."""
     with pytest.MonkeyPatch.context() as patch:
         record(patch, run)
         qkv = torch.randn(images, *windows.map_size, 3, heads, head_dim).bfloat16().requires_grad_()
