@@ -122,8 +122,8 @@ constexpr int HEAD_DIMS[] = {32, 64, 80, 96, 128};
 // Queries or keys rounded up to what a block or a step of the kernels takes.
 inline TLALIGN_BOTH int padded(int tokens) { return (tokens + 63) / 64 * 64; }
 
-// Numbers that begin the products of a head of windows.
-inline TLALIGN_BOTH int64_t starts(int tokens) { return int64_t(padded(tokens)) * padded(tokens); }
+// How many numbers the products of a head of windows begin with.
+inline TLALIGN_BOTH int64_t starts_of_head(int tokens) { return int64_t(padded(tokens)) * padded(tokens); }
 
 // Launch on `stream` of the current device. Throw std::runtime_error with the kernel and its shape where CUDA fails.
 void forward(const Forward& arguments, cudaStream_t stream);

@@ -37,6 +37,7 @@ struct Block {
   using Tile = SharedRows<T, D>;
   static constexpr bool OFFSETS = KIND == Kind::offsets, WINDOWS = KIND == Kind::windows;
   // A warp has so many times 16 rows: two where registers hold their sums, which halves what it reads of shared memory.
+  // Those of windows hold the sum of dS, too.
   static constexpr int M = D <= (WINDOWS ? 32 : 64) ? 2 : 1;
   static constexpr int ROWS_OF_WARP = 16 * M, WARPS = ROWS_OF_BLOCK / ROWS_OF_WARP, THREADS = 32 * WARPS;
 
@@ -782,7 +783,7 @@ struct BiasKernel {
 
 template <class Kernel>
 __device__ void run(const Backward& p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(256) unsigned char shared[];
   Kernel{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
 }
 // Names that a profiler shows.

@@ -135,8 +135,8 @@ void read_windows(Problem& p, const MapSizes& map, Address padding, Address star
   expect(starts % 16 == 0, "starts: expected an address that is a multiple of 16");
   w.places = pointer<int>("places", places);
   expect(bias_heads == 1 || bias_heads == p.heads, "bias_heads: expected 1 or H, got " + std::to_string(bias_heads));
-  w.start_head = bias_heads == 1 ? 0 : tlalign::cuda::starts(p.keys);
-  expect(bias_heads * tlalign::cuda::starts(p.keys) <= std::numeric_limits<int>::max(),
+  w.start_head = bias_heads == 1 ? 0 : starts_of_head(p.keys);
+  expect(bias_heads * starts_of_head(p.keys) <= std::numeric_limits<int>::max(),
          "H, N: expected less than 2**31 numbers of a bias");
   // Large enough to divide by.
   const float scale = std::max(std::abs(p.scale), std::ldexp(1.0f, -100));
@@ -215,7 +215,7 @@ void bind(py::module_& module) {
       },
       "Rows and columns of the scratch `row_terms` of a head.");
   module.def(
-      "cuda_starts", [](int tokens) { return std::make_pair(starts(tokens), padded(tokens)); },
+      "cuda_starts", [](int tokens) { return std::make_pair(starts_of_head(tokens), padded(tokens)); },
       "Numbers of the scratch `starts` of a head, and of the scratch `places` of a window.");
   module.def("cuda_window_attention_forward", &window_attention_forward);
   module.def("cuda_window_attention_backward", &window_attention_backward);

@@ -141,7 +141,8 @@ struct ForwardKernel {
   static constexpr int LABEL_CHUNKS = 2 * ((TILES + 1) / 2 * 2);
   static constexpr int LABEL_PITCH = 16 * (LABEL_CHUNKS + 1);
   static_assert(LABEL_CHUNKS <= 32, "a warp has a row in one go");
-  static constexpr int LABEL_BYTES = (LABEL_ROWS * LABEL_PITCH + 127) / 128 * 128;
+  static constexpr int LABEL_BYTES =
+      (LABEL_ROWS * LABEL_PITCH + Tile::ALIGNMENT - 1) / Tile::ALIGNMENT * Tile::ALIGNMENT;
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + LABEL_BYTES;
   // Blocks that the registers of a multiprocessor are to hold at once.
   static constexpr bool IS_WIDE = D > 64 || (WINDOWS && D > 32);
@@ -648,7 +649,7 @@ struct ForwardKernel {
 template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>::BLOCKS)
     attention_forward(const __grid_constant__ Forward p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(256) unsigned char shared[];
   ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
 }
 

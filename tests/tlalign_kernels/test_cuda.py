@@ -67,7 +67,7 @@ ONE = Case("one", batch=1, heads=1)
 @executed
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
-@pytest.mark.parametrize(("queries", "keys"), [(49, 49), (70, 130), (20, 300)])
+@pytest.mark.parametrize(("queries", "keys"), [(20, 20), (49, 49), (70, 130), (20, 300)])
 def test_head_dims_are_within_the_bound(monkeypatch, dtype, head_dim, queries, keys):
     check(monkeypatch, replace(ONE, queries=queries, keys=keys, head_dim=head_dim), dtype)
 
@@ -231,16 +231,17 @@ def test_windows_of_many_tokens_are_within_the_bound(monkeypatch):
 
 
 @executed
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-@pytest.mark.parametrize(("window", "sources"), [((5, 4), 1), ((9, 8), 3)])
+@pytest.mark.parametrize(
+    ("head_dim", "window", "sources"),
+    [*((dim, (5, 4), 1) for dim in (64, 80, 96, 128)), *((dim, (9, 8), 3) for dim in (80, 128))],
+)
 def test_head_dims_of_windows_are_within_the_bound(monkeypatch, head_dim, window, sources):
-    windows = Windows((8, 9), window, (2, 3))
+    windows = Windows((8, 9), window, (1, 2))
     check(monkeypatch, replace(IN_WINDOWS, heads=1, head_dim=head_dim, sources=sources, windows=windows), BFLOAT16)
 
 
 @executed
-@pytest.mark.parametrize("scale", [-0.3, 0.0])
-@pytest.mark.parametrize("window", [(4, 4), (6, 11)])
+@pytest.mark.parametrize(("scale", "window"), [(-0.3, (4, 4)), (-0.3, (6, 11)), (0.0, (4, 4))])
 def test_windows_have_scales_of_any_sign(monkeypatch, scale, window):
     check(monkeypatch, replace(IN_WINDOWS, heads=1, scale=scale, windows=Windows((8, 11), window, (1, 3))), FLOAT16)
 
@@ -367,20 +368,18 @@ def test_windows_are_read_once_and_written_once():
 def test_nothing_is_added_in_an_arbitrary_order():
     import cuda_offline
 
-    assert [found for text in cuda_offline.ptx(80) for found in re.findall(r"^.*\b(?:atom|red)\..*$", text, re.M)] == []
+    assert [text for text in cuda_offline.ptx(80) if re.search(r"\s(?:atom|red)\.", text)] == []
 
 
 @executed
-@pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 89, 90, 100, 120))])
-def test_kernels_of_swin_do_not_spill(arch):
+def test_kernels_of_swin_do_not_spill():
     import cuda_offline
 
     launches = []
-    for size in (7, 12):
-        windows = Windows((2 * size, 2 * size), (size, size), (size // 2, size // 2))
-        cuda_offline.record_windows(lambda launch, _: launches.append(launch), windows, 32, heads=3)
-    used = {cuda_offline.name_of(n.kernel): cuda_offline.resources_of(n, arch) for n in launches}
-    assert len(used) > 5
+    windows = Windows((14, 14), (7, 7), (3, 3))
+    cuda_offline.record_windows(lambda launch, _: launches.append(launch), windows, 32, heads=3)
+    used = {cuda_offline.name_of(n.kernel): cuda_offline.resources_of(n, 80) for n in launches}
+    assert {"attention_forward", "attention_backward_head"} <= used.keys()
     assert [name for name, resources in used.items() if resources["STACK"] or resources["LOCAL"]] == []
 
 
