@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tlalign_kernels.backends import triton as backend
+from tlalign_kernels.windows import Windows
 
 if backend.triton is None or shutil.which("nvcc") is None:
     pytest.skip("needs nvcc, and triton, which brings along what disassembles", allow_module_level=True)
@@ -27,12 +28,27 @@ CALLS = {
     # Windows: so many that a block takes the heads of one in turn.
     "N=49 D=32 H=3": dict(tokens=49, head_dim=32, heads=3, images=2048),
     "N=49 D=32 H=3, bias": dict(tokens=49, head_dim=32, heads=3, offsets=True),
+    # In place: windows of a map, 7 of 16 with regions, so many that a block takes the heads of one in turn.
+    "windows of 49": dict(windows=Windows((28, 28), (7, 7), (0, 0)), head_dim=32, heads=3, images=128),
+    "shifted": dict(windows=Windows((28, 28), (7, 7), (3, 3)), head_dim=32, heads=3, images=128),
+    "windows of 144": dict(windows=Windows((24, 24), (12, 12), (6, 6)), head_dim=32, heads=3),
     "N=577 D=64": dict(tokens=577, head_dim=64),
     "N=197 D=80": dict(tokens=197, head_dim=80),
     "N=197 D=128": dict(tokens=197, head_dim=128),
 }
 # Which Triton kernel is compared, where there is a choice.
 TRITON = {"N=197 D=64": "attention_forward_row", "N=49 D=32 H=3": "attention_forward_heads"}
+# Calls of windows, and that on windows which were copied before, with the same bias and its gradient.
+WINDOWS = ["windows of 49", "shifted", "N=49 D=32 H=3, bias"]
+
+
+def record(run, windows=None, **call):
+    """Hands each launch of a call to `run`."""
+    if windows is None:
+        offline.record_attention(run, **call)
+    else:
+        offline.record_windows(run, windows, **call)
+
 
 emulated = pytest.mark.skipif(not triton_offline.PTXVM.exists(), reason="needs ptxvm")
 
@@ -42,7 +58,7 @@ def test_resources(benchmark, arch):
     def measure():
         launches = []
         for name, call in CALLS.items():
-            offline.record_attention(lambda launch, _, name=name: launches.append((name, launch)), **call)
+            record(lambda launch, _, name=name: launches.append((name, launch)), **call)
         for _, launch in launches:
             offline.assemble(launch.kernel, arch)
         return launches
@@ -76,7 +92,7 @@ def test_conflicts(benchmark, name):
             counts = offline.execute(launch, tensors, count_conflicts=True, ctas=blocks)
             conflicts[offline.name_of(launch.kernel)] = counts["conflicts"], counts.get("shared_wavefronts", 0)
 
-        offline.record_attention(run, **CALLS[name])
+        record(run, **CALLS[name])
         return conflicts
 
     print(f"\nwavefronts of shared memory, and those that conflicts of banks add, {name}:")
@@ -123,3 +139,52 @@ def test_counts(benchmark, arch, name):
 
         which = "attention_forward alone" if kernels else "with the kernels before and after"
         print(f"labels, {of}, {which}: {100 * (total(of) / total(f'{of}, no labels') - 1):+.1f} %")
+
+
+@emulated
+@pytest.mark.parametrize("arch", [80, 90])
+def test_counts_of_windows(benchmark, arch):
+    def measure():
+        return {name: offline.counts_of_head(arch, **CALLS[name]) for name in WINDOWS}
+
+    rows = benchmark.pedantic(measure, rounds=1)
+    print(f"\ncounts of a head of a window, sm_{arch}, bfloat16, with the gradient of the bias")
+    print(f"{'':<50} {'instructions':>12}   cycles: {'  '.join(PIPES)}")
+    for row, counts in rows.items():
+        for kernel, of_kernel in counts.items():
+            cycles = triton_offline.pipe_cycles(of_kernel, arch)
+            line = "  ".join(f"{cycles[pipe]:{len(pipe)}.0f}" for pipe in PIPES)
+            print(f"{row:<20} {kernel:<29} {of_kernel.total():12.0f}           {line}")
+        forward = sum(of.total() for kernel, of in counts.items() if kernel == "attention_forward")
+        backward = sum(of.total() for kernel, of in counts.items() if "backward" in kernel)
+        print(f"{row}: attention_forward {forward:.0f}, backward {backward:.0f}")
+
+
+@emulated
+@pytest.mark.parametrize("name", ["windows of 49", "shifted", "windows of 144"])
+def test_bytes_of_windows(benchmark, name):
+    """What a block moves: Q, K, V and O of a head of a window are 4 N D numbers of 2 bytes, its bias N**2 of 4."""
+    windows, heads, dim = (CALLS[name][key] for key in ("windows", "heads", "head_dim"))
+    images = CALLS[name].get("images", offline.IMAGES)
+
+    def measure():
+        moved = {}
+
+        def run(launch, tensors):
+            blocks = offline.some_blocks(launch, images)
+            counts = offline.execute(launch, tensors, check_races=False, check_uninit=False, ctas=blocks)
+            moved[offline.name_of(launch.kernel)] = counts
+
+        record(run, **CALLS[name])
+        return moved
+
+    of_row = offline.IMAGES * windows.count * heads * windows.tokens * dim * 2
+    print(f"\nbytes, {name}, over those of the queries of all heads; copied ones are Q, K, V, O, dO and labels")
+    for kernel, counts in benchmark.pedantic(measure, rounds=1).items():
+        if "attention" in kernel:
+            copied, stored = counts.get("cp_async_bytes", 0), counts["global_store_bytes"]
+            others = counts["global_load_bytes"] - copied
+            print(
+                f"{kernel:<29} copied {copied / of_row:6.2f}  loaded else {others / of_row:6.2f}  "
+                f"stored {stored / of_row:6.2f}"
+            )

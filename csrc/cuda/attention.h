@@ -31,6 +31,33 @@ struct Divisor {
 #endif
 };
 
+// How a map of tokens is divided into windows (windows.py), each of which counts as an image.
+struct Windows {
+  struct Axis {
+    // Tokens of the map and of a window, windows, and by how much the map is rolled: as it was said, and less than it
+    // has tokens.
+    int tokens, window, windows, shift, rolled;
+  };
+
+  Axis down, across;
+  // Tokens of a row of the padded map, and those of its padding.
+  int padded_width, padding_tokens;
+  // What divides windows into images, and into rows of them, and tokens of a window into rows.
+  Divisor of_image, of_row, width;
+  // What products of queries and keys begin with, (1 or H, padded(N)**2), float32: the bias over `unit`, as
+  // `read_starts` has it. `start_head`: from a head to the next.
+  float* starts = nullptr;
+  // Where the tokens of each window of a map lie, (W, padded(N)), as `Window` has it.
+  int* places;
+  int64_t start_head = 0;
+  // (3, H, D), what lies in the padding, or null.
+  const char* padding = nullptr;
+  // The absolute scale times log2(e); what is added to products of different regions; and which bits of 16-bit numbers
+  // to flip for the sign of the scale, in queries or in keys.
+  float unit, region_start;
+  uint32_t flipped;
+};
+
 struct Problem {
   int64_t batch;
   int heads, queries, keys, head_dim, sources;  // sources: 0 to MAX_SOURCES; 0 in the backward
@@ -39,16 +66,21 @@ struct Problem {
   // Each row begins at a multiple of 16 bytes, as in all Rows here; kernels get strides in bytes.
   Rows query, key, value;
   Offsets bias, mask;
+  // If `starts` are given, then rows are those of maps, `batch` and `queries` and `keys` count windows and their
+  // tokens; row i of a window is not i rows behind the first, but where `places` say.
+  Windows windows;
 };
 
 struct Forward : Problem {
   const float* share;     // (B, Nk, S) or null
   const float* residual;  // (B, Nq, S) or null
-  void* parts;            // scratch (B, S * PARTS, padded(keys)) of dtype, or null
-  float* head_share;      // scratch (B, H, S, Nq), or null; used up to the number of blocks that share the heads
-  void* output;           // (B, Nq, H, D)
-  float* share_out;       // (B, Nq, S) or null
-  float* log_sum_exp;     // (B, H, Nq)
+  // Scratch (B, S * PARTS, padded(keys)) of dtype, or null. Of windows a row more: 1 where a token has a label.
+  void* parts;
+  // Scratch (B, H, S, Nq), or null; used up to the number of blocks that share the heads. Of windows S + 1.
+  float* head_share;
+  void* output;        // (B, Nq, H, D)
+  float* share_out;    // (B, Nq, S) or null
+  float* log_sum_exp;  // (B, H, Nq)
   // Set by `forward`: heads that a block takes in turn, what divides an image into blocks by them, and by queries.
   int heads_of_block;
   Divisor turns, blocks;
@@ -74,10 +106,14 @@ struct Backward : Problem {
   // (B / images_of_sum, rounded up, bias_heads, Nq, Nk), or null.
   float* bias_sums;
   int bias_heads, images_of_sum;
+  // Gradients of keys and values in the padding of windows, (B, padding of a map, 2, H, D), or null.
+  char* grad_padding;
   // Set by `backward`: what divides blocks into heads, and heads into images.
   Divisor query_blocks, key_blocks, heads_of_image;
 };
 
+// What is added to the scores of tokens of different regions, as in reference.py.
+constexpr float REGION_BIAS = -100.0f;
 constexpr int MAX_SOURCES = 8;
 // A share of float32 is the sum of three parts of 8 (bfloat16) or 11 (float16) bits.
 constexpr int PARTS = 3;
@@ -86,8 +122,13 @@ constexpr int HEAD_DIMS[] = {32, 64, 80, 96, 128};
 // Queries or keys rounded up to what a block or a step of the kernels takes.
 inline TLALIGN_BOTH int padded(int tokens) { return (tokens + 63) / 64 * 64; }
 
+// How many numbers the products of a head of windows begin with.
+inline TLALIGN_BOTH int64_t starts_of_head(int tokens) { return int64_t(padded(tokens)) * padded(tokens); }
+
 // Launch on `stream` of the current device. Throw std::runtime_error with the kernel and its shape where CUDA fails.
 void forward(const Forward& arguments, cudaStream_t stream);
 void backward(const Backward& arguments, cudaStream_t stream);
+// What both of them launch first for windows: fills `starts` and `places`.
+void prepare_windows(const Problem& problem, cudaStream_t stream);
 
 }  // namespace tlalign::cuda

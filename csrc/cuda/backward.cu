@@ -15,6 +15,7 @@
 #include "cuda/launch.h"
 #include "cuda/scores.h"
 #include "cuda/tiles.h"
+#include "cuda/windows.h"
 
 namespace tlalign::cuda {
 namespace {
@@ -31,11 +32,13 @@ __device__ inline float apply(const RowTerm&, float number) { return number; }
 __device__ inline float apply(const NormalisedRowTerm& term, float number) { return number * term.inverse; }
 
 // What the kernels share: whose rows a block has, and where rows are.
-template <class T, int D>
+template <class T, int D, Kind KIND>
 struct Block {
   using Tile = SharedRows<T, D>;
+  static constexpr bool OFFSETS = KIND == Kind::offsets, WINDOWS = KIND == Kind::windows;
   // A warp has so many times 16 rows: two where registers hold their sums, which halves what it reads of shared memory.
-  static constexpr int M = D <= 64 ? 2 : 1;
+  // Those of windows hold the sum of dS, too.
+  static constexpr int M = D <= (WINDOWS ? 32 : 64) ? 2 : 1;
   static constexpr int ROWS_OF_WARP = 16 * M, WARPS = ROWS_OF_BLOCK / ROWS_OF_WARP, THREADS = 32 * WARPS;
 
   const Backward& p;
@@ -60,19 +63,36 @@ struct Block {
     head = pair - image * p.heads;
   }
 
+  __device__ Window window() const { return Window(p.windows, image); }
+
   __device__ int64_t pair() const { return int64_t(image) * p.heads + head; }
   __device__ RowTermOf<T>* row_terms() const {
     return static_cast<RowTermOf<T>*>(p.row_terms) + pair() * padded(p.queries);
   }
   // Strides are in bytes, and take 32 bits: see aligned_rows.
   __device__ char* start(const Rows& rows) const {
-    return rows.data + uint64_t(image) * uint32_t(rows.image) + uint64_t(head) * uint32_t(rows.head);
+    const unsigned of_rows = WINDOWS ? window().image : image;
+    return rows.data + uint64_t(of_rows) * uint32_t(rows.image) + uint64_t(head) * uint32_t(rows.head);
   }
 
   template <int ROWS>
   __device__ void load(uint32_t to, const Rows& rows, int from, int end) const {
-    using Source = typename Tile::template Source<ROWS, THREADS, false>;
-    Source(start(rows), int(rows.row), from, end).copy(to);
+    if constexpr (WINDOWS) {
+      WindowSource<Tile, ROWS, THREADS, false>(window(), from, start(rows), int(rows.row), nullptr).copy(to);
+    } else {
+      using Source = typename Tile::template Source<ROWS, THREADS, false>;
+      Source(start(rows), int(rows.row), from, end).copy(to);
+    }
+  }
+  // Of windows with what lies in the padding: 1 and 2 of keys and values.
+  template <int ROWS>
+  __device__ void load_padded(uint32_t to, const Rows& rows, int number, int from, int end) const {
+    if constexpr (WINDOWS) {
+      const char* padding = p.windows.padding + uint64_t(number * p.heads + head) * unsigned(D * sizeof(T));
+      WindowSource<Tile, ROWS, THREADS, true>(window(), from, start(rows), int(rows.row), padding).copy(to);
+    } else {
+      load<ROWS>(to, rows, from, end);
+    }
   }
 
   // The rows of this warp, of the 64 at `rows`.
@@ -88,13 +108,30 @@ struct Block {
     }
   }
 
-  // A sum of this warp's rows, by way of those `offset` bytes behind the first 64 of shared memory.
+  // A sum of this warp's rows, by way of those `offset` bytes behind the first 64 of shared memory. `number`: of keys
+  // and values, whose gradients in the padding of windows are wanted, 0 and 1.
   __device__ void write_own(const float (&sum)[M][D / 8][4], const float (&factor)[M][2], const uint32_t (&at)[D / 8],
-                            uint32_t offset, const Rows& to, int end) const {
+                            uint32_t offset, const Rows& to, int end, int number = -1) const {
     const int row = first + warp * ROWS_OF_WARP;
-    char* own_rows = start(to) + uint64_t(unsigned(row)) * unsigned(to.row);
-    write_rows<T, D>(sum, factor, at, offset, own(shared), own_rows, int(to.row), end - row, lane);
+    const uint32_t own_rows = own(shared) + offset;
+    store_rows<T, D>(sum, factor, at, offset);
+    if constexpr (WINDOWS) {
+      char* padding = number < 0 ? nullptr : p.grad_padding;
+      const int head_bytes = D * sizeof(T), padding_row = 2 * p.heads * head_bytes;
+      if (padding != nullptr) {
+        padding += uint64_t(window().image) * unsigned(p.windows.padding_tokens) * unsigned(padding_row) +
+                   unsigned(number * p.heads + head) * unsigned(head_bytes);
+      }
+      WindowTarget<Tile, ROWS_OF_WARP>(window(), row, start(to), int(to.row), own_rows, lane, padding, padding_row)
+          .write(lane);
+    } else {
+      char* rows = start(to) + uint64_t(unsigned(row)) * unsigned(to.row);
+      typename Tile::template Target<ROWS_OF_WARP>(rows, int(to.row), end - row, own_rows, lane).write(lane);
+    }
   }
+
+  // In units of ln 2, after what is added; windows begin with that.
+  __device__ float unit() const { return OFFSETS ? 1.0f : WINDOWS ? p.windows.unit : p.scale * LOG2_E; }
 };
 
 template <int M, int N>
@@ -110,10 +147,10 @@ __device__ void multiply_elements(Scores<M>& scores, const Scores<M>& factors) {
 }
 
 // What the kernels do whose warps have queries.
-template <class T, int D, bool OFFSETS>
-struct QueryRows : Block<T, D> {
-  using Base = Block<T, D>;
-  using Base::Base, Base::M, Base::ROWS_OF_WARP, Base::THREADS;
+template <class T, int D, Kind KIND>
+struct QueryRows : Block<T, D, KIND> {
+  using Base = Block<T, D, KIND>;
+  using Base::Base, Base::M, Base::ROWS_OF_WARP, Base::THREADS, Base::OFFSETS, Base::WINDOWS;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head;
   using typename Base::Tile;
   static constexpr bool NORMALISES = std::is_same_v<RowTermOf<T>, NormalisedRowTerm>;
@@ -123,9 +160,34 @@ struct QueryRows : Block<T, D> {
     Base::template load<ROWS_OF_BLOCK>(shared, p.query, first, p.queries);
     Base::template load<ROWS_OF_BLOCK>(shared + Tile::bytes(ROWS_OF_BLOCK), p.grad_output, first, p.queries);
     const uint32_t row = p.heads * D * sizeof(T);
+    if constexpr (WINDOWS) {
+      const int64_t image_bytes = int64_t(p.windows.down.tokens) * p.windows.across.tokens * row;
+      char* output = static_cast<char*>(const_cast<void*>(p.output));
+      Base::template load<ROWS_OF_BLOCK>(output_rows, {output, image_bytes, int64_t(D * sizeof(T)), row}, first, 0);
+      return;
+    }
     const char* output =
         static_cast<const char*>(p.output) + uint64_t(image) * p.queries * row + head * unsigned(D * sizeof(T));
     typename Tile::template Source<ROWS_OF_BLOCK, THREADS, false>(output, int(row), first, p.queries).copy(output_rows);
+  }
+
+  __device__ void load_queries(Fragment (&query)[M][D / 16]) const {
+    Base::load_own(query, shared);
+    if (WINDOWS) flip(query, p.windows.flipped);
+  }
+
+  // Products of this warp's queries and 16 keys from `key` on, `at` bytes behind `from`, with what they begin with.
+  __device__ void multiply_keys(Scores<M>& scores, const Fragment (&query)[M][D / 16], const uint32_t (&from)[D / 16],
+                                uint32_t at, int key) const {
+    if constexpr (WINDOWS) {
+      const int own_query = first + warp * ROWS_OF_WARP;
+      read_starts(scores, find_starts(p.windows, head, own_query, 0, p.keys) + 16 * key, p.keys, lane);
+      add_scores<T, D>(scores, query, from, at);
+      const Window window = Base::window();
+      if (window.has_regions()) add_regions(scores, p.windows, window, own_query, key, lane);
+    } else {
+      multiply_scores<T, D>(scores, query, from, at);
+    }
   }
 
   // Four threads have parts of a row.
@@ -148,7 +210,8 @@ struct QueryRows : Block<T, D> {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int query = first + warp * ROWS_OF_WARP + 16 * m + lane / 4 + 8 * i;
-        const float known = query < p.queries ? p.log_sum_exp[Base::pair() * p.queries + query] : -INFINITY;
+        const bool is_query = WINDOWS ? Base::window().has(query) : query < p.queries;
+        const float known = is_query ? p.log_sum_exp[Base::pair() * p.queries + query] : -INFINITY;
         terms[m][i].log_sum_exp = known == -INFINITY ? INFINITY : known * LOG2_E;
         // The thread whose columns are 2 (lane % 4) and the next has one of row lane / 4.
         const float own = lane / 4 % 2 == 0 ? products[0][i][2 * i] : products[0][i][2 * i + 1];
@@ -180,7 +243,7 @@ struct QueryRows : Block<T, D> {
   template <bool ENDS>
   __device__ void exponentiate(Scores<M>& scores, const RowTermOf<T> (&terms)[M][2], int key,
                                float (&total)[M][2]) const {
-    const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
+    const float unit = Base::unit();
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -190,7 +253,7 @@ struct QueryRows : Block<T, D> {
         const int of_key = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
         if (OFFSETS) score = with_offsets(p, score, image, head, of_query, of_key);
         score = exp2_of(fmaf(score, unit, -terms[m][i / 2 % 2].log_sum_exp));
-        if (ENDS && of_key >= p.keys) score = 0.0f;
+        if (ENDS && !WINDOWS && of_key >= p.keys) score = 0.0f;
         if (NORMALISES) total[m][i / 2 % 2] += score;
       }
     }
@@ -209,9 +272,9 @@ struct QueryRows : Block<T, D> {
 
 // dQ = scale dS K with dS = P * (dO V^T - rowsum(dO * O)): a block has 64 queries of a head, and the keys pass by.
 // Writes the row terms, too.
-template <class T, int D, bool OFFSETS>
-struct QueriesKernel : QueryRows<T, D, OFFSETS> {
-  using Base = QueryRows<T, D, OFFSETS>;
+template <class T, int D, Kind KIND>
+struct QueriesKernel : QueryRows<T, D, KIND> {
+  using Base = QueryRows<T, D, KIND>;
   using Base::M, Base::ROWS_OF_WARP, Base::NORMALISES;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first;
   using typename Base::Tile;
@@ -227,8 +290,8 @@ struct QueriesKernel : QueryRows<T, D, OFFSETS> {
   __device__ uint32_t stage(int step) const { return shared + STAGES_AT + step % 2 * STAGE_BYTES; }
 
   __device__ void load_step(int step) const {
-    Base::template load<STEP>(stage(step), p.key, step * STEP, p.keys);
-    Base::template load<STEP>(stage(step) + Tile::bytes(STEP), p.value, step * STEP, p.keys);
+    Base::template load_padded<STEP>(stage(step), p.key, 1, step * STEP, p.keys);
+    Base::template load_padded<STEP>(stage(step) + Tile::bytes(STEP), p.value, 2, step * STEP, p.keys);
   }
 
   __device__ void run() {
@@ -243,7 +306,7 @@ struct QueriesKernel : QueryRows<T, D, OFFSETS> {
     wait_for_copies<1>();
     __syncthreads();
     Fragment query[M][D / 16], grad[M][D / 16];
-    Base::load_own(query, shared);
+    Base::load_queries(query);
     Base::load_own(grad, grad_rows);
     RowTermOf<T> terms[M][2];
     Base::find_row_terms(grad, output_rows, terms);
@@ -296,19 +359,20 @@ struct QueriesKernel : QueryRows<T, D, OFFSETS> {
                            float (&total)[M][2]) const {
     const uint32_t at = step % 2 * STAGE_BYTES + Tile::bytes(16 * tile);
     Scores<M> scores, grad_scores;
-    multiply_scores<T, D>(scores, query, scores_from, at);
+    const int key = step * STEP + 16 * tile;
+    Base::multiply_keys(scores, query, scores_from, at, key);
     Base::multiply_values(grad_scores, grad, terms, scores_from, at + Tile::bytes(STEP));
-    Base::template exponentiate<ENDS>(scores, terms, step * STEP + 16 * tile, total);
+    Base::template exponentiate<ENDS>(scores, terms, key, total);
     multiply_elements(grad_scores, scores);
     add_product<T, D>(sum, grad_scores, sums_from, at);
   }
 };
 
 // dV = P^T dO and dK = scale dS^T Q: a block has 64 keys of a head, and the queries pass by.
-template <class T, int D, bool OFFSETS>
-struct KeysKernel : Block<T, D> {
-  using Base = Block<T, D>;
-  using Base::M, Base::ROWS_OF_WARP;
+template <class T, int D, Kind KIND>
+struct KeysKernel : Block<T, D, KIND> {
+  using Base = Block<T, D, KIND>;
+  using Base::M, Base::ROWS_OF_WARP, Base::OFFSETS, Base::WINDOWS;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head;
   using typename Base::Tile;
   static constexpr int STEP = 32;  // as in QueriesKernel
@@ -336,8 +400,8 @@ struct KeysKernel : Block<T, D> {
   __device__ void run() {
     const bool works = first + warp * ROWS_OF_WARP < p.keys;
     const uint32_t value_rows = shared + Tile::bytes(ROWS_OF_BLOCK);
-    Base::template load<ROWS_OF_BLOCK>(shared, p.key, first, p.keys);
-    Base::template load<ROWS_OF_BLOCK>(value_rows, p.value, first, p.keys);
+    Base::template load_padded<ROWS_OF_BLOCK>(shared, p.key, 1, first, p.keys);
+    Base::template load_padded<ROWS_OF_BLOCK>(value_rows, p.value, 2, first, p.keys);
     commit_copies();
     load_step(0);
     commit_copies();
@@ -346,7 +410,7 @@ struct KeysKernel : Block<T, D> {
     __syncthreads();
     Fragment key[M][D / 16], value[M][D / 16];
     if (HOLDS) {
-      Base::load_own(key, shared);
+      load_keys(key);
       Base::load_own(value, value_rows);
     }
     float grad_key[M][D / 8][4], grad_value[M][D / 8][4];
@@ -368,8 +432,16 @@ struct KeysKernel : Block<T, D> {
         if (query >= p.queries) break;
         const uint32_t at = step % 2 * STAGE_BYTES + Tile::bytes(16 * tile);
         Scores<M> scores, grad_scores;
-        if (!HOLDS) Base::load_own(key, shared);
-        multiply_scores<T, D>(scores, key, scores_from, at);
+        if (!HOLDS) load_keys(key);
+        if constexpr (WINDOWS) {
+          const int own_key = first + warp * ROWS_OF_WARP;
+          read_starts_of_keys(scores, find_starts(p.windows, head, query, own_key, p.keys), lane);
+          add_scores<T, D>(scores, key, scores_from, at);
+          const Window window = Base::window();
+          if (window.has_regions()) add_regions(scores, p.windows, window, own_key, query, lane);
+        } else {
+          multiply_scores<T, D>(scores, key, scores_from, at);
+        }
         if (!HOLDS) Base::load_own(value, value_rows);
         multiply_scores<T, D>(grad_scores, value, scores_from, at + Tile::bytes(STEP));
         const uint32_t terms = stage(step) + 2 * Tile::bytes(STEP) + 16 * tile * sizeof(RowTermOf<T>);
@@ -385,8 +457,13 @@ struct KeysKernel : Block<T, D> {
     float scale[M][2], one[M][2];
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) scale[i / 2][i % 2] = p.scale, one[i / 2][i % 2] = 1.0f;
-    Base::write_own(grad_key, scale, to, 0, p.grad_key, p.keys);
-    Base::write_own(grad_value, one, to, Tile::bytes(ROWS_OF_BLOCK), p.grad_value, p.keys);
+    Base::write_own(grad_key, scale, to, 0, p.grad_key, p.keys, 0);
+    Base::write_own(grad_value, one, to, Tile::bytes(ROWS_OF_BLOCK), p.grad_value, p.keys, 1);
+  }
+
+  __device__ void load_keys(Fragment (&key)[M][D / 16]) const {
+    Base::load_own(key, shared);
+    if (WINDOWS) flip(key, p.windows.flipped);
   }
 
   // Probabilities in place of products of keys with 8 queries, the lower or upper ones of 16, and gradients of scores
@@ -399,7 +476,7 @@ struct KeysKernel : Block<T, D> {
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) words[i] = load_shared(terms + own_query * BYTES + 16 * i);
     const RowTermOf<T>(&term)[2] = reinterpret_cast<const RowTermOf<T>(&)[2]>(words);
-    const float unit = OFFSETS ? 1.0f : p.scale * LOG2_E;
+    const float unit = Base::unit();
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -417,12 +494,13 @@ struct KeysKernel : Block<T, D> {
 };
 
 // All three where there are at most 64 queries and keys: a block has a head. Its warps form P and dS for their queries,
-// exchange them through shared memory, and multiply those of their keys.
-template <class T, int D, bool OFFSETS>
-struct HeadKernel : QueryRows<T, D, OFFSETS> {
-  using Base = QueryRows<T, D, OFFSETS>;
-  using Base::M, Base::ROWS_OF_WARP, Base::NORMALISES;
-  using Base::p, Base::shared, Base::lane, Base::warp;
+// exchange them through shared memory, and multiply those of their keys. A block has that head of several windows, one
+// after the other, and sums dS in registers, which is the gradient of the bias.
+template <class T, int D, Kind KIND>
+struct HeadKernel : QueryRows<T, D, KIND> {
+  using Base = QueryRows<T, D, KIND>;
+  using Base::M, Base::ROWS_OF_WARP, Base::NORMALISES, Base::WINDOWS;
+  using Base::p, Base::shared, Base::lane, Base::warp, Base::image, Base::head;
   using typename Base::Tile;
   using Square = SharedRows<T, ROWS_OF_BLOCK>;
   // Queries, gradients, keys and values, then P and dS, at first the output.
@@ -430,13 +508,50 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
   static constexpr int SHARED_BYTES = 4 * TILE_BYTES + 2 * SQUARE_BYTES;
   static_assert(TILE_BYTES <= 2 * SQUARE_BYTES, "the output has room");
 
+  // Of windows the sum of dS: of this warp's queries and 16 keys each.
+  using GradBias = Scores<M>[ROWS_OF_BLOCK / 16];
+
   using Base::Base;
 
   __device__ void run() {
+    GradBias grad_bias;
+    if constexpr (WINDOWS) {
+      run_windows(grad_bias);
+    } else {
+      run_head(grad_bias);
+    }
+  }
+
+  __device__ void run_windows(GradBias& grad_bias) {
+#pragma unroll
+    for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) clear(grad_bias[tile]);
+    const unsigned sum = image, end = unsigned(min(p.batch, (int64_t(sum) + 1) * p.images_of_sum));
+    for (image = sum * p.images_of_sum;;) {
+      run_head(grad_bias);
+      if (++image == end) break;
+      // Nobody reads what the next window overwrites any more.
+      __syncthreads();
+    }
+    if (p.bias_sums == nullptr) return;
+    float* to = p.bias_sums + (int64_t(sum) * p.heads + head) * p.queries * p.keys;
+#pragma unroll
+    for (int row = 0; row < 2 * M; ++row) {
+      const int query = warp * ROWS_OF_WARP + 8 * row + lane / 4, keys = p.keys - lane % 4 * 2;
+      if (query >= p.queries) break;
+      float* own = to + (query * p.keys + lane % 4 * 2);
+#pragma unroll
+      for (int i = 0; i < ROWS_OF_BLOCK / 4; ++i) {
+        const int key = i / 2 * 8 + i % 2;
+        if (key < keys) own[key] = grad_bias[i / 4][row / 2][i / 2 % 2][row % 2 * 2 + i % 2];
+      }
+    }
+  }
+
+  __device__ void run_head(GradBias& grad_bias) const {
     const uint32_t squares = shared + 4 * TILE_BYTES;
     Base::load_rows(squares);
-    Base::template load<ROWS_OF_BLOCK>(shared + 2 * TILE_BYTES, p.key, 0, p.keys);
-    Base::template load<ROWS_OF_BLOCK>(shared + 3 * TILE_BYTES, p.value, 0, p.keys);
+    Base::template load_padded<ROWS_OF_BLOCK>(shared + 2 * TILE_BYTES, p.key, 1, 0, p.keys);
+    Base::template load_padded<ROWS_OF_BLOCK>(shared + 3 * TILE_BYTES, p.value, 2, 0, p.keys);
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
@@ -444,27 +559,27 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
     find_rows<T, D>(sums_from, shared, lane);
     float sum[M][D / 8][4], factor[M][2];
     clear(sum);
-    multiply_queries(squares, sums_from, sum, factor);
+    multiply_queries(squares, sums_from, sum, factor, grad_bias);
     __syncthreads();
     // The tiles of keys and values are free for what is to be written.
     uint32_t to[D / 8];
     find_sums<T, D>(to, Base::own(shared), lane);
     Base::write_own(sum, factor, to, 2 * TILE_BYTES, p.grad_query, p.queries);
-    multiply_keys(squares, sums_from, TILE_BYTES, sum);
+    multiply_rows(squares, sums_from, TILE_BYTES, sum);
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) factor[i / 2][i % 2] = 1.0f;
-    Base::write_own(sum, factor, to, 3 * TILE_BYTES, p.grad_value, p.keys);
-    multiply_keys(squares + SQUARE_BYTES, sums_from, 0, sum);
+    Base::write_own(sum, factor, to, 3 * TILE_BYTES, p.grad_value, p.keys, 1);
+    multiply_rows(squares + SQUARE_BYTES, sums_from, 0, sum);
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) factor[i / 2][i % 2] = p.scale;
-    Base::write_own(sum, factor, to, 2 * TILE_BYTES, p.grad_key, p.keys);
+    Base::write_own(sum, factor, to, 2 * TILE_BYTES, p.grad_key, p.keys, 0);
   }
 
   // P and dS of this warp's queries, and dQ, which lacks `factor`.
   __device__ void multiply_queries(uint32_t squares, const uint32_t (&sums_from)[D / 16], float (&sum)[M][D / 8][4],
-                                   float (&factor)[M][2]) const {
+                                   float (&factor)[M][2], GradBias& grad_bias) const {
     Fragment query[M][D / 16], grad[M][D / 16];
-    Base::load_own(query, shared);
+    Base::load_queries(query);
     Base::load_own(grad, shared + TILE_BYTES);
     RowTermOf<T> terms[M][2];
     Base::find_row_terms(grad, squares, terms);
@@ -477,12 +592,12 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
 #pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
         Scores<M> scores;
-        multiply_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
+        Base::multiply_keys(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile), 16 * tile);
         Base::template exponentiate<true>(scores, terms, 16 * tile, total);
       }
       Base::normalise(terms, total);
     }
-    if (p.bias_sums != nullptr) Base::write_row_terms(terms);
+    if (!WINDOWS && p.bias_sums != nullptr) Base::write_row_terms(terms);
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) factor[i / 2][i % 2] = p.scale;
     // Nobody reads the output any more.
@@ -493,9 +608,9 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
       if (tile > 0 && tile >= tiles) break;
       const uint32_t at = 2 * TILE_BYTES + Tile::bytes(16 * tile);
       Scores<M> scores, grad_scores;
-      multiply_scores<T, D>(scores, query, scores_from, at);
+      Base::multiply_keys(scores, query, scores_from, at, 16 * tile);
       Base::multiply_values(grad_scores, grad, terms, scores_from, at + TILE_BYTES);
-      if (16 * tile + 16 <= p.keys) {
+      if (WINDOWS || 16 * tile + 16 <= p.keys) {
         Base::template exponentiate<false>(scores, terms, 16 * tile, total);
       } else {
         Base::template exponentiate<true>(scores, terms, 16 * tile, total);
@@ -506,6 +621,11 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
         probability = apply(terms[i / 8][i / 2 % 2], probability);
       }
       multiply_elements(grad_scores, scores);
+      if (WINDOWS) {
+#pragma unroll
+        for (int i = 0; i < 8 * M; ++i)
+          grad_bias[tile][i / 8][i / 4 % 2][i % 4] += grad_scores[i / 8][i / 4 % 2][i % 4];
+      }
       store(scores, to, 0, tile);
       store(grad_scores, to, SQUARE_BYTES, tile);
       add_product<T, D>(sum, grad_scores, sums_from, at);
@@ -527,7 +647,7 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
   }
 
   // sum = the transposed square, of this warp's keys, times the rows `offset` bytes behind the queries.
-  __device__ void multiply_keys(uint32_t square, const uint32_t (&sums_from)[D / 16], uint32_t offset,
+  __device__ void multiply_rows(uint32_t square, const uint32_t (&sums_from)[D / 16], uint32_t offset,
                                 float (&sum)[M][D / 8][4]) const {
     clear(sum);
     uint32_t from[M];
@@ -552,8 +672,9 @@ struct HeadKernel : QueryRows<T, D, OFFSETS> {
 
 // The sum of dS over images, and over heads if they share the bias: a block has 64 queries, a warp 16 of them, and 64
 // keys; images and heads pass by in order.
-template <class T, int D>
+template <class T, int D, Kind KIND>
 struct BiasKernel {
+  static constexpr bool WINDOWS = KIND == Kind::windows;
   using Tile = SharedRows<T, D>;
   static constexpr int ROWS_OF_WARP = 16, THREADS = ROWS_OF_BLOCK / ROWS_OF_WARP * 32;
   static constexpr int TILE_BYTES = Tile::bytes(ROWS_OF_BLOCK);
@@ -585,10 +706,10 @@ struct BiasKernel {
     for (int pass = 0; pass < images * heads; ++pass) {
       const int image = first_image + pass / heads, head = first_head + pass % heads;
       __syncthreads();
-      load(0, p.query, image, head, first_query, p.queries);
-      load(1, p.grad_output, image, head, first_query, p.queries);
-      load(2, p.key, image, head, first_key, p.keys);
-      load(3, p.value, image, head, first_key, p.keys);
+      load<false>(0, p.query, 0, image, head, first_query, p.queries);
+      load<false>(1, p.grad_output, 0, image, head, first_query, p.queries);
+      load<true>(2, p.key, 1, image, head, first_key, p.keys);
+      load<true>(3, p.value, 2, image, head, first_key, p.keys);
       commit_copies();
       const RowTermOf<T>* own_terms = static_cast<const RowTermOf<T>*>(p.row_terms) +
                                       (int64_t(image) * p.heads + head) * padded(p.queries) + own_query + lane / 4;
@@ -604,15 +725,26 @@ struct BiasKernel {
             query[0][i] = load_matrices(own_from[i]);
             grad[0][i] = load_matrices(own_from[i] + TILE_BYTES);
           }
+          if (WINDOWS) flip(query, p.windows.flipped);
         }
         Scores<1> scores, grad_scores;
-        multiply_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
+        if constexpr (WINDOWS) {
+          const int key = first_key + 16 * tile;
+          read_starts(scores, find_starts(p.windows, head, own_query, first_key, p.keys) + 256 * tile, p.keys, lane);
+          add_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
+          const Window window(p.windows, image);
+          if (window.has_regions()) add_regions(scores, p.windows, window, own_query, key, lane);
+        } else {
+          multiply_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
+        }
         multiply_scores<T, D>(grad_scores, grad, scores_from, 3 * TILE_BYTES + Tile::bytes(16 * tile));
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int of_query = own_query + lane / 4 + i / 2 % 2 * 8;
           const int of_key = first_key + 16 * tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
-          const float score = with_offsets(p, scores[0][i / 4][i % 4], image, head, of_query, of_key);
+          const float product = scores[0][i / 4][i % 4];
+          const float score =
+              WINDOWS ? product * p.windows.unit : with_offsets(p, product, image, head, of_query, of_key);
           const RowTermOf<T>& term = terms[i / 2 % 2];
           const float probability = apply(term, exp2_of(score - term.log_sum_exp));
           sum[tile][0][i / 4][i % 4] += probability * (grad_scores[0][i / 4][i % 4] - term.row_sum);
@@ -633,16 +765,25 @@ struct BiasKernel {
     }
   }
 
-  __device__ void load(int tile, const Rows& rows, int image, int head, int first, int end) const {
-    using Source = typename Tile::template Source<ROWS_OF_BLOCK, THREADS, false>;
-    const char* start = rows.data + uint64_t(image) * uint32_t(rows.image) + uint64_t(head) * uint32_t(rows.head);
-    Source(start, int(rows.row), first, end).copy(shared + tile * TILE_BYTES);
+  // `number`: 1 and 2 of keys and values, which PAD windows.
+  template <bool PADS>
+  __device__ void load(int tile, const Rows& rows, int number, int image, int head, int first, int end) const {
+    const uint32_t to = shared + tile * TILE_BYTES;
+    const Window window(p.windows, image);
+    const char* start = rows.data + uint64_t(WINDOWS ? window.image : unsigned(image)) * uint32_t(rows.image) +
+                        uint64_t(head) * uint32_t(rows.head);
+    if constexpr (WINDOWS) {
+      const char* padding = p.windows.padding + uint64_t(number * p.heads + head) * unsigned(D * sizeof(T));
+      WindowSource<Tile, ROWS_OF_BLOCK, THREADS, PADS>(window, first, start, int(rows.row), padding).copy(to);
+    } else {
+      typename Tile::template Source<ROWS_OF_BLOCK, THREADS, false>(start, int(rows.row), first, end).copy(to);
+    }
   }
 };
 
 template <class Kernel>
 __device__ void run(const Backward& p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(256) unsigned char shared[];
   Kernel{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
 }
 // Names that a profiler shows.
@@ -671,15 +812,19 @@ void launch(void (*kernel)(Backward), const char* name, int64_t blocks, const Ba
   check(cudaGetLastError(), name, p);
 }
 
-template <class T, int D, bool OFFSETS>
+template <class T, int D, Kind KIND>
 void launch_kernels(const Backward& p, cudaStream_t stream) {
-  using Queries = QueriesKernel<T, D, OFFSETS>;
-  using Keys = KeysKernel<T, D, OFFSETS>;
-  using Head = HeadKernel<T, D, OFFSETS>;
-  using Bias = BiasKernel<T, D>;
+  using Queries = QueriesKernel<T, D, KIND>;
+  using Keys = KeysKernel<T, D, KIND>;
+  using Head = HeadKernel<T, D, KIND>;
+  // A bias comes with offsets, but for windows.
+  using Bias = BiasKernel<T, D, KIND == Kind::windows ? Kind::windows : Kind::offsets>;
   const int64_t heads = p.batch * p.heads, query_blocks = p.query_blocks.divisor, key_blocks = p.key_blocks.divisor;
   if (query_blocks == 1 && key_blocks == 1) {
-    launch<Head>(attention_backward_head<Head>, "attention_backward_head", heads, p, stream);
+    constexpr bool SUMS = KIND == Kind::windows;
+    const int64_t blocks = SUMS ? (p.batch + p.images_of_sum - 1) / p.images_of_sum * p.heads : heads;
+    launch<Head>(attention_backward_head<Head>, "attention_backward_head", blocks, p, stream);
+    if (SUMS) return;
   } else {
     launch<Queries>(attention_backward_queries<Queries>, "attention_backward_queries", query_blocks * heads, p, stream);
     launch<Keys>(attention_backward_keys<Keys>, "attention_backward_keys", key_blocks * heads, p, stream);
@@ -700,12 +845,15 @@ void backward(const Backward& arguments, cudaStream_t stream) {
   for (Rows* rows : {&p.query, &p.key, &p.value, &p.grad_output, &p.grad_query, &p.grad_key, &p.grad_value}) {
     rows->image *= sizeof(uint16_t), rows->head *= sizeof(uint16_t), rows->row *= sizeof(uint16_t);
   }
+  if (p.windows.starts != nullptr) prepare_windows(p, stream);
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
-    if (p.bias.data != nullptr || p.mask.data != nullptr) {
-      launch_kernels<T, head_dim(), true>(p, stream);
+    if (p.windows.starts != nullptr) {
+      launch_kernels<T, head_dim(), Kind::windows>(p, stream);
+    } else if (p.bias.data != nullptr || p.mask.data != nullptr) {
+      launch_kernels<T, head_dim(), Kind::offsets>(p, stream);
     } else {
-      launch_kernels<T, head_dim(), false>(p, stream);
+      launch_kernels<T, head_dim(), Kind::plain>(p, stream);
     }
   });
 }

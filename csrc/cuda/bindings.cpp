@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <iterator>
 #include <limits>
 #include <optional>
@@ -61,13 +63,8 @@ void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, cons
   p.mask = offsets("mask", mask);
 }
 
-void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
-                       const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                       const std::optional<OffsetsTuple>& mask, double scale, Address share, Address residual,
-                       Address parts, Address head_share, Address output, Address share_out, Address log_sum_exp,
-                       Address stream) {
-  Forward f;
-  read_problem(f, sizes, dtype, query, key, value, bias, mask, scale);
+void read_outputs(Forward& f, Address share, Address residual, Address parts, Address head_share, Address output,
+                  Address share_out, Address log_sum_exp) {
   const bool has_labels = f.sources > 0;
   f.share = pointer<const float>("share", share, has_labels);
   f.residual = pointer<const float>("residual", residual, false);
@@ -76,17 +73,11 @@ void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsT
   f.output = pointer<void>("output", output);
   f.share_out = pointer<float>("share_out", share_out, has_labels);
   f.log_sum_exp = pointer<float>("log_sum_exp", log_sum_exp);
-  forward(f, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void attention_backward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
-                        const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                        const std::optional<OffsetsTuple>& mask, double scale, const RowsTuple& grad_output,
-                        Address output, Address log_sum_exp, Address row_terms, const RowsTuple& grad_query,
-                        const RowsTuple& grad_key, const RowsTuple& grad_value, Address bias_sums, int64_t bias_heads,
-                        int64_t images_of_sum, Address stream) {
-  Backward b;
-  read_problem(b, sizes, dtype, query, key, value, bias, mask, scale);
+void read_gradients(Backward& b, const RowsTuple& grad_output, Address output, Address log_sum_exp, Address row_terms,
+                    const RowsTuple& grad_query, const RowsTuple& grad_key, const RowsTuple& grad_value,
+                    Address bias_sums, int64_t bias_heads, int64_t images_of_sum) {
   b.grad_output = aligned_rows("grad_output", grad_output);
   b.output = pointer<const void>("output", output);
   b.log_sum_exp = pointer<const float>("log_sum_exp", log_sum_exp);
@@ -106,6 +97,105 @@ void attention_backward(const Sizes& sizes, const std::string& dtype, const Rows
     expect(int64_t(padded(b.queries) / 64) * (padded(b.keys) / 64) <= std::numeric_limits<int>::max() / sums,
            "B, H, Nq, Nk: expected less than 2**31 blocks of 64 x 64 gradients of the bias");
   }
+}
+
+// Ht, Wt, tokens of a window along each axis, and the shift along each.
+using MapSizes = std::array<int64_t, 6>;
+
+Windows::Axis axis(const std::string& name, int64_t tokens, int64_t window, int64_t shift) {
+  Windows::Axis a;
+  a.tokens = size(name + " of the map", tokens, 1);
+  a.window = size(name + " of a window", window, 1);
+  a.windows = (a.tokens - 1) / a.window + 1;
+  a.shift = size("shift of " + name, shift, 0);
+  expect(a.shift < a.window, "shift of " + name + ": expected less than the window");
+  a.rolled = a.shift % a.tokens;
+  return a;
+}
+
+// `p` without a mask, whose images are windows.
+void read_windows(Problem& p, const MapSizes& map, Address padding, Address starts, Address places,
+                  int64_t bias_heads) {
+  Windows& w = p.windows;
+  w.down = axis("rows", map[0], map[2], map[4]);
+  w.across = axis("columns", map[1], map[3], map[5]);
+  const int64_t height = int64_t(w.down.windows) * w.down.window, width = int64_t(w.across.windows) * w.across.window;
+  size("tokens of a padded map", height * width, 1);
+  w.padded_width = static_cast<int>(width);
+  w.padding_tokens = static_cast<int>(height * width - int64_t(w.down.tokens) * w.across.tokens);
+  w.of_row = Divisor(w.across.windows);
+  w.of_image = Divisor(w.down.windows * w.across.windows);
+  w.width = Divisor(w.across.window);
+  expect(p.queries == p.keys && p.keys == int64_t(w.down.window) * w.across.window,
+         "Nq, Nk: expected the tokens of a window");
+  expect(p.batch % w.of_image.divisor == 0, "B: expected a multiple of the windows of a map");
+  w.padding = pointer<const char>("pad_qkv", padding, w.padding_tokens > 0);
+  expect(padding % 16 == 0, "pad_qkv: expected an address that is a multiple of 16");
+  w.starts = pointer<float>("starts", starts);
+  expect(starts % 16 == 0, "starts: expected an address that is a multiple of 16");
+  w.places = pointer<int>("places", places);
+  expect(bias_heads == 1 || bias_heads == p.heads, "bias_heads: expected 1 or H, got " + std::to_string(bias_heads));
+  w.start_head = bias_heads == 1 ? 0 : starts_of_head(p.keys);
+  expect(bias_heads * starts_of_head(p.keys) <= std::numeric_limits<int>::max(),
+         "H, N: expected less than 2**31 numbers of a bias");
+  // Large enough to divide by.
+  const float scale = std::max(std::abs(p.scale), std::ldexp(1.0f, -100));
+  w.unit = scale * 1.4426950408889634f;
+  w.region_start = REGION_BIAS / scale;
+  w.flipped = p.scale < 0.0f ? 0x80008000u : 0;
+}
+
+void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
+                       const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
+                       const std::optional<OffsetsTuple>& mask, double scale, Address share, Address residual,
+                       Address parts, Address head_share, Address output, Address share_out, Address log_sum_exp,
+                       Address stream) {
+  Forward f;
+  read_problem(f, sizes, dtype, query, key, value, bias, mask, scale);
+  read_outputs(f, share, residual, parts, head_share, output, share_out, log_sum_exp);
+  forward(f, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void window_attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
+                              const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
+                              double scale, const MapSizes& map, Address pad_qkv, Address starts, Address places,
+                              int64_t bias_heads, Address share, Address residual, Address parts, Address head_share,
+                              Address output, Address share_out, Address log_sum_exp, Address stream) {
+  Forward f;
+  read_problem(f, sizes, dtype, query, key, value, bias, std::nullopt, scale);
+  read_windows(f, map, pad_qkv, starts, places, bias_heads);
+  read_outputs(f, share, residual, parts, head_share, output, share_out, log_sum_exp);
+  forward(f, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void attention_backward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
+                        const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
+                        const std::optional<OffsetsTuple>& mask, double scale, const RowsTuple& grad_output,
+                        Address output, Address log_sum_exp, Address row_terms, const RowsTuple& grad_query,
+                        const RowsTuple& grad_key, const RowsTuple& grad_value, Address bias_sums, int64_t bias_heads,
+                        int64_t images_of_sum, Address stream) {
+  Backward b;
+  read_problem(b, sizes, dtype, query, key, value, bias, mask, scale);
+  read_gradients(b, grad_output, output, log_sum_exp, row_terms, grad_query, grad_key, grad_value, bias_sums,
+                 bias_heads, images_of_sum);
+  backward(b, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void window_attention_backward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
+                               const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
+                               double scale, const MapSizes& map, Address pad_qkv, Address starts, Address places,
+                               int64_t bias_heads, const RowsTuple& grad_output, Address output, Address log_sum_exp,
+                               Address row_terms, const RowsTuple& grad_query, const RowsTuple& grad_key,
+                               const RowsTuple& grad_value, Address grad_padding, Address bias_sums,
+                               int64_t images_of_sum, Address stream) {
+  Backward b;
+  read_problem(b, sizes, dtype, query, key, value, bias, std::nullopt, scale);
+  read_windows(b, map, pad_qkv, starts, places, bias_heads);
+  read_gradients(b, grad_output, output, log_sum_exp, row_terms, grad_query, grad_key, grad_value, bias_sums, b.heads,
+                 images_of_sum);
+  b.images_of_sum = size("images_of_sum", images_of_sum, 1);
+  b.grad_padding = pointer<char>("grad_padding", grad_padding, b.windows.padding_tokens > 0);
+  expect(grad_padding % 16 == 0, "grad_padding: expected an address that is a multiple of 16");
   backward(b, reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -124,6 +214,11 @@ void bind(py::module_& module) {
                               (dtype == "float16" ? sizeof(NormalisedRowTerm) : sizeof(RowTerm)) / sizeof(float));
       },
       "Rows and columns of the scratch `row_terms` of a head.");
+  module.def(
+      "cuda_starts", [](int tokens) { return std::make_pair(starts_of_head(tokens), padded(tokens)); },
+      "Numbers of the scratch `starts` of a head, and of the scratch `places` of a window.");
+  module.def("cuda_window_attention_forward", &window_attention_forward);
+  module.def("cuda_window_attention_backward", &window_attention_backward);
   module.def("cuda_attention_forward", &attention_forward);
   module.def("cuda_attention_backward", &attention_backward);
 }

@@ -3,11 +3,13 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/attention.h"
 #include "cuda/launch.h"
 #include "cuda/scores.h"
 #include "cuda/tiles.h"
+#include "cuda/windows.h"
 
 namespace tlalign::cuda {
 namespace {
@@ -28,16 +30,24 @@ constexpr __host__ __device__ unsigned blocks_of(unsigned threads, unsigned of_b
   return (threads + of_block - 1) / of_block;
 }
 
-// share = hi + mid + lo: rows of parts, zeros from key Nk on.
-template <class T>
+// share = hi + mid + lo: rows of parts, zeros from key Nk on. In windows zeros in the padding, too, and a last row with
+// ones elsewhere.
+template <class T, bool WINDOWS>
 __global__ void pack_labels(const __grid_constant__ Forward p) {
   const unsigned row = padded(p.keys), blocks = row / SMALL, image = blockIdx.x / blocks;
   const unsigned key = blockIdx.x % blocks * SMALL + threadIdx.x;
-  T* part = static_cast<T*>(p.parts) + uint64_t(image * p.sources * PARTS) * row + key;
-  const float* share = p.share + (uint64_t(image) * p.keys + key) * p.sources;
+  T* part = static_cast<T*>(p.parts) + uint64_t(image * (p.sources * PARTS + WINDOWS)) * row + key;
+  bool is_real = key < p.keys;
+  uint64_t token = uint64_t(image) * p.keys + key;
+  if (WINDOWS) {
+    const Window window(p.windows, image);
+    is_real = window.has(key);
+    token = window.token_of_all(key);
+  }
+  const float* share = p.share + token * p.sources;
 #pragma unroll 1
   for (int source = 0; source < p.sources; ++source) {
-    float rest = key < p.keys ? share[source] : 0.0f;
+    float rest = is_real ? share[source] : 0.0f;
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) {
       const T rounded = from_float<T>(rest);
@@ -46,6 +56,7 @@ __global__ void pack_labels(const __grid_constant__ Forward p) {
       rest -= to_float(rounded);
     }
   }
+  if (WINDOWS) *part = from_float<T>(is_real ? 1.0f : 0.0f);
 }
 
 // The mean over the heads in which a query sees a key, in fixed order, averaged with the residual. Each row of
@@ -76,57 +87,93 @@ __global__ void average_heads(const __grid_constant__ Forward p) {
   }
 }
 
+// The same for windows, where the mean is over the labels that there are: divided by their part of the attention, which
+// is the last row of head_share.
+__global__ void average_heads_of_windows(const __grid_constant__ Forward p) {
+  const unsigned queries = p.queries, blocks = blocks_of(queries, SMALL), image = blockIdx.x / blocks;
+  const unsigned query = blockIdx.x % blocks * SMALL + threadIdx.x;
+  const Window window(p.windows, image);
+  if (!window.has(query)) return;
+  const uint64_t out = window.token_of_all(query) * p.sources;
+  const unsigned turns = p.turns.divisor, rows = p.sources + 1;
+  const float* shares = p.head_share + uint64_t(image) * turns * rows * queries + query;
+  const auto sum_of = [&](unsigned source) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (unsigned turn = 0; turn < turns; ++turn) sum += shares[(uint64_t(turn) * rows + source) * queries];
+    return sum;
+  };
+  const float real = sum_of(p.sources);
+  const float own = p.residual == nullptr ? 0.0f : real > 0.0f ? 0.5f : 1.0f;
+  const float mixed = real > 0.0f ? (1.0f - own) / real : 0.0f;
+#pragma unroll 1
+  for (int source = 0; source < p.sources; ++source) {
+    float sum = sum_of(source) * mixed;
+    if (p.residual != nullptr) sum = fmaf(p.residual[out + source], own, sum);
+    p.share_out[out + source] = sum;
+  }
+}
+
 // output = softmax(scale Q K^T + bias + mask) V: a block has 16 queries of a head for each of its WARPS, and all keys
 // pass by in steps of TILES x 16. If one step has them all (STREAMS is false) the softmax is exact in one pass, else
 // online. Where there are few, a block goes on to the next head, whose Q, K and V come while it is busy with this one.
 // Registers hold Q, the scores of a step, and the sums of P V and P [1, share]; shared memory holds K, V and
 // the labels of a step, of two if steps pass by. Reads Q once, K and V once a block; writes O, the log-sum-exp and the
 // shares of the head. = reference.forward, but for the mean over heads.
-template <class T, int D, int TILES, int WARPS, bool STREAMS, bool OFFSETS, int LABEL_BLOCKS>
+template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
 struct ForwardKernel {
   using Tile = SharedRows<T, D>;
+  static constexpr bool OFFSETS = KIND == Kind::offsets, WINDOWS = KIND == Kind::windows;
+  // Whether a query may see no key. Windows have a bias, too.
+  static constexpr bool MASKED = KIND != Kind::plain;
   static constexpr int THREADS = 32 * WARPS, QUERIES = QUERIES_OF_WARP * WARPS;
   static constexpr int KEYS = 16 * TILES;
   static constexpr int STAGES = STREAMS ? 2 : 1;
-  // Windows: a block takes several heads in turn, which share addresses and labels. Not with offsets, beside which
-  // these are little: rather have more warps to wait for them.
+  // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels. Not with offsets,
+  // beside which these are little: rather have more warps to wait for them.
   static constexpr bool TURNS = !STREAMS && !OFFSETS && TILES <= 4;
   // Rows that are known to be there, and tiles that are not asked whether they have keys.
   static constexpr int CERTAIN_KEYS = STREAMS ? 0 : least_keys(TILES) - 1;
   static constexpr int CERTAIN_TILES = STREAMS ? 1 : TURNS ? TILES : CERTAIN_KEYS / 16 + 1;
   // Labels lie in shared memory as rows of a column each, ones and the parts of the shares: 16-byte chunks of 8 keys,
   // an odd number of them, so that 8 rows begin in different banks.
-  static constexpr int LABEL_ROWS = 1 + PARTS * 2 * LABEL_BLOCKS;
+  static constexpr int LABEL_ROWS = 1 + PARTS * 2 * LABEL_BLOCKS + WINDOWS;
   static constexpr int LABEL_CHUNKS = 2 * ((TILES + 1) / 2 * 2);
   static constexpr int LABEL_PITCH = 16 * (LABEL_CHUNKS + 1);
   static_assert(LABEL_CHUNKS <= 32, "a warp has a row in one go");
-  static constexpr int LABEL_BYTES = (LABEL_ROWS * LABEL_PITCH + 127) / 128 * 128;
+  static constexpr int LABEL_BYTES =
+      (LABEL_ROWS * LABEL_PITCH + Tile::ALIGNMENT - 1) / Tile::ALIGNMENT * Tile::ALIGNMENT;
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + LABEL_BYTES;
   // Blocks that the registers of a multiprocessor are to hold at once.
-  static constexpr int BLOCKS = WARPS > 4 || D > 64 || (STREAMS && (OFFSETS || LABEL_BLOCKS > 1)) ? 2
-                                : STREAMS || TILES > 8                                            ? 3
-                                : TURNS && D <= 32                                                ? 5
-                                                                                                  : 4;
+  static constexpr bool IS_WIDE = D > 64 || (WINDOWS && D > 32);
+  static constexpr int BLOCKS = WARPS > 4 || D > 64 || (STREAMS && (OFFSETS || LABEL_BLOCKS > 1 || IS_WIDE)) ? 2
+                                : STREAMS || TILES > 8 || IS_WIDE                                            ? 3
+                                : TURNS && D <= 32 && !WINDOWS                                               ? 5
+                                                                                                             : 4;
   // The output passes through shared memory: that of the queries, unless the next ones are already coming.
   static constexpr int END_OF_STAGES = Tile::bytes(QUERIES) + STAGES * STAGE_BYTES;
   static constexpr int OUTPUT_AT = TURNS ? END_OF_STAGES : 0;
   static constexpr int SHARED_BYTES = END_OF_STAGES + (TURNS ? Tile::bytes(QUERIES) : sizeof(uint4));
 
   // Labels as the right factors of products, for two tiles each. Column 0 is that of the ones, column 4 s + i that of
-  // part i = 1, 2, 3 of source s.
+  // part i = 1, 2, 3 of source s. Of windows column 4 says which keys have labels.
   using Labels = Fragment[(TILES + 1) / 2][LABEL_BLOCKS];
   struct Stage {
     uint32_t key, value, label;
   };
-  using Queries = typename Tile::template Source<QUERIES, THREADS, false>;
+  template <int ROWS, bool REPEATS, int CERTAIN, bool PADS>
+  using Source = std::conditional_t<WINDOWS, WindowSource<Tile, ROWS, THREADS, PADS>,
+                                    typename Tile::template Source<ROWS, THREADS, REPEATS, CERTAIN>>;
+  using Queries = Source<QUERIES, false, 0, false>;
   // Rows of K from key Nk on repeat the last one, so that the maxima are those of the real keys; V, and the column of
-  // ones, are zero there. So no score needs a mask.
-  using Keys = typename Tile::template Source<KEYS, THREADS, true, CERTAIN_KEYS>;
-  using Values = typename Tile::template Source<KEYS, THREADS, false, CERTAIN_KEYS>;
+  // ones, are zero there. So no score needs a mask. In windows scores begin with -inf there.
+  using Keys = Source<KEYS, true, CERTAIN_KEYS, true>;
+  using Values = Source<KEYS, false, CERTAIN_KEYS, true>;
 
   // Where a warp writes to.
   struct Destination {
-    using Rows = typename Tile::template Target<QUERIES_OF_WARP>;
+    using Rows = std::conditional_t<WINDOWS, WindowTarget<Tile, QUERIES_OF_WARP>,
+                                    typename Tile::template Target<QUERIES_OF_WARP>>;
     static constexpr int ROWS = QUERIES_OF_WARP;
 
     unsigned lane;
@@ -140,16 +187,27 @@ struct ForwardKernel {
     __device__ Destination(const ForwardKernel& k, unsigned thread)
         : lane(thread % 32),
           words(k.shared + OUTPUT_AT + thread / 32 * Tile::bytes(ROWS)),
-          rows(static_cast<char*>(k.p.output) +
-                   ((uint64_t(k.image) * unsigned(k.p.queries) + k.first + thread / 32 * ROWS) * unsigned(k.p.heads) +
-                    k.head) *
-                       (D * sizeof(T)),
-               k.p.heads * int(D * sizeof(T)), k.p.queries - k.first - int(thread / 32 * ROWS), words, lane) {
+          rows(rows_of(k, thread, words, lane)) {
       const unsigned pair = TURNS ? k.image * k.p.heads + k.head : k.turn;
       query = k.first + thread / 32 * ROWS + lane / 4 + lane % 2 * 8;
       is_query = query < k.p.queries;
       log_sum_exp = k.p.log_sum_exp + (uint64_t(pair) * unsigned(k.p.queries) + query);
       words += Tile::at(lane / 4, 0) + lane % 4 * 4;
+    }
+
+    static __device__ Rows rows_of(const ForwardKernel& k, unsigned thread, uint32_t words, unsigned lane) {
+      char* output = static_cast<char*>(k.p.output);
+      const int row_bytes = k.p.heads * int(D * sizeof(T));
+      if constexpr (WINDOWS) {
+        const Window window = k.window();
+        output += (window.first_token() * unsigned(k.p.heads) + k.head) * (D * sizeof(T));
+        return Rows(window, k.first + thread / 32 * ROWS, output, row_bytes, words, lane);
+      } else {
+        output += ((uint64_t(k.image) * unsigned(k.p.queries) + k.first + thread / 32 * ROWS) * unsigned(k.p.heads) +
+                   k.head) *
+                  (D * sizeof(T));
+        return Rows(output, row_bytes, k.p.queries - k.first - int(thread / 32 * ROWS), words, lane);
+      }
     }
   };
 
@@ -166,14 +224,29 @@ struct ForwardKernel {
     return {at, at + Tile::bytes(KEYS), at + 2 * Tile::bytes(KEYS)};
   }
 
-  __device__ const char* start(const Rows& rows) const { return rows.data + image * rows.image + head * rows.head; }
-  __device__ Queries queries() const { return Queries(start(p.query), int(p.query.row), first, p.queries); }
-  __device__ Keys keys(int step) const { return Keys(start(p.key), int(p.key.row), step * KEYS, p.keys); }
-  __device__ Values values(int step) const { return Values(start(p.value), int(p.value.row), step * KEYS, p.keys); }
+  __device__ Window window() const { return Window(p.windows, image); }
+  __device__ const char* start(const Rows& rows) const {
+    return rows.data + (WINDOWS ? window().image : image) * rows.image + head * rows.head;
+  }
+  // `number`: 0, 1 and 2 of query, key and value.
+  template <class Source>
+  __device__ Source source(const Rows& rows, int number, int row, int end) const {
+    if constexpr (WINDOWS) {
+      const char* padding = p.windows.padding + uint64_t(number * p.heads + head) * unsigned(D * sizeof(T));
+      return Source(window(), row, start(rows), int(rows.row), padding);
+    } else {
+      return Source(start(rows), int(rows.row), row, end);
+    }
+  }
+  __device__ Queries queries() const { return source<Queries>(p.query, 0, first, p.queries); }
+  __device__ Keys keys(int step) const { return source<Keys>(p.key, 1, step * KEYS, p.keys); }
+  __device__ Values values(int step) const { return source<Values>(p.value, 2, step * KEYS, p.keys); }
+  // Rows of the labels: ones, parts, and of windows what says where there are labels.
+  __device__ int label_rows() const { return 1 + p.sources * PARTS + (WINDOWS && p.sources > 0); }
 
   __device__ void load_labels(int step) const {
     // Warps take rows in turn, a thread 8 keys of each.
-    const int rows = 1 + p.sources * PARTS, row_length = padded(p.keys), key = step * KEYS + 8 * lane;
+    const int rows = label_rows(), row_length = padded(p.keys), key = step * KEYS + 8 * lane;
     if (lane >= LABEL_CHUNKS) return;
     const uint32_t to_row = stage(step).label + lane * 16;
     if (warp == 0) {
@@ -225,11 +298,13 @@ struct ForwardKernel {
     float highest[2] = {-INFINITY, -INFINITY};
     const int steps = (p.keys + KEYS - 1) / KEYS;
     for (int step = 0; step < steps; ++step) {
+      if (WINDOWS && works()) read_starts(scores, find_starts(step), step);
       wait_for_copies<1>();
       __syncthreads();
       if (works()) {
         if (step == 0) read_queries(query, query_address());
         multiply_keys(query, scores, step, key_address(step));
+        if (WINDOWS) add_regions(scores, find_regions(step), step);
       }
       if (step + 1 < steps) keys(step + 1).copy(stage(step + 1).key);
       commit_copies();
@@ -290,6 +365,9 @@ struct ForwardKernel {
     destination.lane = kept(destination.lane);
     destination.rows.from = kept(destination.rows.from);
     float shares[LABEL_BLOCKS][4] = {};
+    const float* starts = WINDOWS ? find_starts(0) : nullptr;
+    if (WINDOWS) read_starts(scores, starts, 0);
+    const Differing differing = find_regions(0);
     wait_for_copies<1>();
     __syncthreads();
 #pragma unroll
@@ -297,21 +375,23 @@ struct ForwardKernel {
     for (int more = min(p.heads_of_block, p.heads - int(head)) - 1;; --more) {
       read_queries(query, from_query);
       multiply_keys(query, scores, 0, from_key);
+      if (WINDOWS) add_regions(scores, differing, 0);
       exponentiate(scores, weights, highest, output, label, 0);
       // V is there, and nobody needs Q and K any more.
       wait_for_copies<0>();
       __syncthreads();
       if (more > 0) {
-        query_rows.from += p.query.head;
-        key_rows.from += p.key.head;
+        query_rows.next_head(p.query.head);
+        key_rows.next_head(p.key.head);
         query_rows.copy(shared);
         key_rows.copy(stage(0).key);
         commit_copies();
       }
       multiply_values(weights, output, label, labels, 0, from_value);
+      if (WINDOWS && more > 0) read_starts(scores, starts += p.windows.start_head, 0);
       write(output, label, highest, shares, destination);
       if (more == 0) break;
-      value_rows.from += p.value.head;
+      value_rows.next_head(p.value.head);
       destination.rows.to += D * sizeof(T);
       destination.log_sum_exp += p.queries;
       // The next Q and K are there, and nobody needs V any more.
@@ -334,7 +414,8 @@ struct ForwardKernel {
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) {
       // Columns that nobody asks for have what other ones have.
-      const int column = 8 * n + lane % 8, row = min(column - column / 4, p.sources * PARTS);
+      const int column = 8 * n + lane % 8, last = label_rows() - 1;
+      const int row = WINDOWS && column == 4 ? last : min(column - column / 4, last);
       labels[tile / 2][n] = load_matrices(stage(step).label + row * LABEL_PITCH + lane / 8 * 16 + 32 * tile);
     }
   }
@@ -348,6 +429,7 @@ struct ForwardKernel {
   __device__ void read_queries(Fragment (&query)[D / 16], uint32_t from) const {
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) query[i] = load_matrices(Tile::beside(from, 2 * i));
+    if (WINDOWS) flip(reinterpret_cast<Fragment(&)[1][D / 16]>(query), p.windows.flipped);
   }
 
   // Whether the keys of a step end before a tile; in one pass asked for every other tile.
@@ -363,7 +445,7 @@ struct ForwardKernel {
 #pragma unroll
       for (int i = 0; i < D / 16; ++i) {
         const Fragment key = load_matrices(Tile::beside(from, 2 * i) + 16 * tile * Tile::PITCH);
-        if (i == 0) {
+        if (i == 0 && !WINDOWS) {
           multiply<T>(scores[2 * tile], query[i], key.x, key.y);
           multiply<T>(scores[2 * tile + 1], query[i], key.z, key.w);
         } else {
@@ -372,6 +454,43 @@ struct ForwardKernel {
         }
       }
       if (OFFSETS) add_offsets(scores[2 * tile], scores[2 * tile + 1], step * KEYS + 16 * tile);
+    }
+  }
+
+  __device__ const float* find_starts(int step) const {
+    return cuda::find_starts(p.windows, head, first + warp * QUERIES_OF_WARP, step * KEYS, p.keys);
+  }
+  __device__ void read_starts(float (&scores)[2 * TILES][4], const float* from, int step) const {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
+      cuda::read_starts(reinterpret_cast<Scores<1>&>(scores[2 * tile]), from + 256 * tile, p.keys, lane);
+    }
+  }
+
+  // Of the keys of a step.
+  struct Differing {
+    bool is_needed;
+    Regions regions[(TILES + 1) / 2];
+  };
+  __device__ Differing find_regions(int step) const {
+    Differing d;
+    d.is_needed = WINDOWS && window().has_regions();
+    if (d.is_needed) {
+#pragma unroll
+      for (int i = 0; i < (TILES + 1) / 2; ++i) {
+        d.regions[i] = Regions(window(), first + warp * QUERIES_OF_WARP, step * KEYS + 32 * i, lane);
+      }
+    }
+    return d;
+  }
+  __device__ void add_regions(float (&scores)[2 * TILES][4], const Differing& differing, int step) const {
+    if (!differing.is_needed) return;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
+      cuda::add_regions(reinterpret_cast<Scores<1>&>(scores[2 * tile]), p.windows, differing.regions[tile / 2],
+                        tile % 2 * 16);
     }
   }
 
@@ -386,7 +505,7 @@ struct ForwardKernel {
   }
 
   // Without offsets the factor, if it is positive, waits for the exponential.
-  __device__ float unit() const { return OFFSETS ? 1.0f : p.scale * LOG2_E; }
+  __device__ float unit() const { return OFFSETS ? 1.0f : WINDOWS ? p.windows.unit : p.scale * LOG2_E; }
 
   // Scores become weights, of 16 bits.
   __device__ void exponentiate(float (&scores)[2 * TILES][4], Fragment (&weights)[TILES], float (&highest)[2],
@@ -404,8 +523,8 @@ struct ForwardKernel {
       now[i] = fmaxf(now[i], __shfl_xor_sync(0xffffffffu, now[i], 2)) * unit();
       if (STREAMS) now[i] = fmaxf(now[i], highest[i]);
     }
-    const float shift[2] = {OFFSETS && now[0] == -INFINITY ? 0.0f : now[0],
-                            OFFSETS && now[1] == -INFINITY ? 0.0f : now[1]};
+    const float shift[2] = {MASKED && now[0] == -INFINITY ? 0.0f : now[0],
+                            MASKED && now[1] == -INFINITY ? 0.0f : now[1]};
     if (STREAMS && step == 0) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -474,9 +593,9 @@ struct ForwardKernel {
     // Of the four threads that share a row the first has columns 0 and 1, the next 2 and 3, ...
     const float total[2] = {__shfl_sync(0xffffffffu, label[0][0], to.lane & ~3),
                             __shfl_sync(0xffffffffu, label[0][2], to.lane & ~3)};
-    // Without offsets a query sees every key.
-    const float inverse[2] = {OFFSETS && total[0] == 0.0f ? 0.0f : inverse_of(total[0]),
-                              OFFSETS && total[1] == 0.0f ? 0.0f : inverse_of(total[1])};
+    // Else a query sees every key.
+    const float inverse[2] = {MASKED && total[0] == 0.0f ? 0.0f : inverse_of(total[0]),
+                              MASKED && total[1] == 0.0f ? 0.0f : inverse_of(total[1])};
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) {
 #pragma unroll
@@ -503,6 +622,17 @@ struct ForwardKernel {
   // The label of a source is the sum of its parts: the first of them has an even thread, the others its neighbour.
   __device__ void write_shares(const float (&shares)[LABEL_BLOCKS][4], const Destination& to) const {
     const bool is_odd = to.lane % 2 != 0;
+    const unsigned rows = p.sources + WINDOWS;
+    if (WINDOWS && p.sources > 0 && to.lane % 4 == 2) {
+      // Column 4, the last row: the part of the attention that goes to labels.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const unsigned query = to.query + 8 * i;
+        if (query < p.queries) {
+          p.head_share[(uint64_t(turn) * rows + rows - 1) * unsigned(p.queries) + query] = shares[0][2 * i];
+        }
+      }
+    }
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) {
       const float (&s)[4] = shares[n];
@@ -510,24 +640,23 @@ struct ForwardKernel {
       const float share = (is_odd ? own[1] : own[0]) + __shfl_xor_sync(0xffffffffu, is_odd ? own[0] : own[1], 1);
       const unsigned source = 2 * n + to.lane % 4 / 2;
       if (to.is_query && source < p.sources) {
-        p.head_share[(uint64_t(turn) * unsigned(p.sources) + source) * unsigned(p.queries) + to.query] = share;
+        p.head_share[(uint64_t(turn) * rows + source) * unsigned(p.queries) + to.query] = share;
       }
     }
   }
 };
 
-template <class T, int D, int TILES, int WARPS, bool STREAMS, bool OFFSETS, int LABEL_BLOCKS>
-__global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, TILES, WARPS, STREAMS, OFFSETS, LABEL_BLOCKS>::BLOCKS)
+template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>::BLOCKS)
     attention_forward(const __grid_constant__ Forward p) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  ForwardKernel<T, D, TILES, WARPS, STREAMS, OFFSETS, LABEL_BLOCKS>{p, uint32_t(__cvta_generic_to_shared(shared))}
-      .run();
+  extern __shared__ __align__(256) unsigned char shared[];
+  ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
 }
 
-template <class T, int D, int TILES, int WARPS, bool STREAMS, bool OFFSETS, int LABEL_BLOCKS>
+template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
 void launch(Forward p, cudaStream_t stream) {
-  using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, OFFSETS, LABEL_BLOCKS>;
-  const auto kernel = attention_forward<T, D, TILES, WARPS, STREAMS, OFFSETS, LABEL_BLOCKS>;
+  using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
+  const auto kernel = attention_forward<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
         "attention_forward", p);
   p.blocks = Divisor(blocks_of(p.queries, Kernel::QUERIES));
@@ -541,42 +670,50 @@ void launch(Forward p, cudaStream_t stream) {
   kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
   check(cudaGetLastError(), "attention_forward", p);
   if (p.sources > 0) {
-    const auto average = OFFSETS ? average_heads<true> : average_heads<false>;
+    const auto average = KIND == Kind::windows   ? average_heads_of_windows
+                         : KIND == Kind::offsets ? average_heads<true>
+                                                 : average_heads<false>;
     average<<<unsigned(p.batch * blocks_of(p.queries, SMALL)), SMALL, 0, stream>>>(p);
     check(cudaGetLastError(), "average_heads", p);
   }
 }
 
 // All keys in one step where registers hold their scores: up to 64, or up to 208 of heads of at most 64.
-template <class T, int D, bool OFFSETS>
+template <class T, int D, Kind KIND>
 void launch_for_keys(const Forward& p, cudaStream_t stream) {
-  if (p.sources > 2) return launch<T, D, D <= 96 ? 4 : 2, 4, true, OFFSETS, 4>(p, stream);
-  if (p.keys <= 32) return launch<T, D, 2, 4, false, OFFSETS, 1>(p, stream);
-  if (p.keys <= 64) return launch<T, D, 4, 4, false, OFFSETS, 1>(p, stream);
-  if constexpr (D <= 64 && !OFFSETS) {
-    if (p.keys <= 128) return launch<T, D, 8, 4, false, OFFSETS, 1>(p, stream);
-    if (p.keys <= 192) return launch<T, D, 12, 4, false, OFFSETS, 1>(p, stream);
+  if (p.sources > 2) return launch<T, D, D <= 96 ? 4 : 2, 4, true, KIND, 4>(p, stream);
+  if constexpr (KIND != Kind::windows) {
+    if (p.keys <= 32) return launch<T, D, 2, 4, false, KIND, 1>(p, stream);
+  }
+  if (p.keys <= 64) return launch<T, D, 4, 4, false, KIND, 1>(p, stream);
+  if constexpr (D <= 64 && KIND == Kind::plain) {
+    if (p.keys <= 128) return launch<T, D, 8, 4, false, KIND, 1>(p, stream);
+    if (p.keys <= 192) return launch<T, D, 12, 4, false, KIND, 1>(p, stream);
     // As many queries as keys are 13 times 16: two blocks of 7 warps load K and V half as often as four of 4. But with
     // heads of 32 ptxas does not get by with 128 registers, and with more only one such block is resident.
-    if (p.keys <= 208) return launch<T, D, 13, D == 64 ? 7 : 4, false, OFFSETS, 1>(p, stream);
+    if (p.keys <= 208) return launch<T, D, 13, D == 64 ? 7 : 4, false, KIND, 1>(p, stream);
   }
-  launch<T, D, 4, 4, true, OFFSETS, 1>(p, stream);
+  launch<T, D, 4, 4, true, KIND, 1>(p, stream);
 }
 
 }  // namespace
 
 void forward(const Forward& p, cudaStream_t stream) {
+  const bool in_windows = p.windows.starts != nullptr;
+  if (in_windows) prepare_windows(p, stream);
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
     if (p.sources > 0) {
-      pack_labels<T><<<unsigned(p.batch * padded(p.keys) / SMALL), SMALL, 0, stream>>>(p);
+      const auto pack = in_windows ? pack_labels<T, true> : pack_labels<T, false>;
+      pack<<<unsigned(p.batch * padded(p.keys) / SMALL), SMALL, 0, stream>>>(p);
       check(cudaGetLastError(), "pack_labels", p);
     }
+    if (in_windows) return launch_for_keys<T, head_dim(), Kind::windows>(p, stream);
     // A scale that is not positive can't wait for the exponential.
     if (p.bias.data != nullptr || p.mask.data != nullptr || !(p.scale > 0.0f)) {
-      launch_for_keys<T, head_dim(), true>(p, stream);
+      launch_for_keys<T, head_dim(), Kind::offsets>(p, stream);
     } else {
-      launch_for_keys<T, head_dim(), false>(p, stream);
+      launch_for_keys<T, head_dim(), Kind::plain>(p, stream);
     }
   });
 }

@@ -5,10 +5,14 @@
 
 #include "cuda/attention.h"
 #include "cuda/tiles.h"
+#include "cuda/windows.h"
 
 namespace tlalign::cuda {
 
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+// What is added to scores: nothing, a bias or a mask, or what windows have, which is there before the products.
+enum class Kind { plain, offsets, windows };
 
 // Where a thread's part of 16 rows in shared memory begins: rows as the left factor of a product or, transposed while
 // they are loaded, as the right one (the sum runs over rows) ...
@@ -30,24 +34,27 @@ __device__ void find_rows_of_scores(uint32_t (&from)[D / 16], uint32_t rows, int
 template <int M>
 using Scores = float[M][2][4];
 
-// left (16 M x D) times 16 rows, transposed, plus `start` of rows lane / 4 and lane / 4 + 8 of 16. The rows lie
-// `offset` bytes behind `from`.
+// scores += left (16 M x D) times 16 rows, transposed. The rows lie `offset` bytes behind `from`.
 template <class T, int D, int M>
-__device__ void multiply_scores(Scores<M>& scores, const Fragment (&left)[M][D / 16], const uint32_t (&from)[D / 16],
-                                uint32_t offset, const float (&start)[M][2] = {}) {
+__device__ void add_scores(Scores<M>& scores, const Fragment (&left)[M][D / 16], const uint32_t (&from)[D / 16],
+                           uint32_t offset) {
 #pragma unroll
   for (int i = 0; i < D / 16; ++i) {
     const Fragment right = load_matrices(from[i] + offset);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      if (i == 0) {
-#pragma unroll
-        for (int word = 0; word < 4; ++word) scores[m][0][word] = scores[m][1][word] = start[m][word / 2];
-      }
       multiply_add<T>(scores[m][0], left[m][i], right.x, right.y);
       multiply_add<T>(scores[m][1], left[m][i], right.z, right.w);
     }
   }
+}
+// The same, but scores begin with `start` of rows lane / 4 and lane / 4 + 8 of 16.
+template <class T, int D, int M>
+__device__ void multiply_scores(Scores<M>& scores, const Fragment (&left)[M][D / 16], const uint32_t (&from)[D / 16],
+                                uint32_t offset, const float (&start)[M][2] = {}) {
+#pragma unroll
+  for (int i = 0; i < M * 8; ++i) scores[i / 8][i / 4 % 2][i % 4] = start[i / 8][i / 2 % 2];
+  add_scores<T, D>(scores, left, from, offset);
 }
 
 // Scores as the left factor of a product.
@@ -104,6 +111,62 @@ __device__ inline float with_offsets(const Problem& p, float product, unsigned i
   return score;
 }
 
+// Where that lies what the products of 16 queries from `query` on and 16 keys from `key` on begin with, both multiples
+// of 16: of 16 more keys 256 numbers further on.
+__device__ inline const float* find_starts(const Windows& map, unsigned head, int query, int key, int tokens) {
+  const unsigned tiles = unsigned(padded(tokens)) / 16;
+  return map.starts + (head * unsigned(map.start_head) + (unsigned(query) / 16 * tiles + unsigned(key) / 16) * 256);
+}
+// That of 16 M queries. Four numbers of a thread lie side by side, as registers hold them, and those of the threads
+// after each other.
+template <int M>
+__device__ void read_starts(Scores<M>& scores, const float* from, int tokens, int lane) {
+  const float4* own = reinterpret_cast<const float4*>(from) + lane;
+#pragma unroll
+  for (int i = 0; i < 2 * M; ++i) {
+    const float4 words = __ldg(own + (i % 2 * 32 + (i / 2 == 0 ? 0 : padded(tokens) / 16 * 64)));
+    scores[i / 2][i % 2][0] = words.x, scores[i / 2][i % 2][1] = words.y;
+    scores[i / 2][i % 2][2] = words.z, scores[i / 2][i % 2][3] = words.w;
+  }
+}
+// That of 16 M keys as rows and 16 queries as columns.
+template <int M>
+__device__ void read_starts_of_keys(Scores<M>& scores, const float* from, int lane) {
+  const float* own = from + ((lane % 4 * 8 + lane / 8) * 4 + lane / 4 % 2);
+#pragma unroll
+  for (int i = 0; i < 8 * M; ++i) {
+    scores[i / 8][i / 4 % 2][i % 4] = __ldg(own + (i / 8 * 256 + i / 2 % 2 * 128 + i % 2 * 16 + i / 4 % 2 * 2));
+  }
+}
+
+// What divides regions, in a window that has them: added to scores whose columns begin at `column` of 32.
+__device__ inline void add_regions(Scores<1>& scores, const Windows& map, const Regions& regions, int column) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (regions.differs(i, column)) scores[0][i / 4][i % 4] += map.region_start;
+  }
+}
+// The same for rows from `row` and columns from `column` on.
+template <int M>
+__device__ void add_regions(Scores<M>& scores, const Windows& map, const Window& window, int row, int column,
+                            int lane) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const Regions regions(window, row + 16 * m, column, lane);
+    add_regions(reinterpret_cast<Scores<1>&>(scores[m]), map, regions, 0);
+  }
+}
+
+// For the sign of the scale.
+template <int M, int N>
+__device__ void flip(Fragment (&fragments)[M][N], uint32_t bits) {
+#pragma unroll
+  for (int i = 0; i < M * N; ++i) {
+    Fragment& f = fragments[i / N][i % N];
+    f = {f.x ^ bits, f.y ^ bits, f.z ^ bits, f.w ^ bits};
+  }
+}
+
 // Where a thread's part of a sum (16 x D) goes in 16 rows of shared memory; that of row lane / 4 + 8 lies 8 rows on.
 template <class T, int D>
 __device__ void find_sums(uint32_t (&at)[D / 8], uint32_t rows, int lane) {
@@ -111,12 +174,11 @@ __device__ void find_sums(uint32_t (&at)[D / 8], uint32_t rows, int lane) {
   for (int n = 0; n < D / 8; ++n) at[n] = rows + SharedRows<T, D>::at(lane / 4, n) + lane % 4 * 4;
 }
 
-// Writes a sum (16 M x D) times the factors of rows lane / 4 and lane / 4 + 8 of each 16. It passes through rows of
-// shared memory that only this warp uses, so that a thread writes 16 bytes: `rows`, `offset` bytes behind which lie
-// those of `at`. `stride` is in bytes, `count` of the rows there are to write.
+// Stores a sum (16 M x D) times the factors of rows lane / 4 and lane / 4 + 8 of each 16 in rows of shared memory that
+// only this warp uses, so that a thread can write 16 bytes from there. They lie `offset` bytes behind those of `at`.
 template <class T, int D, int M>
-__device__ void write_rows(const float (&sum)[M][D / 8][4], const float (&factor)[M][2], const uint32_t (&at)[D / 8],
-                           uint32_t offset, uint32_t rows, char* to, int stride, int count, int lane) {
+__device__ void store_rows(const float (&sum)[M][D / 8][4], const float (&factor)[M][2], const uint32_t (&at)[D / 8],
+                           uint32_t offset) {
   using Tile = SharedRows<T, D>;
   __syncwarp();
 #pragma unroll
@@ -131,7 +193,6 @@ __device__ void write_rows(const float (&sum)[M][D / 8][4], const float (&factor
     }
   }
   __syncwarp();
-  typename Tile::template Target<16 * M>(to, stride, count, rows + offset, lane).write(lane);
 }
 
 }  // namespace tlalign::cuda

@@ -148,6 +148,9 @@ struct SharedRows {
   // Rows that fill the 128 bytes of all banks once.
   static constexpr int ROWS_OF_LINE = CHUNKS < 8 ? 8 / CHUNKS : 1;
 
+  // Rows begin at a multiple of so many bytes.
+  static constexpr int ALIGNMENT = SWIZZLES && PITCH > 128 ? PITCH : 128;
+
   static constexpr __host__ __device__ int bytes(int rows) { return rows * PITCH; }
 
   // By what the chunks of a row are exchanged. They change places with a period of 8 rows: 8 k rows further on the same
@@ -157,8 +160,8 @@ struct SharedRows {
   }
   static __device__ uint32_t at(int row, int chunk) { return row * PITCH + (chunk ^ exchange(row)) * 16; }
 
-  // Where the rows begin at a multiple of 128 bytes, from an address in a chunk to the same place of the chunk whose
-  // number is greater by `chunks`, if the two numbers have no bits in common ...
+  // From an address in a chunk to the same place of the chunk whose number is greater by `chunks`, if the two numbers
+  // have no bits in common ...
   static __device__ uint32_t beside(uint32_t address, int chunks) {
     return SWIZZLES ? address ^ 16 * chunks : address + 16 * chunks;
   }
@@ -200,6 +203,8 @@ struct SharedRows {
       left = end - 1 - first - own_row;
       own = at(own_row, own_chunk);
     }
+
+    __device__ void next_head(int64_t bytes) { from += bytes; }
 
     // Every thread of the block takes part.
     __device__ void copy(uint32_t to) const {

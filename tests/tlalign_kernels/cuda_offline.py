@@ -92,6 +92,21 @@ def ptx_of(kernel, arch):
     return header + body
 
 
+def usage_of(is_wanted, arch, folder):
+    """Names of the kernels that are wanted, and what they take (`resource_usage`), all assembled at once."""
+    usage = []
+    for number, text in enumerate(ptx(arch)):
+        header = text[: re.search(r"^.*\.entry", text, re.MULTILINE).start()]
+        bodies = re.findall(r"^[^\n]*\.entry (\w+)(\(.*?^})", text, re.MULTILINE | re.DOTALL)
+        wanted = [f".visible .entry {name}{body}\n" for name, body in bodies if is_wanted(name)]
+        if wanted:
+            source, cubin = folder / f"{number}.ptx", folder / f"{number}.cubin"
+            source.write_text(header + "".join(wanted))
+            subprocess.run(_nvcc(f"-arch=sm_{arch}", "-cubin", source, "-o", cubin), check=True)
+            usage += resource_usage(cubin)
+    return usage
+
+
 @functools.cache
 def module_of(kernel, arch=80):
     """One kernel as ptxvm has it."""
@@ -200,10 +215,13 @@ def record(monkeypatch, run):
         cuda_row_terms=recorder.cuda_row_terms,
         cuda_attention_forward=running(recorder.cuda_attention_forward),
         cuda_attention_backward=running(recorder.cuda_attention_backward),
+        cuda_starts=recorder.cuda_starts,
+        cuda_window_attention_forward=running(recorder.cuda_window_attention_forward),
+        cuda_window_attention_backward=running(recorder.cuda_window_attention_backward),
     )
-    for name in ("new_empty", "contiguous", "float", "to"):
+    for name in ("new_empty", "clone", "contiguous", "flatten", "float", "to"):
         monkeypatch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name)))
-    for name in ("forward", "backward"):
+    for name in ("forward", "backward", "window_forward", "window_backward"):
         monkeypatch.setattr(backend, name, noting_arguments(getattr(backend, name)))
     monkeypatch.setattr(backend, "_native", native)
     monkeypatch.setattr(backend, "unsupported_reasons", lambda problem: [])
@@ -231,9 +249,23 @@ def record_attention(run, tokens, head_dim, keys=None, heads=HEADS, sources=1, o
         output.sum().backward()
 
 
+def record_windows(run, windows, head_dim, heads=HEADS, sources=1, bias=True, images=IMAGES):
+    """Hands each launch of a forward and backward in bfloat16 within windows of maps to `run`; see `record`."""
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, run)
+        qkv = torch.randn(images, *windows.map_size, 3, heads, head_dim).bfloat16().requires_grad_()
+        residual = torch.rand(images, *windows.map_size, sources) if sources else None
+        bias = torch.randn(heads, windows.tokens, windows.tokens).bfloat16().requires_grad_() if bias else None
+        output, _ = tlk.window_attention(
+            qkv, residual, residual, window_size=windows.window_size, shift=windows.shift, bias=bias, backend="cuda"
+        )
+        output.sum().backward()
+
+
 def some_blocks(launch, images):
-    """Of a launch for many images, the blocks of the first few."""
-    return [(number, 0, 0) for number in range(launch.grid[0] * IMAGES // images)]
+    """Of a launch for many images, the blocks of the first few; all blocks of what is the same for all images."""
+    executed = images if name_of(launch.kernel) == "pack_windows" else IMAGES
+    return [(number, 0, 0) for number in range(launch.grid[0] * executed // images)]
 
 
 def name_of(kernel):
@@ -289,15 +321,23 @@ def count(launch, tensors, arch, images=IMAGES):
     return counts
 
 
-def counts_of_head(arch, heads=HEADS, images=IMAGES, **options):
-    """SASS instructions of all warps of all blocks of a head, by kernel and opcode; see `count`, `record_attention`."""
+def counts_of_head(arch, heads=HEADS, images=IMAGES, windows=None, **options):
+    """SASS instructions of all warps of all blocks of a head, by kernel and opcode; see `count`, `record_attention`.
+
+    With `windows` those of a head of one of them; see `record_windows`.
+    """
     counts = collections.defaultdict(collections.Counter)
+    per_image = heads if windows is None else heads * windows.count
 
     def run(launch, tensors):
         for opcode, times in count(launch, tensors, arch, images).items():
-            counts[name_of(launch.kernel)][opcode] += times / (IMAGES * heads)
+            executed = images if name_of(launch.kernel) == "pack_windows" else IMAGES
+            counts[name_of(launch.kernel)][opcode] += times / (executed * per_image)
 
-    record_attention(run, heads=heads, images=images, **options)
+    if windows is None:
+        record_attention(run, heads=heads, images=images, **options)
+    else:
+        record_windows(run, windows, heads=heads, images=images, **options)
     return dict(counts)
 
 

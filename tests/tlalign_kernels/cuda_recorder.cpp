@@ -59,9 +59,11 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
                                cudaStream_t stream) {
   if (shared > 48 * 1024 && shared_limits[kernel] < static_cast<int>(shared)) return cudaErrorInvalidValue;
   const std::string& name = names().at(kernel);
-  const bool is_backward = name.find("attention_backward") != std::string::npos;
-  const py::bytes parameters(static_cast<const char*>(arguments[0]),
-                             is_backward ? sizeof(tlalign::cuda::Backward) : sizeof(tlalign::cuda::Forward));
+  const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+  const size_t bytes = has("pack_windows")         ? sizeof(tlalign::cuda::Problem)
+                       : has("attention_backward") ? sizeof(tlalign::cuda::Backward)
+                                                   : sizeof(tlalign::cuda::Forward);
+  const py::bytes parameters(static_cast<const char*>(arguments[0]), bytes);
   launches->append(py::make_tuple(name, py::make_tuple(grid.x, grid.y, grid.z),
                                   py::make_tuple(block.x, block.y, block.z), shared, parameters,
                                   reinterpret_cast<uintptr_t>(stream)));

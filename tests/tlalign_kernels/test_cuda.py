@@ -1,5 +1,6 @@
 """The CUDA kernels without a GPU: their code for sm_80, launched as a call would, executed by ptxvm."""
 
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import tlalign_kernels as tlk
 from tlalign_kernels import extension, selftest
 from tlalign_kernels.backends import Problem, cuda
 from tlalign_kernels.selftest import Case, make_inputs
+from tlalign_kernels.windows import Windows
 
 # It brings along what disassembles.
 pytest.importorskip("triton")
@@ -47,11 +49,14 @@ def check(monkeypatch, case, dtype, change=lambda inputs: None):
         patch.setattr(selftest, "make_inputs", make_changed)
         checks = selftest.compare(case, dtype, "cuda")
     assert [check for check in checks if not check.passed] == []
-    if max(case.queries, case.keys) <= 64:
+    is_small = (max(case.queries, case.keys) if case.windows is None else case.windows.tokens) <= 64
+    if is_small:
         names = {"attention_forward", "attention_backward_head"}
     else:
         names = {"attention_forward", "attention_backward_queries", "attention_backward_keys"}
-    if any(check.tensor == "gradient of bias" for check in checks):
+    has_gradient = any(check.tensor == "gradient of bias" for check in checks)
+    # Small windows sum it while they do all else.
+    if has_gradient and not (is_small and case.windows):
         names |= {"attention_backward_bias"}
     assert {name for name in NAMES if any(name in kernel for kernel in kernels)} == names
 
@@ -62,7 +67,7 @@ ONE = Case("one", batch=1, heads=1)
 @executed
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
-@pytest.mark.parametrize(("queries", "keys"), [(49, 49), (70, 130), (20, 300)])
+@pytest.mark.parametrize(("queries", "keys"), [(20, 20), (49, 49), (70, 130), (20, 300)])
 def test_head_dims_are_within_the_bound(monkeypatch, dtype, head_dim, queries, keys):
     check(monkeypatch, replace(ONE, queries=queries, keys=keys, head_dim=head_dim), dtype)
 
@@ -198,6 +203,197 @@ def test_no_labels(monkeypatch):
     assert torch.equal(without, output)
 
 
+IN_WINDOWS = Case("windows", batch=1, heads=2, head_dim=32, bias_scale=1.0)
+
+
+@executed
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize(
+    ("windows", "options"),
+    [
+        (Windows((14, 14), (7, 7), (0, 0)), {}),
+        (Windows((14, 14), (7, 7), (3, 3)), {}),
+        # Padding along both axes, and no window but has some.
+        (Windows((9, 16), (7, 7), (3, 3)), dict(sources=2)),
+        (Windows((5, 4), (7, 7), (0, 0)), dict(batch=2)),
+        (Windows((3, 10), (8, 4), (5, 0)), dict(sources=3, residual=False, bias_scale=0.0)),
+        (Windows((16, 8), (8, 8), (0, 4)), dict(sources=8, bias_scale=0.0)),
+    ],
+    ids=str,
+)
+def test_windows_are_within_the_bound(monkeypatch, dtype, windows, options):
+    check(monkeypatch, replace(IN_WINDOWS, windows=windows, **options), dtype)
+
+
+@executed
+def test_windows_of_many_tokens_are_within_the_bound(monkeypatch):
+    check(monkeypatch, replace(IN_WINDOWS, heads=1, windows=Windows((13, 20), (12, 12), (6, 6))), BFLOAT16)
+
+
+@executed
+@pytest.mark.parametrize(
+    ("head_dim", "window", "sources"),
+    [*((dim, (5, 4), 1) for dim in (64, 80, 96, 128)), *((dim, (9, 8), 3) for dim in (80, 128))],
+)
+def test_head_dims_of_windows_are_within_the_bound(monkeypatch, head_dim, window, sources):
+    windows = Windows((8, 9), window, (1, 2))
+    check(monkeypatch, replace(IN_WINDOWS, heads=1, head_dim=head_dim, sources=sources, windows=windows), BFLOAT16)
+
+
+@executed
+@pytest.mark.parametrize(("scale", "window"), [(-0.3, (4, 4)), (-0.3, (6, 11)), (0.0, (4, 4))])
+def test_windows_have_scales_of_any_sign(monkeypatch, scale, window):
+    check(monkeypatch, replace(IN_WINDOWS, heads=1, scale=scale, windows=Windows((8, 11), window, (1, 3))), FLOAT16)
+
+
+@executed
+@pytest.mark.parametrize("window", [(4, 4), (6, 11)])
+def test_windows_have_one_bias_for_all_heads(monkeypatch, window):
+    def change(inputs):
+        inputs["bias"] = inputs["bias"][:1]
+
+    check(monkeypatch, replace(IN_WINDOWS, windows=Windows((8, 11), window, (2, 2))), BFLOAT16, change)
+
+
+@executed
+@pytest.mark.parametrize("window", [(4, 4), (6, 11)])
+def test_gradients_of_a_bias_are_summed_over_windows_in_parts(monkeypatch, window):
+    # As if there were more windows; the last part has fewer.
+    monkeypatch.setattr(cuda, "_windows_of_sum", lambda *_: 2)
+    check(monkeypatch, replace(IN_WINDOWS, batch=3, heads=1, windows=Windows(window, window, (0, 0))), BFLOAT16)
+
+
+@executed
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_a_query_that_sees_only_padding_keeps_its_label(monkeypatch, has_residual):
+    import cuda_offline
+
+    # The lower window has two rows of tokens and two of padding, beside which all scores vanish.
+    inputs = selftest.cast_inputs(
+        make_inputs(replace(IN_WINDOWS, windows=Windows((6, 4), (4, 4), (0, 0))), "cpu"), FLOAT16
+    )
+    inputs["qkv"][..., 0, :, :] = 1.0
+    inputs["pad_qkv"][1] = 1e3
+    residual = inputs["residual"] if has_residual else None
+    with monkeypatch.context() as patch:
+        cuda_offline.record(patch, cuda_offline.execute)
+        _, share = tlk.window_attention(
+            inputs["qkv"], inputs["share"], residual, window_size=(4, 4), pad_qkv=inputs["pad_qkv"], backend="cuda"
+        )
+    assert torch.equal(share[:, 4:], residual[:, 4:] if has_residual else torch.zeros(1, 2, 4, 1))
+    assert share[:, :4].min() > 0
+
+
+@executed
+def test_maps_and_padding_of_any_strides(monkeypatch):
+    def cast(inputs, dtype, cast_inputs=selftest.cast_inputs):
+        given = cast_inputs(inputs, dtype)
+        wide = torch.cat([given["qkv"], given["qkv"][:, :, :1]], 2)
+        given["qkv"] = wide[:, :, :-1]
+        # It begins between 16 bytes.
+        flat = given["pad_qkv"].flatten()
+        given["pad_qkv"] = torch.cat([flat[:1], flat])[1:].view(given["pad_qkv"].shape)
+        given["grad_output"] = given["grad_output"][:, :1].expand_as(given["grad_output"])
+        return given
+
+    monkeypatch.setattr(selftest, "cast_inputs", cast)
+    check(monkeypatch, replace(IN_WINDOWS, windows=Windows((5, 6), (4, 4), (2, 2))), BFLOAT16)
+
+
+@executed
+def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch):
+    import cuda_offline
+
+    # So many windows that a block has two heads, but the last of a window one. The last map is executed.
+    maps, windows = 205, Windows((8, 8), (4, 4), (1, 2))
+    case = Case("turns", maps, 5, head_dim=32, sources=2, bias_scale=1.0, windows=windows)
+    inputs = selftest.cast_inputs(make_inputs(case, "cpu"), BFLOAT16)
+    grids = []
+
+    def execute_last(launch, tensors):
+        (blocks, _, _), of_map = launch.grid, launch.grid[0] // maps
+        grids.append(blocks)
+        first = 0 if "pack_windows" in launch.kernel else blocks - of_map
+        cuda_offline.execute(launch, tensors, ctas=[(n, 0, 0) for n in range(first, blocks)])
+
+    options = dict(bias=inputs["bias"], window_size=windows.window_size, shift=windows.shift)
+    tensors = [inputs[name] for name in ("qkv", "share", "residual")]
+    with monkeypatch.context() as patch:
+        cuda_offline.record(patch, execute_last)
+        output, share = tlk.window_attention(*tensors, **options, backend="cuda")
+    assert maps * windows.count * 3 in grids
+    options["bias"] = options["bias"].double()
+    exact = [tensor[-1:].double() for tensor in tensors]
+    expected, expected_share = tlk.window_attention(*exact, **options, backend="reference")
+    assert (output[-1:] - expected).abs().max() <= 2 * selftest.ROUNDING[BFLOAT16] * expected.abs().max()
+    assert (share[-1:] - expected_share).abs().max() <= selftest.ROUNDING[BFLOAT16]
+
+
+@executed
+def test_windows_without_labels_have_the_same_output(monkeypatch):
+    import cuda_offline
+
+    windows = Windows((9, 8), (4, 4), (2, 2))
+    inputs = selftest.cast_inputs(make_inputs(replace(IN_WINDOWS, windows=windows), "cpu"), BFLOAT16)
+    options = dict(window_size=(4, 4), shift=(2, 2), bias=inputs["bias"], pad_qkv=inputs["pad_qkv"], backend="cuda")
+    with monkeypatch.context() as patch:
+        cuda_offline.record(patch, cuda_offline.execute)
+        without, none = tlk.window_attention(inputs["qkv"], None, **options)
+        output, _ = tlk.window_attention(inputs["qkv"], inputs["share"], **options)
+    assert none is None
+    assert torch.equal(without, output)
+
+
+@executed
+def test_windows_are_read_once_and_written_once():
+    import cuda_offline
+
+    moved = {}
+
+    def run(launch, tensors):
+        counts = cuda_offline.execute(launch, tensors)
+        moved[cuda_offline.name_of(launch.kernel)] = counts.get("cp_async_bytes", 0), counts["global_store_bytes"]
+
+    maps, heads, dim, tokens, windows = 2, 3, 32, 64, Windows((16, 8), (8, 8), (4, 4))
+    cuda_offline.record_windows(run, windows, dim, heads=heads, images=maps)
+    rows = maps * windows.count * heads * tokens
+    head = rows * dim * 2
+    # Q, K, V, and the parts of a share with what says where there are any; O, the log-sum-exp and the labels.
+    assert moved["attention_forward"] == (3 * head + 4 * rows * 2, head + rows * 4 + 2 * rows * 4)
+    # Q, K, V, O and dO; dQ, dK, dV and the sum of dS.
+    assert moved["attention_backward_head"] == (5 * head, 3 * head + maps * windows.count * heads * tokens**2 * 4)
+
+
+@executed
+def test_nothing_is_added_in_an_arbitrary_order():
+    import cuda_offline
+
+    assert [text for text in cuda_offline.ptx(80) if re.search(r"\s(?:atom|red)\.", text)] == []
+
+
+@executed
+def test_kernels_of_swin_do_not_spill():
+    import cuda_offline
+
+    launches = []
+    windows = Windows((14, 14), (7, 7), (3, 3))
+    cuda_offline.record_windows(lambda launch, _: launches.append(launch), windows, 32, heads=3)
+    used = {cuda_offline.name_of(n.kernel): cuda_offline.resources_of(n, 80) for n in launches}
+    assert {"attention_forward", "attention_backward_head"} <= used.keys()
+    assert [name for name, resources in used.items() if resources["STACK"] or resources["LOCAL"]] == []
+
+
+@executed
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_no_kernel_of_windows_spills(arch, tmp_path):
+    import cuda_offline
+
+    usage = cuda_offline.usage_of(lambda kernel: "4KindE2E" in kernel, arch, tmp_path)
+    assert len(usage) > 50
+    assert [name for name, resources in usage if resources["STACK"] or resources["LOCAL"]] == []
+
+
 needs_kernels = pytest.mark.skipif(
     not hasattr(extension.compiled, "cuda_attention_forward"), reason="built without CUDA kernels"
 )
@@ -209,6 +405,8 @@ def test_what_is_not_supported_is_said():
     reasons = "; ".join(cuda.unsupported_reasons(problem))
     for word in ("device: expected cuda", "dtype", "head dimension", "at most 8 sources", "dropout"):
         assert word in reasons
+    in_windows = problem._replace(windows=Windows((9, 9), (7, 7), (3, 3)))
+    assert cuda.unsupported_reasons(in_windows) == cuda.unsupported_reasons(problem)
 
 
 @needs_kernels
@@ -251,6 +449,30 @@ def test_native_code_checks_the_arguments_of_the_backward(change, message):
     arguments |= dict(grad_query=rows, grad_key=rows, grad_value=rows, bias_sums=0, bias_heads=0, images_of_sum=0)
     with pytest.raises(ValueError, match=message):
         extension.compiled.cuda_attention_backward(*{**arguments, **change}.values(), 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(map=(9, 9, 4, 4, 4, 0)), "shift of rows: expected less than the window"),
+        (dict(map=(9, 9, 4, 4, 0, -1)), "shift of columns: expected at least 0"),
+        (dict(map=(9, 0, 4, 4, 0, 0)), "columns of the map: expected at least 1"),
+        (dict(map=(9, 9, 4, 5, 0, 0)), "Nq, Nk: expected the tokens of a window"),
+        (dict(sizes=(4, 1, 16, 16, 32, 0)), "B: expected a multiple of the windows of a map"),
+        (dict(pad_qkv=0), "pad_qkv: expected an address, got 0"),
+        (dict(pad_qkv=8), "pad_qkv: expected an address that is a multiple of 16"),
+        (dict(starts=0), "starts: expected an address, got 0"),
+        (dict(bias_heads=2), "bias_heads: expected 1 or H, got 2"),
+    ],
+)
+def test_native_code_checks_the_arguments_of_windows(change, message):
+    rows = (16, 128, 32, 32)
+    arguments = dict(sizes=(9, 1, 16, 16, 32, 0), dtype="float16", query=rows, key=rows, value=rows, bias=None)
+    arguments |= dict(scale=1.0, map=(9, 9, 4, 4, 2, 0), pad_qkv=16, starts=16, places=16, bias_heads=1)
+    arguments |= dict(share=0, residual=0, parts=0, head_share=0, output=16, share_out=0, log_sum_exp=16)
+    with pytest.raises(ValueError, match=message):
+        extension.compiled.cuda_window_attention_forward(*{**arguments, **change}.values(), 0)
 
 
 @needs_kernels

@@ -13,6 +13,7 @@ from tlalign_kernels.backends.bias_sums import images_of_sum
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
+    from tlalign_kernels.windows import Windows
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # The native functions; tests put a recorder in their place.
@@ -38,8 +39,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"labels: expected at most {_native.CUDA_MAX_SOURCES} sources, got {problem.sources}")
     if problem.dropout_p > 0:
         reasons.append("dropout_p: expected 0, there is no dropout")
-    if problem.windows is not None:
-        reasons.append("windows: not supported")
     return reasons
 
 
@@ -134,6 +133,143 @@ def backward(
         grad_bias.copy_(bias_sums if bias_images == batch else bias_sums.sum(dim=0, keepdim=True))
 
 
+def window_forward(
+    qkv: Tensor,
+    pad_qkv: Tensor | None,
+    share: Tensor | None,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    windows: Windows,
+    scale: float,
+    dropout_p: float,
+    output: Tensor,
+    share_out: Tensor | None,
+    log_sum_exp: Tensor,
+) -> None:
+    """Computes attention and labels within windows into the given tensors; see `reference.window_forward`."""
+    batch, heads, tokens = log_sum_exp.shape
+    sources, device = 0 if share is None else share.shape[3], qkv.device
+    of_map, labels = output.shape, (*output.shape[:3], sources)
+    qkv = _aligned(qkv.flatten(1, 2))
+    share = None if share is None else share.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    parts = head_share = None
+    if sources:
+        # Beside the parts of shares, and beside shares, what says which keys have a label.
+        rows_of_parts, columns = _native.cuda_parts(tokens, sources)
+        parts = qkv.new_empty((batch, rows_of_parts + 1, columns))
+        head_share = qkv.new_empty((batch, heads, sources + 1, tokens), dtype=torch.float32)
+    problem, _keep = _window_problem(qkv, pad_qkv, bias, windows, sources, scale)
+    with _current(device):
+        _native.cuda_window_attention_forward(
+            *problem,
+            whole("share", share, labels, torch.float32, device),
+            whole("residual", residual, labels, torch.float32, device),
+            0 if parts is None else parts.data_ptr(),
+            0 if head_share is None else head_share.data_ptr(),
+            whole("output", output, of_map, qkv.dtype, device),
+            whole("share_out", share_out, labels, torch.float32, device),
+            whole("log_sum_exp", log_sum_exp, (batch, heads, tokens), torch.float32, device),
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def window_backward(
+    grad_output: Tensor,
+    qkv: Tensor,
+    pad_qkv: Tensor | None,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    windows: Windows,
+    scale: float,
+    dropout_p: float,
+    grad_qkv: Tensor,
+    grad_pad_qkv: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Computes the gradients into the given tensors; see `reference.window_backward`."""
+    batch, heads, tokens = log_sum_exp.shape
+    images, head_dim, device, dtype = qkv.shape[0], qkv.shape[5], qkv.device, qkv.dtype
+    of_map = (images, heads, windows.map_size[0] * windows.map_size[1], head_dim)
+    qkv, grad_output = _aligned(qkv.flatten(1, 2)), _aligned(grad_output.to(dtype).flatten(1, 2))
+    row_terms = qkv.new_empty((batch, heads, *_native.cuda_row_terms(tokens, DTYPES[dtype])), dtype=torch.float32)
+    padding = grad_padding = bias_sums = None
+    if grad_pad_qkv is not None:
+        padding = windows.count * tokens - of_map[2]
+        grad_padding = qkv.new_empty((images, padding, 2, heads, head_dim))
+    windows_of_sum = 1
+    if grad_bias is not None:
+        blocks = -(-tokens // 64)
+        windows_of_sum = _windows_of_sum(batch, blocks * blocks * heads)
+        bias_sums = qkv.new_empty((-(-batch // windows_of_sum), heads, tokens, tokens), dtype=torch.float32)
+    problem, _keep = _window_problem(qkv, pad_qkv, bias, windows, 0, scale)
+    with _current(device):
+        _native.cuda_window_attention_backward(
+            *problem,
+            rows("grad_output", grad_output.transpose(1, 2), of_map, dtype, device),
+            whole("output", output, (images, *windows.map_size, heads, head_dim), dtype, device),
+            whole("log_sum_exp", log_sum_exp, (batch, heads, tokens), torch.float32, device),
+            row_terms.data_ptr(),
+            *(
+                rows(f"grad_{name}", view, of_map, dtype, device)
+                for name, view in zip(("query", "key", "value"), _unpack(grad_qkv.flatten(1, 2)), strict=True)
+            ),
+            0 if grad_padding is None else grad_padding.data_ptr(),
+            0 if bias_sums is None else bias_sums.data_ptr(),
+            windows_of_sum,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    if grad_pad_qkv is not None:
+        # Queries in the padding produce nothing.
+        grad_pad_qkv[0].zero_()
+        grad_pad_qkv[1:].copy_(grad_padding.sum(dim=(0, 1), dtype=torch.float32))
+    if grad_bias is not None:
+        grad_bias.copy_(bias_sums.sum(dim=0, keepdim=True).sum_to_size(grad_bias.shape))
+
+
+def _windows_of_sum(windows: int, tiles: int) -> int:
+    """As `images_of_sum`, but of the kernel that does all of a window, of which a GPU holds many: about 4096."""
+    return -(-windows // max(1, min(windows, 4096 // tiles)))
+
+
+def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (B, H, Ht * Wt, D) of query, key and value in the projection of maps (B, Ht * Wt, 3, H, D)."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
+def _window_problem(
+    qkv: Tensor, pad_qkv: Tensor | None, bias: Tensor | None, windows: Windows, sources: int, scale: float
+) -> tuple[tuple, tuple]:
+    """What both directions are told first of windows, and the tensors that have to live until they are launched."""
+    images, tokens_of_map, _, heads, head_dim = qkv.shape
+    batch, tokens, device, dtype = images * windows.count, windows.tokens, qkv.device, qkv.dtype
+    of_map = (images, heads, tokens_of_map, head_dim)
+    bias = float_or_smaller(bias)
+    pad_qkv = None if pad_qkv is None else _aligned(pad_qkv).contiguous()
+    bias_heads = 1 if bias is None else bias.shape[1]
+    starts_of_head, places_of_window = _native.cuda_starts(tokens)
+    starts = qkv.new_empty((bias_heads, starts_of_head), dtype=torch.float32)
+    places = qkv.new_empty((windows.count, places_of_window), dtype=torch.int32)
+    views = zip(("query", "key", "value"), _unpack(qkv), strict=True)
+    problem = (
+        (batch, heads, tokens, tokens, head_dim, sources),
+        DTYPES[dtype],
+        *(rows(name, view, of_map, dtype, device) for name, view in views),
+        offsets("bias", bias, (1, bias_heads, tokens, tokens), device),
+        scale,
+        (*windows.map_size, *windows.window_size, *windows.shift),
+        whole("pad_qkv", pad_qkv, (3, heads, head_dim), dtype, device),
+        starts.data_ptr(),
+        places.data_ptr(),
+        bias_heads,
+    )
+    return problem, (bias, pad_qkv, starts, places)
+
+
 def _problem(
     query: Tensor, key: Tensor, value: Tensor, sources: int, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple:
@@ -162,4 +298,4 @@ def _aligned(tensor: Tensor) -> Tensor:
     chunk = 16 // tensor.element_size()
     strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     is_aligned = tensor.data_ptr() % 16 == 0 and all(stride % chunk == 0 for stride in strides[:-1])
-    return tensor if is_aligned and tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if is_aligned and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
