@@ -120,11 +120,33 @@ def record(monkeypatch, run, arch=80):
 IMAGES, HEADS = 2, 6
 
 
-def record_packed(arch, tokens, head_dim, dtype=torch.bfloat16, sources=1, heads=HEADS, prefer=(), offsets=False):
+def record_packed(
+    arch, tokens, head_dim, dtype=torch.bfloat16, sources=1, heads=HEADS, prefer=(), offsets=False, mask=True
+):
     """Launches of a forward and backward of self-attention on a packed projection, by the names of their kernels.
 
-    Where there is a choice, a kernel named in `prefer` is taken. `offsets`: with a bias, its gradient, and a mask.
+    Where there is a choice, a kernel named in `prefer` is taken. `offsets`: with a bias, its gradient, and a mask, if
+    `mask` lets there be one.
     """
+    qkv = torch.randn(IMAGES, tokens, 3, heads, head_dim).to(dtype).requires_grad_()
+    share = torch.rand(IMAGES, tokens, sources) if sources else None
+    bias = torch.randn(heads, tokens, tokens, dtype=dtype, requires_grad=True) if offsets else None
+    mask = torch.randn(IMAGES, 1, tokens, tokens) if offsets and mask else None
+    return record_call(arch, prefer, lambda: tlk.attention_qkv(qkv, share, share, bias, mask, backend="triton"))
+
+
+def record_windows(arch, windows, head_dim, dtype=torch.bfloat16, sources=1, heads=HEADS, prefer=(), has_bias=True):
+    """The same of attention within windows of maps."""
+    of_map, tokens = (IMAGES, *windows.map_size), windows.tokens
+    qkv = torch.randn(*of_map, 3, heads, head_dim).to(dtype).requires_grad_()
+    share = torch.rand(*of_map, sources) if sources else None
+    bias = torch.randn(heads, tokens, tokens, dtype=dtype, requires_grad=True) if has_bias else None
+    options = dict(window_size=windows.window_size, shift=windows.shift, bias=bias, backend="triton")
+    return record_call(arch, prefer, lambda: tlk.window_attention(qkv, share, share, **options))
+
+
+def record_call(arch, prefer, call):
+    """Launches of a call of an operator and of its backward; see `record_packed`."""
     launches = []
     with pytest.MonkeyPatch.context() as patch:
         record(patch, launches.append, arch)
@@ -135,11 +157,8 @@ def record_packed(arch, tokens, head_dim, dtype=torch.bfloat16, sources=1, heads
                 name,
                 lambda shape, of=configs: sorted(of(shape), key=lambda config: config[0].kernel not in prefer),
             )
-        qkv = torch.randn(IMAGES, tokens, 3, heads, head_dim).to(dtype).requires_grad_()
-        share = torch.rand(IMAGES, tokens, sources) if sources else None
-        bias = torch.randn(heads, tokens, tokens, dtype=dtype, requires_grad=True) if offsets else None
-        mask = torch.randn(IMAGES, 1, tokens, tokens) if offsets else None
-        tlk.attention_qkv(qkv, share, share, bias, mask, backend="triton")[0].sum().backward()
+        output, _ = call()
+        output.sum().backward()
     return {launch.name: launch for launch in launches}
 
 
@@ -206,10 +225,10 @@ def trips(launch):
     return -(-sizes.get(whole, 1) // sizes.get(step, 1))
 
 
-def count_of_head(launch, arch, heads=HEADS):
-    """SASS instructions of all warps of all programs of a head, by opcode."""
+def count_of_head(launch, arch, heads=HEADS, images=IMAGES):
+    """SASS instructions of all warps of all programs of a head, by opcode; windows count as images."""
     _, instructions = disassemble(launch.compile(arch))
-    warps_of_head = launch.warps * launch.grid[0] / (IMAGES * heads)
+    warps_of_head = launch.warps * launch.grid[0] / (images * heads)
     counts = collections.Counter()
     for opcode, times in executions(instructions, trips(launch)):
         counts[opcode] += times * warps_of_head

@@ -28,6 +28,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
+    from tlalign_kernels.windows import Windows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2_E = 1.4426950408889634
@@ -54,8 +55,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
     if _interpreted and problem.dtype == torch.bfloat16:
         reasons.append("dtype: Triton's interpreter has no products of bfloat16")
-    if problem.windows is not None:
-        reasons.append("windows: not supported")
     return reasons
 
 
@@ -88,7 +87,7 @@ class Config(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the configurations to choose from depend on."""
+    """What the configurations to choose from depend on; windows of a map count as images."""
 
     capability: int
     dtype: torch.dtype
@@ -97,6 +96,7 @@ class Shape(NamedTuple):
     keys: int
     head_dim: int
     has_offsets: bool
+    in_windows: bool = False
 
 
 def forward_configs(shape: Shape) -> list[tuple[Config]]:
@@ -229,7 +229,8 @@ def _chosen(configs: Callable[[Shape], list[tuple[Config, ...]]], shape: Shape) 
 def _shape_and_directions(problem: Problem) -> tuple[Shape, tuple]:
     _, dtype, batch, _, queries, keys, head_dim, *_ = problem
     capability = _capability(torch.device(problem.device_type))
-    shape = Shape(capability, dtype, batch, queries, keys, head_dim, problem.has_bias or problem.has_mask)
+    has_offsets = problem.has_bias or problem.has_mask
+    shape = Shape(capability, dtype, batch, queries, keys, head_dim, has_offsets, problem.windows is not None)
     return shape, (forward_configs, backward_configs) if problem.needs_gradient else (forward_configs,)
 
 
@@ -271,17 +272,24 @@ def forward(
     output: Tensor,
     share_out: Tensor | None,
     log_sum_exp: Tensor,
+    windows: Windows | None = None,
+    pad_qkv: Tensor | None = None,
 ) -> None:
-    """Computes A.V and mean_h(A).share into the given tensors; see `reference.forward`."""
-    batch, heads, queries, head_dim = query.shape
-    keys, sources = key.shape[2], 0 if share is None else share.shape[2]
+    """Computes A.V and mean_h(A).share into the given tensors; see `reference.forward`.
+
+    Within windows, query, key and value (B, H, Ht * Wt, D) are those of a map, as are the labels (B, Ht, Wt, S).
+    """
+    batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
+    tokens, sources = key.shape[2], 0 if share is None else share.shape[-1]
     bias, mask = _readable(bias), _readable(mask)
     share = None if share is None else share.contiguous()
     residual = None if residual is None else residual.contiguous()
     fused = sources if sources <= MAX_FUSED_SOURCES else 0
     parts = 1 if query.dtype == torch.float32 else 3
-    has_offsets = bias is not None or mask is not None
-    (config,) = _chosen(forward_configs, _shape_of(query, key, has_offsets))
+    has_offsets = bias is not None or mask is not None or (windows is not None and windows.has_regions)
+    # A label more than there are sources: whether a key is real.
+    padded = int(pad_qkv is not None)
+    (config,) = _chosen(forward_configs, _shape_of(query, key, has_offsets, windows))
     grid = triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch
     parts_row = _padded_keys(config.tiles, keys)
     sizes = (heads, queries, keys)
@@ -292,19 +300,20 @@ def forward(
     constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
     how = dict(
         **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask),
-        COLUMNS=max(8, triton.next_power_of_2(1 + fused * parts)), SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row,
-        DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets, PRECISION=_precision(query.dtype),
-        **config.options,
+        COLUMNS=max(8, triton.next_power_of_2(1 + fused * parts + padded)), SOURCES=fused, PARTS=parts,
+        PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
+        PRECISION=_precision(query.dtype), WINDOWS=windows, **config.options,
     )  # fmt: skip
     with _device_of(query):
         packed = head_share = None
         if fused:
-            packed = query.new_empty((batch, fused * parts, parts_row))
+            packed = query.new_empty((batch, fused * parts + padded, parts_row))
             block = min(256, triton.next_power_of_2(parts_row))
             kernels.pack_labels[(triton.cdiv(parts_row, block) * batch,)](
-                share, packed, keys, SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row, BLOCK=block, num_warps=2
-            )
-        inputs = (query, key, value, packed, bias, mask, dropout_seed, output, log_sum_exp)
+                share, packed, keys, tokens, SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row, WINDOWS=windows,
+                BLOCK=block, num_warps=2,
+            )  # fmt: skip
+        inputs = (query, key, value, pad_qkv, packed, bias, mask, dropout_seed, output, log_sum_exp)
         if config.kernel == "attention_forward_heads":
             kernels.attention_forward_heads[(grid,)](
                 *inputs, residual, share_out, *strides, *numbers, HAS_RESIDUAL=residual is not None,
@@ -312,7 +321,7 @@ def forward(
             )  # fmt: skip
         else:
             if fused:
-                head_share = query.new_empty((batch, heads, fused, queries), dtype=torch.float32)
+                head_share = query.new_empty((batch, heads, fused + padded, queries), dtype=torch.float32)
             if config.kernel == "attention_forward_row":
                 kernels.attention_forward_row[(grid * heads,)](
                     *inputs, head_share, *strides, *numbers, **constant_sizes, **how
@@ -324,17 +333,18 @@ def forward(
             if fused:
                 kernels.average_heads[(triton.cdiv(queries, 64) * batch,)](
                     head_share, log_sum_exp, residual, share_out, heads, queries,
-                    SOURCES=fused, HAS_RESIDUAL=residual is not None, MASKED=has_offsets, BLOCK=64, num_warps=2,
+                    SOURCES=fused, HAS_RESIDUAL=residual is not None, MASKED=has_offsets, WINDOWS=windows, BLOCK=64,
+                    num_warps=2,
                 )  # fmt: skip
         if sources > fused:
-            inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
+            inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
             block = 16 if query.dtype == torch.float32 and head_dim > 64 else 32
             kernels.dense_share[(triton.cdiv(queries, block) * batch,)](
-                query, key, bias, mask, log_sum_exp, inverse, share, residual, share_out,
+                query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
                 *sizes, sources, scale * _LOG2_E, **_rows(query=query, key=key), **_width(head_dim),
                 **_kinds(bias, mask), PRECISION=_precision(query.dtype),
-                NORMALISES=inverse is not None, HAS_RESIDUAL=residual is not None,
+                NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
                 BLOCK_Q=block, TILE=block, LABELS=32, num_warps=8,
             )  # fmt: skip
 
@@ -355,35 +365,45 @@ def backward(
     grad_key: Tensor,
     grad_value: Tensor,
     grad_bias: Tensor | None,
+    windows: Windows | None = None,
+    pad_qkv: Tensor | None = None,
+    grad_pad_qkv: Tensor | None = None,
 ) -> None:
-    """Computes the gradients into the given tensors; see `reference.backward`."""
-    batch, heads, queries, head_dim = query.shape
-    keys = key.shape[2]
+    """Computes the gradients into the given tensors; see `reference.backward`, and `forward` for what windows change.
+
+    Within windows, grad_output (B, Ht * Wt, H, D) and the gradients of query, key and value are those of a map.
+    """
+    batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
     grad_output = grad_output.to(query.dtype).transpose(1, 2)
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
     bias, mask = _readable(bias), _readable(mask)
-    has_offsets = bias is not None or mask is not None
-    config, *of_keys = _chosen(backward_configs, _shape_of(query, key, has_offsets))
+    has_offsets = bias is not None or mask is not None or (windows is not None and windows.has_regions)
+    config, *of_keys = _chosen(backward_configs, _shape_of(query, key, has_offsets, windows))
     factor, dropout = scale * _LOG2_E, _dropout(dropout_p)
     with _device_of(query):
-        inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
+        inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
         is_head = config.kernel == "attention_backward_head"
         # One program a head keeps them to itself, unless the bias wants them.
         row_terms = None if is_head and grad_bias is None else torch.empty_like(log_sum_exp)
         inputs = (query, key, value, grad_output)
-        constants = (bias, mask, dropout_seed, log_sum_exp, inverse)
+        constants = (pad_qkv, bias, mask, dropout_seed, log_sum_exp, inverse)
         strides = (*_strides(*inputs), *_offset_strides(bias, mask))
         gradients = dict(grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
+        pad_sums = None
+        if grad_pad_qkv is not None:
+            # A sum for each block of keys of each window; added below, in fixed order.
+            blocks = triton.cdiv(keys, (config if is_head else of_keys[0]).tiles["BLOCK_K"])
+            pad_sums = query.new_empty((batch * blocks, heads, 2, head_dim), dtype=torch.float32)
         how = dict(
             **_rows(query=query, key=key, value=value, grad_output=grad_output), **_width(head_dim),
             **_kinds(bias, mask), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
-            PRECISION=_precision(query.dtype),
+            PRECISION=_precision(query.dtype), WINDOWS=windows,
         )  # fmt: skip
         if is_head:
             gap = _gap(query, key, value)
             kernels.attention_backward_head[(batch * heads,)](
-                *inputs, output, *constants, row_terms, *gradients.values(),
+                *inputs, output, *constants, row_terms, *gradients.values(), pad_sums,
                 *strides, *_strides(*gradients.values()), scale, factor, *dropout,
                 HEADS=heads, QUERIES=queries, KEYS=keys, **_rows(**gradients), **how,
                 GAP=gap if gap == _gap(*gradients.values()) else 0,
@@ -396,9 +416,14 @@ def backward(
                 *sizes, **_rows(grad_query=grad_query), **how, **config.options,
             )  # fmt: skip
             kernels.attention_backward_keys[(triton.cdiv(keys, of_keys[0].tiles["BLOCK_K"]) * batch * heads,)](
-                *inputs, *constants, row_terms, grad_key, grad_value, *strides, *_strides(grad_key, grad_value),
-                *sizes, **_rows(grad_key=grad_key, grad_value=grad_value), **how, **of_keys[0].options,
+                *inputs, *constants, row_terms, grad_key, grad_value, pad_sums, *strides,
+                *_strides(grad_key, grad_value), *sizes, **_rows(grad_key=grad_key, grad_value=grad_value), **how,
+                **of_keys[0].options,
             )  # fmt: skip
+        if grad_pad_qkv is not None:
+            # Queries in the padding have no output, and no gradient.
+            grad_pad_qkv[0].zero_()
+            grad_pad_qkv[1:].copy_(pad_sums.sum(dim=0).transpose(0, 1))
         if grad_bias is not None:
             block_q, block_k = 32, 32 if head_dim <= 64 else 16
             bias_images, bias_heads = grad_bias.shape[:2]
@@ -416,27 +441,95 @@ def backward(
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
 
 
+def window_forward(
+    qkv: Tensor,
+    pad_qkv: Tensor | None,
+    share: Tensor | None,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    windows: Windows,
+    scale: float,
+    dropout_p: float,
+    output: Tensor,
+    share_out: Tensor | None,
+    log_sum_exp: Tensor,
+) -> None:
+    """Computes attention and labels within the windows of a map; see `reference.window_forward`.
+
+    A map whose rows of tokens are not evenly spaced in memory is copied once.
+    """
+    forward(
+        *_unpack(qkv), share, residual, bias, None, dropout_seed, scale, dropout_p, output, share_out, log_sum_exp,
+        windows, None if pad_qkv is None else pad_qkv.contiguous(),
+    )  # fmt: skip
+
+
+def window_backward(
+    grad_output: Tensor,
+    qkv: Tensor,
+    pad_qkv: Tensor | None,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    windows: Windows,
+    scale: float,
+    dropout_p: float,
+    grad_qkv: Tensor,
+    grad_pad_qkv: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Computes the gradients into the given tensors; see `reference.window_backward`, and `window_forward`."""
+    backward(
+        grad_output.flatten(1, 2), *_unpack(qkv), output, log_sum_exp, bias, None, dropout_seed, scale, dropout_p,
+        *_unpack(grad_qkv), grad_bias, windows, None if pad_qkv is None else pad_qkv.contiguous(), grad_pad_qkv,
+    )  # fmt: skip
+
+
+def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value (B, H, Ht * Wt, D) in the projection of a map."""
+    query, key, value = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
+def _sizes(query: Tensor, key: Tensor, windows: Windows | None) -> tuple[int, int, int, int, int]:
+    """B, H, Nq, Nk and D; windows count as images."""
+    batch, heads, queries, head_dim = query.shape
+    if windows is None:
+        return batch, heads, queries, key.shape[2], head_dim
+    return batch * windows.count, heads, windows.tokens, windows.tokens, head_dim
+
+
 def _inverse(
-    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, log_sum_exp: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    log_sum_exp: Tensor,
+    scale: float,
+    windows: Windows | None,
+    pad_qkv: Tensor | None,
 ) -> Tensor | None:
     """What makes up for the rounding of a large log-sum-exp; bfloat16 itself rounds more than that."""
     if query.dtype == torch.bfloat16:
         return None
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
     inverse = torch.empty_like(log_sum_exp)
     block = 32 if head_dim <= 64 else 16
     kernels.normalise[(triton.cdiv(queries, block) * batch * heads,)](
-        query, key, bias, mask, log_sum_exp, inverse,
-        *_strides(query, key), *_offset_strides(bias, mask), heads, queries, key.shape[2], scale * _LOG2_E,
+        query, key, pad_qkv, bias, mask, log_sum_exp, inverse,
+        *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys, scale * _LOG2_E,
         **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype),
-        BLOCK_Q=block, TILE=block, num_warps=4,
+        WINDOWS=windows, BLOCK_Q=block, TILE=block, num_warps=4,
     )  # fmt: skip
     return inverse
 
 
-def _shape_of(query: Tensor, key: Tensor, has_offsets: bool) -> Shape:
-    batch, _, queries, head_dim = query.shape
-    return Shape(_capability(query.device), query.dtype, batch, queries, key.shape[2], head_dim, has_offsets)
+def _shape_of(query: Tensor, key: Tensor, has_offsets: bool, windows: Windows | None) -> Shape:
+    batch, _, queries, keys, head_dim = _sizes(query, key, windows)
+    capability = _capability(query.device)
+    return Shape(capability, query.dtype, batch, queries, keys, head_dim, has_offsets, windows is not None)
 
 
 @functools.cache
