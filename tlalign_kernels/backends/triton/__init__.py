@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2_E = 1.4426950408889634
+_ARRANGED = 3
 # More sources than these take a pass of their own, whose cost does not grow with the number of heads.
 MAX_FUSED_SOURCES = 8
 # The scores of a block of queries and so many keys stay in the registers of a program.
@@ -282,11 +283,13 @@ def forward(
     batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
     tokens, sources = key.shape[2], 0 if share is None else share.shape[-1]
     bias, mask = _readable(bias), _readable(mask)
+    if windows is not None:
+        bias = _arranged(bias, query, windows)
     share = None if share is None else share.contiguous()
     residual = None if residual is None else residual.contiguous()
     fused = sources if sources <= MAX_FUSED_SOURCES else 0
     parts = 1 if query.dtype == torch.float32 else 3
-    has_offsets = bias is not None or mask is not None or (windows is not None and windows.has_regions)
+    has_offsets = bias is not None or mask is not None
     # A label more than there are sources: whether a key is real.
     padded = int(pad_qkv is not None)
     (config,) = _chosen(forward_configs, _shape_of(query, key, has_offsets, windows))
@@ -299,7 +302,7 @@ def forward(
     # constants.
     constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
     how = dict(
-        **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask),
+        **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask, windows),
         COLUMNS=max(8, triton.next_power_of_2(1 + fused * parts + padded)), SOURCES=fused, PARTS=parts,
         PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
         PRECISION=_precision(query.dtype), WINDOWS=windows, **config.options,
@@ -343,7 +346,7 @@ def forward(
                 query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
                 *sizes, sources, scale * _LOG2_E, **_rows(query=query, key=key), **_width(head_dim),
-                **_kinds(bias, mask), PRECISION=_precision(query.dtype),
+                **_kinds(bias, mask, windows), PRECISION=_precision(query.dtype),
                 NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
                 BLOCK_Q=block, TILE=block, LABELS=32, num_warps=8,
             )  # fmt: skip
@@ -378,7 +381,9 @@ def backward(
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
     bias, mask = _readable(bias), _readable(mask)
-    has_offsets = bias is not None or mask is not None or (windows is not None and windows.has_regions)
+    if windows is not None:
+        bias = _arranged(bias, query, windows)
+    has_offsets = bias is not None or mask is not None
     config, *of_keys = _chosen(backward_configs, _shape_of(query, key, has_offsets, windows))
     factor, dropout = scale * _LOG2_E, _dropout(dropout_p)
     with _device_of(query):
@@ -394,10 +399,10 @@ def backward(
         if grad_pad_qkv is not None:
             # A sum for each block of keys of each window; added below, in fixed order.
             blocks = triton.cdiv(keys, (config if is_head else of_keys[0]).tiles["BLOCK_K"])
-            pad_sums = query.new_empty((batch * blocks, heads, 2, head_dim), dtype=torch.float32)
+            pad_sums = query.new_zeros((batch * blocks, heads, 2, head_dim), dtype=torch.float32)
         how = dict(
             **_rows(query=query, key=key, value=value, grad_output=grad_output), **_width(head_dim),
-            **_kinds(bias, mask), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
+            **_kinds(bias, mask, windows), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
             PRECISION=_precision(query.dtype), WINDOWS=windows,
         )  # fmt: skip
         if is_head:
@@ -431,7 +436,6 @@ def backward(
             images_of_part = images_of_sum(batch, bias_images, tiles)
             parts = triton.cdiv(batch, images_of_part)
             sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
-            how.pop("BIAS")
             kernels.attention_backward_bias[(tiles * parts,)](
                 *inputs, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
@@ -501,6 +505,25 @@ def _sizes(query: Tensor, key: Tensor, windows: Windows | None) -> tuple[int, in
     return batch * windows.count, heads, windows.tokens, windows.tokens, head_dim
 
 
+def _arranged(bias: Tensor | None, query: Tensor, windows: Windows) -> Tensor | None:
+    """The bias as the kernels for windows read it, once for each kind of window; with regions also if there is none.
+
+    Rows of a multiple of 16 numbers begin at addresses from which a thread reads several at once.
+    """
+    if bias is None and not windows.has_regions:
+        return None
+    tokens, heads = windows.tokens, 1 if bias is None else bias.shape[1]
+    row = -(-tokens // 16) * 16
+    dtype = query.dtype if bias is None else bias.dtype
+    arranged = query.new_empty((4 if windows.has_regions else 1, heads, tokens, row), dtype=dtype)
+    with _device_of(query):
+        kernels.arrange_bias[(triton.cdiv(arranged.numel(), 1024),)](
+            bias, arranged, *_offset_strides(bias)[1:], heads, arranged.numel(), HAS_BIAS=bias is not None, N=tokens,
+            ROW=row, WINDOWS=windows, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return arranged
+
+
 def _inverse(
     query: Tensor,
     key: Tensor,
@@ -520,8 +543,8 @@ def _inverse(
     kernels.normalise[(triton.cdiv(queries, block) * batch * heads,)](
         query, key, pad_qkv, bias, mask, log_sum_exp, inverse,
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys, scale * _LOG2_E,
-        **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype),
-        WINDOWS=windows, BLOCK_Q=block, TILE=block, num_warps=4,
+        **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask, windows),
+        PRECISION=_precision(query.dtype), WINDOWS=windows, BLOCK_Q=block, TILE=block, num_warps=4,
     )  # fmt: skip
     return inverse
 
@@ -594,9 +617,9 @@ def _offset_strides(*offsets: Tensor | None) -> list[int]:
     return strides
 
 
-def _kinds(bias: Tensor | None, mask: Tensor | None) -> dict[str, int]:
+def _kinds(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) -> dict[str, int]:
     return {
-        "BIAS": int(bias is not None),
+        "BIAS": 0 if bias is None else 1 if windows is None else _ARRANGED,
         "MASK": 0 if mask is None else 2 if mask.dtype == torch.uint8 else 1,
     }
 

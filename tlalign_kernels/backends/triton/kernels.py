@@ -107,29 +107,50 @@ def _token(row, place, WINDOWS: tl.constexpr):
 
 
 @triton.jit
-def _region(row, place, WINDOWS: tl.constexpr):
-    """A number of what was there together before the shift; it matters within a window only."""
-    HEIGHT: tl.constexpr = _along(WINDOWS, "window_size", 0)
-    WIDTH: tl.constexpr = _along(WINDOWS, "window_size", 1)
-    DOWN: tl.constexpr = _along(WINDOWS, "shift", 0)
-    ACROSS: tl.constexpr = _along(WINDOWS, "shift", 1)
-    LAST_ROW: tl.constexpr = (_along(WINDOWS, "grid_size", 0) - 1) * HEIGHT
-    LAST_COLUMN: tl.constexpr = (_along(WINDOWS, "grid_size", 1) - 1) * WIDTH
-    region = row * 0
-    if DOWN > 0:
-        region += tl.where((place[0] == LAST_ROW) & (row >= (HEIGHT - DOWN) * WIDTH), 2, 0)
-    if ACROSS > 0:
-        region += tl.where((place[1] == LAST_COLUMN) & (row % WIDTH >= WIDTH - ACROSS), 1, 0)
-    return region
+def _kind(image, place, WINDOWS: tl.constexpr):
+    """Which bias is that of an image: in windows it depends on what the shift brought together in them."""
+    if WINDOWS is None:
+        return image
+    elif not _has_regions(WINDOWS):
+        return image * 0
+    else:
+        is_lowest = place[0] == (_along(WINDOWS, "grid_size", 0) - 1) * _along(WINDOWS, "window_size", 0)
+        is_rightmost = place[1] == (_along(WINDOWS, "grid_size", 1) - 1) * _along(WINDOWS, "window_size", 1)
+        return (is_lowest.to(tl.int32) * 2 + is_rightmost.to(tl.int32)).to(tl.int64)
 
 
 @triton.jit
-def _part_regions(scores, row, column, place, WINDOWS: tl.constexpr):
-    """Lowers the scores of tokens that the shift brought together."""
-    if _has_regions(WINDOWS):
-        same = _region(row, place, WINDOWS)[:, None] == _region(column, place, WINDOWS)[None, :]
-        scores = tl.where(same, scores, scores + REGION_BIAS * LOG2_E)
-    return scores
+def _region(row, kind, WINDOWS: tl.constexpr):
+    """A number of what lay together before the shift, of rows of a window of this kind."""
+    HEIGHT: tl.constexpr = _along(WINDOWS, "window_size", 0)
+    WIDTH: tl.constexpr = _along(WINDOWS, "window_size", 1)
+    below = (kind >= 2) & (row // WIDTH >= HEIGHT - _along(WINDOWS, "shift", 0))
+    beside = (kind % 2 == 1) & (row % WIDTH >= WIDTH - _along(WINDOWS, "shift", 1))
+    return below.to(tl.int32) * 2 + beside.to(tl.int32)
+
+
+@triton.jit
+def arrange_bias(
+    bias, arranged, bias_head, bias_query, bias_key, heads, cells,
+    HAS_BIAS: tl.constexpr, N: tl.constexpr, ROW: tl.constexpr, WINDOWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A bias (1 or H, N, N), or none, to (kinds of windows, 1 or H, N, ROW), a number of `cells`.
+
+    What the attention kernels then read is aligned, has -inf beyond the last key, and parts the regions.
+    """
+    cell = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = (cell % ROW).to(tl.int32)
+    query = (cell // ROW % N).to(tl.int32)
+    head = cell // ROW // N % heads
+    kind = (cell // ROW // N // heads).to(tl.int32)
+    inside = (cell < cells) & (key < N)
+    value = tl.where(inside, 0.0, float("-inf"))
+    if HAS_BIAS:
+        at = bias + head * bias_head + query * bias_query + key * bias_key
+        value = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+    differ = _region(query, kind, WINDOWS) != _region(key, kind, WINDOWS)
+    value = tl.where(differ, value + REGION_BIAS, value)
+    tl.store(arranged + cell, value.to(arranged.dtype.element_ty), mask=cell < cells)
 
 
 @triton.jit
@@ -245,6 +266,17 @@ def _add_offsets(scores, row, row_end, row_stride, column, column_end, column_st
     return scores
 
 
+# Kind of a bias that `arrange_bias` wrote.
+ARRANGED = tl.constexpr(3)
+
+
+@triton.jit
+def _arranged(row, rows, row_stride, column, columns, data):
+    """The bias of windows at some rows and columns, from `arrange_bias`; -inf beyond the last of either."""
+    inside = (row < rows) & (column < (columns + 7) // 8 * 8)
+    return tl.load(data + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32) * LOG2_E
+
+
 @triton.jit
 def _kept(row, row_stride, column, column_stride, first, seed, threshold, factor):
     """What attention weights are multiplied with, 0 or `factor`: Philox at their index, as the reference has it."""
@@ -351,9 +383,10 @@ def _scores(
     column = first + tl.arange(0, SIZE)
     k = _load_columns(key, KEY_ROW, first, keys, SIZE, D, BLOCK_D, ENDS, place, pad_key, WINDOWS)
     scores = tl.dot(q, k, input_precision=PRECISION) * factor
+    if BIAS == ARRANGED:
+        return scores + _arranged(row[:, None], queries, bias_query, column[None, :], keys, bias)
     scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
     scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
-    scores = _part_regions(scores, row, column, place, WINDOWS)
     if ENDS:
         scores = tl.where((column < keys)[None, :], scores, float("-inf"))
     return scores
@@ -416,7 +449,7 @@ def attention_forward_row(
         query += of_map * query_image + head * query_head
         key += of_map * key_image + head * key_head
         value += of_map * value_image + head * value_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
     if PACKED > 0:
@@ -522,7 +555,7 @@ def attention_forward_stream(
     query += of_map * query_image + head * query_head
     key += of_map * key_image + head * key_head
     value += of_map * value_image + head * value_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
     if PACKED > 0:
@@ -608,7 +641,8 @@ def attention_forward_heads(
         q = _load_rows(at_query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
         scores = _scores(
             q, at_key, KEY_ROW, row, QUERIES, 0, KEYS, 1.0 if FOLDS else factor,
-            _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0), bias_query, bias_key,
+            _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0),
+            bias_query, bias_key,
             _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
             BLOCK_K, True, D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
         )  # fmt: skip
@@ -727,7 +761,7 @@ def normalise(
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
     key += of_map * key_image + head * key_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     query += of_map * query_image + head * query_head
     pad_key = _pad_row(pad, 1, head, heads, D)
@@ -799,7 +833,8 @@ def dense_share(
             q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
             scores = _scores(
                 q, key + of_map * key_image + head * key_head, KEY_ROW, row, queries, start, keys, factor,
-                _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0), bias_query, bias_key,
+                _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0),
+                bias_query, bias_key,
                 _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
                 TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION, place, _pad_row(pad, 1, head, heads, D), WINDOWS,
             )  # fmt: skip
@@ -848,21 +883,23 @@ def dense_share(
 def _grad_scores(
     q, k, v, d_o, row, queries, column, keys, factor, known, inverse, row_term,
     bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-    place, ENDS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr,
-    PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
+    ENDS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(Dropped) probabilities and gradients of scores of some keys and queries, both (keys, queries) in float32.
 
     Transposed, they are left factors of the products for keys and values as they lie in registers.
     """
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
-    scores = _add_offsets(scores, column, keys, bias_key, row, queries, bias_query, bias, BIAS)
-    scores = _add_offsets(scores, column, keys, mask_key, row, queries, mask_query, mask, MASK)
-    scores = _part_regions(scores, column, row, place, WINDOWS)
+    if BIAS == ARRANGED:
+        scores += _arranged(row[None, :], queries, bias_query, column[:, None], keys, bias)
+    else:
+        scores = _add_offsets(scores, column, keys, bias_key, row, queries, bias_query, bias, BIAS)
+        scores = _add_offsets(scores, column, keys, mask_key, row, queries, mask_query, mask, MASK)
     p = tl.exp2(scores - known[None, :])
     if NORMALISES:
         p *= inverse[None, :]
-    if ENDS:
+    if ENDS and BIAS != ARRANGED:
         p = tl.where((column < keys)[:, None], p, 0.0)
     grad = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
     kept = p
@@ -890,7 +927,7 @@ def _head_step(
         q, k, v, d_o, row, QUERIES, column, KEYS, factor, _log_sum_exp(log_sum_exp + pair * QUERIES, row, QUERIES),
         _inverse(inverse, pair * QUERIES, row, QUERIES, NORMALISES), row_term,
         bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-        place, KEYS_END, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS,
+        KEYS_END, BIAS, MASK, DROPS, NORMALISES, PRECISION,
     )  # fmt: skip
     d_v = tl.dot(p.to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
     d_s = d_s.to(q.dtype)
@@ -913,13 +950,16 @@ def _store_pad_sums(
     pad_sums, part, head, heads, column, d_k, d_v, place,
     D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the gradients of the keys and values in the padding, a part (H, 2, D) a block of keys."""
+    """Adds up the gradients of the keys and values in the padding, a part (H, 2, D) of zeros for each block of keys."""
     if _is_padded(WINDOWS):
-        _, is_real = _token(column, place, WINDOWS)
-        at = pad_sums + (part * heads + head) * 2 * D + tl.arange(0, BLOCK_D)
-        inside = tl.arange(0, BLOCK_D) < D
-        tl.store(at, tl.sum(tl.where(is_real[:, None], 0.0, d_k), 0), mask=inside)
-        tl.store(at + D, tl.sum(tl.where(is_real[:, None], 0.0, d_v), 0), mask=inside)
+        down = place[0] > _along(WINDOWS, "map_size", 0) - _along(WINDOWS, "window_size", 0)
+        across = place[1] > _along(WINDOWS, "map_size", 1) - _along(WINDOWS, "window_size", 1)
+        if down | across:
+            _, is_real = _token(column, place, WINDOWS)
+            at = pad_sums + (part * heads + head) * 2 * D + tl.arange(0, BLOCK_D)
+            inside = tl.arange(0, BLOCK_D) < D
+            tl.store(at, tl.sum(tl.where(is_real[:, None], 0.0, d_k), 0), mask=inside)
+            tl.store(at + D, tl.sum(tl.where(is_real[:, None], 0.0, d_v), 0), mask=inside)
 
 
 # All gradients of one head in one program, for queries that are all on chip: registers hold dQ of all of them, blocks
@@ -963,7 +1003,7 @@ def attention_backward_head(
         grad_value += of_map * grad_value_image + head * grad_value_head
     grad_output += of_map * grad_output_image + head * grad_output_head
     output += (of_map * _tokens_of_image(QUERIES, WINDOWS) * HEADS + head) * D
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     pad_query = _pad_row(pad, 0, head, HEADS, D)
     pad_key = _pad_row(pad, 1, head, HEADS, D)
@@ -1040,7 +1080,7 @@ def attention_backward_queries(
     of_map, place = _place(image, WINDOWS)
     key += of_map * key_image + head * key_head
     value += of_map * value_image + head * value_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     query += of_map * query_image + head * query_head
     grad_output += of_map * grad_output_image + head * grad_output_head
@@ -1061,7 +1101,7 @@ def attention_backward_queries(
         _, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor, known, 1.0, row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-            place, True, BIAS, MASK, DROPS, False, PRECISION, WINDOWS,
+            True, BIAS, MASK, DROPS, False, PRECISION,
         )  # fmt: skip
         d_q = tl.dot(tl.trans(d_s.to(k.dtype)), k, d_q, input_precision=PRECISION)
     # What makes up for the rounding of the log-sum-exp is a factor of all of a query's probabilities.
@@ -1096,7 +1136,7 @@ def attention_backward_keys(
     key += of_map * key_image + head * key_head
     value += of_map * value_image + head * value_head
     grad_output += of_map * grad_output_image + head * grad_output_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     pad_query = _pad_row(pad, 0, head, heads, D)
     pad_key = _pad_row(pad, 1, head, heads, D)
@@ -1115,7 +1155,7 @@ def attention_backward_keys(
             q, k, v, d_o, row, queries, column, keys, factor, known,
             _inverse(inverse, pair * queries, row, queries, NORMALISES), row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-            place, True, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS,
+            True, BIAS, MASK, DROPS, NORMALISES, PRECISION,
         )  # fmt: skip
         d_v = tl.dot(p.to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
         d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
@@ -1137,7 +1177,7 @@ def attention_backward_bias(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     images, heads, queries, keys, bias_heads, images_of_part, factor, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -1176,9 +1216,10 @@ def attention_backward_bias(
             _log_sum_exp(log_sum_exp + pair * queries, row, queries),
             _inverse(inverse, pair * queries, row, queries, NORMALISES),
             tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0),
-            _offset_base(bias, image, head, bias_image, bias_head, True), bias_query, bias_key,
+            _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, True),
+            bias_query, bias_key,
             _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
-            pair, seed, threshold, kept_factor, place, True, 1, MASK, DROPS, NORMALISES, PRECISION, WINDOWS,
+            pair, seed, threshold, kept_factor, True, BIAS, MASK, DROPS, NORMALISES, PRECISION,
         )  # fmt: skip
         total += d_s
     cells = parts + ((part * bias_heads + head_of_bias) * queries + row)[None, :] * keys + column[:, None]
