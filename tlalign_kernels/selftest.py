@@ -227,7 +227,7 @@ def _plain_windows(
         region = region.view(1, padded[0] // height, height, padded[1] // width, width).transpose(2, 3)
         region = region.reshape(1, windows.count, 1, -1)
         differ = region[..., :, None] != region[..., None, :]
-        scores = torch.where(differ, scores - 100.0, scores)
+        scores = scores - 100.0 * differ.to(scores.dtype)
     attended = scores.softmax(dim=-1)
     with torch.no_grad():
         mean = attended.mean(dim=2).to(inputs["share"].dtype)

@@ -313,6 +313,24 @@ def forward_bytes(**options):
     return sum(count["global_load_bytes"] + count["global_store_bytes"] for count in counts)
 
 
+def bytes_of_windows(launch):
+    """Bytes that a forward within windows has to load and to store.
+
+    To load: the projection once, and for each head of a window its bias once, rows rounded up to eight keys, and its
+    packed labels. To store: the output, the log-sum-exp, and what is computed of the labels.
+    """
+    given = {name: tensor.nbytes for name, tensor in launch.arguments.items() if isinstance(tensor, torch.Tensor)}
+    constants, bias = launch.constants, launch.arguments["bias"]
+    tokens, heads = constants["KEYS"], constants["HEADS"]
+    windows = launch.arguments["log_sum_exp"].shape[0]
+    of_bias = windows * heads * tokens * -(-tokens // 8) * 8 * bias.element_size()
+    shares = given.get("head_share", given.get("share"))
+    passing = given.get("residual", 0)
+    of_labels = given["parts"] * (1 if "share" in given else heads)
+    projection = 3 * given["output"]
+    return projection + of_bias + of_labels + passing, given["output"] + given["log_sum_exp"] + shares
+
+
 def print_of(tool, *arguments):
     """What a tool that Triton brings along prints: `cuobjdump` or `nvdisasm`."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool

@@ -38,6 +38,7 @@ MAX_FUSED_SOURCES = 8
 # The scores of a block of queries and so many keys stay in the registers of a program.
 MAX_ROW_KEYS = 256
 MAX_ROW_KEYS_WITH_OFFSETS = 128
+MAX_ROW_KEYS_OF_WINDOWS = 208
 # Of so few keys a program takes all heads in turn, if there are enough programs to fill a GPU a few times.
 MAX_KEYS_OF_HEADS = 64
 MIN_PROGRAMS_OF_HEADS = 2048
@@ -99,6 +100,11 @@ class Shape(NamedTuple):
     has_offsets: bool
     in_windows: bool = False
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether offsets take many registers: the bias of windows, which is laid out for the kernels, does not."""
+        return self.has_offsets and not self.in_windows
+
 
 def forward_configs(shape: Shape) -> list[tuple[Config]]:
     """Kernels that can do a forward, and their tiles; the first is the default, the others are for `tune` to try.
@@ -112,15 +118,18 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
     if shape.dtype == torch.float32 or head_dim > 64:
         return [stream]
     configs = [stream] if keys > 64 else []
-    if keys <= 64 and not shape.has_offsets and not _has_warp_groups(shape):
+    if keys <= 64 and not shape.is_crowded and not _has_warp_groups(shape):
         # Warps of 32 queries read K and V from shared memory half as often as those of 16, and execute a seventh less.
         warps = 2
-    if keys <= (MAX_ROW_KEYS_WITH_OFFSETS if shape.has_offsets else MAX_ROW_KEYS):
+    most = MAX_ROW_KEYS_OF_WINDOWS if shape.in_windows else MAX_ROW_KEYS_WITH_OFFSETS
+    if keys <= (most if shape.has_offsets else MAX_ROW_KEYS):
         # 65536 registers for three programs of 128 threads.
         registers = 168 if shape.capability == 90 and keys <= 208 and not shape.has_offsets else None
         tiles = dict(BLOCK_Q=block, **_row_tiles(keys))
         configs.insert(0, (Config("attention_forward_row", tiles, warps, registers=registers),))
-    if keys <= MAX_KEYS_OF_HEADS and not shape.has_offsets:
+    if keys <= MAX_KEYS_OF_HEADS and not shape.is_crowded:
+        if shape.has_offsets:
+            warps = 4
         tiles = dict(BLOCK_Q=block, BLOCK_K=max(16, triton.next_power_of_2(keys)))
         is_default = shape.batch * triton.cdiv(queries, block) >= MIN_PROGRAMS_OF_HEADS
         configs.insert(0 if is_default else 1, (Config("attention_forward_heads", tiles, warps),))
@@ -184,7 +193,7 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
     if shape.dtype == torch.float32 or head_dim > 64 or queries > MAX_GRADIENT_ROWS:
         return [split]
     if queries <= 64:
-        warps = 2 if head_dim <= 32 and not _has_warp_groups(shape) and not shape.has_offsets else 4
+        warps = 2 if head_dim <= 32 and not _has_warp_groups(shape) and not shape.is_crowded else 4
         head = Config("attention_backward_head", dict(BLOCK_K=64, **_row_tiles(queries)), warps)
         return [(head,), split]
     if shape.has_offsets or shape.capability >= 120:
@@ -431,6 +440,10 @@ def backward(
             grad_pad_qkv[1:].copy_(pad_sums.sum(dim=0).transpose(0, 1))
         if grad_bias is not None:
             block_q, block_k = 32, 32 if head_dim <= 64 else 16
+            warps = 8 if 32 < head_dim <= 64 or head_dim > 128 else 4
+            if windows is not None and head_dim <= 32 and query.dtype != torch.float32:
+                # Less than half the instructions of a score, in 255 registers; another bias has no room for it.
+                block_q = block_k = 64
             bias_images, bias_heads = grad_bias.shape[:2]
             tiles = triton.cdiv(queries, block_q) * triton.cdiv(keys, block_k) * bias_heads
             images_of_part = images_of_sum(batch, bias_images, tiles)
@@ -439,8 +452,7 @@ def backward(
             kernels.attention_backward_bias[(tiles * parts,)](
                 *inputs, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
-                **how, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=8 if 32 < head_dim <= 64 or head_dim > 128 else 4,
-                num_stages=1,
+                **how, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=1,
             )  # fmt: skip
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
 
