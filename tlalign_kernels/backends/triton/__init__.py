@@ -212,6 +212,9 @@ def _split_backward_config(shape: Shape) -> tuple[Config, Config]:
     if shape.dtype == torch.float32:
         block, warps = 32 if head_dim <= 128 else 16, 4 if head_dim <= 64 else 8
         return config("queries", block, block, warps), config("keys", block, block, warps)
+    if shape.has_offsets and shape.in_windows and head_dim <= 32:
+        is_tight = shape.capability >= 120 and shape.dtype == torch.float16
+        return config("queries", 64, 64, 4), config("keys", 32 if is_tight else 64, 64, 4)
     if head_dim > 64 or shape.has_offsets:
         block, warps = (64, 4) if head_dim <= 128 else (32, 8)
         few = min(block, 32) if head_dim > 64 else block
@@ -221,6 +224,16 @@ def _split_backward_config(shape: Shape) -> tuple[Config, Config]:
     # Warps of 32 rows read from shared memory half as often as those of 16, where the registers suffice.
     keys = 128 if head_dim <= 32 or shape.capability == 80 else 64
     return config("queries", 64, 32, 2, 2), config("keys", 32, keys, 4, 2)
+
+
+def _bias_config(shape: Shape) -> Config:
+    """The gradient of a bias; tiles of 64 x 64 take less than half the instructions of a score, where they fit."""
+    head_dim, name = shape.head_dim, "attention_backward_bias"
+    if shape.in_windows and head_dim <= 32 and shape.dtype != torch.float32 and shape.capability < 120:
+        is_tight = shape.dtype == torch.float16 and not _has_warp_groups(shape)
+        return Config(name, dict(BLOCK_Q=64, BLOCK_K=64), 8 if is_tight else 4)
+    warps = 8 if 32 < head_dim <= 64 or head_dim > 128 else 4
+    return Config(name, dict(BLOCK_Q=32, BLOCK_K=32 if head_dim <= 64 else 16), warps)
 
 
 def _has_warp_groups(shape: Shape) -> bool:
@@ -393,7 +406,8 @@ def backward(
     if windows is not None:
         bias = _arranged(bias, query, windows)
     has_offsets = bias is not None or mask is not None
-    config, *of_keys = _chosen(backward_configs, _shape_of(query, key, has_offsets, windows))
+    shape = _shape_of(query, key, has_offsets, windows)
+    config, *of_keys = _chosen(backward_configs, shape)
     factor, dropout = scale * _LOG2_E, _dropout(dropout_p)
     with _device_of(query):
         inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
@@ -439,11 +453,8 @@ def backward(
             grad_pad_qkv[0].zero_()
             grad_pad_qkv[1:].copy_(pad_sums.sum(dim=0).transpose(0, 1))
         if grad_bias is not None:
-            block_q, block_k = 32, 32 if head_dim <= 64 else 16
-            warps = 8 if 32 < head_dim <= 64 or head_dim > 128 else 4
-            if windows is not None and head_dim <= 32 and query.dtype != torch.float32:
-                # Less than half the instructions of a score, in 255 registers; another bias has no room for it.
-                block_q = block_k = 64
+            of_bias = _bias_config(shape)
+            block_q, block_k = of_bias.tiles["BLOCK_Q"], of_bias.tiles["BLOCK_K"]
             bias_images, bias_heads = grad_bias.shape[:2]
             tiles = triton.cdiv(queries, block_q) * triton.cdiv(keys, block_k) * bias_heads
             images_of_part = images_of_sum(batch, bias_images, tiles)
@@ -452,7 +463,7 @@ def backward(
             kernels.attention_backward_bias[(tiles * parts,)](
                 *inputs, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
-                **how, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=1,
+                **how, **of_bias.options,
             )  # fmt: skip
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
 
