@@ -100,9 +100,7 @@ def test_counts_in_windows_of_a_map(benchmark, arch):
         return rows
 
     rows = benchmark.pedantic(measure, rounds=1)
-    print(
-        f"\ncounts of a head of a window, sm_{arch}, N=49 D=32 H=3, bfloat16, with a bias; what branches skip is counted"
-    )
+    print(f"\ncounts of a head of a window, sm_{arch}, N=49 D=32 H=3, bfloat16, with a bias; skipped code is counted")
     print(f"{'':<42} {'instructions':>12} {'a score':>8}   cycles: {'  '.join(PIPES)}")
     for row, (_, counts) in rows.items():
         cycles = offline.pipe_cycles(counts, arch)
@@ -116,12 +114,10 @@ def test_bytes_in_windows_of_a_map(benchmark, window):
     windows = Windows((2 * window, 2 * window), (window, window), (window // 2, window // 2))
 
     def measure():
-        launches = offline.record_windows(80, windows, 32, heads=3, prefer=["attention_forward_row"])
-        launch = launches["attention_forward_row"]
-        return offline.execute(launch), offline.bytes_of_windows(launch)
+        return offline.forward_bytes_in_windows(windows, "attention_forward_row", heads=3)
 
-    count, (given, made) = benchmark.pedantic(measure, rounds=1)
+    asked, needed = benchmark.pedantic(measure, rounds=1)
     print(
         f"\nbytes of a forward in windows of {window} x {window} over those of all inputs and outputs once: "
-        f"loaded {count['global_load_bytes'] / given:.3f}, stored {count['global_store_bytes'] / made:.3f}"
+        f"loaded {asked[0] / needed[0]:.3f}, stored {asked[1] / needed[1]:.3f}"
     )

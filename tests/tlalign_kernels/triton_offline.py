@@ -146,7 +146,7 @@ def record_windows(arch, windows, head_dim, dtype=torch.bfloat16, sources=1, hea
 
 
 def record_call(arch, prefer, call):
-    """Launches of a call of an operator and of its backward; see `record_packed`."""
+    """Launches of a call of an operator and of its backward, the first of each kernel; see `record_packed`."""
     launches = []
     with pytest.MonkeyPatch.context() as patch:
         record(patch, launches.append, arch)
@@ -159,7 +159,10 @@ def record_call(arch, prefer, call):
             )
         output, _ = call()
         output.sum().backward()
-    return {launch.name: launch for launch in launches}
+    first = {}
+    for launch in launches:
+        first.setdefault(launch.name, launch)
+    return first
 
 
 @triton.jit
@@ -313,22 +316,23 @@ def forward_bytes(**options):
     return sum(count["global_load_bytes"] + count["global_store_bytes"] for count in counts)
 
 
-def bytes_of_windows(launch):
-    """Bytes that a forward within windows has to load and to store.
+def forward_bytes_in_windows(windows, kernel, heads):
+    """Bytes that a kernel loads and stores, executed by ptxvm, and those that it has to, as two pairs.
 
-    To load: the projection once, and for each head of a window its bias once, rows rounded up to eight keys, and its
-    packed labels. To store: the output, the log-sum-exp, and what is computed of the labels.
+    To load: the projection once, for each head of a window its bias once, rows rounded up to eight keys, and the packed
+    labels. To store: the output, the log-sum-exp, and what is computed of the labels.
     """
-    given = {name: tensor.nbytes for name, tensor in launch.arguments.items() if isinstance(tensor, torch.Tensor)}
-    constants, bias = launch.constants, launch.arguments["bias"]
-    tokens, heads = constants["KEYS"], constants["HEADS"]
-    windows = launch.arguments["log_sum_exp"].shape[0]
-    of_bias = windows * heads * tokens * -(-tokens // 8) * 8 * bias.element_size()
-    shares = given.get("head_share", given.get("share"))
-    passing = given.get("residual", 0)
-    of_labels = given["parts"] * (1 if "share" in given else heads)
-    projection = 3 * given["output"]
-    return projection + of_bias + of_labels + passing, given["output"] + given["log_sum_exp"] + shares
+    launches = record_windows(80, windows, 32, heads=heads, prefer=[kernel])
+    for name in ("arrange_bias", "pack_labels"):
+        execute(launches[name])
+    count, launch = execute(launches[kernel]), launches[kernel]
+    size = {name: tensor.nbytes for name, tensor in launch.arguments.items() if isinstance(tensor, torch.Tensor)}
+    pairs, tokens = launch.arguments["log_sum_exp"].shape[0] * heads, windows.tokens
+    bias = pairs * tokens * -(-tokens // 8) * 8 * launch.arguments["bias"].element_size()
+    takes_all_heads = "share" in size
+    labels = size["parts"] * (1 if takes_all_heads else heads) + size.get("residual", 0)
+    made = size["output"] + size["log_sum_exp"] + size["share" if takes_all_heads else "head_share"]
+    return (count["global_load_bytes"], count["global_store_bytes"]), (3 * size["output"] + bias + labels, made)
 
 
 def print_of(tool, *arguments):
