@@ -128,7 +128,8 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
         tiles = dict(BLOCK_Q=block, **_row_tiles(keys))
         configs.insert(0, (Config("attention_forward_row", tiles, warps, registers=registers),))
     if keys <= MAX_KEYS_OF_HEADS and not shape.is_crowded:
-        if shape.has_offsets:
+        if shape.has_offsets and block == 64:
+            # Two would take all the registers that a thread may have.
             warps = 4
         tiles = dict(BLOCK_Q=block, BLOCK_K=max(16, triton.next_power_of_2(keys)))
         is_default = shape.batch * triton.cdiv(queries, block) >= MIN_PROGRAMS_OF_HEADS

@@ -20,8 +20,6 @@ from tlalign_kernels.windows import Windows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
 # What is added to the scores of tokens of different regions, as the reference has it.
 REGION_BIAS = tl.constexpr(-100.0)
 
@@ -79,10 +77,10 @@ def _place(image, WINDOWS: tl.constexpr):
     else:
         COUNT: tl.constexpr = _count(WINDOWS)
         ACROSS: tl.constexpr = _along(WINDOWS, "grid_size", 1)
-        number = image.to(tl.int32)
-        window = number % COUNT
         HEIGHT: tl.constexpr = _along(WINDOWS, "window_size", 0)
         WIDTH: tl.constexpr = _along(WINDOWS, "window_size", 1)
+        number = image.to(tl.int32)
+        window = number % COUNT
         return (number // COUNT).to(tl.int64), (window // ACROSS * HEIGHT, window % ACROSS * WIDTH)
 
 
@@ -172,10 +170,11 @@ def _load(
     In the padding of windows, `pad` or zeros; then what lies beyond the end is of no account.
     """
     if WINDOWS is not None:
-        token, inside = _token(first + row, place, WINDOWS)
+        token, is_real = _token(first + row, place, WINDOWS)
         at = data + (token * stride + column)
-        if ENDS or not _is_padded(WINDOWS):
-            inside = first + row < end if not _is_padded(WINDOWS) else inside & (first + row < end)
+        inside = first + row < end
+        if _is_padded(WINDOWS):
+            inside = (inside & is_real) if ENDS else is_real
         other = 0.0
         if pad is not None:
             other = tl.load(pad + column, mask=column < D, other=0.0)
