@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tlalign_kernels.backends import triton as backend
+from tlalign_kernels.windows import Windows
 
 if backend.triton is None:
     pytest.skip("triton can't be imported", allow_module_level=True)
@@ -73,3 +74,50 @@ def test_bytes(benchmark, name):
 
     none, labels = benchmark.pedantic(lambda: [offline.forward_bytes(sources=s, **options) for s in (0, 1)], rounds=1)
     print(f"\nbytes that the kernels of a forward ask for, {name}: labels {100 * (labels / none - 1):+.1f} %")
+
+
+SWIN = Windows((28, 28), (7, 7), (3, 3))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_counts_in_windows_of_a_map(benchmark, arch):
+    """Windows with a bias and its gradient against attention of as many tokens with a bias: what indexing costs."""
+    heads, images = 3, offline.IMAGES * SWIN.count
+
+    def measure():
+        rows = {}
+        for kernel in ("attention_forward_row", "attention_forward_heads", "attention_backward_head"):
+            for name, windows in {
+                "windows": SWIN._replace(shift=(0, 0)),
+                "shifted": SWIN,
+                "shifted, padded": SWIN._replace(map_size=(27, 27)),
+            }.items():
+                launch = offline.record_windows(arch, windows, 32, heads=heads, prefer=[kernel])[kernel]
+                rows[f"{kernel}, {name}"] = launch, offline.count_of_head(launch, arch, heads, images)
+            if kernel != "attention_forward_heads":
+                launch = offline.record_packed(arch, 49, 32, heads=heads, offsets=True, mask=False)[kernel]
+                rows[f"{kernel}, no map"] = launch, offline.count_of_head(launch, arch, heads)
+        return rows
+
+    rows = benchmark.pedantic(measure, rounds=1)
+    print(f"\ncounts of a head of a window, sm_{arch}, N=49 D=32 H=3, bfloat16, with a bias; skipped code is counted")
+    print(f"{'':<42} {'instructions':>12} {'a score':>8}   cycles: {'  '.join(PIPES)}")
+    for row, (_, counts) in rows.items():
+        cycles = offline.pipe_cycles(counts, arch)
+        line = "  ".join(f"{cycles[pipe]:{len(pipe)}.0f}" for pipe in PIPES)
+        print(f"{row:<42} {counts.total():12.0f} {32 * counts.total() / 49**2:8.1f}           {line}")
+
+
+@pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm")
+@pytest.mark.parametrize("window", [7, 8, 12])
+def test_bytes_in_windows_of_a_map(benchmark, window):
+    windows = Windows((2 * window, 2 * window), (window, window), (window // 2, window // 2))
+
+    def measure():
+        return offline.forward_bytes_in_windows(windows, "attention_forward_row", heads=3)
+
+    asked, needed = benchmark.pedantic(measure, rounds=1)
+    print(
+        f"\nbytes of a forward in windows of {window} x {window} over those of all inputs and outputs once: "
+        f"loaded {asked[0] / needed[0]:.3f}, stored {asked[1] / needed[1]:.3f}"
+    )

@@ -11,7 +11,8 @@ import torch
 import tlalign_kernels as tlk
 from tlalign_kernels.backends import Problem
 from tlalign_kernels.backends import triton as backend
-from tlalign_kernels.selftest import CASES, Case, compare
+from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator
+from tlalign_kernels.windows import Windows
 
 if backend.triton is None:
     pytest.skip("triton can't be imported", allow_module_level=True)
@@ -31,7 +32,9 @@ needs_ptxvm = pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm
 
 def test_the_operators_tests_pass_under_the_interpreter():
     # In a process of its own: the kernels are interpreted or compiled from their import on.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", "triton"]
+    # Of the windows of a map the smallest are enough for it; ptxvm executes the others below.
+    chosen = "triton and (beyond or not (windows- or map))"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", chosen]
     done = subprocess.run(
         [*command, *(Path(__file__).with_name(name) for name in ("test_functional.py", "test_gpu.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
@@ -55,12 +58,7 @@ EXECUTED = (
 )
 
 
-@needs_ptxvm
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", EXECUTED, ids=lambda case: case.name)
-def test_compiled_code_is_within_the_bound(monkeypatch, case, dtype):
-    if dtype == torch.float32 and case.queries * case.keys > 10_000:
-        pytest.skip("slow: products of float32 are as many instructions as multiplications")
+def check_executed(monkeypatch, case, dtype):
     names = []
 
     def run(launch):
@@ -71,6 +69,46 @@ def test_compiled_code_is_within_the_bound(monkeypatch, case, dtype):
     assert [check for check in compare(case, dtype, "triton") if not check.passed] == []
     assert any("forward" in name for name in names)
     assert any("backward" in name for name in names)
+
+
+@needs_ptxvm
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", EXECUTED, ids=lambda case: case.name)
+def test_compiled_code_is_within_the_bound(monkeypatch, case, dtype):
+    if dtype == torch.float32 and case.queries * case.keys > 10_000:
+        pytest.skip("slow: products of float32 are as many instructions as multiplications")
+    check_executed(monkeypatch, case, dtype)
+
+
+EXECUTED_IN_WINDOWS = (
+    Case("shifted windows", batch=1, heads=1, head_dim=32, bias_scale=1.0, windows=Windows((14, 14), (7, 7), (3, 3))),
+    Case("padded windows", heads=2, head_dim=24, bias_scale=1.0, sources=2, windows=Windows((5, 9), (4, 4), (1, 2))),
+    Case("windows beyond the map", batch=1, heads=2, windows=Windows((3, 10), (8, 4), (4, 0)), residual=False),
+    Case("windows of 144", batch=1, heads=1, head_dim=32, bias_scale=1.0, windows=Windows((13, 12), (12, 12), (6, 0))),
+    Case("windows of 225", batch=1, heads=1, head_dim=16, bias_scale=1.0, windows=Windows((9, 15), (15, 15), (0, 7))),
+    Case("dense labels in windows", heads=2, head_dim=24, sources=20, windows=Windows((10, 5), (4, 4), (2, 2))),
+    Case("dropout in windows", heads=2, head_dim=16, dropout_p=0.25, windows=Windows((5, 6), (4, 4), (0, 1))),
+)
+# Beside bfloat16, which the interpreter has not: small ones.
+QUICK = {(torch.float16, "padded windows"), (torch.float32, "padded windows"), (torch.float32, "dropout in windows")}
+
+
+@needs_ptxvm
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(
+            case,
+            dtype,
+            marks=[] if dtype == torch.bfloat16 or (dtype, case.name) in QUICK else pytest.mark.slow,
+            id=f"{case.name}-{dtype}",
+        )
+        for case in EXECUTED_IN_WINDOWS
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ],
+)
+def test_compiled_code_of_windows_is_within_the_bound(monkeypatch, case, dtype):
+    check_executed(monkeypatch, case, dtype)
 
 
 @needs_ptxvm
@@ -96,6 +134,35 @@ def test_heads_in_turn_are_right(monkeypatch, queries, keys, sources):
     case = Case("heads", queries=queries, keys=keys, head_dim=32, sources=sources, packed=queries == keys)
     assert [check for check in compare(case, torch.bfloat16, "triton") if not check.passed] == []
     assert "attention_forward_heads" in names
+
+
+@needs_ptxvm
+@pytest.mark.parametrize("bias_scale", [0.0, 1.0])
+def test_heads_in_turn_are_right_in_windows(monkeypatch, bias_scale):
+    names = []
+
+    def run(launch):
+        names.append(launch.name)
+        offline.execute(launch)
+
+    monkeypatch.setattr(backend, "MIN_PROGRAMS_OF_HEADS", 0)
+    offline.record(monkeypatch, run)
+    windows = Windows((8, 14), (7, 7), (3, 2) if bias_scale else (0, 0))
+    case = Case("heads", batch=1, head_dim=32, bias_scale=bias_scale, windows=windows)
+    assert [check for check in compare(case, torch.bfloat16, "triton") if not check.passed] == []
+    assert "attention_forward_heads" in names
+
+
+@needs_ptxvm
+def test_a_map_whose_rows_are_apart_is_right(monkeypatch):
+    offline.record(monkeypatch, offline.execute)
+    case = Case("part of a map", batch=2, heads=2, head_dim=16, windows=Windows((5, 6), (4, 4), (1, 0)))
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.bfloat16)
+    around = torch.full((2, 7, 9, *inputs["qkv"].shape[3:]), float("nan"), dtype=torch.bfloat16)
+    around[:, 1:6, 2:8] = inputs["qkv"]
+    apart = run_operator(case, {**inputs, "qkv": around[:, 1:6, 2:8]}, "triton")
+    together = run_operator(case, inputs, "triton")
+    assert all(torch.equal(apart[name], together[name]) for name in together)
 
 
 def zip_configs(shape):
@@ -175,6 +242,33 @@ def test_nothing_spills(arch, head_dim, dtype, offsets):
             check_compiled(launch, arch)
 
 
+SWIN = {
+    tokens: Windows((2 * side + 2, 2 * side + 2), (side, side), (side // 2, side // 2))
+    for tokens, side in ((49, 7), (64, 8), (144, 12), (256, 16), (576, 24))
+}
+
+
+def check_windows(arch, tokens, dtype):
+    """The most that can be asked of windows: shifted and padded, with a bias and its gradient."""
+    windows = SWIN[tokens]
+    for forward, backward in zip_configs(backend.Shape(arch, dtype, 1, tokens, tokens, 32, True, True)):
+        prefer = [config.kernel for config in (*forward, *backward)]
+        for launch in offline.record_windows(arch, windows, 32, dtype, prefer=prefer).values():
+            check_compiled(launch, arch)
+
+
+def test_nothing_spills_in_windows_of_49():
+    check_windows(80, 49, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("tokens", SWIN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nothing_spills_in_windows(arch, tokens, dtype):
+    check_windows(arch, tokens, dtype)
+
+
 # Chosen
 
 
@@ -250,6 +344,27 @@ def test_labels_take_no_program_from_a_multiprocessor(arch, options):
 def test_labels_cost_few_bytes(most, options):
     none, labels = (offline.forward_bytes(sources=sources, **options) for sources in (0, 1))
     assert none < labels <= most * none
+
+
+SHIFTED = Windows((14, 14), (7, 7), (3, 3))
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+def test_windows_take_no_more_instructions_than_attention_with_a_bias(arch):
+    windows = offline.record_windows(arch, SHIFTED, 32, heads=3)
+    packed = offline.record_packed(arch, 49, 32, heads=3, offsets=True, mask=False)
+    for name in ("attention_forward_row", "attention_backward_head"):
+        of_window = offline.count_of_head(windows[name], arch, 3, offline.IMAGES * SHIFTED.count).total()
+        assert of_window <= count(packed[name], arch, heads=3)
+
+
+@needs_ptxvm
+@pytest.mark.parametrize("kernel", ["attention_forward_row", "attention_forward_heads"])
+def test_windows_read_the_projection_once_and_write_the_output_once(kernel):
+    asked, needed = offline.forward_bytes_in_windows(SHIFTED, kernel, heads=3)
+    # The residual of a row, a four-hundredth of it, may be read by two threads.
+    assert asked[0] <= needed[0] * (1.005 if kernel == "attention_forward_heads" else 1)
+    assert asked[1] <= needed[1]
 
 
 SPLIT = ("attention_backward_queries", "attention_backward_keys")

@@ -120,11 +120,33 @@ def record(monkeypatch, run, arch=80):
 IMAGES, HEADS = 2, 6
 
 
-def record_packed(arch, tokens, head_dim, dtype=torch.bfloat16, sources=1, heads=HEADS, prefer=(), offsets=False):
+def record_packed(
+    arch, tokens, head_dim, dtype=torch.bfloat16, sources=1, heads=HEADS, prefer=(), offsets=False, mask=True
+):
     """Launches of a forward and backward of self-attention on a packed projection, by the names of their kernels.
 
-    Where there is a choice, a kernel named in `prefer` is taken. `offsets`: with a bias, its gradient, and a mask.
+    Where there is a choice, a kernel named in `prefer` is taken. `offsets`: with a bias, its gradient, and a mask, if
+    `mask` lets there be one.
     """
+    qkv = torch.randn(IMAGES, tokens, 3, heads, head_dim).to(dtype).requires_grad_()
+    share = torch.rand(IMAGES, tokens, sources) if sources else None
+    bias = torch.randn(heads, tokens, tokens, dtype=dtype, requires_grad=True) if offsets else None
+    mask = torch.randn(IMAGES, 1, tokens, tokens) if offsets and mask else None
+    return record_call(arch, prefer, lambda: tlk.attention_qkv(qkv, share, share, bias, mask, backend="triton"))
+
+
+def record_windows(arch, windows, head_dim, dtype=torch.bfloat16, sources=1, heads=HEADS, prefer=(), has_bias=True):
+    """The same of attention within windows of maps."""
+    of_map, tokens = (IMAGES, *windows.map_size), windows.tokens
+    qkv = torch.randn(*of_map, 3, heads, head_dim).to(dtype).requires_grad_()
+    share = torch.rand(*of_map, sources) if sources else None
+    bias = torch.randn(heads, tokens, tokens, dtype=dtype, requires_grad=True) if has_bias else None
+    options = dict(window_size=windows.window_size, shift=windows.shift, bias=bias, backend="triton")
+    return record_call(arch, prefer, lambda: tlk.window_attention(qkv, share, share, **options))
+
+
+def record_call(arch, prefer, call):
+    """Launches of a call of an operator and of its backward, the first of each kernel; see `record_packed`."""
     launches = []
     with pytest.MonkeyPatch.context() as patch:
         record(patch, launches.append, arch)
@@ -135,12 +157,12 @@ def record_packed(arch, tokens, head_dim, dtype=torch.bfloat16, sources=1, heads
                 name,
                 lambda shape, of=configs: sorted(of(shape), key=lambda config: config[0].kernel not in prefer),
             )
-        qkv = torch.randn(IMAGES, tokens, 3, heads, head_dim).to(dtype).requires_grad_()
-        share = torch.rand(IMAGES, tokens, sources) if sources else None
-        bias = torch.randn(heads, tokens, tokens, dtype=dtype, requires_grad=True) if offsets else None
-        mask = torch.randn(IMAGES, 1, tokens, tokens) if offsets else None
-        tlk.attention_qkv(qkv, share, share, bias, mask, backend="triton")[0].sum().backward()
-    return {launch.name: launch for launch in launches}
+        output, _ = call()
+        output.sum().backward()
+    first = {}
+    for launch in launches:
+        first.setdefault(launch.name, launch)
+    return first
 
 
 @triton.jit
@@ -206,10 +228,10 @@ def trips(launch):
     return -(-sizes.get(whole, 1) // sizes.get(step, 1))
 
 
-def count_of_head(launch, arch, heads=HEADS):
-    """SASS instructions of all warps of all programs of a head, by opcode."""
+def count_of_head(launch, arch, heads=HEADS, images=IMAGES):
+    """SASS instructions of all warps of all programs of a head, by opcode; windows count as images."""
     _, instructions = disassemble(launch.compile(arch))
-    warps_of_head = launch.warps * launch.grid[0] / (IMAGES * heads)
+    warps_of_head = launch.warps * launch.grid[0] / (images * heads)
     counts = collections.Counter()
     for opcode, times in executions(instructions, trips(launch)):
         counts[opcode] += times * warps_of_head
@@ -292,6 +314,25 @@ def forward_bytes(**options):
     launches = [launch for launch in record_packed(80, **options).values() if "backward" not in launch.name]
     counts = [execute(launch) for launch in launches]
     return sum(count["global_load_bytes"] + count["global_store_bytes"] for count in counts)
+
+
+def forward_bytes_in_windows(windows, kernel, heads):
+    """Bytes that a kernel loads and stores, executed by ptxvm, and those that it has to, as two pairs.
+
+    To load: the projection once, for each head of a window its bias once, rows rounded up to eight keys, and the packed
+    labels. To store: the output, the log-sum-exp, and what is computed of the labels.
+    """
+    launches = record_windows(80, windows, 32, heads=heads, prefer=[kernel])
+    for name in ("arrange_bias", "pack_labels"):
+        execute(launches[name])
+    count, launch = execute(launches[kernel]), launches[kernel]
+    size = {name: tensor.nbytes for name, tensor in launch.arguments.items() if isinstance(tensor, torch.Tensor)}
+    pairs, tokens = launch.arguments["log_sum_exp"].shape[0] * heads, windows.tokens
+    bias = pairs * tokens * -(-tokens // 8) * 8 * launch.arguments["bias"].element_size()
+    takes_all_heads = "share" in size
+    labels = size["parts"] * (1 if takes_all_heads else heads) + size.get("residual", 0)
+    made = size["output"] + size["log_sum_exp"] + size["share" if takes_all_heads else "head_share"]
+    return (count["global_load_bytes"], count["global_store_bytes"]), (3 * size["output"] + bias + labels, made)
 
 
 def print_of(tool, *arguments):

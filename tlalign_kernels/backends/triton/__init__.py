@@ -28,14 +28,17 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
+    from tlalign_kernels.windows import Windows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2_E = 1.4426950408889634
+_ARRANGED = 3
 # More sources than these take a pass of their own, whose cost does not grow with the number of heads.
 MAX_FUSED_SOURCES = 8
 # The scores of a block of queries and so many keys stay in the registers of a program.
 MAX_ROW_KEYS = 256
 MAX_ROW_KEYS_WITH_OFFSETS = 128
+MAX_ROW_KEYS_OF_WINDOWS = 208
 # Of so few keys a program takes all heads in turn, if there are enough programs to fill a GPU a few times.
 MAX_KEYS_OF_HEADS = 64
 MIN_PROGRAMS_OF_HEADS = 2048
@@ -54,8 +57,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
     if _interpreted and problem.dtype == torch.bfloat16:
         reasons.append("dtype: Triton's interpreter has no products of bfloat16")
-    if problem.windows is not None:
-        reasons.append("windows: not supported")
     return reasons
 
 
@@ -88,7 +89,7 @@ class Config(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the configurations to choose from depend on."""
+    """What the configurations to choose from depend on; windows of a map count as images."""
 
     capability: int
     dtype: torch.dtype
@@ -97,6 +98,12 @@ class Shape(NamedTuple):
     keys: int
     head_dim: int
     has_offsets: bool
+    in_windows: bool = False
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether offsets take many registers: the bias of windows, which is laid out for the kernels, does not."""
+        return self.has_offsets and not self.in_windows
 
 
 def forward_configs(shape: Shape) -> list[tuple[Config]]:
@@ -111,15 +118,19 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
     if shape.dtype == torch.float32 or head_dim > 64:
         return [stream]
     configs = [stream] if keys > 64 else []
-    if keys <= 64 and not shape.has_offsets and not _has_warp_groups(shape):
+    if keys <= 64 and not shape.is_crowded and not _has_warp_groups(shape):
         # Warps of 32 queries read K and V from shared memory half as often as those of 16, and execute a seventh less.
         warps = 2
-    if keys <= (MAX_ROW_KEYS_WITH_OFFSETS if shape.has_offsets else MAX_ROW_KEYS):
+    most = MAX_ROW_KEYS_OF_WINDOWS if shape.in_windows else MAX_ROW_KEYS_WITH_OFFSETS
+    if keys <= (most if shape.has_offsets else MAX_ROW_KEYS):
         # 65536 registers for three programs of 128 threads.
         registers = 168 if shape.capability == 90 and keys <= 208 and not shape.has_offsets else None
         tiles = dict(BLOCK_Q=block, **_row_tiles(keys))
         configs.insert(0, (Config("attention_forward_row", tiles, warps, registers=registers),))
-    if keys <= MAX_KEYS_OF_HEADS and not shape.has_offsets:
+    if keys <= MAX_KEYS_OF_HEADS and not shape.is_crowded:
+        if shape.has_offsets and block == 64:
+            # Two would take all the registers that a thread may have.
+            warps = 4
         tiles = dict(BLOCK_Q=block, BLOCK_K=max(16, triton.next_power_of_2(keys)))
         is_default = shape.batch * triton.cdiv(queries, block) >= MIN_PROGRAMS_OF_HEADS
         configs.insert(0 if is_default else 1, (Config("attention_forward_heads", tiles, warps),))
@@ -183,7 +194,7 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
     if shape.dtype == torch.float32 or head_dim > 64 or queries > MAX_GRADIENT_ROWS:
         return [split]
     if queries <= 64:
-        warps = 2 if head_dim <= 32 and not _has_warp_groups(shape) and not shape.has_offsets else 4
+        warps = 2 if head_dim <= 32 and not _has_warp_groups(shape) and not shape.is_crowded else 4
         head = Config("attention_backward_head", dict(BLOCK_K=64, **_row_tiles(queries)), warps)
         return [(head,), split]
     if shape.has_offsets or shape.capability >= 120:
@@ -202,6 +213,9 @@ def _split_backward_config(shape: Shape) -> tuple[Config, Config]:
     if shape.dtype == torch.float32:
         block, warps = 32 if head_dim <= 128 else 16, 4 if head_dim <= 64 else 8
         return config("queries", block, block, warps), config("keys", block, block, warps)
+    if shape.has_offsets and shape.in_windows and head_dim <= 32:
+        is_tight = shape.capability >= 120 and shape.dtype == torch.float16
+        return config("queries", 64, 64, 4), config("keys", 32 if is_tight else 64, 64, 4)
     if head_dim > 64 or shape.has_offsets:
         block, warps = (64, 4) if head_dim <= 128 else (32, 8)
         few = min(block, 32) if head_dim > 64 else block
@@ -211,6 +225,16 @@ def _split_backward_config(shape: Shape) -> tuple[Config, Config]:
     # Warps of 32 rows read from shared memory half as often as those of 16, where the registers suffice.
     keys = 128 if head_dim <= 32 or shape.capability == 80 else 64
     return config("queries", 64, 32, 2, 2), config("keys", 32, keys, 4, 2)
+
+
+def _bias_config(shape: Shape) -> Config:
+    """The gradient of a bias; tiles of 64 x 64 take less than half the instructions of a score, where they fit."""
+    head_dim, name = shape.head_dim, "attention_backward_bias"
+    if shape.in_windows and head_dim <= 32 and shape.dtype != torch.float32 and shape.capability < 120:
+        is_tight = shape.dtype == torch.float16 and not _has_warp_groups(shape)
+        return Config(name, dict(BLOCK_Q=64, BLOCK_K=64), 8 if is_tight else 4)
+    warps = 8 if 32 < head_dim <= 64 or head_dim > 128 else 4
+    return Config(name, dict(BLOCK_Q=32, BLOCK_K=32 if head_dim <= 64 else 16), warps)
 
 
 def _has_warp_groups(shape: Shape) -> bool:
@@ -229,7 +253,8 @@ def _chosen(configs: Callable[[Shape], list[tuple[Config, ...]]], shape: Shape) 
 def _shape_and_directions(problem: Problem) -> tuple[Shape, tuple]:
     _, dtype, batch, _, queries, keys, head_dim, *_ = problem
     capability = _capability(torch.device(problem.device_type))
-    shape = Shape(capability, dtype, batch, queries, keys, head_dim, problem.has_bias or problem.has_mask)
+    has_offsets = problem.has_bias or problem.has_mask
+    shape = Shape(capability, dtype, batch, queries, keys, head_dim, has_offsets, problem.windows is not None)
     return shape, (forward_configs, backward_configs) if problem.needs_gradient else (forward_configs,)
 
 
@@ -271,17 +296,26 @@ def forward(
     output: Tensor,
     share_out: Tensor | None,
     log_sum_exp: Tensor,
+    windows: Windows | None = None,
+    pad_qkv: Tensor | None = None,
 ) -> None:
-    """Computes A.V and mean_h(A).share into the given tensors; see `reference.forward`."""
-    batch, heads, queries, head_dim = query.shape
-    keys, sources = key.shape[2], 0 if share is None else share.shape[2]
+    """Computes A.V and mean_h(A).share into the given tensors; see `reference.forward`.
+
+    Within windows, query, key and value (B, H, Ht * Wt, D) are those of a map, as are the labels (B, Ht, Wt, S).
+    """
+    batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
+    tokens, sources = key.shape[2], 0 if share is None else share.shape[-1]
     bias, mask = _readable(bias), _readable(mask)
+    if windows is not None:
+        bias = _arranged(bias, query, windows)
     share = None if share is None else share.contiguous()
     residual = None if residual is None else residual.contiguous()
     fused = sources if sources <= MAX_FUSED_SOURCES else 0
     parts = 1 if query.dtype == torch.float32 else 3
     has_offsets = bias is not None or mask is not None
-    (config,) = _chosen(forward_configs, _shape_of(query, key, has_offsets))
+    # A label more than there are sources: whether a key is real.
+    padded = int(pad_qkv is not None)
+    (config,) = _chosen(forward_configs, _shape_of(query, key, has_offsets, windows))
     grid = triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch
     parts_row = _padded_keys(config.tiles, keys)
     sizes = (heads, queries, keys)
@@ -291,20 +325,21 @@ def forward(
     # constants.
     constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
     how = dict(
-        **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask),
-        COLUMNS=max(8, triton.next_power_of_2(1 + fused * parts)), SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row,
-        DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets, PRECISION=_precision(query.dtype),
-        **config.options,
+        **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask, windows),
+        COLUMNS=max(8, triton.next_power_of_2(1 + fused * parts + padded)), SOURCES=fused, PARTS=parts,
+        PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
+        PRECISION=_precision(query.dtype), WINDOWS=windows, **config.options,
     )  # fmt: skip
     with _device_of(query):
         packed = head_share = None
         if fused:
-            packed = query.new_empty((batch, fused * parts, parts_row))
+            packed = query.new_empty((batch, fused * parts + padded, parts_row))
             block = min(256, triton.next_power_of_2(parts_row))
             kernels.pack_labels[(triton.cdiv(parts_row, block) * batch,)](
-                share, packed, keys, SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row, BLOCK=block, num_warps=2
-            )
-        inputs = (query, key, value, packed, bias, mask, dropout_seed, output, log_sum_exp)
+                share, packed, keys, tokens, SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row, WINDOWS=windows,
+                BLOCK=block, num_warps=2,
+            )  # fmt: skip
+        inputs = (query, key, value, pad_qkv, packed, bias, mask, dropout_seed, output, log_sum_exp)
         if config.kernel == "attention_forward_heads":
             kernels.attention_forward_heads[(grid,)](
                 *inputs, residual, share_out, *strides, *numbers, HAS_RESIDUAL=residual is not None,
@@ -312,7 +347,7 @@ def forward(
             )  # fmt: skip
         else:
             if fused:
-                head_share = query.new_empty((batch, heads, fused, queries), dtype=torch.float32)
+                head_share = query.new_empty((batch, heads, fused + padded, queries), dtype=torch.float32)
             if config.kernel == "attention_forward_row":
                 kernels.attention_forward_row[(grid * heads,)](
                     *inputs, head_share, *strides, *numbers, **constant_sizes, **how
@@ -324,17 +359,18 @@ def forward(
             if fused:
                 kernels.average_heads[(triton.cdiv(queries, 64) * batch,)](
                     head_share, log_sum_exp, residual, share_out, heads, queries,
-                    SOURCES=fused, HAS_RESIDUAL=residual is not None, MASKED=has_offsets, BLOCK=64, num_warps=2,
+                    SOURCES=fused, HAS_RESIDUAL=residual is not None, MASKED=has_offsets, WINDOWS=windows, BLOCK=64,
+                    num_warps=2,
                 )  # fmt: skip
         if sources > fused:
-            inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
+            inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
             block = 16 if query.dtype == torch.float32 and head_dim > 64 else 32
             kernels.dense_share[(triton.cdiv(queries, block) * batch,)](
-                query, key, bias, mask, log_sum_exp, inverse, share, residual, share_out,
+                query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
                 *sizes, sources, scale * _LOG2_E, **_rows(query=query, key=key), **_width(head_dim),
-                **_kinds(bias, mask), PRECISION=_precision(query.dtype),
-                NORMALISES=inverse is not None, HAS_RESIDUAL=residual is not None,
+                **_kinds(bias, mask, windows), PRECISION=_precision(query.dtype),
+                NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
                 BLOCK_Q=block, TILE=block, LABELS=32, num_warps=8,
             )  # fmt: skip
 
@@ -355,35 +391,48 @@ def backward(
     grad_key: Tensor,
     grad_value: Tensor,
     grad_bias: Tensor | None,
+    windows: Windows | None = None,
+    pad_qkv: Tensor | None = None,
+    grad_pad_qkv: Tensor | None = None,
 ) -> None:
-    """Computes the gradients into the given tensors; see `reference.backward`."""
-    batch, heads, queries, head_dim = query.shape
-    keys = key.shape[2]
+    """Computes the gradients into the given tensors; see `reference.backward`, and `forward` for what windows change.
+
+    Within windows, grad_output (B, Ht * Wt, H, D) and the gradients of query, key and value are those of a map.
+    """
+    batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
     grad_output = grad_output.to(query.dtype).transpose(1, 2)
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
     bias, mask = _readable(bias), _readable(mask)
+    if windows is not None:
+        bias = _arranged(bias, query, windows)
     has_offsets = bias is not None or mask is not None
-    config, *of_keys = _chosen(backward_configs, _shape_of(query, key, has_offsets))
+    shape = _shape_of(query, key, has_offsets, windows)
+    config, *of_keys = _chosen(backward_configs, shape)
     factor, dropout = scale * _LOG2_E, _dropout(dropout_p)
     with _device_of(query):
-        inverse = _inverse(query, key, bias, mask, log_sum_exp, scale)
+        inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
         is_head = config.kernel == "attention_backward_head"
         # One program a head keeps them to itself, unless the bias wants them.
         row_terms = None if is_head and grad_bias is None else torch.empty_like(log_sum_exp)
         inputs = (query, key, value, grad_output)
-        constants = (bias, mask, dropout_seed, log_sum_exp, inverse)
+        constants = (pad_qkv, bias, mask, dropout_seed, log_sum_exp, inverse)
         strides = (*_strides(*inputs), *_offset_strides(bias, mask))
         gradients = dict(grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
+        pad_sums = None
+        if grad_pad_qkv is not None:
+            # A sum for each block of keys of each window; added below, in fixed order.
+            blocks = triton.cdiv(keys, (config if is_head else of_keys[0]).tiles["BLOCK_K"])
+            pad_sums = query.new_zeros((batch * blocks, heads, 2, head_dim), dtype=torch.float32)
         how = dict(
             **_rows(query=query, key=key, value=value, grad_output=grad_output), **_width(head_dim),
-            **_kinds(bias, mask), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
-            PRECISION=_precision(query.dtype),
+            **_kinds(bias, mask, windows), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
+            PRECISION=_precision(query.dtype), WINDOWS=windows,
         )  # fmt: skip
         if is_head:
             gap = _gap(query, key, value)
             kernels.attention_backward_head[(batch * heads,)](
-                *inputs, output, *constants, row_terms, *gradients.values(),
+                *inputs, output, *constants, row_terms, *gradients.values(), pad_sums,
                 *strides, *_strides(*gradients.values()), scale, factor, *dropout,
                 HEADS=heads, QUERIES=queries, KEYS=keys, **_rows(**gradients), **how,
                 GAP=gap if gap == _gap(*gradients.values()) else 0,
@@ -396,47 +445,138 @@ def backward(
                 *sizes, **_rows(grad_query=grad_query), **how, **config.options,
             )  # fmt: skip
             kernels.attention_backward_keys[(triton.cdiv(keys, of_keys[0].tiles["BLOCK_K"]) * batch * heads,)](
-                *inputs, *constants, row_terms, grad_key, grad_value, *strides, *_strides(grad_key, grad_value),
-                *sizes, **_rows(grad_key=grad_key, grad_value=grad_value), **how, **of_keys[0].options,
+                *inputs, *constants, row_terms, grad_key, grad_value, pad_sums, *strides,
+                *_strides(grad_key, grad_value), *sizes, **_rows(grad_key=grad_key, grad_value=grad_value), **how,
+                **of_keys[0].options,
             )  # fmt: skip
+        if grad_pad_qkv is not None:
+            # Queries in the padding have no output, and no gradient.
+            grad_pad_qkv[0].zero_()
+            grad_pad_qkv[1:].copy_(pad_sums.sum(dim=0).transpose(0, 1))
         if grad_bias is not None:
-            block_q, block_k = 32, 32 if head_dim <= 64 else 16
+            of_bias = _bias_config(shape)
+            block_q, block_k = of_bias.tiles["BLOCK_Q"], of_bias.tiles["BLOCK_K"]
             bias_images, bias_heads = grad_bias.shape[:2]
             tiles = triton.cdiv(queries, block_q) * triton.cdiv(keys, block_k) * bias_heads
             images_of_part = images_of_sum(batch, bias_images, tiles)
             parts = triton.cdiv(batch, images_of_part)
             sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
-            how.pop("BIAS")
             kernels.attention_backward_bias[(tiles * parts,)](
                 *inputs, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
-                **how, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=8 if 32 < head_dim <= 64 or head_dim > 128 else 4,
-                num_stages=1,
+                **how, **of_bias.options,
             )  # fmt: skip
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
 
 
+def window_forward(
+    qkv: Tensor,
+    pad_qkv: Tensor | None,
+    share: Tensor | None,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    windows: Windows,
+    scale: float,
+    dropout_p: float,
+    output: Tensor,
+    share_out: Tensor | None,
+    log_sum_exp: Tensor,
+) -> None:
+    """Computes attention and labels within the windows of a map; see `reference.window_forward`.
+
+    A map whose rows of tokens are not evenly spaced in memory is copied once.
+    """
+    forward(
+        *_unpack(qkv), share, residual, bias, None, dropout_seed, scale, dropout_p, output, share_out, log_sum_exp,
+        windows, None if pad_qkv is None else pad_qkv.contiguous(),
+    )  # fmt: skip
+
+
+def window_backward(
+    grad_output: Tensor,
+    qkv: Tensor,
+    pad_qkv: Tensor | None,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    windows: Windows,
+    scale: float,
+    dropout_p: float,
+    grad_qkv: Tensor,
+    grad_pad_qkv: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Computes the gradients into the given tensors; see `reference.window_backward`, and `window_forward`."""
+    backward(
+        grad_output.flatten(1, 2), *_unpack(qkv), output, log_sum_exp, bias, None, dropout_seed, scale, dropout_p,
+        *_unpack(grad_qkv), grad_bias, windows, None if pad_qkv is None else pad_qkv.contiguous(), grad_pad_qkv,
+    )  # fmt: skip
+
+
+def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value (B, H, Ht * Wt, D) in the projection of a map."""
+    query, key, value = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
+def _sizes(query: Tensor, key: Tensor, windows: Windows | None) -> tuple[int, int, int, int, int]:
+    """B, H, Nq, Nk and D; windows count as images."""
+    batch, heads, queries, head_dim = query.shape
+    if windows is None:
+        return batch, heads, queries, key.shape[2], head_dim
+    return batch * windows.count, heads, windows.tokens, windows.tokens, head_dim
+
+
+def _arranged(bias: Tensor | None, query: Tensor, windows: Windows) -> Tensor | None:
+    """The bias as the kernels for windows read it, once for each kind of window; with regions also if there is none.
+
+    Rows of a multiple of 16 numbers begin at addresses from which a thread reads several at once.
+    """
+    if bias is None and not windows.has_regions:
+        return None
+    tokens, heads = windows.tokens, 1 if bias is None else bias.shape[1]
+    row = -(-tokens // 16) * 16
+    dtype = query.dtype if bias is None else bias.dtype
+    arranged = query.new_empty((4 if windows.has_regions else 1, heads, tokens, row), dtype=dtype)
+    with _device_of(query):
+        kernels.arrange_bias[(triton.cdiv(arranged.numel(), 1024),)](
+            bias, arranged, *_offset_strides(bias)[1:], heads, arranged.numel(), HAS_BIAS=bias is not None, N=tokens,
+            ROW=row, WINDOWS=windows, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return arranged
+
+
 def _inverse(
-    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, log_sum_exp: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    log_sum_exp: Tensor,
+    scale: float,
+    windows: Windows | None,
+    pad_qkv: Tensor | None,
 ) -> Tensor | None:
     """What makes up for the rounding of a large log-sum-exp; bfloat16 itself rounds more than that."""
     if query.dtype == torch.bfloat16:
         return None
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
     inverse = torch.empty_like(log_sum_exp)
     block = 32 if head_dim <= 64 else 16
     kernels.normalise[(triton.cdiv(queries, block) * batch * heads,)](
-        query, key, bias, mask, log_sum_exp, inverse,
-        *_strides(query, key), *_offset_strides(bias, mask), heads, queries, key.shape[2], scale * _LOG2_E,
-        **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask), PRECISION=_precision(query.dtype),
-        BLOCK_Q=block, TILE=block, num_warps=4,
+        query, key, pad_qkv, bias, mask, log_sum_exp, inverse,
+        *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys, scale * _LOG2_E,
+        **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask, windows),
+        PRECISION=_precision(query.dtype), WINDOWS=windows, BLOCK_Q=block, TILE=block, num_warps=4,
     )  # fmt: skip
     return inverse
 
 
-def _shape_of(query: Tensor, key: Tensor, has_offsets: bool) -> Shape:
-    batch, _, queries, head_dim = query.shape
-    return Shape(_capability(query.device), query.dtype, batch, queries, key.shape[2], head_dim, has_offsets)
+def _shape_of(query: Tensor, key: Tensor, has_offsets: bool, windows: Windows | None) -> Shape:
+    batch, _, queries, keys, head_dim = _sizes(query, key, windows)
+    capability = _capability(query.device)
+    return Shape(capability, query.dtype, batch, queries, keys, head_dim, has_offsets, windows is not None)
 
 
 @functools.cache
@@ -501,9 +641,9 @@ def _offset_strides(*offsets: Tensor | None) -> list[int]:
     return strides
 
 
-def _kinds(bias: Tensor | None, mask: Tensor | None) -> dict[str, int]:
+def _kinds(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) -> dict[str, int]:
     return {
-        "BIAS": int(bias is not None),
+        "BIAS": 0 if bias is None else 1 if windows is None else _ARRANGED,
         "MASK": 0 if mask is None else 2 if mask.dtype == torch.uint8 else 1,
     }
 

@@ -5,6 +5,10 @@ the product P.V gets columns [1, parts of the shares] beside V (`pack_labels`). 
 which a plain kernel computes by additions, and the others the labels in this head. Nothing is added by atomics: the
 bits of a result do not depend on the order in which programs run. Offsets of images and heads are 64 bits wide, those
 within one are 32.
+
+WINDOWS, a constant, is None or says how a map is divided into windows. A window then counts as an image: its rows are
+looked up in the map, its `place` is where it begins in the rolled and padded map, and what belongs to the kernels alone
+(the log-sum-exp, packed labels, scratch) has N rows a window, window after window.
 """
 
 from __future__ import annotations
@@ -12,8 +16,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tlalign_kernels.windows import Windows
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# What is added to the scores of tokens of different regions, as the reference has it.
+REGION_BIAS = tl.constexpr(-100.0)
+
+
+@triton.constexpr_function
+def _along(windows, size, axis):
+    """One of the sizes of `Windows`, which the compiler hands on as a mere tuple."""
+    return getattr(Windows(*windows), size)[axis]
+
+
+@triton.constexpr_function
+def _count(windows):
+    return Windows(*windows).count
+
+
+@triton.constexpr_function
+def _is_padded(windows):
+    return windows is not None and Windows(*windows).is_padded
+
+
+@triton.constexpr_function
+def _has_regions(windows):
+    return windows is not None and Windows(*windows).has_regions
+
+
+@triton.constexpr_function
+def _tokens_of_image(tokens, windows):
+    return tokens if windows is None else windows[0][0] * windows[0][1]
+
+
+@triton.constexpr_function
+def _labels(sources, windows):
+    """Labels of a key: one a source, and in padded windows whether it is real."""
+    return sources + 1 if sources > 0 and _is_padded(windows) else sources
+
+
+@triton.constexpr_function
+def _packed_rows(sources, parts, windows):
+    """Rows of the packed labels of an image; whether a key is real takes one only."""
+    return sources * parts + _labels(sources, windows) - sources
 
 
 @triton.jit
@@ -24,8 +70,120 @@ def _program(blocks, heads):
 
 
 @triton.jit
-def _load(data, row, column, stride, first, end, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr):
-    """Columns of rows `first` + row, zeros from row `end` on (with ENDS) and from column D on."""
+def _place(image, WINDOWS: tl.constexpr):
+    """Image in the batch, and where in its rolled and padded map the window begins."""
+    if WINDOWS is None:
+        return image, None
+    else:
+        COUNT: tl.constexpr = _count(WINDOWS)
+        ACROSS: tl.constexpr = _along(WINDOWS, "grid_size", 1)
+        HEIGHT: tl.constexpr = _along(WINDOWS, "window_size", 0)
+        WIDTH: tl.constexpr = _along(WINDOWS, "window_size", 1)
+        number = image.to(tl.int32)
+        window = number % COUNT
+        return (number // COUNT).to(tl.int64), (window // ACROSS * HEIGHT, window % ACROSS * WIDTH)
+
+
+@triton.jit
+def _token(row, place, WINDOWS: tl.constexpr):
+    """Which token of its image is in a row of a window, and whether it is one: False in the padding."""
+    if WINDOWS is None:
+        return row, True
+    else:
+        ROWS: tl.constexpr = _along(WINDOWS, "map_size", 0)
+        COLUMNS: tl.constexpr = _along(WINDOWS, "map_size", 1)
+        DOWN: tl.constexpr = _along(WINDOWS, "shift", 0) % ROWS
+        ACROSS: tl.constexpr = _along(WINDOWS, "shift", 1) % COLUMNS
+        y = place[0] + row // _along(WINDOWS, "window_size", 1)
+        x = place[1] + row % _along(WINDOWS, "window_size", 1)
+        is_real = (y < ROWS) & (x < COLUMNS)
+        if DOWN > 0:
+            y = tl.where(y >= ROWS - DOWN, y - (ROWS - DOWN), y + DOWN)
+        if ACROSS > 0:
+            x = tl.where(x >= COLUMNS - ACROSS, x - (COLUMNS - ACROSS), x + ACROSS)
+        return y * COLUMNS + x, is_real
+
+
+@triton.jit
+def _kind(image, place, WINDOWS: tl.constexpr):
+    """Which bias is that of an image: in windows it depends on what the shift brought together in them."""
+    if WINDOWS is None:
+        return image
+    elif not _has_regions(WINDOWS):
+        return image * 0
+    else:
+        is_lowest = place[0] == (_along(WINDOWS, "grid_size", 0) - 1) * _along(WINDOWS, "window_size", 0)
+        is_rightmost = place[1] == (_along(WINDOWS, "grid_size", 1) - 1) * _along(WINDOWS, "window_size", 1)
+        return (is_lowest.to(tl.int32) * 2 + is_rightmost.to(tl.int32)).to(tl.int64)
+
+
+@triton.jit
+def _region(row, kind, WINDOWS: tl.constexpr):
+    """A number of what lay together before the shift, of rows of a window of this kind."""
+    HEIGHT: tl.constexpr = _along(WINDOWS, "window_size", 0)
+    WIDTH: tl.constexpr = _along(WINDOWS, "window_size", 1)
+    below = (kind >= 2) & (row // WIDTH >= HEIGHT - _along(WINDOWS, "shift", 0))
+    beside = (kind % 2 == 1) & (row % WIDTH >= WIDTH - _along(WINDOWS, "shift", 1))
+    return below.to(tl.int32) * 2 + beside.to(tl.int32)
+
+
+@triton.jit
+def arrange_bias(
+    bias, arranged, bias_head, bias_query, bias_key, heads, cells,
+    HAS_BIAS: tl.constexpr, N: tl.constexpr, ROW: tl.constexpr, WINDOWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A bias (1 or H, N, N), or none, to (kinds of windows, 1 or H, N, ROW), a number of `cells`.
+
+    What the attention kernels then read is aligned, has -inf beyond the last key, and parts the regions.
+    """
+    cell = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = (cell % ROW).to(tl.int32)
+    query = (cell // ROW % N).to(tl.int32)
+    head = cell // ROW // N % heads
+    kind = (cell // ROW // N // heads).to(tl.int32)
+    inside = (cell < cells) & (key < N)
+    value = tl.where(inside, 0.0, float("-inf"))
+    if HAS_BIAS:
+        at = bias + head * bias_head + query * bias_query + key * bias_key
+        value = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+    differ = _region(query, kind, WINDOWS) != _region(key, kind, WINDOWS)
+    value = tl.where(differ, value + REGION_BIAS, value)
+    tl.store(arranged + cell, value.to(arranged.dtype.element_ty), mask=cell < cells)
+
+
+@triton.jit
+def _pad_row(pad, which, head, heads, D: tl.constexpr):
+    """What the padding is in a head, of query (0), key (1) or value (2)."""
+    if pad is None:
+        return None
+    else:
+        return pad + (which * heads + head) * D
+
+
+@triton.jit
+def _load(
+    data, row, column, stride, first, end, place, pad, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr,
+    WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Columns of rows `first` + row, zeros from row `end` on (with ENDS) and from column D on.
+
+    In the padding of windows, `pad` or zeros; then what lies beyond the end is of no account.
+    """
+    if WINDOWS is not None:
+        token, is_real = _token(first + row, place, WINDOWS)
+        at = data + (token * stride + column)
+        inside = first + row < end
+        if _is_padded(WINDOWS):
+            inside = (inside & is_real) if ENDS else is_real
+        other = 0.0
+        if pad is not None:
+            other = tl.load(pad + column, mask=column < D, other=0.0)
+        if BLOCK_D != D:
+            return tl.load(at, mask=inside & (column < D), other=other)
+        elif ENDS or _is_padded(WINDOWS):
+            return tl.load(at, mask=inside, other=other)
+        else:
+            return tl.load(at)
     # In this order tiles have their addresses in common, but for a constant.
     at = data + (row * stride + column) + first * stride
     if ENDS:
@@ -42,32 +200,47 @@ def _load(data, row, column, stride, first, end, D: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def _load_rows(
-    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr
-):
+    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr,
+    place=None, pad=None, WINDOWS: tl.constexpr = None,
+):  # fmt: skip
     """ROWS rows of D numbers from `first` on, (ROWS, BLOCK_D)."""
     return _load(
-        data, tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :], stride, first, end, D, BLOCK_D, ENDS
-    )
+        data, tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :], stride, first, end, place, pad,
+        D, BLOCK_D, ENDS, WINDOWS,
+    )  # fmt: skip
 
 
 @triton.jit
 def _load_columns(
-    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr
-):
+    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr,
+    place=None, pad=None, WINDOWS: tl.constexpr = None,
+):  # fmt: skip
     """The same transposed, (BLOCK_D, ROWS), without a way round through shared memory."""
     return _load(
-        data, tl.arange(0, ROWS)[None, :], tl.arange(0, BLOCK_D)[:, None], stride, first, end, D, BLOCK_D, ENDS
-    )
+        data, tl.arange(0, ROWS)[None, :], tl.arange(0, BLOCK_D)[:, None], stride, first, end, place, pad,
+        D, BLOCK_D, ENDS, WINDOWS,
+    )  # fmt: skip
 
 
 @triton.jit
-def _store_rows(data, stride, first, end, values, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store_rows(
+    data, stride, first, end, values, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    place=None, WINDOWS: tl.constexpr = None,
+):  # fmt: skip
+    """Writes ROWS rows of D numbers from `first` on; of windows, those that are not padding."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     inside = first + row < end
     if BLOCK_D != D:
         inside = inside & (column < D)
-    tl.store(data + (row * stride + column) + first * stride, values.to(data.dtype.element_ty), mask=inside)
+    if WINDOWS is None:
+        at = data + (row * stride + column) + first * stride
+    else:
+        token, is_real = _token(first + row, place, WINDOWS)
+        at = data + (token * stride + column)
+        if _is_padded(WINDOWS):
+            inside = inside & is_real
+    tl.store(at, values.to(data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -92,6 +265,17 @@ def _add_offsets(scores, row, row_end, row_stride, column, column_end, column_st
     return scores
 
 
+# Kind of a bias that `arrange_bias` wrote.
+ARRANGED = tl.constexpr(3)
+
+
+@triton.jit
+def _arranged(row, rows, row_stride, column, columns, data):
+    """The bias of windows at some rows and columns, from `arrange_bias`; -inf beyond the last of either."""
+    inside = (row < rows) & (column < (columns + 7) // 8 * 8)
+    return tl.load(data + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32) * LOG2_E
+
+
 @triton.jit
 def _kept(row, row_stride, column, column_stride, first, seed, threshold, factor):
     """What attention weights are multiplied with, 0 or `factor`: Philox at their index, as the reference has it."""
@@ -102,24 +286,31 @@ def _kept(row, row_stride, column, column_stride, first, seed, threshold, factor
 
 @triton.jit
 def pack_labels(
-    share, parts, keys,
-    SOURCES: tl.constexpr, PARTS: tl.constexpr, PARTS_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    share, parts, keys, tokens,
+    SOURCES: tl.constexpr, PARTS: tl.constexpr, PARTS_ROW: tl.constexpr, WINDOWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Splits share (B, Nk, S) into parts (B, S * PARTS, PARTS_ROW), zeros from key Nk on.
+    """Splits share (B, tokens, S) into parts (B, S * PARTS, PARTS_ROW), zeros from key Nk on and in the padding.
 
     A share of float32 is the sum of three parts of 8 or 11 bits, so that its product on tensor cores is exact up to the
-    rounding of the probabilities.
+    rounding of the probabilities. Padded windows have one more row: 1 where a key is real.
     """
+    PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
     blocks = (PARTS_ROW + BLOCK - 1) // BLOCK
     image = (tl.program_id(0) // blocks).to(tl.int64)
     key = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    of_map, place = _place(image, WINDOWS)
+    token, inside = _token(key, place, WINDOWS)
+    inside = inside & (key < keys)
     for source in tl.static_range(SOURCES):
-        rest = tl.load(share + (image * keys + key) * SOURCES + source, mask=key < keys, other=0.0)
+        rest = tl.load(share + (of_map * tokens + token) * SOURCES + source, mask=inside, other=0.0)
         for part in tl.static_range(PARTS):
             rounded = rest.to(parts.dtype.element_ty)
-            at = parts + (image * SOURCES * PARTS + source * PARTS + part) * PARTS_ROW + key
+            at = parts + (image * PACKED + source * PARTS + part) * PARTS_ROW + key
             tl.store(at, rounded, mask=key < PARTS_ROW)
             rest = rest - rounded.to(tl.float32)
+    if PACKED > SOURCES * PARTS:
+        at = parts + (image * PACKED + SOURCES * PARTS) * PARTS_ROW + key
+        tl.store(at, inside.to(parts.dtype.element_ty), mask=key < PARTS_ROW)
 
 
 @triton.jit
@@ -142,16 +333,18 @@ def _label_columns(
 
 @triton.jit
 def _finish(
-    output, log_sum_exp, image, head, heads, queries, first, accumulated, labels, highest,
+    output, log_sum_exp, image, head, heads, queries, first, accumulated, labels, highest, place,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Writes the output and the log-sum-exp of one head from the sums over all keys; returns 1 / row sum."""
     total = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == 0, labels, 0.0), 1)
     inverse = 1.0 / total
     if MASKED:
         inverse = tl.where(total == 0.0, 0.0, inverse)
-    start = output + (image * queries * heads + head) * D
-    _store_rows(start, heads * D, first, queries, accumulated * inverse[:, None], ROWS, D, BLOCK_D)
+    of_map, _ = _place(image, WINDOWS)
+    start = output + (of_map * _tokens_of_image(queries, WINDOWS) * heads + head) * D
+    _store_rows(start, heads * D, first, queries, accumulated * inverse[:, None], ROWS, D, BLOCK_D, place, WINDOWS)
     row = first + tl.arange(0, ROWS)
     # log2(0) + the maximum, -inf, is -inf: a query that sees no key.
     known = (highest + tl.log2(total)) * LN_2
@@ -170,12 +363,12 @@ def _sum_parts(labels, source, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit
 def _store_head_share(
     head_share, pair, queries, first, labels, inverse,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LABELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, ROWS)
-    for source in tl.static_range(SOURCES):
-        mixed = _sum_parts(labels, source, COLUMNS, PARTS) * inverse
-        tl.store(head_share + (pair * SOURCES + source) * queries + row, mixed, mask=row < queries)
+    for label in tl.static_range(LABELS):
+        mixed = _sum_parts(labels, label, COLUMNS, PARTS) * inverse
+        tl.store(head_share + (pair * LABELS + label) * queries + row, mixed, mask=row < queries)
 
 
 @triton.jit
@@ -183,12 +376,14 @@ def _scores(
     q, key, KEY_ROW: tl.constexpr, row, queries, first, keys, factor,
     bias, bias_query, bias_key, mask, mask_query, mask_key,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, place=None, pad_key=None, WINDOWS: tl.constexpr = None,
 ):  # fmt: skip
     """Scores of some queries and SIZE keys from `first` on; -inf from key `keys` on, if this tile ENDS them."""
     column = first + tl.arange(0, SIZE)
-    k = _load_columns(key, KEY_ROW, first, keys, SIZE, D, BLOCK_D, ENDS)
+    k = _load_columns(key, KEY_ROW, first, keys, SIZE, D, BLOCK_D, ENDS, place, pad_key, WINDOWS)
     scores = tl.dot(q, k, input_precision=PRECISION) * factor
+    if BIAS == ARRANGED:
+        return scores + _arranged(row[:, None], queries, bias_query, column[None, :], keys, bias)
     scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
     scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
     if ENDS:
@@ -199,12 +394,12 @@ def _scores(
 @triton.jit
 def _add_values(
     p, accumulated, labels, value, VALUE_ROW: tl.constexpr, w, row, queries, first, keys, pair,
-    seed, threshold, kept_factor,
+    seed, threshold, kept_factor, place, pad_value,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DROPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Adds P V and P w, where w = [1, share], of SIZE keys from `first` on."""
-    v = _load_rows(value, VALUE_ROW, first, keys, SIZE, D, BLOCK_D, ENDS)
+    v = _load_rows(value, VALUE_ROW, first, keys, SIZE, D, BLOCK_D, ENDS, place, pad_value, WINDOWS)
     kept = p
     if DROPS:
         column = first + tl.arange(0, SIZE)
@@ -225,14 +420,14 @@ def _max_of_lanes(scores):
 # = reference.forward, but for the mean over heads.
 @triton.jit
 def attention_forward_row(
-    query, key, value, parts, bias, mask, seed, output, log_sum_exp, head_share,
+    query, key, value, pad, parts, bias, mask, seed, output, log_sum_exp, head_share,
     query_image, query_head, key_image, key_head, value_image, value_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
 ):  # fmt: skip
     """Keys lie in TILES tiles of TILE, then one of TAIL and one of TAIL_2 unless these are 0.
@@ -242,21 +437,26 @@ def attention_forward_row(
     FOLDS: the factor is positive and nothing is added to the scores, so that it can wait for the exponential.
     """
     block, head, image = _program((QUERIES + BLOCK_Q - 1) // BLOCK_Q, HEADS)
+    of_map, place = _place(image, WINDOWS)
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
     if GAP > 0:
-        query += image * (QUERIES * QUERY_ROW) + head * D
+        query += of_map * (_tokens_of_image(QUERIES, WINDOWS) * QUERY_ROW) + head * D
         key = query + GAP
         value = key + GAP
     else:
-        query += image * query_image + head * query_head
-        key += image * key_image + head * key_head
-        value += image * value_image + head * value_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+        query += of_map * query_image + head * query_head
+        key += of_map * key_image + head * key_head
+        value += of_map * value_image + head * value_head
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
-    if SOURCES > 0:
-        parts += image * (SOURCES * PARTS * PARTS_ROW)
-    q = _load_rows(query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True)
+    PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
+    if PACKED > 0:
+        parts += image * (PACKED * PARTS_ROW)
+    pad_query = _pad_row(pad, 0, head, HEADS, D)
+    pad_key = _pad_row(pad, 1, head, HEADS, D)
+    pad_value = _pad_row(pad, 2, head, HEADS, D)
+    q = _load_rows(query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
 
     COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
     scores = ()
@@ -267,7 +467,7 @@ def attention_forward_row(
                 1.0 if FOLDS else factor,
                 bias, bias_query, bias_key, mask, mask_query, mask_key,
                 TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
-                D, BLOCK_D, BIAS, MASK, PRECISION,
+                D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
             ),
         )  # fmt: skip
     lanes = _max_of_lanes(scores[0])
@@ -285,20 +485,22 @@ def attention_forward_row(
     for i in tl.static_range(COUNT):
         w = _label_columns(
             parts, TILE * i if i <= TILES else TILE * TILES + TAIL, PARTS_ROW,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), SOURCES * PARTS, COLUMNS, q.dtype,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), PACKED, COLUMNS, q.dtype,
         )  # fmt: skip
         accumulated, labels = _add_values(
             tl.exp2(scores[i] * unit - shift[:, None]), accumulated, labels, value, VALUE_ROW, w, row, QUERIES,
             TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS, image * HEADS + head, seed, threshold, kept_factor,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, D, BLOCK_D, DROPS, PRECISION,
+            place, pad_value, TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
+            D, BLOCK_D, DROPS, PRECISION, WINDOWS,
         )  # fmt: skip
     inverse = _finish(
-        output, log_sum_exp, image, head, HEADS, QUERIES, first, accumulated, labels, highest,
-        BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS,
+        output, log_sum_exp, image, head, HEADS, QUERIES, first, accumulated, labels, highest, place,
+        BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS, WINDOWS,
     )  # fmt: skip
     _store_head_share(
-        head_share, image * HEADS + head, QUERIES, first, labels, inverse, BLOCK_Q, COLUMNS, SOURCES, PARTS
-    )
+        head_share, image * HEADS + head, QUERIES, first, labels, inverse,
+        BLOCK_Q, COLUMNS, _labels(SOURCES, WINDOWS), PARTS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -306,14 +508,15 @@ def _stream_tile(
     q, highest, accumulated, labels, key, KEY_ROW: tl.constexpr, value, VALUE_ROW: tl.constexpr,
     parts, PARTS_ROW: tl.constexpr, row, queries, first, keys, factor,
     bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+    place, pad_key, pad_value,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
     PACKED: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (FlashAttention, arXiv 2205.14135)."""
     scores = _scores(
         q, key, KEY_ROW, row, queries, first, keys, 1.0 if FOLDS else factor, bias, bias_query, bias_key, mask,
-        mask_query, mask_key, SIZE, ENDS, D, BLOCK_D, BIAS, MASK, PRECISION,
+        mask_query, mask_key, SIZE, ENDS, D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
     )  # fmt: skip
     unit = factor if FOLDS else 1.0
     now = tl.maximum(highest, tl.max(scores, 1) * unit)
@@ -324,7 +527,8 @@ def _stream_tile(
     w = _label_columns(parts, first, PARTS_ROW, SIZE, PACKED, COLUMNS, q.dtype)
     accumulated, labels = _add_values(
         tl.exp2(scores * unit - shift[:, None]), accumulated * kept[:, None], labels * kept[:, None], value, VALUE_ROW,
-        w, row, queries, first, keys, pair, seed, threshold, kept_factor, SIZE, ENDS, D, BLOCK_D, DROPS, PRECISION,
+        w, row, queries, first, keys, pair, seed, threshold, kept_factor, place, pad_value,
+        SIZE, ENDS, D, BLOCK_D, DROPS, PRECISION, WINDOWS,
     )  # fmt: skip
     return now, accumulated, labels
 
@@ -332,28 +536,33 @@ def _stream_tile(
 # The same for any number of keys, in tiles that pass by: registers hold one tile of scores and running sums.
 @triton.jit
 def attention_forward_stream(
-    query, key, value, parts, bias, mask, seed, output, log_sum_exp, head_share,
+    query, key, value, pad, parts, bias, mask, seed, output, log_sum_exp, head_share,
     query_image, query_head, key_image, key_head, value_image, value_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, factor, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Keys lie in whole tiles of TILE and a last one of TAIL; if that is 0, in tiles of TILE, any of which may end."""
     block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
+    of_map, place = _place(image, WINDOWS)
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
-    query += image * query_image + head * query_head
-    key += image * key_image + head * key_head
-    value += image * value_image + head * value_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    query += of_map * query_image + head * query_head
+    key += of_map * key_image + head * key_head
+    value += of_map * value_image + head * value_head
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
-    if SOURCES > 0:
-        parts += image * (SOURCES * PARTS * PARTS_ROW)
-    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
+    if PACKED > 0:
+        parts += image * (PACKED * PARTS_ROW)
+    pad_query = _pad_row(pad, 0, head, heads, D)
+    pad_key = _pad_row(pad, 1, head, heads, D)
+    pad_value = _pad_row(pad, 2, head, heads, D)
+    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
 
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     accumulated = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
@@ -365,23 +574,24 @@ def attention_forward_stream(
         highest, accumulated, labels = _stream_tile(
             q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, parts, PARTS_ROW, row, queries, start,
             keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head,
-            seed, threshold, kept_factor, TILE, TAIL == 0, D, BLOCK_D, COLUMNS, SOURCES * PARTS,
-            BIAS, MASK, DROPS, FOLDS, PRECISION,
+            seed, threshold, kept_factor, place, pad_key, pad_value, TILE, TAIL == 0, D, BLOCK_D, COLUMNS, PACKED,
+            BIAS, MASK, DROPS, FOLDS, PRECISION, WINDOWS,
         )  # fmt: skip
     if TAIL > 0:
         highest, accumulated, labels = _stream_tile(
             q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, parts, PARTS_ROW, row, queries, whole,
             keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head,
-            seed, threshold, kept_factor, TAIL, True, D, BLOCK_D, COLUMNS, SOURCES * PARTS,
-            BIAS, MASK, DROPS, FOLDS, PRECISION,
+            seed, threshold, kept_factor, place, pad_key, pad_value, TAIL, True, D, BLOCK_D, COLUMNS, PACKED,
+            BIAS, MASK, DROPS, FOLDS, PRECISION, WINDOWS,
         )  # fmt: skip
     inverse = _finish(
-        output, log_sum_exp, image, head, heads, queries, first, accumulated, labels, highest,
-        BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS,
+        output, log_sum_exp, image, head, heads, queries, first, accumulated, labels, highest, place,
+        BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS, WINDOWS,
     )  # fmt: skip
     _store_head_share(
-        head_share, image * heads + head, queries, first, labels, inverse, BLOCK_Q, COLUMNS, SOURCES, PARTS
-    )
+        head_share, image * heads + head, queries, first, labels, inverse,
+        BLOCK_Q, COLUMNS, _labels(SOURCES, WINDOWS), PARTS,
+    )  # fmt: skip
 
 
 # The same for so few keys that one tile has them, and the mean over heads with it: a program has BLOCK_Q queries of an
@@ -389,30 +599,33 @@ def attention_forward_stream(
 # go through memory. The programs are fewer, so many images are wanted. = reference.forward
 @triton.jit
 def attention_forward_heads(
-    query, key, value, parts, bias, mask, seed, output, log_sum_exp, residual, share,
+    query, key, value, pad, parts, bias, mask, seed, output, log_sum_exp, residual, share,
     query_image, query_head, key_image, key_head, value_image, value_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Labels and residual (B, Nq, S) to share (B, Nq, S); the rest as in `attention_forward_row`."""
     block, _, image = _program((QUERIES + BLOCK_Q - 1) // BLOCK_Q, 1)
+    of_map, place = _place(image, WINDOWS)
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
     if GAP > 0:
-        query += image * (QUERIES * QUERY_ROW)
+        query += of_map * (_tokens_of_image(QUERIES, WINDOWS) * QUERY_ROW)
         key = query + GAP
         value = key + GAP
     else:
-        query += image * query_image
-        key += image * key_image
-        value += image * value_image
-    if SOURCES > 0:
-        parts += image * (SOURCES * PARTS * PARTS_ROW)
-    w = _label_columns(parts, 0, PARTS_ROW, BLOCK_K, SOURCES * PARTS, COLUMNS, query.dtype.element_ty)
+        query += of_map * query_image
+        key += of_map * key_image
+        value += of_map * value_image
+    PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
+    if PACKED > 0:
+        parts += image * (PACKED * PARTS_ROW)
+    w = _label_columns(parts, 0, PARTS_ROW, BLOCK_K, PACKED, COLUMNS, query.dtype.element_ty)
     mean = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
     seeing = tl.zeros((BLOCK_Q,), tl.float32)
     for number in tl.range(0, HEADS):
@@ -421,12 +634,16 @@ def attention_forward_heads(
             at_query, at_key, at_value = query + number * D, key + number * D, value + number * D
         else:
             at_query, at_key, at_value = query + head * query_head, key + head * key_head, value + head * value_head
-        q = _load_rows(at_query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True)
+        pad_query = _pad_row(pad, 0, head, HEADS, D)
+        pad_key = _pad_row(pad, 1, head, HEADS, D)
+        pad_value = _pad_row(pad, 2, head, HEADS, D)
+        q = _load_rows(at_query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
         scores = _scores(
             q, at_key, KEY_ROW, row, QUERIES, 0, KEYS, 1.0 if FOLDS else factor,
-            _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0), bias_query, bias_key,
+            _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0),
+            bias_query, bias_key,
             _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
-            BLOCK_K, True, D, BLOCK_D, BIAS, MASK, PRECISION,
+            BLOCK_K, True, D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
         )  # fmt: skip
         unit = factor if FOLDS else 1.0
         highest = tl.max(scores, 1) * unit
@@ -437,58 +654,80 @@ def attention_forward_heads(
         accumulated, labels = _add_values(
             tl.exp2(scores * unit - shift[:, None]), tl.zeros((BLOCK_Q, BLOCK_D), tl.float32),
             tl.zeros((BLOCK_Q, COLUMNS), tl.float32), at_value, VALUE_ROW, w, row, QUERIES, 0, KEYS,
-            image * HEADS + head, seed, threshold, kept_factor, BLOCK_K, True, D, BLOCK_D, DROPS, PRECISION,
+            image * HEADS + head, seed, threshold, kept_factor, place, pad_value,
+            BLOCK_K, True, D, BLOCK_D, DROPS, PRECISION, WINDOWS,
         )  # fmt: skip
         inverse = _finish(
-            output, log_sum_exp, image, head, HEADS, QUERIES, first, accumulated, labels, highest,
-            BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS,
+            output, log_sum_exp, image, head, HEADS, QUERIES, first, accumulated, labels, highest, place,
+            BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS, WINDOWS,
         )  # fmt: skip
         mean += labels * inverse[:, None]
     if FOLDS:
         seeing += HEADS
+    token, inside = _token(row, place, WINDOWS)
+    inside = inside & (row < QUERIES)
+    if _labels(SOURCES, WINDOWS) > SOURCES:
+        seeing = _sum_parts(mean, SOURCES, COLUMNS, PARTS)
     for source in tl.static_range(SOURCES):
         _store_mean(
             _sum_parts(mean, source, COLUMNS, PARTS), seeing, residual, share,
-            (image * QUERIES + row) * SOURCES + source, row < QUERIES, HAS_RESIDUAL,
+            (of_map * _tokens_of_image(QUERIES, WINDOWS) + token) * SOURCES + source, inside, HAS_RESIDUAL,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_mean(total, seeing, residual, share, at, inside, HAS_RESIDUAL: tl.constexpr):
-    """Writes the mean of a label over the heads in which a query sees a key, averaged with the residual."""
-    mean = tl.where(seeing > 0, total / tl.maximum(seeing, 1.0), 0.0)
+    """Writes the mean of a label, averaged with the residual.
+
+    seeing: the number of heads in which a query sees a key, or with padding the sum of what it sees of real keys.
+    """
+    mean = tl.where(seeing > 0, total / tl.where(seeing > 0, seeing, 1.0), 0.0)
     if HAS_RESIDUAL:
         own = tl.load(residual + at, mask=inside, other=0.0)
         mean = tl.where(seeing > 0, (mean + own) * 0.5, own)
     tl.store(share + at, mean, mask=inside)
 
 
+@triton.jit
+def _sum_heads(head_share, image, heads, queries, row, inside, label, LABELS: tl.constexpr):
+    """The sum of a label over the heads, in fixed order."""
+    total = tl.zeros(row.shape, tl.float32)
+    for head in range(heads):
+        of_head = head_share + ((image * heads + head) * LABELS + label) * queries
+        total += tl.load(of_head + row, mask=inside, other=0.0)
+    return total
+
+
 # share = mean of the shares over the heads in which a query sees a key, in fixed order, averaged with the residual.
 @triton.jit
 def average_heads(
     head_share, log_sum_exp, residual, share, heads, queries,
-    SOURCES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    SOURCES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, WINDOWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """head_share (B, H, S, Nq) and residual (B, Nq, S) to share (B, Nq, S); a program has BLOCK queries of an image.
 
-    Not MASKED: every query sees a key in every head.
+    Not MASKED: every query sees a key in every head. In padded windows head_share has one more label, what is seen of
+    real keys, whose sum then takes the place of the number of heads.
     """
+    LABELS: tl.constexpr = _labels(SOURCES, WINDOWS)
     blocks = (queries + BLOCK - 1) // BLOCK
     image = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = row < queries
+    of_map, place = _place(image, WINDOWS)
+    token, is_real = _token(row, place, WINDOWS)
+    to_share = inside & is_real
     seeing = tl.zeros((BLOCK,), tl.float32) + heads
-    if MASKED:
+    if LABELS > SOURCES:
+        seeing = _sum_heads(head_share, image, heads, queries, row, inside, SOURCES, LABELS)
+    elif MASKED:
         for head in range(heads):
             known = tl.load(log_sum_exp + (image * heads + head) * queries + row, mask=inside, other=0.0)
             seeing -= tl.where(known == float("-inf"), 1.0, 0.0)
     for source in tl.static_range(SOURCES):
-        total = tl.zeros((BLOCK,), tl.float32)
-        for head in range(heads):
-            of_head = head_share + ((image * heads + head) * SOURCES + source) * queries
-            total += tl.load(of_head + row, mask=inside, other=0.0)
-        at = (image * queries + row) * SOURCES + source
-        _store_mean(total, seeing, residual, share, at, inside, HAS_RESIDUAL)
+        total = _sum_heads(head_share, image, heads, queries, row, inside, source, LABELS)
+        at = (of_map * _tokens_of_image(queries, WINDOWS) + token) * SOURCES + source
+        _store_mean(total, seeing, residual, share, at, to_share, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -507,23 +746,27 @@ PRECISE_LOG_SUM_EXP = tl.constexpr(46.0)
 # product of queries and keys is formed once more.
 @triton.jit
 def normalise(
-    query, key, bias, mask, log_sum_exp, inverse,
+    query, key, pad, bias, mask, log_sum_exp, inverse,
     query_image, query_head, key_image, key_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, TILE: tl.constexpr,
+    WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (B, H, Nq) to its factor of the same shape."""
     block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
+    of_map, place = _place(image, WINDOWS)
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
-    key += image * key_image + head * key_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    key += of_map * key_image + head * key_head
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
-    query += image * query_image + head * query_head
-    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    query += of_map * query_image + head * query_head
+    pad_key = _pad_row(pad, 1, head, heads, D)
+    q = _load_rows(
+        query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, _pad_row(pad, 0, head, heads, D), WINDOWS
+    )
     pair = image * heads + head
     known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
     total = tl.full((BLOCK_Q,), 1.0, tl.float32)
@@ -532,7 +775,7 @@ def normalise(
         for start in range(0, keys, TILE):
             scores = _scores(
                 q, key, KEY_ROW, row, queries, start, keys, factor, bias, bias_query, bias_key, mask, mask_query,
-                mask_key, TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION,
+                mask_key, TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
             )  # fmt: skip
             total += tl.sum(tl.exp2(scores - known[:, None]), 1)
     tl.store(inverse + pair * queries + row, tl.where(total == 0.0, 0.0, 1.0 / total), mask=row < queries)
@@ -551,21 +794,28 @@ def _inverse(data, first, row, end, NORMALISES: tl.constexpr):
 # A program has BLOCK_Q queries of an image; sums over tiles of keys stay in the result.
 @triton.jit
 def dense_share(
-    query, key, bias, mask, log_sum_exp, inverse, share, residual, share_out,
+    query, key, pad, bias, mask, log_sum_exp, inverse, share, residual, share_out,
     query_image, query_head, key_image, key_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, sources, factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    NORMALISES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr,
-    LABELS: tl.constexpr,
+    NORMALISES: tl.constexpr, WINDOWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_Q: tl.constexpr,
+    TILE: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
-    """Share (B, Nk, C) and residual (B, Nq, C) to share_out (B, Nq, C), LABELS of C at a time."""
+    """Share (B, Nk, C) and residual (B, Nq, C) to share_out (B, Nq, C), LABELS of C at a time.
+
+    In padded windows what a query sees of real keys is known after the last tile: what it is divided by then.
+    """
+    PADDED: tl.constexpr = _is_padded(WINDOWS)
     blocks = (queries + BLOCK_Q - 1) // BLOCK_Q
     image = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
-    inside = row < queries
+    of_map, place = _place(image, WINDOWS)
+    token, is_real = _token(row, place, WINDOWS)
+    inside = is_real & (row < queries)
+    seen = tl.zeros((BLOCK_Q,), tl.float32)
     seeing = tl.zeros((BLOCK_Q,), tl.float32)
     for number in range(heads):
         known = _log_sum_exp(log_sum_exp + (image * heads + number) * queries, row, queries)
@@ -577,34 +827,49 @@ def dense_share(
         mean = tl.zeros((BLOCK_Q, TILE), tl.float32)
         for number in range(heads):
             head = tl.cast(number, tl.int64)
-            at = query + image * query_image + head * query_head
-            q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
+            at = query + of_map * query_image + head * query_head
+            pad_query = _pad_row(pad, 0, head, heads, D)
+            q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
             scores = _scores(
-                q, key + image * key_image + head * key_head, KEY_ROW, row, queries, start, keys, factor,
-                _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0), bias_query, bias_key,
+                q, key + of_map * key_image + head * key_head, KEY_ROW, row, queries, start, keys, factor,
+                _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0),
+                bias_query, bias_key,
                 _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
-                TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION,
+                TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION, place, _pad_row(pad, 1, head, heads, D), WINDOWS,
             )  # fmt: skip
             pair = (image * heads + head) * queries
             known = _log_sum_exp(log_sum_exp + pair, row, queries)
             mean += tl.exp2(scores - known[:, None]) * _inverse(inverse, pair, row, queries, NORMALISES)[:, None]
-        mean *= weight[:, None]
+        of_key = start + tl.arange(0, TILE)
+        token_of_key, is_real_key = _token(of_key, place, WINDOWS)
+        has_label = is_real_key & (of_key < keys)
+        if PADDED:
+            seen += tl.sum(tl.where(has_label[None, :], mean, 0.0), 1)
+        else:
+            mean *= weight[:, None]
         for label in range(0, sources, LABELS):
             column = label + tl.arange(0, LABELS)
             cell = inside[:, None] & (column < sources)[None, :]
-            at = (image * queries + row)[:, None] * sources + column[None, :]
-            of_key = start + tl.arange(0, TILE)
+            at = (of_map * _tokens_of_image(queries, WINDOWS) + token)[:, None] * sources + column[None, :]
             of_keys = tl.load(
-                share + (image * keys + of_key)[:, None] * sources + column[None, :],
-                mask=(of_key < keys)[:, None] & (column < sources)[None, :], other=0.0,
+                share + (of_map * _tokens_of_image(keys, WINDOWS) + token_of_key)[:, None] * sources + column[None, :],
+                mask=has_label[:, None] & (column < sources)[None, :], other=0.0,
             )  # fmt: skip
             if start > 0:
                 sums = tl.load(share_out + at, mask=cell, other=0.0)
-            elif HAS_RESIDUAL:
+            elif HAS_RESIDUAL and not PADDED:
                 sums = tl.load(residual + at, mask=cell, other=0.0) * own[:, None]
             else:
                 sums = tl.zeros((BLOCK_Q, LABELS), tl.float32)
             sums = tl.dot(mean, of_keys, sums, input_precision="ieee")
+            if PADDED:
+                is_last = start + TILE >= keys
+                if is_last:
+                    sees = (seen > 0)[:, None]
+                    sums = tl.where(sees, sums / tl.where(seen > 0, seen, 1.0)[:, None], 0.0)
+                    if HAS_RESIDUAL:
+                        passing = tl.load(residual + at, mask=cell, other=0.0)
+                        sums = tl.where(sees, (sums + passing) * 0.5, passing)
             tl.store(share_out + at, sums, mask=cell)
         # What one thread has stored another may load for the next tile.
         tl.debug_barrier()
@@ -625,12 +890,15 @@ def _grad_scores(
     Transposed, they are left factors of the products for keys and values as they lie in registers.
     """
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
-    scores = _add_offsets(scores, column, keys, bias_key, row, queries, bias_query, bias, BIAS)
-    scores = _add_offsets(scores, column, keys, mask_key, row, queries, mask_query, mask, MASK)
+    if BIAS == ARRANGED:
+        scores += _arranged(row[None, :], queries, bias_query, column[:, None], keys, bias)
+    else:
+        scores = _add_offsets(scores, column, keys, bias_key, row, queries, bias_query, bias, BIAS)
+        scores = _add_offsets(scores, column, keys, mask_key, row, queries, mask_query, mask, MASK)
     p = tl.exp2(scores - known[None, :])
     if NORMALISES:
         p *= inverse[None, :]
-    if ENDS:
+    if ENDS and BIAS != ARRANGED:
         p = tl.where((column < keys)[:, None], p, 0.0)
     grad = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
     kept = p
@@ -643,16 +911,17 @@ def _grad_scores(
 
 @triton.jit
 def _head_step(
-    d_q, d_k, d_v, row_term, k, v, column, query, grad_output, log_sum_exp, inverse, first, factor,
+    d_q, d_k, d_v, row_term, k, v, column, query, pad_query, grad_output, log_sum_exp, inverse, place, first, factor,
     bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     SIZE: tl.constexpr, ENDS: tl.constexpr, KEYS_END: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """What SIZE queries from `first` on and some keys give to the gradients of either."""
     row = first + tl.arange(0, SIZE)
-    q = _load_rows(query, QUERY_ROW, first, QUERIES, SIZE, D, BLOCK_D, ENDS)
-    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, QUERIES, SIZE, D, BLOCK_D, ENDS)
+    q = _load_rows(query, QUERY_ROW, first, QUERIES, SIZE, D, BLOCK_D, ENDS, place, pad_query, WINDOWS)
+    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, QUERIES, SIZE, D, BLOCK_D, ENDS, place, None, WINDOWS)
     p, d_s = _grad_scores(
         q, k, v, d_o, row, QUERIES, column, KEYS, factor, _log_sum_exp(log_sum_exp + pair * QUERIES, row, QUERIES),
         _inverse(inverse, pair * QUERIES, row, QUERIES, NORMALISES), row_term,
@@ -667,11 +936,29 @@ def _head_step(
 
 @triton.jit
 def _row_term(
-    d_o, output, first, end, output_row, ROWS: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    d_o, output, first, end, output_row, place, ROWS: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135)."""
-    o = _load_rows(output, output_row, first, end, ROWS, D, BLOCK_D, ENDS)
+    o = _load_rows(output, output_row, first, end, ROWS, D, BLOCK_D, ENDS, place, None, WINDOWS)
     return tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
+
+
+@triton.jit
+def _store_pad_sums(
+    pad_sums, part, head, heads, column, d_k, d_v, place,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Adds up the gradients of the keys and values in the padding, a part (H, 2, D) of zeros for each block of keys."""
+    if _is_padded(WINDOWS):
+        down = place[0] > _along(WINDOWS, "map_size", 0) - _along(WINDOWS, "window_size", 0)
+        across = place[1] > _along(WINDOWS, "map_size", 1) - _along(WINDOWS, "window_size", 1)
+        if down | across:
+            _, is_real = _token(column, place, WINDOWS)
+            at = pad_sums + (part * heads + head) * 2 * D + tl.arange(0, BLOCK_D)
+            inside = tl.arange(0, BLOCK_D) < D
+            tl.store(at, tl.sum(tl.where(is_real[:, None], 0.0, d_k), 0), mask=inside)
+            tl.store(at + D, tl.sum(tl.where(is_real[:, None], 0.0, d_v), 0), mask=inside)
 
 
 # All gradients of one head in one program, for queries that are all on chip: registers hold dQ of all of them, blocks
@@ -679,8 +966,8 @@ def _row_term(
 # Reads K and V once, Q and dO once a block of keys (from the caches); writes dQ, dK, dV once.
 @triton.jit
 def attention_backward_head(
-    query, key, value, grad_output, output, bias, mask, seed, log_sum_exp, inverse, row_terms,
-    grad_query, grad_key, grad_value,
+    query, key, value, grad_output, output, pad, bias, mask, seed, log_sum_exp, inverse, row_terms,
+    grad_query, grad_key, grad_value, pad_sums,
     query_image, query_head, key_image, key_head, value_image, value_head, grad_output_image, grad_output_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     grad_query_image, grad_query_head, grad_key_image, grad_key_head, grad_value_image, grad_value_head,
@@ -688,17 +975,18 @@ def attention_backward_head(
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
     GRAD_QUERY_ROW: tl.constexpr, GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
-    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    TAIL: tl.constexpr, TAIL_2: tl.constexpr,
+    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
 ):  # fmt: skip
     """Queries lie in tiles as the keys of `attention_forward_row`; row_terms is written unless it is None.
 
     GAP: as there, of the gradients too.
     """
     _, head, image = _program(1, HEADS)
+    of_map, place = _place(image, WINDOWS)
     pair = image * HEADS + head
     if GAP > 0:
-        at = image * (QUERIES * QUERY_ROW) + head * D
+        at = of_map * (_tokens_of_image(QUERIES, WINDOWS) * QUERY_ROW) + head * D
         query += at
         key = query + GAP
         value = key + GAP
@@ -706,16 +994,19 @@ def attention_backward_head(
         grad_key = grad_query + GAP
         grad_value = grad_key + GAP
     else:
-        query += image * query_image + head * query_head
-        key += image * key_image + head * key_head
-        value += image * value_image + head * value_head
-        grad_query += image * grad_query_image + head * grad_query_head
-        grad_key += image * grad_key_image + head * grad_key_head
-        grad_value += image * grad_value_image + head * grad_value_head
-    grad_output += image * grad_output_image + head * grad_output_head
-    output += (image * QUERIES * HEADS + head) * D
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+        query += of_map * query_image + head * query_head
+        key += of_map * key_image + head * key_head
+        value += of_map * value_image + head * value_head
+        grad_query += of_map * grad_query_image + head * grad_query_head
+        grad_key += of_map * grad_key_image + head * grad_key_head
+        grad_value += of_map * grad_value_image + head * grad_value_head
+    grad_output += of_map * grad_output_image + head * grad_output_head
+    output += (of_map * _tokens_of_image(QUERIES, WINDOWS) * HEADS + head) * D
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    pad_query = _pad_row(pad, 0, head, HEADS, D)
+    pad_key = _pad_row(pad, 1, head, HEADS, D)
+    pad_value = _pad_row(pad, 2, head, HEADS, D)
 
     COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
     terms = ()
@@ -723,11 +1014,11 @@ def attention_backward_head(
     for i in tl.static_range(COUNT):
         d_o = _load_rows(
             grad_output, GRAD_OUTPUT_ROW, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, BLOCK_D, i == COUNT - 1,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, BLOCK_D, i == COUNT - 1, place, None, WINDOWS,
         )  # fmt: skip
         term = _row_term(
-            d_o, output, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES, HEADS * D,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, D, BLOCK_D,
+            d_o, output, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES, HEADS * D, place,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, D, BLOCK_D, WINDOWS,
         )  # fmt: skip
         if row_terms is not None:
             row = (TILE * i if i <= TILES else TILE * TILES + TAIL) + tl.arange(0, term.shape[0])
@@ -736,28 +1027,31 @@ def attention_backward_head(
         d_q = d_q + (tl.zeros((term.shape[0], BLOCK_D), tl.float32),)
     for start in tl.range(0, KEYS, BLOCK_K, num_stages=1):
         column = start + tl.arange(0, BLOCK_K)
-        k = _load_rows(key, KEY_ROW, start, KEYS, BLOCK_K, D, BLOCK_D, KEYS % BLOCK_K > 0)
-        v = _load_rows(value, VALUE_ROW, start, KEYS, BLOCK_K, D, BLOCK_D, KEYS % BLOCK_K > 0)
+        ENDS: tl.constexpr = KEYS % BLOCK_K > 0
+        k = _load_rows(key, KEY_ROW, start, KEYS, BLOCK_K, D, BLOCK_D, ENDS, place, pad_key, WINDOWS)
+        v = _load_rows(value, VALUE_ROW, start, KEYS, BLOCK_K, D, BLOCK_D, ENDS, place, pad_value, WINDOWS)
         d_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
         d_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
         sums = ()
         for i in tl.static_range(COUNT):
             d_q_of_tile, d_k, d_v = _head_step(
-                d_q[i], d_k, d_v, terms[i], k, v, column, query, grad_output, log_sum_exp, inverse,
+                d_q[i], d_k, d_v, terms[i], k, v, column, query, pad_query, grad_output, log_sum_exp, inverse, place,
                 TILE * i if i <= TILES else TILE * TILES + TAIL, factor,
                 bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
                 QUERY_ROW, GRAD_OUTPUT_ROW, QUERIES, KEYS,
                 TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, KEYS % BLOCK_K > 0,
-                D, BLOCK_D, BIAS, MASK, DROPS, NORMALISES, PRECISION,
+                D, BLOCK_D, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS,
             )  # fmt: skip
             sums = sums + (d_q_of_tile,)
         d_q = sums
-        _store_rows(grad_key, GRAD_KEY_ROW, start, KEYS, d_k * scale, BLOCK_K, D, BLOCK_D)
-        _store_rows(grad_value, GRAD_VALUE_ROW, start, KEYS, d_v, BLOCK_K, D, BLOCK_D)
+        _store_rows(grad_key, GRAD_KEY_ROW, start, KEYS, d_k * scale, BLOCK_K, D, BLOCK_D, place, WINDOWS)
+        _store_rows(grad_value, GRAD_VALUE_ROW, start, KEYS, d_v, BLOCK_K, D, BLOCK_D, place, WINDOWS)
+        part = image * ((KEYS + BLOCK_K - 1) // BLOCK_K) + start // BLOCK_K
+        _store_pad_sums(pad_sums, part, head, HEADS, column, d_k * scale, d_v, place, D, BLOCK_D, WINDOWS)
     for i in tl.static_range(COUNT):
         _store_rows(
             grad_query, GRAD_QUERY_ROW, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES, d_q[i] * scale,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, BLOCK_D,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, BLOCK_D, place, WINDOWS,
         )  # fmt: skip
 
 
@@ -765,7 +1059,7 @@ def attention_backward_head(
 # for the kernels below that have no query to themselves.
 @triton.jit
 def attention_backward_queries(
-    query, key, value, grad_output, output, bias, mask, seed, log_sum_exp, inverse, row_terms, grad_query,
+    query, key, value, grad_output, output, pad, bias, mask, seed, log_sum_exp, inverse, row_terms, grad_query,
     query_image, query_head, key_image, key_head, value_image, value_head,
     grad_output_image, grad_output_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
@@ -774,30 +1068,35 @@ def attention_backward_queries(
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
     GRAD_QUERY_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
-    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of query and row terms (B, H, Nq) of BLOCK_Q queries."""
     block, head, image = _program((queries + BLOCK_Q - 1) // BLOCK_Q, heads)
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
     pair = image * heads + head
-    key += image * key_image + head * key_head
-    value += image * value_image + head * value_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    of_map, place = _place(image, WINDOWS)
+    key += of_map * key_image + head * key_head
+    value += of_map * value_image + head * value_head
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
-    query += image * query_image + head * query_head
-    grad_output += image * grad_output_image + head * grad_output_head
-    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
-    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
+    query += of_map * query_image + head * query_head
+    grad_output += of_map * grad_output_image + head * grad_output_head
+    pad_query = _pad_row(pad, 0, head, heads, D)
+    pad_key = _pad_row(pad, 1, head, heads, D)
+    pad_value = _pad_row(pad, 2, head, heads, D)
+    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
+    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, None, WINDOWS)
     known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
-    output += (image * queries * heads + head) * D
-    row_term = _row_term(d_o, output, first, queries, heads * D, BLOCK_Q, True, D, BLOCK_D)
+    output += (of_map * _tokens_of_image(queries, WINDOWS) * heads + head) * D
+    row_term = _row_term(d_o, output, first, queries, heads * D, place, BLOCK_Q, True, D, BLOCK_D, WINDOWS)
     tl.store(row_terms + pair * queries + row, row_term, mask=row < queries)
     d_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
-        k = _load_rows(key, KEY_ROW, start, keys, BLOCK_K, D, BLOCK_D, True)
-        v = _load_rows(value, VALUE_ROW, start, keys, BLOCK_K, D, BLOCK_D, True)
+        k = _load_rows(key, KEY_ROW, start, keys, BLOCK_K, D, BLOCK_D, True, place, pad_key, WINDOWS)
+        v = _load_rows(value, VALUE_ROW, start, keys, BLOCK_K, D, BLOCK_D, True, place, pad_value, WINDOWS)
         _, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor, known, 1.0, row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
@@ -806,14 +1105,15 @@ def attention_backward_queries(
         d_q = tl.dot(tl.trans(d_s.to(k.dtype)), k, d_q, input_precision=PRECISION)
     # What makes up for the rounding of the log-sum-exp is a factor of all of a query's probabilities.
     d_q *= _inverse(inverse, pair * queries, row, queries, NORMALISES)[:, None] * scale
-    grad_query += image * grad_query_image + head * grad_query_head
-    _store_rows(grad_query, GRAD_QUERY_ROW, first, queries, d_q, BLOCK_Q, D, BLOCK_D)
+    grad_query += of_map * grad_query_image + head * grad_query_head
+    _store_rows(grad_query, GRAD_QUERY_ROW, first, queries, d_q, BLOCK_Q, D, BLOCK_D, place, WINDOWS)
 
 
 # dK = scale dS^T Q, dV = P^T dO: a program has BLOCK_K keys of a head, and blocks of queries pass by.
 @triton.jit
 def attention_backward_keys(
-    query, key, value, grad_output, bias, mask, seed, log_sum_exp, inverse, row_terms, grad_key, grad_value,
+    query, key, value, grad_output, pad, bias, mask, seed, log_sum_exp, inverse, row_terms,
+    grad_key, grad_value, pad_sums,
     query_image, query_head, key_image, key_head, value_image, value_head,
     grad_output_image, grad_output_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
@@ -822,25 +1122,32 @@ def attention_backward_keys(
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
     GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
-    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of key and value of BLOCK_K keys."""
     block, head, image = _program((keys + BLOCK_K - 1) // BLOCK_K, heads)
     first = block * BLOCK_K
     column = first + tl.arange(0, BLOCK_K)
     pair = image * heads + head
-    query += image * query_image + head * query_head
-    grad_output += image * grad_output_image + head * grad_output_head
-    bias = _offset_base(bias, image, head, bias_image, bias_head, BIAS != 0)
+    of_map, place = _place(image, WINDOWS)
+    query += of_map * query_image + head * query_head
+    key += of_map * key_image + head * key_head
+    value += of_map * value_image + head * value_head
+    grad_output += of_map * grad_output_image + head * grad_output_head
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
-    k = _load_rows(key + image * key_image + head * key_head, KEY_ROW, first, keys, BLOCK_K, D, BLOCK_D, True)
-    v = _load_rows(value + image * value_image + head * value_head, VALUE_ROW, first, keys, BLOCK_K, D, BLOCK_D, True)
+    pad_query = _pad_row(pad, 0, head, heads, D)
+    pad_key = _pad_row(pad, 1, head, heads, D)
+    pad_value = _pad_row(pad, 2, head, heads, D)
+    k = _load_rows(key, KEY_ROW, first, keys, BLOCK_K, D, BLOCK_D, True, place, pad_key, WINDOWS)
+    v = _load_rows(value, VALUE_ROW, first, keys, BLOCK_K, D, BLOCK_D, True, place, pad_value, WINDOWS)
     d_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     d_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for start in range(0, queries, BLOCK_Q):
         row = start + tl.arange(0, BLOCK_Q)
-        q = _load_rows(query, QUERY_ROW, start, queries, BLOCK_Q, D, BLOCK_D, True)
-        d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, start, queries, BLOCK_Q, D, BLOCK_D, True)
+        q = _load_rows(query, QUERY_ROW, start, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
+        d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, start, queries, BLOCK_Q, D, BLOCK_D, True, place, None, WINDOWS)
         known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
         row_term = tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0)
         p, d_s = _grad_scores(
@@ -851,24 +1158,27 @@ def attention_backward_keys(
         )  # fmt: skip
         d_v = tl.dot(p.to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
         d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
-    grad_key += image * grad_key_image + head * grad_key_head
-    grad_value += image * grad_value_image + head * grad_value_head
-    _store_rows(grad_key, GRAD_KEY_ROW, first, keys, d_k * scale, BLOCK_K, D, BLOCK_D)
-    _store_rows(grad_value, GRAD_VALUE_ROW, first, keys, d_v, BLOCK_K, D, BLOCK_D)
+    grad_key += of_map * grad_key_image + head * grad_key_head
+    grad_value += of_map * grad_value_image + head * grad_value_head
+    _store_rows(grad_key, GRAD_KEY_ROW, first, keys, d_k * scale, BLOCK_K, D, BLOCK_D, place, WINDOWS)
+    _store_rows(grad_value, GRAD_VALUE_ROW, first, keys, d_v, BLOCK_K, D, BLOCK_D, place, WINDOWS)
+    part = image * ((keys + BLOCK_K - 1) // BLOCK_K) + block
+    _store_pad_sums(pad_sums, part, head, heads, column, d_k * scale, d_v, place, D, BLOCK_D, WINDOWS)
 
 
 # dBias = dS, summed where the bias is broadcast: a program has one tile of one head of the bias and one part of the
 # images, which pass by; the parts are added afterwards, in fixed order.
 @triton.jit
 def attention_backward_bias(
-    query, key, value, grad_output, bias, mask, seed, log_sum_exp, inverse, row_terms, parts,
+    query, key, value, grad_output, pad, bias, mask, seed, log_sum_exp, inverse, row_terms, parts,
     query_image, query_head, key_image, key_head, value_image, value_head,
     grad_output_image, grad_output_head,
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     images, heads, queries, keys, bias_heads, images_of_part, factor, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
-    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Parts (parts of the images, bias_heads, Nq, Nk) of the gradient, in float32; a bias of one head serves all."""
     key_blocks = (keys + BLOCK_K - 1) // BLOCK_K
@@ -887,23 +1197,28 @@ def attention_backward_bias(
     for number in range(first_pair, end):
         image = number // heads_of_bias
         head = head_of_bias * heads_of_bias + number % heads_of_bias
+        of_map, place = _place(image, WINDOWS)
         pair = image * heads + head
-        q = _load_rows(
-            query + image * query_image + head * query_head, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True
-        )
-        at = grad_output + image * grad_output_image + head * grad_output_head
-        d_o = _load_rows(at, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True)
-        k = _load_rows(key + image * key_image + head * key_head, KEY_ROW, first_key, keys, BLOCK_K, D, BLOCK_D, True)
-        at = value + image * value_image + head * value_head
-        v = _load_rows(at, VALUE_ROW, first_key, keys, BLOCK_K, D, BLOCK_D, True)
+        at = query + of_map * query_image + head * query_head
+        pad_query = _pad_row(pad, 0, head, heads, D)
+        q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
+        at = grad_output + of_map * grad_output_image + head * grad_output_head
+        d_o = _load_rows(at, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, None, WINDOWS)
+        at = key + of_map * key_image + head * key_head
+        pad_key = _pad_row(pad, 1, head, heads, D)
+        k = _load_rows(at, KEY_ROW, first_key, keys, BLOCK_K, D, BLOCK_D, True, place, pad_key, WINDOWS)
+        at = value + of_map * value_image + head * value_head
+        pad_value = _pad_row(pad, 2, head, heads, D)
+        v = _load_rows(at, VALUE_ROW, first_key, keys, BLOCK_K, D, BLOCK_D, True, place, pad_value, WINDOWS)
         _, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor,
             _log_sum_exp(log_sum_exp + pair * queries, row, queries),
             _inverse(inverse, pair * queries, row, queries, NORMALISES),
             tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0),
-            _offset_base(bias, image, head, bias_image, bias_head, True), bias_query, bias_key,
+            _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, True),
+            bias_query, bias_key,
             _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
-            pair, seed, threshold, kept_factor, True, 1, MASK, DROPS, NORMALISES, PRECISION,
+            pair, seed, threshold, kept_factor, True, BIAS, MASK, DROPS, NORMALISES, PRECISION,
         )  # fmt: skip
         total += d_s
     cells = parts + ((part * bias_heads + head_of_bias) * queries + row)[None, :] * keys + column[:, None]
