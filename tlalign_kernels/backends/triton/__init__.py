@@ -230,9 +230,10 @@ def _split_backward_config(shape: Shape) -> tuple[Config, Config]:
 def _bias_config(shape: Shape) -> Config:
     """The gradient of a bias; tiles of 64 x 64 take less than half the instructions of a score, where they fit."""
     head_dim, name = shape.head_dim, "attention_backward_bias"
-    if shape.in_windows and head_dim <= 32 and shape.dtype != torch.float32 and shape.capability < 120:
+    if shape.in_windows and head_dim <= 32 and shape.dtype != torch.float32:
+        block = 64 if shape.capability < 120 else 32
         is_tight = shape.dtype == torch.float16 and not _has_warp_groups(shape)
-        return Config(name, dict(BLOCK_Q=64, BLOCK_K=64), 8 if is_tight else 4)
+        return Config(name, dict(BLOCK_Q=block, BLOCK_K=block), 8 if is_tight else 4)
     warps = 8 if 32 < head_dim <= 64 or head_dim > 128 else 4
     return Config(name, dict(BLOCK_Q=32, BLOCK_K=32 if head_dim <= 64 else 16), warps)
 
