@@ -1,14 +1,20 @@
 """Fixtures of all tests."""
 
+import os
 import zlib
 
 import pytest
 import torch
 from hypothesis import settings
 
-# Timings say nothing on a busy machine; fixed examples make a failure repeatable.
-settings.register_profile("tlalign", max_examples=40, deadline=None, derandomize=True)
+# Timings say nothing on a busy machine; fixed examples make a failure repeatable. Interpreted kernels are slow.
+EXAMPLES = 10 if os.environ.get("TRITON_INTERPRET") == "1" else 40
+settings.register_profile("tlalign", max_examples=EXAMPLES, deadline=None, derandomize=True)
 settings.load_profile("tlalign")
+
+# Of `pytest -n`, workers share the processors.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
 @pytest.fixture(autouse=True)

@@ -30,10 +30,11 @@ needs_ptxvm = pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm
 # Interpreted
 
 
-def test_the_operators_tests_pass_under_the_interpreter():
+@pytest.mark.parametrize("part", ["errors", "not errors"])  # so that two workers share them
+def test_the_operators_tests_pass_under_the_interpreter(part):
     # In a process of its own: the kernels are interpreted or compiled from their import on.
     # Of the windows of a map the smallest are enough for it; ptxvm executes the others below.
-    chosen = "triton and (beyond or not (windows- or map))"
+    chosen = f"triton and (beyond or not (windows- or map)) and {part}"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", chosen]
     done = subprocess.run(
         [*command, *(Path(__file__).with_name(name) for name in ("test_functional.py", "test_gpu.py"))],
