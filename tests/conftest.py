@@ -17,6 +17,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Has `pytest -n` keep the tests of a group on one worker."""
+    # Not by an option in pyproject.toml, which pytest-benchmark takes for workers that disturb its timings.
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadgroup"
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """Seeds torch with a number that belongs to the test, and prints it."""

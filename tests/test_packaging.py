@@ -18,6 +18,9 @@ for tool in ("cmake", "ninja"):
     if shutil.which(tool, path=PATH) is None:
         pytest.skip(f"{tool} is not installed", allow_module_level=True)
 
+# One worker of `pytest -n`, which compiles the sources once; without CUDA's, which take minutes and are packaged alike.
+pytestmark = pytest.mark.xdist_group("packaging")
+WITHOUT_CUDA = {"TLALIGN_BUILD_CUDA": "0"}
 WARNING = "installed without its native extension"
 NO_COMPILER = {"CXX": str(ROOT / "no" / "such" / "compiler")}
 
@@ -36,7 +39,7 @@ def setup_py(tree: Path, *arguments: str, **environment: str) -> subprocess.Comp
     return subprocess.run(
         command,
         cwd=tree,
-        env={**os.environ, "PATH": PATH, **environment},
+        env={**os.environ, "PATH": PATH, **WITHOUT_CUDA, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
