@@ -84,6 +84,43 @@ class ModelFollower(LabelFollower):
             raise ValueError(f"target: expected boxes or masks for images of {size} pixels, got {target.image_size}")
 
 
+class ImageModelFollower(ModelFollower):
+    """Base of the followers of models whose forward takes images and nothing else."""
+
+    def forward(
+        self, x: Tensor, *, target: MixedTarget | None = None, collect_layers: bool = False
+    ) -> Tensor | tuple[Tensor, MixedTarget]:
+        """Classifies images and aligns their target.
+
+        Args:
+            x: Images, (B, channels, Hi, Wi).
+            target: What the images are mixed of; None runs the model's own forward.
+            collect_layers: Keep the share after each block in `aligned.layer_shares`: (B, Ht, Wt, S), or (B, N, S)
+                where a class token comes first.
+
+        Returns:
+            Logits (B, C), with a target also the aligned target.
+
+        Raises:
+            TypeError: If `target` is no MixedTarget.
+            ValueError: If `target` does not belong to the images, the images don't fit the model, or `collect_layers`
+                is set without a target.
+        """
+        if target is None:
+            if collect_layers:
+                raise ValueError("collect_layers: expected False without a target, got True")
+            return super().forward(x)
+        self.check_target(x, target)
+        layer_shares = [] if collect_layers else None
+        logits, share = self.align(x, target, layer_shares)
+        # Reentrant checkpointing marks all outputs as differentiable; labels are not.
+        return logits, target.with_share(share.detach(), layer_shares)
+
+    def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) of images, and the label (B, S) that arrives at the head; that after each block is appended."""
+        raise NotImplementedError
+
+
 # Class of a module -> its follower, or None for modules that act on each token alone (and for plain containers).
 _followers: dict[type[nn.Module], type[LabelFollower] | None] = {}
 _originals: dict[type[LabelFollower], type[nn.Module]] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention
 from tlalign_kernels.labels import MixedTarget, pool_share
-from tlalign_kernels.patch import LabelFollower, ModelFollower, register
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register
 
 
 class AlignedAttention(LabelFollower, pvt_v2.Attention):
@@ -158,7 +158,7 @@ class AlignedPyramidVisionTransformerStage(LabelFollower, pvt_v2.PyramidVisionTr
         return (x, share, tuple(layer_shares)) if collect_layers else (x, share)
 
 
-class AlignedPyramidVisionTransformerV2(ModelFollower, pvt_v2.PyramidVisionTransformerV2):
+class AlignedPyramidVisionTransformerV2(ImageModelFollower, pvt_v2.PyramidVisionTransformerV2):
     """timm's `PyramidVisionTransformerV2` that returns the aligned target beside the logits when it is given one."""
 
     mirrors: ClassVar[dict[str, str]] = {
@@ -178,40 +178,18 @@ class AlignedPyramidVisionTransformerV2(ModelFollower, pvt_v2.PyramidVisionTrans
         """Raises NotImplementedError for a model that does not pool its tokens."""
         check_average_pooling(module)
 
-    def forward(
-        self, x: Tensor, *, target: MixedTarget | None = None, collect_layers: bool = False
-    ) -> Tensor | tuple[Tensor, MixedTarget]:
-        """Classifies images and aligns their target.
-
-        Args:
-            x: Images, (B, channels, Hi, Wi).
-            target: What the images are mixed of; None runs timm's own forward.
-            collect_layers: Keep the share (B, Ht, Wt, S) after each block in `aligned.layer_shares`.
-
-        Returns:
-            Logits (B, C), with a target also the aligned target.
-
-        Raises:
-            TypeError: If `target` is no MixedTarget.
-            ValueError: If `target` does not belong to the images, or `collect_layers` is set without a target.
-        """
-        if target is None:
-            if collect_layers:
-                raise ValueError("collect_layers: expected False without a target, got True")
-            return super().forward(x)
-        self.check_target(x, target)
+    def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """See `ImageModelFollower`."""
         check_average_pooling(self)
         x = self.patch_embed(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         grid_size = tuple(x.shape[1:3])
         share = target.token_share(grid_size, self.patch_embed.proj.stride, dtype).unflatten(1, grid_size)
-        layer_shares = [] if collect_layers else None
         for stage in self.stages:
-            x, share, *of_blocks = stage(x, share, collect_layers)
-            if collect_layers:
+            x, share, *of_blocks = stage(x, share, layer_shares is not None)
+            if layer_shares is not None:
                 layer_shares.extend(*of_blocks)
-        # Reentrant checkpointing marks all outputs as differentiable; labels are not.
-        return self.forward_head(x), target.with_share(share.detach().mean(dim=(1, 2)), layer_shares)
+        return self.forward_head(x), share.mean(dim=(1, 2))
 
 
 def check_convolution(conv: nn.Module, name: str, overlap: bool) -> None:

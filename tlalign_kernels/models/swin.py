@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tlalign_kernels.functional import window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.vit import check_image_size, check_patch_embed
-from tlalign_kernels.patch import LabelFollower, ModelFollower, register
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register
 from tlalign_kernels.windows import Windows
 
 
@@ -303,7 +303,7 @@ class AlignedSwinTransformerV2CrStage(StageFollower, swin_transformer_v2_cr.Swin
         return x.permute(0, 3, 1, 2), *labels
 
 
-class SwinFollower(ModelFollower):
+class SwinFollower(ImageModelFollower):
     """Base of the followers of whole Swin Transformers, which return the aligned target beside the logits."""
 
     untouched = ("patch_embed", "head")
@@ -319,43 +319,20 @@ class SwinFollower(ModelFollower):
         check_patch_embed(module.patch_embed, (tl.PatchEmbed, swin_transformer_v2_cr.PatchEmbed))
         _check_head(module)
 
-    def forward(
-        self, x: Tensor, *, target: MixedTarget | None = None, collect_layers: bool = False
-    ) -> Tensor | tuple[Tensor, MixedTarget]:
-        """Classifies images and aligns their target.
-
-        Args:
-            x: Images, (B, channels, Hi, Wi).
-            target: What the images are mixed of; None runs timm's own forward.
-            collect_layers: Keep the share after each block, (B, Ht, Wt, S), in `aligned.layer_shares`.
-
-        Returns:
-            Logits (B, C), with a target also the aligned target.
-
-        Raises:
-            TypeError: If `target` is no MixedTarget.
-            ValueError: If `target` does not belong to the images, patches do not fit them, or `collect_layers` is set
-                without a target.
-        """
-        if target is None:
-            if collect_layers:
-                raise ValueError("collect_layers: expected False without a target, got True")
-            return super().forward(x)
-        self.check_target(x, target)
+    def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """See `ImageModelFollower`."""
         check_image_size(self.patch_embed, tuple(x.shape[-2:]))
         _check_head(self)
         x = self.patch_embed(x)
         grid_size = self._grid_size(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         share = target.token_share(grid_size, self.patch_embed.patch_size, dtype).unflatten(1, grid_size)
-        layer_shares = [] if collect_layers else None
         for stage in self._stages(self):
-            x, share, *of_blocks = stage(x, share=share, collect_layers=collect_layers)
-            if collect_layers:
+            x, share, *of_blocks = stage(x, share=share, collect_layers=layer_shares is not None)
+            if layer_shares is not None:
                 layer_shares.extend(*of_blocks)
         logits = self.forward_head(self._after_stages(x))
-        # Reentrant checkpointing marks all outputs as differentiable; labels are not.
-        return logits, target.with_share(share.mean(dim=(1, 2)).detach(), layer_shares)
+        return logits, share.mean(dim=(1, 2))
 
     @staticmethod
     def _stages(model: nn.Module) -> nn.Sequential:

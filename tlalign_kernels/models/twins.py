@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tlalign_kernels.functional import attention, window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.pvt_v2 import check_average_pooling, check_convolution
-from tlalign_kernels.patch import LabelFollower, ModelFollower, register
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register
 
 
 class AlignedLocallyGroupedAttn(LabelFollower, twins.LocallyGroupedAttn):
@@ -152,7 +152,7 @@ class AlignedPatchEmbed(LabelFollower, twins.PatchEmbed):
         return *super().forward(x), pool_share(share, self.patch_size, partial_cells=False).flatten(1, 2)
 
 
-class AlignedTwins(ModelFollower, twins.Twins):
+class AlignedTwins(ImageModelFollower, twins.Twins):
     """timm's `Twins` that returns the aligned target beside the logits when it is given a target."""
 
     mirrors: ClassVar[dict[str, str]] = {
@@ -172,31 +172,11 @@ class AlignedTwins(ModelFollower, twins.Twins):
         """Raises NotImplementedError for a model that does not pool its tokens."""
         check_average_pooling(module)
 
-    def forward(
-        self, x: Tensor, *, target: MixedTarget | None = None, collect_layers: bool = False
-    ) -> Tensor | tuple[Tensor, MixedTarget]:
-        """Classifies images and aligns their target.
-
-        Args:
-            x: Images, (B, channels, Hi, Wi).
-            target: What the images are mixed of; None runs timm's own forward.
-            collect_layers: Keep the share (B, Ht, Wt, S) after each block in `aligned.layer_shares`.
-
-        Returns:
-            Logits (B, C), with a target also the aligned target.
-
-        Raises:
-            TypeError: If `target` is no MixedTarget.
-            ValueError: If `target` does not belong to the images, or `collect_layers` is set without a target.
-        """
-        if target is None:
-            if collect_layers:
-                raise ValueError("collect_layers: expected False without a target, got True")
-            return super().forward(x)
-        self.check_target(x, target)
+    def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """See `ImageModelFollower`."""
         check_average_pooling(self)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        share, layer_shares = None, [] if collect_layers else None
+        share = None
         for embed, drop, blocks, encode in zip(
             self.patch_embeds, self.pos_drops, self.blocks, self.pos_block, strict=False
         ):
@@ -210,9 +190,9 @@ class AlignedTwins(ModelFollower, twins.Twins):
                 x, share = block(x, size, share) if isinstance(block, LabelFollower) else (block(x, size), share)
                 if index == 0:
                     x = encode(x, size)
-                if collect_layers:
+                if layer_shares is not None:
                     layer_shares.append(share.detach().unflatten(1, size))
-        return self.forward_head(self.norm(x)), target.with_share(share.mean(dim=1), layer_shares)
+        return self.forward_head(self.norm(x)), share.mean(dim=1)
 
 
 register(twins.LocallyGroupedAttn, AlignedLocallyGroupedAttn)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import tlalign_kernels as tlk
 from tlalign_kernels.labels import pool_share
+from tlalign_kernels.patch import ImageModelFollower
 
 # Of the blocks and before the classifier; the others have PyTorch's own epsilon.
 _LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -212,7 +213,7 @@ def _resize_position(position: Tensor, old_size: tuple[int, int], new_size: tupl
     return torch.cat((prefix, of_map.flatten(2).transpose(1, 2)), dim=1)
 
 
-class AlignedPyramidVisionTransformer(tlk.ModelFollower, PyramidVisionTransformer):
+class AlignedPyramidVisionTransformer(ImageModelFollower, PyramidVisionTransformer):
     """PVT that returns the aligned target beside the logits when it is given a target."""
 
     untouched = ("head",)
@@ -228,32 +229,11 @@ class AlignedPyramidVisionTransformer(tlk.ModelFollower, PyramidVisionTransforme
         if not module.global_pool:
             raise NotImplementedError("global_pool: labels are defined for 'token' and 'avg' pooling, got ''")
 
-    def forward(
-        self, x: Tensor, *, target: tlk.MixedTarget | None = None, collect_layers: bool = False
-    ) -> Tensor | tuple[Tensor, tlk.MixedTarget]:
-        """Classifies images and aligns their target.
-
-        Args:
-            x: Images, (B, channels, Hi, Wi).
-            target: What the images are mixed of; None runs the model's own forward.
-            collect_layers: Keep the share after each block in `aligned.layer_shares`: (B, Ht, Wt, S), or (B, N, S) in
-                the last stage, where the class token comes first.
-
-        Returns:
-            Logits (B, C), with a target also the aligned target.
-
-        Raises:
-            TypeError: If `target` is no MixedTarget.
-            ValueError: If `target` does not belong to the images, or `collect_layers` is set without a target.
-        """
-        if target is None:
-            if collect_layers:
-                raise ValueError("collect_layers: expected False without a target, got True")
-            return super().forward(x)
-        self.check_target(x, target)
+    def align(self, x: Tensor, target: tlk.MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """See `ImageModelFollower`."""
         self.check(self, "model")
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        share, size, layer_shares = None, None, [] if collect_layers else None
+        share, size = None, None
         for stage in range(self.num_stages):
             share = None if share is None else share.unflatten(1, size)
             x, size = self._embed(x, size, stage)
@@ -270,12 +250,10 @@ class AlignedPyramidVisionTransformer(tlk.ModelFollower, PyramidVisionTransforme
                 arguments = (x, size) + ((share,) if isinstance(block, tlk.LabelFollower) else ())
                 result = checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
                 x, share = result if isinstance(block, tlk.LabelFollower) else (result, share)
-                if collect_layers:
+                if layer_shares is not None:
                     layer_shares.append(share.detach() if has_prefix else share.detach().unflatten(1, size))
-        # Reentrant checkpointing marks all outputs as differentiable; labels are not.
-        share = share.detach()
         pooled = share[:, 0] if self.global_pool == "token" else share[:, self.num_prefix_tokens :].mean(dim=1)
-        return self.forward_head(self.norm(x)), target.with_share(pooled, layer_shares)
+        return self.forward_head(self.norm(x)), pooled
 
 
 tlk.register(PyramidVisionTransformer, AlignedPyramidVisionTransformer)
