@@ -17,6 +17,7 @@ try:
 
     from tlalign.config import (
         CONFIG_FILE,
+        MAY_CHANGE,
         EvalConfig,
         TrainConfig,
         UsageError,
@@ -31,7 +32,7 @@ except ModuleNotFoundError as missing:
 
 if TYPE_CHECKING:
     from tlalign.engine import Trainer
-    from tlalign.runs import RunFolder
+    from tlalign.runs import EpochRecord, RunFolder
 
 # Imports of torch wait in the functions: help and errors come at once, and this is read before they start threads.
 # The threads of libgomp spin while they wait, by default so long that a step takes several times as long beside another
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after `tlalign`; by default those of this process.
 
     Returns:
-        Exit code: 0; 1 if training failed; 2 if what was asked for can't be done; 130 after Ctrl-C.
+        Exit code: 0; 1 if training failed; 2 if what was asked for can't be done; 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -85,16 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: Sequence[str]) -> int:
     """`tlalign train`: trains a model and says where everything was written."""
     sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    sources.add_argument("--recipe")
-    sources.add_argument("--config")
-    given, flags = sources.parse_known_args(options)
-    values = load_recipe(given.recipe or _DEFAULT_RECIPE)
+    for name in ("--recipe", "--config", "--resume"):
+        sources.add_argument(name)
+    sources.add_argument("--dry_run", action="store_true")
+    given, flags = sources.parse_known_args([_underscored(option) for option in options])
+    continued = given.resume not in (None, "auto")
+    if continued and given.recipe is not None:
+        raise UsageError(f"resume: expected no recipe, for {given.resume} has its configuration, got {given.recipe}")
+    values = _saved(Path(given.resume)) if continued else load_recipe(given.recipe or _DEFAULT_RECIPE)
     of_file = {} if given.config is None else load_config_file(given.config)
     model = _model_among(flags) or of_file.get("model")
     if model not in (None, values.get("model")):
         # They are made for the model of the recipe.
         values.pop("model_kwargs", None)
     values |= of_file
+    if continued:
+        values["output"] = given.resume
     parser = jsonargparse.ArgumentParser(
         prog="tlalign train",
         description="Trains a model. A recipe is the start; values of --config replace its, and flags replace both.",
@@ -104,10 +111,22 @@ def train(options: Sequence[str]) -> int:
     recipes = f"{', '.join(recipe_names())}, or none for plain defaults."
     parser.add_argument("--recipe", default=_DEFAULT_RECIPE, help=f"Name of a recipe: {recipes}")
     parser.add_argument("--config", help="YAML file with values for any of the options below.")
+    parser.add_argument(
+        "--resume",
+        help="Run folder to continue, with the configuration in it; or auto: the run in --output if there is one, else "
+        "a new one, so that the same command starts and restarts.",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Build everything, run two steps and say what the run would take; nothing is written.",
+    )
     config = _parse(parser, TrainConfig, values, flags)
-    if given.recipe is None and config.data != load_recipe(_DEFAULT_RECIPE)["data"]:
+    if not continued and given.recipe is None and config.data != load_recipe(_DEFAULT_RECIPE)["data"]:
         raise UsageError(f"recipe: the default, {_DEFAULT_RECIPE}, is not made for {config.data}; give --recipe none")
-    return _run(config)
+    if given.dry_run:
+        return _try(config)
+    return _run(config, resume=given.resume is not None and _is_to_resume(config))
 
 
 def evaluate(options: Sequence[str]) -> int:
@@ -131,7 +150,7 @@ def evaluate(options: Sequence[str]) -> int:
     config = _parse(parser, EvalConfig, {name: values[name] for name in values if name in known}, flags)
     if given.checkpoint is None:
         raise UsageError("checkpoint: expected a file, got nothing (--checkpoint PATH)")
-    from tlalign.engine import evaluate_checkpoint
+    from tlalign.evaluation import evaluate_checkpoint
 
     for name, result in evaluate_checkpoint(Path(given.checkpoint), config).items():
         print(f"{name}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}")
@@ -174,34 +193,123 @@ def _underscored(flag: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else flag
 
 
-def _run(config: TrainConfig) -> int:
-    """Trains, and prints the results."""
+def _saved(folder: Path) -> dict[str, Any]:
+    """The configuration of a run."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise UsageError(f"resume: expected the folder of a run, but {folder} has no {CONFIG_FILE}")
+    return load_config_file(folder / CONFIG_FILE)
+
+
+def _is_to_resume(config: TrainConfig) -> bool:
+    """Whether the folder that a configuration names holds its run; one of another configuration is an error."""
+    if config.output is None:
+        raise UsageError("output: expected the folder of the run with --resume auto, got null")
+    if not (Path(config.output) / CONFIG_FILE).is_file():
+        return False
+    saved = _parse(jsonargparse.ArgumentParser(exit_on_error=False), TrainConfig, _saved(Path(config.output)), ())
+    for name in field_names(TrainConfig):
+        before, now = getattr(saved, name), getattr(config, name)
+        if before != now and name not in MAY_CHANGE:
+            raise UsageError(f"resume: {name} of the run in {config.output} is {before}, got {now}")
+    return True
+
+
+def _try(config: TrainConfig) -> int:
+    """Runs two steps, and prints what the run would take."""
     from tlalign.engine import NonFiniteLossError, Trainer
-    from tlalign.progress import TrainingProgress
-    from tlalign.runs import RunFolder
+    from tlalign.unreadable import UnreadableImagesError
 
     trainer = Trainer(config)
-    folder = RunFolder(config)
-    parameters = sum(parameter.numel() for parameter in trainer.task.get_trainable_module().parameters())
+    try:
+        result = trainer.dry_run()
+    except (NonFiniteLossError, UnreadableImagesError) as error:
+        print(f"tlalign: error: {error}", file=sys.stderr)
+        return 1
+    if trainer.processes.first:
+        _describe(trainer)
+        parts = ", ".join(f"{part} {1000 * seconds:.1f} ms" for part, seconds in result.step_seconds.items())
+        print(f"  rate        {result.images_per_second:.1f} images/s ({parts} a step of {config.batch_size} images)")
+        print(f"  memory      {result.memory / 2**30:.2f} GiB at most, of this process")
+        whole = timedelta(seconds=round(result.total_seconds))
+        print(f"  whole run   {whole} for {config.epochs} epochs, {result.steps} steps, at this rate")
+    trainer.processes.leave()
+    return 0
+
+
+def _describe(trainer: Trainer) -> None:
+    config = trainer.config
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     images = len(trainer.train_loader.dataset), len(trainer.eval_loader.dataset)
+    processes = f"{trainer.processes.world_size} processes, " if trainer.processes.several else ""
     print(
         f"{config.method} trains {config.model} ({parameters:,} parameters) on {config.data} "
-        f"({images[0]} images, {images[1]} held out), device {trainer.device}; run folder {folder.path}",
+        f"({images[0]} images, {images[1]} held out), {processes}device {trainer.device}",
         flush=True,
     )
+
+
+def _run(config: TrainConfig, resume: bool) -> int:
+    """Trains, and prints the results."""
+    from rich.console import Console
+
+    from tlalign.checkpoints import CheckpointError, Checkpoints
+    from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
+    from tlalign.progress import TrainingProgress
+    from tlalign.runs import RunFolder
+    from tlalign.unreadable import UnreadableImagesError
+
+    trainer = Trainer(config)
+    first = trainer.processes.first
+    folder = RunFolder(config, resume) if first else None
+    if resume:
+        _resume(trainer, Path(config.output))
+    if first:
+        _describe(trainer)
+        print(f"  run folder  {folder.path}" + (f", continued after step {trainer.step}" if resume else ""), flush=True)
     start = time.monotonic()
     try:
-        with TrainingProgress(config.epochs, len(trainer.train_loader)) as progress:
+        console = None if first else Console(quiet=True)
+        with TrainingProgress(config.epochs, trainer.steps_per_epoch, console, trainer.step) as progress:
             records = trainer.fit(folder, progress)
-        seconds = time.monotonic() - start
-        picture = _draw_picture(trainer, folder)
-    except (NonFiniteLossError, KeyboardInterrupt) as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        kept = f"last checkpoint {folder.last_checkpoint}" if folder.last_checkpoint.exists() else "no checkpoint yet"
-        print(f"tlalign: {'interrupted' if interrupted else f'error: {error}'}; {kept}", file=sys.stderr)
-        return 130 if interrupted else 1
+    except (NonFiniteLossError, TrainingInterrupted, CheckpointError, UnreadableImagesError, OSError) as error:
+        if first:
+            kept = Checkpoints(folder.path).last
+            kept = (
+                f"last checkpoint {kept}, to continue: tlalign train --resume {folder.path}"
+                if kept.exists()
+                else ("no checkpoint yet")
+            )
+            print(
+                f"tlalign: {'' if isinstance(error, TrainingInterrupted) else 'error: '}{error}; {kept}",
+                file=sys.stderr,
+            )
+        return 128 + error.number if isinstance(error, TrainingInterrupted) else 1
+    seconds = time.monotonic() - start
+    if first:
+        _summarise(trainer, folder, records, seconds)
+    trainer.processes.leave()
+    return 0
+
+
+def _resume(trainer: Trainer, folder: Path) -> None:
+    """Continues from the newest good checkpoint of a folder, if there is any."""
+    from tlalign.checkpoints import Checkpoints, load_checkpoint
+
+    def report(message: str) -> None:
+        print(f"tlalign: {message}", file=sys.stderr)
+
+    # All processes take the checkpoint that the first found good.
+    found = Checkpoints(folder).load_newest(report) if trainer.processes.first else None
+    path = trainer.processes.share(None if found is None else found[0])
+    if path is None:
+        return
+    trainer.resume(load_checkpoint(path) if found is None else found[1])
+
+
+def _summarise(trainer: Trainer, folder: RunFolder, records: Sequence[EpochRecord], seconds: float) -> None:
+    config, held_out = trainer.config, len(trainer.eval_loader.dataset)
     last, best = records[-1], max(records, key=lambda record: record.metric)
-    print(f"{config.epochs} epochs in {timedelta(seconds=round(seconds))}, on {images[1]} held-out images:")
+    print(f"{config.epochs} epochs in {timedelta(seconds=round(seconds))}, on {held_out} held-out images:")
     print(f"  top-1 of the model         {last.top1:.2f} %")
     if last.top1_ema is not None:
         print(f"  top-1 of its average (EMA) {last.top1_ema:.2f} %")
@@ -209,15 +317,16 @@ def _run(config: TrainConfig) -> int:
         print(f"  mean |aligned - original| mixing ratio in the last epoch {last.ratio_change:.4f}")
     print(f"  checkpoint  {folder.last_checkpoint} (the best, of epoch {best.epoch}: {folder.best_checkpoint.name})")
     print(f"  log         {folder.log}")
-    print(f"  picture     {picture}")
-    return 0
+    print(f"  picture     {_draw_picture(trainer, folder)}")
 
 
 def _draw_picture(trainer: Trainer, folder: RunFolder) -> Path | str:
     """Draws mixed held-out images and their token labels; returns where, or why not."""
     from tlalign.pictures import draw_token_labels
 
-    model = trainer.task.get_trainable_module()
+    if trainer.config.fsdp:
+        return "none: the weights are in parts"
+    model = trainer.model
     images, classes = trainer.sample_held_out(20)
     mean, std = trainer.image_config["mean"], trainer.image_config["std"]
     try:

@@ -24,6 +24,9 @@ PATCH_MIXING = ("random", "block", "tokenmix")
 
 CONFIG_FILE = "config.yaml"
 
+# What may be another when a run continues: it decides where and how it runs, but no bit of what it learns.
+MAY_CHANGE = ("data_dir", "download", "workers", "max_unreadable", "device", "checkpoint_steps", "output")
+
 
 class UsageError(ValueError):
     """What the user asked for cannot be done: the command line prints the message without a traceback."""

@@ -1,44 +1,40 @@
-"""Training and evaluation: builds the parts of a run from its configuration and runs its epochs."""
+"""Training: builds the parts of a run from its configuration, runs its steps, and loses nothing when it is stopped."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
-import pickle
+import resource
+import signal
+import sys
+import threading
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
-import timm
-import timm.models
 import torch
-from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationEvaluator, evaluation_sample_limit
-from timm.utils import CheckpointSaver, dispatch_clip_grad, random_seed
-from torch import Tensor, nn
+from timm.utils import dispatch_clip_grad, random_seed
+from torch import Tensor
 from torch.utils.data import Subset
 
-import tlalign.models  # noqa: F401 (timm knows them from here on)
-from tlalign.config import (
-    CONFIG_FILE,
-    PATCH_MIXING,
-    EvalConfig,
-    TrainConfig,
-    UsageError,
-    field_names,
-    load_config_file,
-    suggestion,
-)
+from tlalign.checkpoints import Checkpoints
+from tlalign.config import PATCH_MIXING, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
+from tlalign.evaluation import autocast, choose_device, evaluate
+from tlalign.log import RunLog
+from tlalign.networks import align_targets, create_initial_model, create_teacher
+from tlalign.processes import Processes
 from tlalign.progress import TrainingProgress
 from tlalign.runs import EpochRecord, RunFolder
 from tlalign.task import AlignedClassificationTask, create_mixing
-from tlalign.teacher import Teacher
-from tlalign_kernels import patch_model
 
 # Reading the loss waits for an accelerator, so it is read every so many steps there.
 _STEPS_BETWEEN_READS = 20
@@ -48,15 +44,32 @@ class NonFiniteLossError(RuntimeError):
     """The loss became infinite or not a number; checkpoints written before are good."""
 
 
+class TrainingInterrupted(RuntimeError):
+    """A signal ended the training after a whole step, of which a checkpoint was written.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+
+
 class Trainer:
-    """A run: everything that its configuration describes, and the loop over epochs.
+    """A run: everything that its configuration describes, and the loop over its steps.
+
+    What is random in a step depends on seed, step and process only, and the augmentation of an image on seed, epoch and
+    image, so that a run that was stopped anywhere continues with the bits it would have had.
 
     Args:
         config: Configuration of the run.
 
     Attributes:
         config: Configuration of the run.
-        device: Device that it runs on.
+        processes: This process among those of the run.
+        device: Device that this process runs on.
+        model: The model, in none of the wrappers that training needs.
         task: The model and its loss.
         optimizer: Optimiser of the model's parameters.
         scheduler: Schedule of the learning rate by steps, or None.
@@ -64,7 +77,9 @@ class Trainer:
         eval_loader: Loader of the held-out images.
         image_config: Size and normalisation of the images.
         class_names: Names of the classes, where the data set has any.
+        steps_per_epoch: Steps of an epoch.
         step: Steps done since the start of the run.
+        records: What the epochs done gave.
 
     Raises:
         UsageError: If the configuration can't be run.
@@ -72,83 +87,126 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.device = choose_device(config)
+        self.processes = Processes.start(choose_device(config))
+        self.device = self.processes.device
         random_seed(config.seed)
         data = load_data_sets(config)
-        model = create_model(config, data.num_classes).to(self.device)
+        self.model = create_initial_model(config, data.num_classes).to(self.device)
         self.class_names = data.class_names
-        self.image_config = resolve_image_config(config, model)
-        side = self.image_config["input_size"][-1]
-        if config.box_grid is not None and side % config.box_grid:
-            raise UsageError(f"box_grid: expected a divisor of the {side} pixels of an image, got {config.box_grid}")
-        if config.mixing in PATCH_MIXING and (side % config.mix_patch_size or side == config.mix_patch_size):
-            raise UsageError(
-                f"mix_patch_size: expected a divisor of the {side} pixels of an image that gives several patches, got "
-                f"{config.mix_patch_size}"
-            )
-        self.train_loader = create_train_loader(data.train, config, self.image_config, self.device)
-        self.eval_loader = create_eval_loader(data.held_out, config, self.image_config, self.device)
+        self.image_config = resolve_image_config(config, self.model)
+        self._check_mixing()
+        members = self.processes.rank, self.processes.world_size
+        self.train_loader = create_train_loader(data.train, config, self.image_config, self.device, *members)
+        self.eval_loader = create_eval_loader(data.held_out, config, self.image_config, self.device, *members)
+        self.steps_per_epoch = len(self.train_loader) // config.accumulate
         if config.aligns:
-            _patch(model, config)
+            align_targets(self.model, config)
+        if config.grad_checkpointing:
+            self._checkpoint_activations()
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
         teacher = create_teacher(config, data.num_classes, self.device) if config.needs_teacher else None
         self.task = AlignedClassificationTask(
-            model,
-            create_mixing(config, model, teacher),
+            self.model,
+            create_mixing(config, self.model, teacher),
             align=config.aligns,
             teacher=teacher if config.target == "teacher" else None,
             loss=config.loss,
             smoothing=config.smoothing,
             seed=config.seed,
+            rank=self.processes.rank,
             device=self.device,
             verbose=False,
         )
-        if config.ema_decay is not None:
-            self.task.setup_ema(decay=config.ema_decay, use_warmup=True)
-        try:
-            self.optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
-            self.scheduler, _ = create_scheduler_v2(
-                self.optimizer,
-                sched=config.sched,
-                num_epochs=config.epochs,
-                warmup_epochs=config.warmup_epochs,
-                warmup_lr=config.warmup_lr,
-                min_lr=config.min_lr,
-                step_on_epochs=False,
-                updates_per_epoch=len(self.train_loader),
-            )
-        except (ValueError, AssertionError) as error:
-            raise UsageError(f"opt, sched: {error}") from error
+        self._wrap()
+        self.optimizer, self.scheduler = self._create_optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.step = 0
+        self.records: list[EpochRecord] = []
+        self._totals = _Totals()
 
-    def fit(self, folder: RunFolder, progress: TrainingProgress) -> list[EpochRecord]:
-        """Trains all epochs; after each, writes the log and the checkpoints.
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    def fit(self, folder: RunFolder | None, progress: TrainingProgress) -> list[EpochRecord]:
+        """Trains the steps that are left; after each epoch, and within as configured, writes log and checkpoints.
+
+        Args:
+            folder: Where to; in the first process only, None in the others.
+            progress: Is told of each step.
 
         Returns:
             The rows of the log.
 
         Raises:
             NonFiniteLossError: If the loss is infinite or not a number.
+            TrainingInterrupted: After SIGINT or SIGTERM.
+            CheckpointError: If a checkpoint can't be written.
+            OSError: If the log can't be written.
         """
-        saver = CheckpointSaver(
-            self.task.get_trainable_module(),
-            self.optimizer,
-            args=argparse.Namespace(**dataclasses.asdict(self.config)),
-            task=self.task,
-            checkpoint_dir=str(folder.path),
-            max_history=1,
-        )
-        records = []
-        for epoch in range(1, self.config.epochs + 1):
-            record = self._epoch(epoch, progress)
-            records.append(record)
-            folder.append(record)
-            saver.save_checkpoint(epoch, metric=record.metric)
-            progress.epoch_done(record.top1)
-        return records
+        config = self.config
+        checkpoints = None if folder is None else Checkpoints(folder.path)
+        opened = nullcontext() if folder is None else RunLog(folder.path, self.records, self.step)
+        with _StopSignals() as signals, opened as log:
+            while self.step < self.total_steps:
+                epoch = self.step // self.steps_per_epoch + 1
+                self._train_epoch(epoch, progress, log, checkpoints, signals)
+                record = self._end_epoch(epoch)
+                if log is not None:
+                    log.epoch(record, self._totals.ratio_changes.numpy() if config.aligns else None)
+                self._totals = _Totals()
+                best = record.metric > max((each.metric for each in self.records), default=-math.inf)
+                self.records.append(record)
+                self._save(checkpoints, best)
+                progress.epoch_done(record.top1)
+                if self.step < self.total_steps and self._agree(signals):
+                    raise TrainingInterrupted(signals.number or signal.SIGTERM)
+        return self.records
+
+    def state(self) -> dict[str, Any]:
+        """All that the run has become: a checkpoint as timm's, and what `resume` needs. Of use in every process."""
+        state = {
+            "epoch": len(self.records),
+            "arch": self.config.model,
+            "args": argparse.Namespace(**dataclasses.asdict(self.config)),
+            "version": 2,
+            **self.task.get_checkpoint_state(),
+            **self.task.get_checkpoint_state(ema=True),
+            "optimizer": self.task.get_optimizer_state(self.optimizer),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "amp_scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "records": [dataclasses.asdict(record) for record in self.records],
+            "totals": vars(self._totals).copy(),
+        }
+        return state | ({"metric": self.records[-1].metric} if self.records else {})
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continues from what `state` returned, also in another process.
+
+        Raises:
+            UsageError: If it is not of this model.
+        """
+        try:
+            self.task.load_checkpoint_state(state["state_dict"])
+            if self.task.has_ema():
+                self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
+            self.task.load_optimizer_state(self.optimizer, state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["amp_scaler"])
+            self.step = state["step"]
+            self.records = [EpochRecord(**record) for record in state["records"]]
+            self._totals = _Totals(**state["totals"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"resume: the checkpoint is not of this run: {error!r}") from error
 
     def evaluate(self, ema: bool = False) -> dict[str, float]:
         """Evaluates the model or its averaged weights on the held-out images, as `evaluate`."""
-        return evaluate(self.task.get_eval_model(ema=ema), self.eval_loader, self.device, self.config.precision)
+        model = self.task.get_eval_model(ema=ema)
+        return evaluate(model, self.eval_loader, self.device, self.config.precision, self.processes.several)
 
     def sample_held_out(self, count: int) -> tuple[Tensor, Tensor]:
         """Takes images from all over the held-out ones, always the same.
@@ -164,214 +222,312 @@ class Trainer:
         loader = create_eval_loader(Subset(data, chosen), self.config, self.image_config, self.device)
         return next(iter(loader))
 
-    def _epoch(self, epoch: int, progress: TrainingProgress) -> EpochRecord:
-        loss, ratio_change, images_per_second = self._train_epoch(epoch, progress)
-        result = self.evaluate()
-        averaged = self.evaluate(ema=True) if self.task.has_ema() else {}
-        # The last step may have broken the weights without a loss to show it.
-        for name, value in (("evaluation", result["loss"]), ("evaluation of the average", averaged.get("loss", 0.0))):
-            _check_finite(value, f"of the {name} after epoch {epoch}")
-        return EpochRecord(
-            epoch=epoch,
-            step=self.step,
-            loss=loss,
-            eval_loss=result["loss"],
-            lr=self.optimizer.param_groups[0]["lr"],
-            top1=result["top1"],
-            top5=result["top5"],
-            top1_ema=averaged.get("top1"),
-            top5_ema=averaged.get("top5"),
-            images_per_second=images_per_second,
-            data_seconds=0.0,
-            forward_seconds=0.0,
-            backward_seconds=0.0,
-            ratio_change=ratio_change,
+    def dry_run(self) -> DryRun:
+        """Runs two steps and evaluates a batch, without writing anything."""
+        parts = itertools.chain.from_iterable(self.train_loader.epoch(epoch) for epoch in itertools.count(1))
+        stopwatch = _Stopwatch(self.device)
+        self.task.train()
+        for _ in range(2):
+            seconds = stopwatch.read()  # the first step, which also warms up, isn't counted
+            loss, _ = self._train_step(parts, stopwatch)
+            _check_finite(loss.item(), f"of step {self.step}")
+        seconds = stopwatch.read()
+        start = time.monotonic()
+        images, _ = next(iter(self.eval_loader))
+        with torch.no_grad(), autocast(self.device, self.config.precision):
+            self.task.get_eval_model()(images).sum().item()
+        evaluation = (time.monotonic() - start) * len(self.eval_loader) * (2 if self.task.has_ema() else 1)
+        step = sum(seconds.values())
+        return DryRun(
+            steps=self.total_steps,
+            step_seconds=seconds,
+            images_per_second=self.config.batch_size / step,
+            memory=_peak_memory(self.device),
+            total_seconds=self.total_steps * step + self.config.epochs * evaluation,
         )
 
-    def _train_epoch(self, epoch: int, progress: TrainingProgress) -> tuple[float, float | None, float]:
-        """Trains an epoch; returns mean loss, mean change of the mixing ratio (None without) and images per second."""
+    def _check_mixing(self) -> None:
+        side, config = self.image_config["input_size"][-1], self.config
+        if config.box_grid is not None and side % config.box_grid:
+            raise UsageError(f"box_grid: expected a divisor of the {side} pixels of an image, got {config.box_grid}")
+        if config.mixing in PATCH_MIXING and (side % config.mix_patch_size or side == config.mix_patch_size):
+            raise UsageError(
+                f"mix_patch_size: expected a divisor of the {side} pixels of an image that gives several patches, got "
+                f"{config.mix_patch_size}"
+            )
+
+    def _checkpoint_activations(self) -> None:
+        try:
+            self.model.set_grad_checkpointing()
+        except (AttributeError, AssertionError) as error:
+            raise UsageError(f"grad_checkpointing: {self.config.model} has none: {error}") from error
+
+    def _wrap(self) -> None:
+        """Copies the weights to average, compiles, and spreads the model over the processes, in this order."""
+        config = self.config
+        if config.ema_decay is not None:
+            self.task.setup_ema(decay=config.ema_decay, use_warmup=True)
+        if config.fsdp:
+            if not self.processes.several:
+                raise UsageError("fsdp: expected several processes (torchrun --nproc-per-node N -m tlalign ...), got 1")
+            self.task.shard(config.precision, config.compile)
+            return
+        if config.compile:
+            self.task.compile()
+        if self.processes.several:
+            self.task.prepare_distributed(device_ids=None if self.device.index is None else [self.device.index])
+
+    def _create_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
+        config = self.config
+        options = {"betas": config.opt_betas, "eps": config.opt_eps}
+        try:
+            optimizer = create_optimizer_v2(
+                self.model,
+                opt=config.opt,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                **{name: value for name, value in options.items() if value is not None},
+            )
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=config.sched,
+                num_epochs=config.epochs,
+                warmup_epochs=config.warmup_epochs,
+                warmup_lr=config.warmup_lr,
+                min_lr=config.min_lr,
+                step_on_epochs=False,
+                updates_per_epoch=self.steps_per_epoch,
+            )
+        except (TypeError, ValueError, AssertionError) as error:
+            raise UsageError(f"opt, sched: {error}") from error
+        return optimizer, scheduler
+
+    def _train_epoch(
+        self,
+        epoch: int,
+        progress: TrainingProgress,
+        log: RunLog | None,
+        checkpoints: Checkpoints | None,
+        signals: _StopSignals,
+    ) -> None:
+        """Trains what is left of an epoch."""
         self.task.train()
-        means = {}
-        steps, images_seen, start = len(self.train_loader), 0, time.monotonic()
+        totals, steps = self._totals, self.steps_per_epoch
         steps_between_reads = 1 if self.device.type == "cpu" else _STEPS_BETWEEN_READS
-        for index, (images, classes) in enumerate(self.train_loader, start=1):
-            result = self._forward(images, classes)
-            for name in ("loss", "ratio_change"):
-                if name in result:
-                    means[name] = means.get(name, 0.0) + (result[name].detach() - means.get(name, 0.0)) / index
-            if index % steps_between_reads == 0 or index == steps:
-                loss = means["loss"].item()
-                _check_finite(loss, f"in epoch {epoch}, at or before its step {index} of {steps}")
-            self._update(result["loss"])
-            images_seen += len(images)
-            if index % steps_between_reads == 0 or index == steps:
-                progress.step_done(epoch, self.step, loss, images_seen / (time.monotonic() - start))
-        ratio_change = means["ratio_change"].item() if "ratio_change" in means else None
-        return loss, ratio_change, images_seen / (time.monotonic() - start)
+        unread: list[tuple[Tensor, Tensor | None]] = []
+        parts = self.train_loader.epoch(epoch, start=totals.steps * self.config.accumulate)
+        stopwatch = _Stopwatch(self.device)
+        for index in range(totals.steps + 1, steps + 1):
+            unread.append(self._train_step(parts, stopwatch))
+            save_now = self.config.checkpoint_steps is not None and self.step % self.config.checkpoint_steps == 0
+            if not (index % steps_between_reads == 0 or index == steps or save_now):
+                continue
+            loss, stop = self._read(unread, stopwatch, signals, epoch)
+            unread = []
+            rate = self.config.batch_size * totals.steps / totals.seconds
+            progress.step_done(epoch, self.step, totals.loss / totals.steps, rate)
+            if log is not None:
+                log.step(self.step, {"loss": loss, "lr": self._learning_rate(), "images_per_second": rate})
+            if index < steps and (save_now or stop):
+                self._save(checkpoints, best=False)
+            if index < steps and stop:
+                raise TrainingInterrupted(signals.number or signal.SIGTERM)
 
-    def _forward(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        self.task.start_step(self.step)
-        with autocast(self.device, self.config.precision):
-            return self.task(images, classes)
-
-    def _update(self, loss: Tensor) -> None:
+    def _train_step(
+        self, parts: Iterator[tuple[Tensor, Tensor]], stopwatch: _Stopwatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Trains on a batch; returns its mean loss () and, if aligned, aligned minus original ratio (images, S)."""
+        accumulate = self.config.accumulate
+        losses, changes = [], []
         self.optimizer.zero_grad()
-        loss.backward()
+        for part in range(accumulate):
+            images, classes = next(parts)
+            if self.config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            stopwatch.lap("data")
+            _seed_step(self.config.seed, self.step * accumulate + part, self.processes.rank)
+            self.task.start_step(self.step * accumulate + part)
+            with self.task.synchronised(part == accumulate - 1):
+                with autocast(self.device, self.config.precision):
+                    result = self.task(images, classes)
+                stopwatch.lap("forward")
+                self.scaler.scale(result["loss"] / accumulate).backward()
+                stopwatch.lap("backward")
+            losses.append(result["loss"].detach())
+            changes.append(result.get("ratio_change"))
+        self._update()
+        stopwatch.lap("backward")
+        return torch.stack(losses).mean(), None if changes[0] is None else torch.cat(changes)
+
+    def _update(self) -> None:
         if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
             dispatch_clip_grad(self.task.get_clip_parameters(), self.config.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
         self.task.update_ema(step=self.step)
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
 
+    def _read(
+        self, unread: list[tuple[Tensor, Tensor | None]], stopwatch: _Stopwatch, signals: _StopSignals, epoch: int
+    ) -> tuple[float, bool]:
+        """Takes what steps gave into the totals; returns their mean loss and whether a process was told to stop."""
+        totals = self._totals
+        values = [torch.stack([loss for loss, _ in unread]).mean().float()]
+        values.append(torch.tensor(float(signals.number is not None), device=self.device))
+        if unread[0][1] is not None:
+            changes = torch.cat([change.flatten() for _, change in unread])
+            totals.ratio_changes = torch.cat([totals.ratio_changes, changes.cpu()])
+            values.append(changes.abs().mean())
+        loss, stop, *change = self.processes.mean(torch.stack(values)).tolist()
+        steps = self.steps_per_epoch
+        _check_finite(loss, f"in epoch {epoch}, at or before its step {totals.steps + len(unread)} of {steps}")
+        totals.steps += len(unread)
+        totals.loss += loss * len(unread)
+        if change:
+            totals.ratio_change += change[0] * len(unread)
+        for name, seconds in stopwatch.read().items():
+            totals.part_seconds[name] = totals.part_seconds.get(name, 0.0) + seconds
+        return loss, stop > 0
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: Any, device: torch.device, precision: str = "float32") -> dict[str, float]:
-    """Evaluates a model on all images of a loader.
+    def _end_epoch(self, epoch: int) -> EpochRecord:
+        result = self.evaluate()
+        averaged = self.evaluate(ema=True) if self.task.has_ema() else {}
+        # The last step may have broken the weights without a loss to show it.
+        for name, value in (("evaluation", result["loss"]), ("evaluation of the average", averaged.get("loss", 0.0))):
+            _check_finite(value, f"of the {name} after epoch {epoch}")
+        totals = self._totals
+        return EpochRecord(
+            epoch=epoch,
+            step=self.step,
+            loss=totals.loss / totals.steps,
+            eval_loss=result["loss"],
+            lr=self._learning_rate(),
+            top1=result["top1"],
+            top5=result["top5"],
+            top1_ema=averaged.get("top1"),
+            top5_ema=averaged.get("top5"),
+            images_per_second=self.config.batch_size * totals.steps / totals.seconds,
+            **{f"{part}_seconds": seconds / totals.steps for part, seconds in totals.part_seconds.items()},
+            ratio_change=totals.ratio_change / totals.steps if len(totals.ratio_changes) else None,
+        )
 
-    Args:
-        model: Model that returns logits (B, C).
-        loader: Gives images (B, channels, Hi, Wi) and class ids (B,).
-        device: Device of the model.
-        precision: What the model computes in; but for float32 by autocast.
+    def _save(self, checkpoints: Checkpoints | None, best: bool) -> None:
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.task.local_parameters()]).all()
+        if self.processes.mean(finite.float()) < 1:
+            raise NonFiniteLossError(f"weights after step {self.step} are not finite")
+        state = self.state()
+        if checkpoints is not None:
+            checkpoints.save(state, len(self.records), self.step, best)
 
-    Returns:
-        `loss` (cross entropy), `top1` and `top5` (per cent).
+    def _agree(self, signals: _StopSignals) -> bool:
+        """Whether any process was told to stop."""
+        told = torch.tensor(float(signals.number is not None), device=self.device)
+        return self.processes.mean(told).item() > 0
+
+    def _learning_rate(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What two steps tell of a whole run.
+
+    Attributes:
+        steps: Steps of the whole run.
+        step_seconds: Time of the second step, by its parts data, forward and backward.
+        images_per_second: Rate of training.
+        memory: Bytes that were in use at most: on an accelerator by tensors, on the CPU by the process.
+        total_seconds: Time that the whole run would take, evaluation included.
     """
-    model.eval()
-    evaluator = ClassificationEvaluator(device=device, max_samples=evaluation_sample_limit(loader))
-    for images, classes in loader:
-        with autocast(device, precision):
-            output = model(images)
-        evaluator.update(output, classes)
-    return evaluator.compute()
+
+    steps: int
+    step_seconds: dict[str, float]
+    images_per_second: float
+    memory: int
+    total_seconds: float
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to a precision; none to float32."""
-    dtype = getattr(torch, precision)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+@dataclass
+class _Totals:
+    """Sums over the steps of an epoch so far; means over the processes, but for times and the last."""
+
+    steps: int = 0
+    loss: float = 0.0
+    ratio_change: float = 0.0
+    part_seconds: dict[str, float] = field(default_factory=dict)
+    ratio_changes: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.part_seconds.values())
 
 
-def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, float]]:
-    """Evaluates the weights of a checkpoint on held-out images, in a model as timm makes it.
+class _Stopwatch:
+    """Times the parts of steps; on an accelerator by its own events, so that nothing waits until they are read."""
 
-    Args:
-        path: Checkpoint of timm or tlalign.
-        config: What the model is and which images it is evaluated on.
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks = [("start", self._now())]
 
-    Returns:
-        As `evaluate`, for `model` and, if the checkpoint holds other, averaged weights, for `EMA`.
+    def lap(self, part: str) -> None:
+        """Ends a part of a step; the next begins."""
+        self.marks.append((part, self._now()))
 
-    Raises:
-        UsageError: If the checkpoint can't be read or is not of this model, or the configuration can't be run.
-    """
-    device = choose_device(config)
-    weights = {name: _load_weights("checkpoint", path, name == "EMA") for name in ("model", "EMA")}
-    averaged = weights["EMA"]
-    if all(key in averaged and torch.equal(tensor, averaged[key]) for key, tensor in weights["model"].items()):
-        del weights["EMA"]
-    data = load_data_sets(config)
-    model = create_model(config, data.num_classes, pretrained=False)
-    loader = create_eval_loader(data.held_out, config, resolve_image_config(config, model), device)
-    results = {}
-    for name, state in weights.items():
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise UsageError(f"checkpoint: {path} is not of this {config.model}: {error}") from error
-        results[name] = evaluate(model.to(device), loader, device, config.precision)
-    return results
+    def read(self) -> dict[str, float]:
+        """Seconds of each part since the last reading."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds: dict[str, float] = {}
+        for (_, start), (part, end) in itertools.pairwise(self.marks):
+            elapsed = end - start if self.device.type == "cpu" else start.elapsed_time(end) / 1000
+            seconds[part] = seconds.get(part, 0.0) + elapsed
+        self.marks = self.marks[-1:]
+        return seconds
 
-
-def choose_device(config: EvalConfig) -> torch.device:
-    """The device of a configuration, by default the accelerator if there is one.
-
-    Raises:
-        UsageError: If there is no such device.
-    """
-    if config.device is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=config.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device: cannot use {config.device!r}: {str(error).splitlines()[0]}") from error
+    def _now(self) -> Any:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self.device, enable_timing=True)
+        event.record()
+        return event
 
 
-def create_model(config: EvalConfig, num_classes: int, **overrides: Any) -> nn.Module:
-    """The timm model of a configuration.
+class _StopSignals:
+    """Context in which the first SIGINT or SIGTERM is noted, so that a step can end; a second acts as it would."""
 
-    Args:
-        config: Names the model and its arguments.
-        num_classes: Number of classes.
-        overrides: Arguments that replace those of the configuration.
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
-    Raises:
-        UsageError: If timm has no such model, or refuses the arguments.
-    """
-    architecture = config.model.split(".")[0]
-    if ":" not in architecture and not timm.is_model(architecture):
-        raise UsageError(f"model: timm has no {config.model}{suggestion(config.model, timm.list_models())}")
-    for name in ("img_size", "in_chans", "num_classes"):
-        if name in config.model_kwargs:
-            raise UsageError(
-                f"model_kwargs: expected {name} as an option of its own (--{name} {config.model_kwargs[name]})"
-            )
-    requested = {"img_size": config.img_size, "in_chans": config.in_chans}
-    try:
-        arguments = timm.models.resolve_model_input_args(config.model, requested, **config.model_kwargs | overrides)
-        return timm.create_model(**arguments, num_classes=num_classes)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UsageError(f"model_kwargs: timm can't make {config.model} with {config.model_kwargs}: {error}") from error
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, self.before[number])
 
 
-def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) -> Teacher:
-    """The trained network of a configuration, with its averaged weights if its checkpoint has any.
-
-    Args:
-        config: Names the checkpoint, and its model if no configuration lies beside it.
-        num_classes: Number of classes that it knows.
-        device: Device to run it on.
-
-    Raises:
-        UsageError: If the checkpoint can't be read or is not of this model.
-    """
-    path = Path(config.teacher_checkpoint)
-    beside = path.parent / CONFIG_FILE
-    values = load_config_file(beside) if beside.is_file() else {}
-    values = {name: value for name, value in values.items() if name in field_names(EvalConfig)}
-    if config.teacher_model is not None:
-        values = {"model": config.teacher_model}
-    if "model" not in values:
-        raise UsageError(f"teacher_model: expected the timm model of {path}, beside which no {CONFIG_FILE} lies")
-    values |= {"data": config.data, "img_size": config.img_size, "in_chans": config.in_chans}
-    model = create_model(EvalConfig(**values), num_classes, pretrained=False)
-    try:
-        model.load_state_dict(_load_weights("teacher_checkpoint", path, use_ema=True))
-    except RuntimeError as error:
-        raise UsageError(f"teacher_checkpoint: {path} is not of this {values['model']}: {error}") from error
-    return Teacher(model.to(device))
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Makes what a step draws (dropout, dropped paths and patches) the same whenever it is computed."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def _load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
-    """Weights in the checkpoint that the option `name` gives."""
-    try:
-        # weights_only, so that a checkpoint from anywhere runs no code.
-        return load_state_dict(str(path), use_ema=use_ema)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UsageError(f"{name}: cannot read {path}: {error}") from error
-
-
-def _patch(model: nn.Module, config: TrainConfig) -> None:
-    """Makes a model align targets as its configuration says."""
-    options = {"layers": config.layers, "residual": config.residual, "method": config.target}
-    try:
-        patch_model(model, **options)
-    except NotImplementedError as error:
-        raise UsageError(f"target: {config.target} can't train {config.model}: {error}") from error
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _check_finite(loss: float, where: str) -> None:

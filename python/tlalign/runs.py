@@ -60,6 +60,7 @@ class RunFolder:
 
     Args:
         config: Configuration of the run, which is written into the folder.
+        resume: Take the folder that holds this run already.
 
     Attributes:
         path: The folder.
@@ -68,8 +69,10 @@ class RunFolder:
         UsageError: If the folder asked for holds something already, or can't be made.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, resume: bool = False) -> None:
         self.path = _new_folder(config) if config.output is None else Path(config.output)
+        if resume:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from timm.task import ClassificationTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from tlalign.config import TrainConfig, UsageError
 from tlalign.mixing import (
@@ -25,6 +38,8 @@ from tlalign.mixing import (
 from tlalign.teacher import Teacher
 from tlalign_kernels import MixedTarget, mixed_binary_cross_entropy, mixed_cross_entropy
 
+# Sharded weights are kept in checkpoints as any others.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _MIXED_LOSSES = {"ce": mixed_cross_entropy, "bce": mixed_binary_cross_entropy}
 
 
@@ -64,6 +79,7 @@ class AlignedClassificationTask(ClassificationTask):
         if teacher is not None and align:
             raise ValueError("teacher: expected None with align=True, got a teacher, whose target takes its place")
         super().__init__(model, criterion_kwargs={"loss_type": loss, "smoothing": smoothing}, **options)
+        self.sharded = False
         self.mixing = mixing
         self.align = align
         self.teacher = teacher
@@ -71,6 +87,11 @@ class AlignedClassificationTask(ClassificationTask):
         self.smoothing = smoothing
         self.seed = seed
         self.rank = rank
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, in no wrapper."""
+        return unwrap_model(self.trainable_module)
 
     def start_step(self, step: int) -> None:
         """Seeds the mixing of a step, which then depends on seed, step and rank only: a resumed run repeats it."""
@@ -87,7 +108,8 @@ class AlignedClassificationTask(ClassificationTask):
         Returns:
             loss: Scalar to call backward on.
             output: Logits (B, C); of the class token in distilled training.
-            ratio_change: float32 (), mean of |aligned - original| mixing ratio over the batch; with `align` only.
+            ratio_change: float32 (B, S), aligned minus original mixing ratio; in distilled training those of the class
+                tokens, then those of the distillation tokens; with `align` only.
         """
         if not isinstance(target, MixedTarget):
             if self.mixing is None:
@@ -101,8 +123,82 @@ class AlignedClassificationTask(ClassificationTask):
             return {"loss": self._mean_loss(outputs, (target,) * len(outputs)), "output": outputs[0]}
         logits, aligned = self.trainable_module(input, target=target)
         outputs, targets = _as_tuple(logits), _as_tuple(aligned)
-        change = torch.stack([(each.image_share() - target.image_share()).abs().mean() for each in targets]).mean()
+        change = torch.cat([each.image_share() for each in targets]) - target.image_share().repeat(len(targets), 1)
         return {"loss": self._mean_loss(outputs, targets), "output": outputs[0], "ratio_change": change}
+
+    def shard(self, precision: str, compile: bool = False) -> None:
+        """Spreads weights, gradients and optimiser over the processes (FSDP2), of averaged weights too.
+
+        Args:
+            precision: float32, or what weights are gathered and computed in, bfloat16.
+            compile: Compile each block, which sharding leaves whole.
+
+        Raises:
+            UsageError: For float16, whose loss scaling does not know of shards.
+        """
+        if precision == "float16":
+            raise UsageError("precision: expected float32 or bfloat16 with fsdp, got float16")
+        policy = MixedPrecisionPolicy(
+            param_dtype=getattr(torch, precision), reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for model in (self.model, *([self.trainable_module_ema.module] if self.has_ema() else [])):
+            for name, module in model.named_modules():
+                if name.rpartition(".")[-1] == "blocks":
+                    for block in module.children():
+                        if compile and model is self.model:
+                            block.compile()
+                        fully_shard(block, mp_policy=policy)
+            fully_shard(model, mp_policy=policy)
+        self.sharded = True
+
+    def synchronised(self, last: bool) -> AbstractContextManager[None]:
+        """Context of a part of a batch; gradients are exchanged in the last."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else self.no_sync()
+
+    def local_parameters(self) -> list[Tensor]:
+        """Parameters, of sharded ones the part that this process holds."""
+        parameters = self.model.parameters()
+        return [each.to_local() if isinstance(each, DTensor) else each for each in parameters]
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """As timm's, but never wrapped in DDP: evaluation needs no exchange."""
+        model = super().get_eval_model(module, ema)
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Callable = unwrap_model) -> dict[str, Any]:
+        """As timm's; of sharded weights the whole, in the first process."""
+        if not self.sharded:
+            return super().get_checkpoint_state(ema, unwrap_fn)
+        if ema and not self.has_ema():
+            return {}
+        model = self.trainable_module_ema.module if ema else self.model
+        return {"state_dict_ema" if ema else "state_dict": get_model_state_dict(model, options=_WHOLE)}
+
+    def load_checkpoint_state(
+        self, state_dict: dict[str, Tensor], task_state: Any = None, ema: bool = False, strict: bool = True
+    ) -> None:
+        """As timm's; each process takes its part of the whole."""
+        if not self.sharded:
+            super().load_checkpoint_state(state_dict, task_state, ema, strict)
+            return
+        model = self.trainable_module_ema.module if ema else self.model
+        set_model_state_dict(model, state_dict, options=_WHOLE)
+
+    def get_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """State of an optimiser; of sharded weights the whole, in the first process, by the names of the weights."""
+        return (
+            get_optimizer_state_dict(self.model, optimizer, options=_WHOLE) if self.sharded else optimizer.state_dict()
+        )
+
+    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Loads what `get_optimizer_state` returned."""
+        if self.sharded:
+            set_optimizer_state_dict(self.model, optimizer, state, options=_WHOLE)
+        else:
+            optimizer.load_state_dict(state)
 
     def _mean_loss(self, outputs: tuple[Tensor, ...], targets: tuple[MixedTarget, ...]) -> Tensor:
         """Mean over the heads: one, or in distilled training those of class and distillation token."""

@@ -1,0 +1,171 @@
+"""Checkpoints of a run: written whole or not at all, recognised when damaged, and found again."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+_SUFFIX = ".pth.tar"
+_UNFINISHED = ".unfinished"
+# Hexadecimal digits of SHA-256 in a file's name: enough to recognise damage, which is no adversary.
+_DIGEST_DIGITS = 16
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+class Checkpoints:
+    """The checkpoints in the folder of a run.
+
+    `checkpoints/epoch-E-step-N-DIGEST.pth.tar` are the newest two, from which a run continues. The digest of its
+    content in a file's name tells whether it is whole, and name and content appear together. `last.pth.tar` is another
+    name of the newest, `model_best.pth.tar` one of the best.
+
+    Args:
+        folder: Folder of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "checkpoints"
+        self.last = folder / f"last{_SUFFIX}"
+        self.best = folder / f"model_best{_SUFFIX}"
+
+    def save(self, state: dict[str, Any], epoch: int, step: int, best: bool = False) -> Path:
+        """Writes a checkpoint, and removes all but the newest two.
+
+        Args:
+            state: What `load_newest` gives back: tensors, numbers, strings and containers of them.
+            epoch: Epochs done.
+            step: Steps done, those of the epoch in progress among them.
+            best: Whether it is the best of the run so far.
+
+        Returns:
+            The file.
+
+        Raises:
+            CheckpointError: If it can't be written.
+        """
+        try:
+            self.path.mkdir(exist_ok=True)
+            for unfinished in self.path.glob(f"*{_UNFINISHED}"):
+                unfinished.unlink()
+            written = _write(state, self.path, f"epoch-{epoch:05d}-step-{step:09d}")
+            for name in (self.last, self.best) if best else (self.last,):
+                _name_also(written, name)
+            for old in self._newest_first()[2:]:
+                old.unlink()
+        except OSError as error:
+            raise CheckpointError(f"cannot write the checkpoint of step {step} in {self.path}: {error}") from error
+        return written
+
+    def load_newest(self, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """Reads the newest checkpoint that is not damaged.
+
+        Args:
+            report: Is told of each that is.
+
+        Returns:
+            The file and its content, on the CPU; None if there is no good one.
+        """
+        for path in self._newest_first():
+            digest = path.name.removesuffix(_SUFFIX).rpartition("-")[-1]
+            try:
+                if _digest_of(path) != digest:
+                    raise ValueError("its content is not what was written")
+                return path, load_checkpoint(path)
+            except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+                report(f"{path} is damaged ({error}); taking the one before it")
+        return None
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.path.glob(f"epoch-*{_SUFFIX}"), reverse=True)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU; one from anywhere runs no code."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _DigestFile:
+    """A file for torch.save that forms the digest of what is written, and keeps the error that torch hides."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _digest_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:_DIGEST_DIGITS]
+
+
+def _write(state: dict[str, Any], folder: Path, name: str) -> Path:
+    unfinished = folder / f"{name}{_UNFINISHED}"
+    try:
+        with unfinished.open("wb") as file:
+            digesting = _DigestFile(file)
+            try:
+                torch.save(state, digesting)
+            except RuntimeError as error:
+                raise digesting.error or OSError(str(error)) from error
+            file.flush()
+            os.fsync(file.fileno())
+        written = folder / f"{name}-{digesting.digest.hexdigest()[:_DIGEST_DIGITS]}{_SUFFIX}"
+        unfinished.replace(written)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _sync(folder)
+    return written
+
+
+def _name_also(file: Path, name: Path) -> None:
+    """Has another name stand for a file too, at once; a copy where the file system has no links."""
+    unfinished = name.with_name(name.name + _UNFINISHED)
+    unfinished.unlink(missing_ok=True)
+    try:
+        unfinished.hardlink_to(file)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        shutil.copyfile(file, unfinished)
+    unfinished.replace(name)
+    _sync(name.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Has the names in a folder survive a power cut, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""Evaluation: accuracy of a model on held-out images, each counted once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from torch import nn
+
+from tlalign.config import EvalConfig, UsageError
+from tlalign.data import create_eval_loader, load_data_sets, resolve_image_config
+from tlalign.networks import create_model, load_weights
+
+
+@torch.no_grad()  # inference mode is not for sharded models
+def evaluate(
+    model: nn.Module, loader: Any, device: torch.device, precision: str = "float32", several: bool = False
+) -> dict[str, float]:
+    """Evaluates a model on all images of a loader.
+
+    Args:
+        model: Model that returns logits (B, C).
+        loader: Gives images (B, channels, Hi, Wi) and class ids (B,).
+        device: Device of the model.
+        precision: What the model computes in; but for float32 by autocast.
+        several: Add up what all processes of the run counted.
+
+    Returns:
+        `loss` (cross entropy), `top1` and `top5` (per cent).
+    """
+    model.eval()
+    evaluator = ClassificationEvaluator(device=device, max_samples=evaluation_sample_limit(loader))
+    for images, classes in loader:
+        with autocast(device, precision):
+            output = model(images)
+        evaluator.update(output, classes)
+    return evaluator.compute(distributed=several)
+
+
+def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, float]]:
+    """Evaluates the weights of a checkpoint on held-out images, in a model as timm makes it.
+
+    Args:
+        path: Checkpoint of timm or tlalign.
+        config: What the model is and which images it is evaluated on.
+
+    Returns:
+        As `evaluate`, for `model` and, if the checkpoint holds other, averaged weights, for `EMA`.
+
+    Raises:
+        UsageError: If the checkpoint can't be read or is not of this model, or the configuration can't be run.
+    """
+    device = choose_device(config)
+    weights = {name: load_weights("checkpoint", path, name == "EMA") for name in ("model", "EMA")}
+    averaged = weights["EMA"]
+    if all(key in averaged and torch.equal(tensor, averaged[key]) for key, tensor in weights["model"].items()):
+        del weights["EMA"]
+    data = load_data_sets(config)
+    model = create_model(config, data.num_classes)
+    loader = create_eval_loader(data.held_out, config, resolve_image_config(config, model), device)
+    results = {}
+    for name, state in weights.items():
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UsageError(f"checkpoint: {path} is not of this {config.model}: {error}") from error
+        results[name] = evaluate(model.to(device), loader, device, config.precision)
+    return results
+
+
+def choose_device(config: EvalConfig) -> torch.device:
+    """The device of a configuration, by default the accelerator if there is one.
+
+    Raises:
+        UsageError: If there is no such device.
+    """
+    if config.device is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device: cannot use {config.device!r}: {str(error).splitlines()[0]}") from error
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to a precision; none to float32."""
+    dtype = getattr(torch, precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,121 @@
+"""The networks of a configuration: the model, where its weights come from, and the teacher."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.models
+import torch
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+import tlalign.models  # noqa: F401 (timm knows them from here on)
+from tlalign.config import CONFIG_FILE, EvalConfig, TrainConfig, UsageError, field_names, load_config_file, suggestion
+from tlalign.teacher import Teacher
+from tlalign_kernels import patch_model
+
+
+def create_model(config: EvalConfig, num_classes: int, **overrides: Any) -> nn.Module:
+    """The timm model of a configuration, with random weights.
+
+    Args:
+        config: Names the model and its arguments.
+        num_classes: Number of classes.
+        overrides: Arguments of timm.create_model that replace those of the configuration.
+
+    Raises:
+        UsageError: If timm has no such model, or refuses the arguments.
+    """
+    architecture = config.model.split(".")[0]
+    if ":" not in architecture and not timm.is_model(architecture):
+        raise UsageError(f"model: timm has no {config.model}{suggestion(config.model, timm.list_models())}")
+    for name in ("img_size", "in_chans", "num_classes"):
+        if name in config.model_kwargs:
+            raise UsageError(
+                f"model_kwargs: expected {name} as an option of its own (--{name} {config.model_kwargs[name]})"
+            )
+    requested = {"img_size": config.img_size, "in_chans": config.in_chans}
+    try:
+        arguments = timm.models.resolve_model_input_args(config.model, requested, **config.model_kwargs | overrides)
+        return timm.create_model(**arguments, num_classes=num_classes)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UsageError(f"model_kwargs: timm can't make {config.model} with {config.model_kwargs}: {error}") from error
+
+
+def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The timm model of a configuration with the weights that training starts from, as its options say.
+
+    Raises:
+        UsageError: If timm has no such model, or the weights can't be had or are not of it.
+    """
+    if config.initial_checkpoint is not None:
+        weights = load_weights("initial_checkpoint", Path(config.initial_checkpoint), use_ema=True)
+        model = create_model(config, num_classes)
+        classifier = model.default_cfg.get("classifier") or ()
+        for name in (classifier,) if isinstance(classifier, str) else classifier:
+            # timm would load the rest without looking whether it is all there. A new head is taken along instead.
+            if f"{name}.weight" in weights and len(weights[f"{name}.weight"]) != num_classes:
+                weights |= {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
+        source = {"state_dict": weights, "num_classes": num_classes}
+        described = f"initial_checkpoint: {config.initial_checkpoint} is not of this {config.model}"
+    elif config.pretrained:
+        source = {}
+        described = f"pretrained: cannot get the published weights of {config.model}"
+    else:
+        return create_model(config, num_classes)
+    create_model(config, 1)  # says what else is wrong
+    try:
+        return create_model(config, num_classes, pretrained=True, pretrained_cfg_overlay=source)
+    except Exception as error:  # downloads have errors of many classes
+        raise UsageError(f"{described}: {error.__cause__ or error}") from error
+
+
+def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) -> Teacher:
+    """The trained network of a configuration, with its averaged weights if its checkpoint has any.
+
+    Args:
+        config: Names the checkpoint, and its model if no configuration lies beside it.
+        num_classes: Number of classes that it knows.
+        device: Device to run it on.
+
+    Raises:
+        UsageError: If the checkpoint can't be read or is not of this model.
+    """
+    path = Path(config.teacher_checkpoint)
+    beside = path.parent / CONFIG_FILE
+    values = load_config_file(beside) if beside.is_file() else {}
+    values = {name: value for name, value in values.items() if name in field_names(EvalConfig)}
+    if config.teacher_model is not None:
+        values = {"model": config.teacher_model}
+    if "model" not in values:
+        raise UsageError(f"teacher_model: expected the timm model of {path}, beside which no {CONFIG_FILE} lies")
+    values |= {"data": config.data, "img_size": config.img_size, "in_chans": config.in_chans}
+    model = create_model(EvalConfig(**values), num_classes, pretrained=False)
+    try:
+        model.load_state_dict(load_weights("teacher_checkpoint", path, use_ema=True))
+    except RuntimeError as error:
+        raise UsageError(f"teacher_checkpoint: {path} is not of this {values['model']}: {error}") from error
+    return Teacher(model.to(device))
+
+
+def load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
+    """Weights in the checkpoint that the option `name` gives."""
+    try:
+        # weights_only, so that a checkpoint from anywhere runs no code.
+        return load_state_dict(str(path), use_ema=use_ema)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UsageError(f"{name}: cannot read {path}: {error}") from error
+
+
+def align_targets(model: nn.Module, config: TrainConfig) -> None:
+    """Makes a model align targets as its configuration says."""
+    options = {"layers": config.layers, "residual": config.residual, "method": config.target}
+    try:
+        patch_model(model, **options)
+    except NotImplementedError as error:
+        raise UsageError(f"target: {config.target} can't train {config.model}: {error}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error

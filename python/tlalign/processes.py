@@ -1,0 +1,70 @@
+"""The processes of a run: this one alone, or those that torchrun started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What this process is among those of the run.
+
+    Attributes:
+        device: Device of this process.
+        rank: Number of this process; 0 writes and prints.
+        world_size: Number of processes.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def start(cls, device: torch.device) -> Processes:
+        """Joins the processes that torchrun or Slurm started, if it did; of accelerators each takes its own.
+
+        Args:
+            device: Device that a process alone would run on.
+        """
+        if not is_distributed_env():
+            return cls(device)
+        if dist.is_initialized():
+            return cls(device, dist.get_rank(), dist.get_world_size())
+        joined = init_distributed_device_so(device.type)
+        return cls(torch.device(joined["device"]), joined["global_rank"], joined["world_size"])
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.world_size > 1
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of a floating tensor over the processes; the same bits in all of them."""
+        if self.several:
+            values = values.clone()
+            dist.all_reduce(values)
+            values /= self.world_size
+        return values
+
+    def share(self, value: Any) -> Any:
+        """The value that the first process gives, in all of them."""
+        if not self.several:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def leave(self) -> None:
+        """Parts from the other processes."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,106 @@
+"""Checkpoints: written whole or not at all, and recognised when damaged."""
+
+import random
+import resource
+
+import pytest
+import torch
+
+from tlalign.checkpoints import CheckpointError, Checkpoints, load_checkpoint
+
+
+def state(number: int) -> dict:
+    return {"step": number, "weights": torch.full((1000,), float(number))}
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Checkpoints:
+    """Checkpoints of steps 1 to 3, the second the best."""
+    saved = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        saved.save(state(step), epoch=0, step=step, best=step == 2)
+    return saved
+
+
+def newest(checkpoints: Checkpoints) -> tuple[int | None, list[str]]:
+    """Step of the newest good checkpoint, and which damaged ones were reported."""
+    reports = []
+    found = checkpoints.load_newest(reports.append)
+    return None if found is None else found[1]["step"], reports
+
+
+def test_the_newest_two_the_last_and_the_best_are_kept(checkpoints, tmp_path):
+    assert [load_checkpoint(path)["step"] for path in sorted(checkpoints.path.iterdir())] == [2, 3]
+    assert load_checkpoint(tmp_path / "last.pth.tar")["step"] == 3
+    assert load_checkpoint(tmp_path / "model_best.pth.tar")["step"] == 2
+    assert newest(checkpoints) == (3, [])
+
+
+def test_the_end_of_an_epoch_is_newer_than_its_last_step(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for epoch in (0, 1):
+        checkpoints.save({"step": 5, "epoch": epoch}, epoch=epoch, step=5)
+    assert checkpoints.load_newest(pytest.fail)[1]["epoch"] == 1
+
+
+def test_of_a_folder_without_checkpoints_there_is_none(tmp_path):
+    assert newest(Checkpoints(tmp_path)) == (None, [])
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped"])
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_taken(checkpoints, damage):
+    path = max(checkpoints.path.iterdir())
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    for _ in range(1 if damage == "emptied" else 50):
+        place = draw.randrange(len(whole))
+        flipped = whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :]
+        path.unlink()
+        path.write_bytes({"cut": whole[:place], "emptied": b"", "flipped": flipped}[damage])
+        step, reports = newest(checkpoints)
+        assert step == 2
+        assert len(reports) == 1 and str(path) in reports[0]
+    path.write_bytes(whole)
+    assert newest(checkpoints) == (3, [])
+
+
+def test_if_all_are_damaged_there_is_none_and_each_is_reported(checkpoints):
+    for path in checkpoints.path.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    step, reports = newest(checkpoints)
+    assert step is None and len(reports) == 2
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_as_they_were(checkpoints, tmp_path):
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file can grow beyond this: the system's answer is an error as that of a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint of step 4 in .*: .*File too large"):
+            checkpoints.save(state(4), epoch=0, step=4, best=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    checkpoints.save(state(5), epoch=0, step=5)
+    assert newest(checkpoints) == (5, [])
+
+
+def test_what_a_killed_process_left_half_written_is_ignored_and_removed(checkpoints):
+    unfinished = checkpoints.path / "epoch-00000-step-000000004.unfinished"
+    unfinished.write_bytes(b"half of a checkpoint")
+    assert newest(checkpoints) == (3, [])
+    checkpoints.save(state(4), epoch=0, step=4)
+    assert not unfinished.exists()
+
+
+def test_links_are_copies_where_the_file_system_has_none(tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", refuse)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1), epoch=0, step=1, best=True)
+    for name in ("last.pth.tar", "model_best.pth.tar"):
+        assert load_checkpoint(tmp_path / name)["step"] == 1
+        assert (tmp_path / name).stat().st_nlink == 1

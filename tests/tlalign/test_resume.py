@@ -1,0 +1,193 @@
+"""Nothing is lost: a run that was stopped anywhere continues to the bits that it would have had."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import became, differences, fit, resume, tiny, quiet
+
+from tlalign.cli import main
+from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
+from tlalign.runs import RunFolder
+
+# Everything that a step draws from or keeps: dropout and dropped paths, momentum, averages, a schedule, erasing.
+RANDOM = {
+    "model_kwargs": {
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "proj_drop_rate": 0.1,
+        "drop_path_rate": 0.2,
+    },
+    "batch_size": 256,
+    "epochs": 2,
+    "warmup_epochs": 1,
+    "random_erasing": 0.5,
+    "checkpoint_steps": 2,
+}
+
+
+def stop_after(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> None:
+    """Has the process get a signal in a step."""
+    update = trainer._update
+
+    def interrupted():
+        update()
+        if trainer.step == step:
+            signal.raise_signal(number)
+
+    trainer._update = interrupted
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"precision": "float16", "accumulate": 2},
+        {"opt": "sgd", "sched": "step", "ema_decay": None, "target": "ratio", "mixing": "mixup-cutmix"},
+    ],
+    ids=["adamw", "scaler and accumulation", "sgd without average"],
+)
+def test_a_run_stopped_after_any_step_ends_with_the_same_bits(tmp_path, values):
+    whole, _, _ = fit(tiny(tmp_path / "whole", **RANDOM | values))
+    expected = became(whole)
+    assert expected[".step"] == 10
+    config = tiny(tmp_path / "stopped", **RANDOM | values)
+    RunFolder(config)
+    for step in range(1, 10):
+        trainer, folder = resume(config)
+        assert trainer.step == step - 1
+        stop_after(trainer, step)
+        with pytest.raises(TrainingInterrupted, match="SIGTERM"):
+            trainer.fit(folder, quiet(trainer))
+    trainer, folder = resume(config)
+    assert len(trainer.fit(folder, quiet(trainer))) == 2
+    assert differences(became(trainer), expected) == []
+
+
+def test_without_checkpoints_within_an_epoch_a_run_continues_from_its_last_end(tmp_path):
+    config = tiny(tmp_path / "run", epochs=3)
+    trainer, folder = Trainer(config), RunFolder(config)
+    trainer.fit(folder, quiet(trainer))
+    files = sorted((folder.path / "checkpoints").iterdir())
+    files[-1].unlink()
+    continued, _ = resume(config)
+    assert continued.step == 2 * trainer.steps_per_epoch
+    continued.fit(folder, quiet(continued))
+    assert differences(became(continued), became(trainer)) == []
+    rows = folder.log.read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3"]
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path):
+    trainer, folder, records = fit(tiny(tmp_path / "run"))
+    again, _ = resume(trainer.config)
+    assert again.fit(folder, quiet(again)) == records
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    config = tiny(tmp_path / "run", checkpoint_steps=2)
+    trainer, folder = Trainer(config), RunFolder(config)
+    update = trainer._update
+
+    def break_the_fourth():
+        update()
+        if trainer.step == 4:
+            trainer.optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    trainer._update = break_the_fourth
+    with pytest.raises(NonFiniteLossError, match="weights after step 4 are not finite"):
+        trainer.fit(folder, quiet(trainer))
+    assert resume(config)[0].step == 2
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    config = tiny(tmp_path / "run")
+    trainer, folder = Trainer(config), RunFolder(config)
+    forward = trainer.task.forward
+
+    def twice(images, classes):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return forward(images, classes)
+
+    trainer.task.forward = twice
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(folder, quiet(trainer))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_run_s_checkpoint_is_refused(tmp_path):
+    trainer, _, _ = fit(tiny(tmp_path / "run"))
+    state = trainer.state()
+    other = Trainer(tiny(tmp_path / "other", model_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 1}))
+    with pytest.raises(ValueError, match=r"resume: the checkpoint is not of this run: .*size mismatch"):
+        other.resume(state)
+
+
+def options(folder: Path) -> list[str]:
+    values = dataclasses.asdict(tiny(folder, checkpoint_steps=3))
+    names = ("model_kwargs", "img_size", "batch_size", "epochs", "warmup_epochs", "output", "checkpoint_steps")
+    return [f"--{name}={values[name]}" for name in names]
+
+
+def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    original = Trainer._update
+
+    def interrupted(self):
+        original(self)
+        if self.step == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", interrupted)
+        assert main(["train", *options(folder), "--resume=auto"]) == 128 + signal.SIGINT
+    assert f"to continue: tlalign train --resume {folder}" in capsys.readouterr().err
+    newest = max((folder / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-10])
+    assert main(["train", "--resume", str(folder), "--workers=0"]) == 0
+    printed = capsys.readouterr()
+    assert f"{newest} is damaged" in printed.err
+    assert "continued after step 6" in printed.out
+    assert main(["train", *options(folder), "--resume=auto"]) == 0
+    assert "continued after step 11" in capsys.readouterr().out
+
+    whole, _, _ = fit(tiny(tmp_path / "whole", checkpoint_steps=3))
+    weights = torch.load(folder / "last.pth.tar", weights_only=False)["state_dict"]
+    assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume=nowhere"], "resume: expected the folder of a run, but nowhere has no config.yaml"),
+        (["--resume=auto"], "output: expected the folder of the run with --resume auto, got null"),
+        (["--resume=RUN", "--recipe=digits"], "resume: expected no recipe"),
+        (["--resume=RUN", "--lr=1"], "resume: lr of the run in RUN is 0.0015, got 1.0"),
+        (["--output=RUN", "--resume=auto"], "resume: model_kwargs of the run in RUN is"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(tmp_path, capsys, arguments, message):
+    folder = tmp_path / "run"
+    RunFolder(tiny(folder))
+    assert main(["train", *(argument.replace("RUN", str(folder)) for argument in arguments)]) == 2
+    assert message.replace("RUN", str(folder)) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_moment_loses_nothing(tmp_path, kills):
+    # In a process of its own, which forks: torch can be read in once for all the processes that are killed.
+    killer = Path(__file__).with_name("killer.py")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, killer, tmp_path, str(kills)], env=environment, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"killed {kills} times" in done.stdout

@@ -1,0 +1,77 @@
+"""Runs that tests train: small ones on the digits, and what they became."""
+
+import io
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from tlalign.checkpoints import Checkpoints
+from tlalign.config import TrainConfig, load_recipe
+from tlalign.engine import Trainer
+from tlalign.progress import TrainingProgress
+from tlalign.runs import RunFolder
+
+TINY = {
+    "model_kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    "img_size": 16,
+    "batch_size": 128,
+    "epochs": 1,
+    "warmup_epochs": 0,
+}
+
+
+def tiny(output: Path, **values) -> TrainConfig:
+    return TrainConfig(**load_recipe("digits") | TINY | {"output": str(output)} | values)
+
+
+def quiet(trainer: Trainer) -> TrainingProgress:
+    console = Console(file=io.StringIO())
+    return TrainingProgress(trainer.config.epochs, trainer.steps_per_epoch, console, trainer.step)
+
+
+def fit(config: TrainConfig) -> tuple[Trainer, RunFolder, list]:
+    trainer, folder = Trainer(config), RunFolder(config)
+    return trainer, folder, trainer.fit(folder, quiet(trainer))
+
+
+def resume(config: TrainConfig, report=None) -> tuple[Trainer, RunFolder]:
+    """A trainer that continues the run in a folder, or starts it if it has no checkpoint yet."""
+    trainer, folder = Trainer(config), RunFolder(config, resume=True)
+    found = Checkpoints(folder.path).load_newest(report or _unexpected)
+    if found is not None:
+        trainer.resume(found[1])
+    return trainer, folder
+
+
+def became(trainer: Trainer) -> dict[str, object]:
+    """All that a run has become, but for times: equal for equal runs."""
+    state = trainer.state()
+    state["records"] = [{k: v for k, v in row.items() if "second" not in k} for row in state["records"]]
+    state["totals"].pop("part_seconds")
+    del state["args"]
+    return _flat(state)
+
+
+def differences(first: dict[str, object], second: dict[str, object]) -> list[str]:
+    """Names of what is not the same to the bit."""
+    names = first.keys() ^ second.keys()
+    for name in first.keys() & second.keys():
+        one, other = first[name], second[name]
+        same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        names |= set() if same else {name}
+    return sorted(names)
+
+
+def _flat(value: object, name: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    return {key: each for part, item in items for key, each in _flat(item, f"{name}.{part}").items()}
+
+
+def _unexpected(message: str) -> None:
+    raise AssertionError(message)
