@@ -137,13 +137,17 @@ class Trainer:
             checkpoint_dir=str(folder.path),
             max_history=1,
         )
+        # Here, since evaluation needs no matplotlib.
+        from tlalign.log import RunLog
+
         records = []
-        for epoch in range(1, self.config.epochs + 1):
-            record = self._epoch(epoch, progress)
-            records.append(record)
-            folder.append(record)
-            saver.save_checkpoint(epoch, metric=record.metric)
-            progress.epoch_done(record.top1)
+        with RunLog(folder.path) as log:
+            for epoch in range(1, self.config.epochs + 1):
+                record = self._epoch(epoch, progress)
+                records.append(record)
+                log.epoch(record, None)
+                saver.save_checkpoint(epoch, metric=record.metric)
+                progress.epoch_done(record.top1)
         return records
 
     def evaluate(self, ema: bool = False) -> dict[str, float]:
