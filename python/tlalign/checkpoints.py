@@ -14,6 +14,8 @@ from typing import IO, Any
 
 import torch
 
+from tlalign.runs import BEST_CHECKPOINT, LAST_CHECKPOINT
+
 _SUFFIX = ".pth.tar"
 _UNFINISHED = ".unfinished"
 # Hexadecimal digits of SHA-256 in a file's name: enough to recognise damage, which is no adversary.
@@ -37,8 +39,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "checkpoints"
-        self.last = folder / f"last{_SUFFIX}"
-        self.best = folder / f"model_best{_SUFFIX}"
+        self.last = folder / LAST_CHECKPOINT
+        self.best = folder / BEST_CHECKPOINT
 
     def save(self, state: dict[str, Any], epoch: int, step: int, best: bool = False) -> Path:
         """Writes a checkpoint, and removes all but the newest two.

@@ -19,18 +19,22 @@ class TrainingProgress:
     Args:
         epochs: Epochs of the run.
         steps_per_epoch: Steps of an epoch.
-        console: Where to write to; standard output by default.
+        console: Where to write to; standard output by default. Console(quiet=True) shows nothing.
+        step: Steps done before, by the run that this one resumes.
     """
 
-    def __init__(self, epochs: int, steps_per_epoch: int, console: Console | None = None) -> None:
+    def __init__(self, epochs: int, steps_per_epoch: int, console: Console | None = None, step: int = 0) -> None:
         self.epochs = epochs
         self.total_steps = epochs * steps_per_epoch
+        self.first_step = step
         self.console = Console() if console is None else console
         self.top1 = ""
         self.start = self.last_line = time.monotonic()
         columns = (TextColumn("{task.fields[epoch]}"), BarColumn(None), TextColumn("{task.fields[status]}"))
-        self.bar = Progress(*columns, console=self.console, expand=True, disable=not self.console.is_terminal)
-        self.bar_task = self.bar.add_task("train", total=self.total_steps, epoch="", status="")
+        # A bar takes over what is written to the terminal; a quiet console would swallow that.
+        self.shows_bar = self.console.is_terminal and not self.console.quiet
+        self.bar = Progress(*columns, console=self.console, expand=True, disable=not self.shows_bar)
+        self.bar_task = self.bar.add_task("train", total=self.total_steps, completed=step, epoch="", status="")
 
     def __enter__(self) -> TrainingProgress:
         self.bar.start()
@@ -51,10 +55,11 @@ class TrainingProgress:
             images_per_second: Rate of the epoch so far.
         """
         now = time.monotonic()
-        left = timedelta(seconds=round((now - self.start) / step * (self.total_steps - step)))
+        seconds_per_step = (now - self.start) / (step - self.first_step)
+        left = timedelta(seconds=round(seconds_per_step * (self.total_steps - step)))
         epoch_text = f"epoch {epoch}/{self.epochs}"
         status = f"{images_per_second:.0f} images/s  loss {loss:.3f}  {self.top1}{left} left"
-        if self.console.is_terminal:
+        if self.shows_bar:
             self.bar.update(self.bar_task, completed=step, epoch=epoch_text, status=status)
         elif now - self.last_line >= _LINE_SECONDS or step == self.total_steps:
             self.last_line = now

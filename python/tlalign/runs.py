@@ -1,16 +1,26 @@
-"""The folder of a run: its configuration, its log and where its other files lie."""
+"""The folder of a run: its configuration, the rows of its log and where its other files lie."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import io
+import os
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from timm.models import safe_model_name
-
 from tlalign.config import CONFIG_FILE, TrainConfig, UsageError, save_config
+
+LAST_CHECKPOINT = "last.pth.tar"
+BEST_CHECKPOINT = "model_best.pth.tar"
+LOG_FILE = "log.csv"
+CURVES_FILE = "curves.png"
+TENSORBOARD_FOLDER = "tensorboard"
+# What begins so was not written to its end.
+_UNFINISHED = "unfinished-"
 
 
 @dataclass
@@ -77,39 +87,102 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"output: cannot make the folder {self.path}: {error}") from error
-        if any(self.path.iterdir()):
+        if not all(file.name.startswith(_UNFINISHED) for file in self.path.iterdir()):
             raise UsageError(f"output: expected a new or empty folder, but {self.path} holds files")
-        save_config(config, self.path / CONFIG_FILE)
-        with self.log.open("w", newline="") as file:
-            csv.writer(file).writerow(field.name for field in dataclasses.fields(EpochRecord))
+        with written_whole(self.path / CONFIG_FILE) as unfinished:
+            save_config(config, unfinished)
 
     @property
     def log(self) -> Path:
         """The log, a CSV file with a row for each epoch."""
-        return self.path / "log.csv"
+        return self.path / LOG_FILE
+
+    @property
+    def curves(self) -> Path:
+        """Loss, accuracy, learning rate and times over the epochs."""
+        return self.path / CURVES_FILE
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of what TensorBoard shows."""
+        return self.path / TENSORBOARD_FOLDER
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint of the last complete epoch."""
-        return self.path / "last.pth.tar"
+        """The newest checkpoint."""
+        return self.path / LAST_CHECKPOINT
 
     @property
     def best_checkpoint(self) -> Path:
         """The checkpoint of the epoch with the best top-1."""
-        return self.path / "model_best.pth.tar"
+        return self.path / BEST_CHECKPOINT
 
     @property
     def picture(self) -> Path:
         """Mixed images and their token labels."""
         return self.path / "token_labels.png"
 
-    def append(self, record: EpochRecord) -> None:
-        """Adds a row to the log."""
-        with self.log.open("a", newline="") as file:
-            csv.writer(file).writerow("" if value is None else value for value in dataclasses.astuple(record))
+
+def write_log(path: Path, records: Sequence[EpochRecord]) -> None:
+    """Writes a log of these rows, in place of one that is there already: all of it or, on an error, nothing."""
+    with written_whole(path) as unfinished, unfinished.open("w", newline="") as file:
+        csv.writer(file).writerow(field.name for field in dataclasses.fields(EpochRecord))
+        file.write("".join(log_row(record) for record in records))
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives another path to write a file to, which takes the place of `path` at the end or, after an error, goes."""
+    unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def log_row(record: EpochRecord) -> str:
+    """A line of the log, from which `read_log` makes the same record."""
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow("" if value is None else value for value in dataclasses.astuple(record))
+    return line.getvalue()
+
+
+def read_log(path: Path) -> list[EpochRecord]:
+    """Reads the rows of a log; a last line that was not written to its end is left out.
+
+    Raises:
+        OSError: If the file can't be read.
+        ValueError: If it is not a log.
+    """
+    with path.open(newline="") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    fields = {field.name: field for field in dataclasses.fields(EpochRecord)}
+    rows = csv.DictReader(lines)
+    if list(rows.fieldnames or ()) != list(fields):
+        raise ValueError(f"expected the columns {', '.join(fields)} in {path}")
+    records = []
+    for row in rows:
+        try:
+            records.append(EpochRecord(**{name: _value_of(text, fields[name].type) for name, text in row.items()}))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"expected numbers in {path}, got {row}") from error
+    return records
+
+
+def _value_of(text: str, kind: str) -> float | int | None:
+    if not text and "None" in kind:
+        return None
+    return int(text) if kind == "int" else float(text)
 
 
 def _new_folder(config: TrainConfig) -> Path:
+    # Here, since it takes torch along, which the list of runs does without.
+    from timm.models import safe_model_name
+
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_model_name(config.model)}-{config.method}"
     folder, number = Path("runs") / name, 1
     while folder.exists():
