@@ -346,7 +346,7 @@ class Trainer:
             if self.config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             stopwatch.lap("data")
-            _seed_step(self.config.seed, self.step * accumulate + part, self.processes.rank)
+            _seed_step(self.config.seed, self.step * accumulate + part, self.processes.rank, self.device)
             self.task.start_step(self.step * accumulate + part)
             with self.task.synchronised(part == accumulate - 1):
                 with autocast(self.device, self.config.precision):
@@ -518,9 +518,13 @@ class _StopSignals:
         signal.signal(number, self.before[number])
 
 
-def _seed_step(seed: int, step: int, rank: int) -> None:
+def _seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Makes what a step draws (dropout, dropped paths and patches) the same whenever it is computed."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+    value = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+    # torch.manual_seed takes milliseconds where there is no accelerator.
+    torch.default_generator.manual_seed(value)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(value)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -6,33 +6,13 @@ import io
 import pytest
 import torch
 from rich.console import Console
+from training import TINY, fit, quiet, tiny
 
 from tlalign.config import TrainConfig, UsageError, load_recipe, save_config
 from tlalign.engine import NonFiniteLossError, Trainer
 from tlalign.progress import TrainingProgress
 from tlalign.runs import RunFolder
 from tlalign_kernels import LabelFollower
-
-TINY = {
-    "model_kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
-    "img_size": 16,
-    "batch_size": 128,
-    "epochs": 1,
-    "warmup_epochs": 0,
-}
-
-
-def tiny(output, **values) -> TrainConfig:
-    return TrainConfig(**load_recipe("digits") | TINY | {"output": str(output)} | values)
-
-
-def quiet(epochs: int, steps: int) -> TrainingProgress:
-    return TrainingProgress(epochs, steps, Console(file=io.StringIO()))
-
-
-def fit(config: TrainConfig) -> tuple[Trainer, RunFolder, list]:
-    trainer, folder = Trainer(config), RunFolder(config)
-    return trainer, folder, trainer.fit(folder, quiet(config.epochs, len(trainer.train_loader)))
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -70,15 +50,15 @@ def test_every_mixing_and_target_trains_and_logs(tmp_path, mixing, target, metho
     header, row = folder.log.read_text().splitlines()
     assert header.split(",") == [field.name for field in dataclasses.fields(record)]
     assert row.split(",")[2] == str(record.loss)
-    assert trainer.step == len(trainer.train_loader)
-    patched = type(trainer.task.get_trainable_module()).__name__
+    assert trainer.step == trainer.steps_per_epoch
+    patched = type(trainer.model).__name__
     assert patched == ("AlignedVisionTransformer" if aligned else "VisionTransformer")
 
 
 def test_layers_and_residual_are_those_of_the_model(tmp_path):
     model = {**TINY["model_kwargs"], "depth": 3}
     trainer = Trainer(tiny(tmp_path, model_kwargs=model, layers=(0, -1), residual=False))
-    blocks = trainer.task.get_trainable_module().blocks
+    blocks = trainer.model.blocks
     assert [isinstance(block, LabelFollower) for block in blocks] == [True, False, True]
     assert not blocks[0].label_residual
 
@@ -98,8 +78,8 @@ def test_a_run_s_checkpoint_teaches_another(tmp_path, mixing, target):
 
     config = tiny(tmp_path / "run", mixing=mixing, target=target, teacher_checkpoint=str(checkpoint))
     trainer = Trainer(config)
-    images, classes = next(iter(trainer.train_loader))
-    loss = trainer._forward(images, classes)["loss"]
+    trainer.task.start_step(0)
+    loss = trainer.task(*next(trainer.train_loader.epoch(1)))["loss"]
     assert torch.isfinite(loss)
     teacher = trainer.task.teacher if target == "teacher" else trainer.task.mixing.activation.__self__
     assert all(torch.equal(value, averaged[key]) for key, value in teacher.model.state_dict().items())
@@ -117,7 +97,7 @@ def test_bfloat16_and_no_average_train(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     config = tiny(tmp_path / "run", epochs=3)
     trainer, folder = Trainer(config), RunFolder(config)
-    steps = len(trainer.train_loader)
+    steps = trainer.steps_per_epoch
     forward = trainer.task.forward
 
     def break_in_the_second_epoch(images, classes):
@@ -126,7 +106,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monk
 
     monkeypatch.setattr(trainer.task, "forward", break_in_the_second_epoch)
     with pytest.raises(NonFiniteLossError, match=rf"in epoch 2, at or before its step 3 of {steps} is nan"):
-        trainer.fit(folder, quiet(3, steps))
+        trainer.fit(folder, quiet(trainer))
     checkpoint = torch.load(folder.last_checkpoint, weights_only=False)
     assert checkpoint["epoch"] == 1
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
@@ -139,12 +119,12 @@ def test_weights_broken_by_the_last_step_are_not_saved(tmp_path, monkeypatch):
 
     def break_the_last_step():
         update()
-        if trainer.step == len(trainer.train_loader) - 1:
+        if trainer.step == trainer.steps_per_epoch - 1:
             trainer.optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
 
     monkeypatch.setattr(trainer.optimizer, "step", break_the_last_step)
     with pytest.raises(NonFiniteLossError, match="evaluation after epoch 1"):
-        trainer.fit(folder, quiet(1, len(trainer.train_loader)))
+        trainer.fit(folder, quiet(trainer))
     assert not folder.last_checkpoint.exists()
 
 

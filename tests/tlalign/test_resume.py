@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import became, differences, fit, resume, tiny, quiet
+from training import became, differences, fit, quiet, resume, tiny
 
 from tlalign.cli import main
 from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
@@ -126,7 +126,7 @@ def test_a_second_signal_acts_at_once(tmp_path):
 def test_another_run_s_checkpoint_is_refused(tmp_path):
     trainer, _, _ = fit(tiny(tmp_path / "run"))
     state = trainer.state()
-    other = Trainer(tiny(tmp_path / "other", model_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 1}))
+    other = Trainer(tiny(tmp_path / "other", model_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}))
     with pytest.raises(ValueError, match=r"resume: the checkpoint is not of this run: .*size mismatch"):
         other.resume(state)
 
