@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import timm.models
 import torch
@@ -20,7 +19,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import CheckpointSaver, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 import tlalign.models  # noqa: F401 (timm knows them from here on)
 from tlalign.config import (
@@ -33,7 +31,7 @@ from tlalign.config import (
     load_config_file,
     suggestion,
 )
-from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
+from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config, sample_images
 from tlalign.progress import TrainingProgress
 from tlalign.runs import EpochRecord, RunFolder
 from tlalign.task import AlignedClassificationTask, create_mixing
@@ -159,10 +157,7 @@ class Trainer:
         Returns:
             Images (B, channels, Hi, Wi) and class ids (B,), as evaluation sees them.
         """
-        data = self.eval_loader.dataset
-        chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
-        loader = create_eval_loader(Subset(data, chosen), self.config, self.image_config, self.device)
-        return next(iter(loader))
+        return sample_images(self.eval_loader.dataset, count, self.config, self.image_config, self.device)
 
     def _epoch(self, epoch: int, progress: TrainingProgress) -> EpochRecord:
         loss, ratio_change, images_per_second = self._train_epoch(epoch, progress)
@@ -194,7 +189,7 @@ class Trainer:
         means = {}
         steps, images_seen, start = len(self.train_loader), 0, time.monotonic()
         steps_between_reads = 1 if self.device.type == "cpu" else _STEPS_BETWEEN_READS
-        for index, (images, classes) in enumerate(self.train_loader, start=1):
+        for index, (images, classes) in enumerate(self.train_loader.epoch(epoch), start=1):
             result = self._forward(images, classes)
             for name in ("loss", "ratio_change"):
                 if name in result:

@@ -98,7 +98,7 @@ def test_a_run_s_checkpoint_teaches_another(tmp_path, mixing, target):
 
     config = tiny(tmp_path / "run", mixing=mixing, target=target, teacher_checkpoint=str(checkpoint))
     trainer = Trainer(config)
-    images, classes = next(iter(trainer.train_loader))
+    images, classes = next(trainer.train_loader.epoch(0))
     loss = trainer._forward(images, classes)["loss"]
     assert torch.isfinite(loss)
     teacher = trainer.task.teacher if target == "teacher" else trainer.task.mixing.activation.__self__
