@@ -217,7 +217,7 @@ def _is_to_resume(config: TrainConfig) -> bool:
 def _try(config: TrainConfig) -> int:
     """Runs two steps, and prints what the run would take."""
     from tlalign.engine import NonFiniteLossError, Trainer
-    from tlalign.data import UnreadableImagesError
+    from tlalign.unreadable import UnreadableImagesError
 
     trainer = Trainer(config)
     try:
@@ -256,7 +256,7 @@ def _run(config: TrainConfig, resume: bool) -> int:
     from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
     from tlalign.progress import TrainingProgress
     from tlalign.runs import RunFolder
-    from tlalign.data import UnreadableImagesError
+    from tlalign.unreadable import UnreadableImagesError
 
     trainer = Trainer(config)
     first = trainer.processes.first

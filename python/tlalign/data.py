@@ -1,4 +1,4 @@
-"""Data sets and their loaders: scikit-learn's digits, image folders and torchvision sets, all by timm's loaders."""
+"""Data sets by their names, and the loaders that augment and normalise their images."""
 
 from __future__ import annotations
 
@@ -8,49 +8,40 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_dataset, create_loader, resolve_data_config
-from torch import nn
-from torch.utils.data import Dataset
+from timm.data import create_transform, resolve_data_config
+from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
+from timm.data.loader import fast_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torchvision.transforms import Compose
 
 from tlalign.config import EvalConfig, TrainConfig, UsageError
-
-_FOLDER_LAYOUT = "expected PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE (validation or test for val)"
-_HELD_OUT_FOLDERS = ("val", "validation", "test")
-
-
-class Digits(Dataset):
-    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels, a fifth of each class held out.
-
-    The split is fixed: no seed of a run moves an image from one part to the other.
-
-    Args:
-        train: The images to train on, or those held out.
-    """
-
-    def __init__(self, train: bool) -> None:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        parts = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
-        chosen = np.sort(parts[0 if train else 1])
-        self.images = (digits.images[chosen] * 255 / 16).round().astype(np.uint8)
-        self.targets = digits.target[chosen].tolist()
-        self.classes = [str(digit) for digit in digits.target_names]
-        self.transform = None  # set by timm's create_loader
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = Image.fromarray(self.images[index])
-        return image if self.transform is None else self.transform(image), self.targets[index]
+from tlalign.loaders import (
+    Augmentation,
+    EvalImages,
+    EvalLoader,
+    EvalStream,
+    InMode,
+    TrainLoader,
+    TrainSetLoader,
+    TrainStreamLoader,
+    leave_signals_to_the_main_process,
+)
+from tlalign.readers import (
+    ImageStream,
+    check_workers,
+    open_folder,
+    open_hugging_face,
+    open_shards,
+    open_small,
+    open_torchvision,
+)
+from tlalign.unreadable import UnreadableImages
 
 
 @dataclass(frozen=True)
 class DataSets:
-    """The parts of a data set.
+    """The parts of a data set, of PIL images and class ids.
 
     Attributes:
         train: Images to train on.
@@ -72,17 +63,22 @@ def load_data_sets(config: EvalConfig) -> DataSets:
         UsageError: If there is no such data set, or it isn't where it should be.
     """
     kind, _, place = config.data.partition(":")
-    if config.data == "digits":
-        train, held_out = Digits(train=True), Digits(train=False)
-        names = train.classes
+    family = config.data.partition("/")[0]
+    if config.data in ("digits", "mnist-5k"):
+        train, held_out, names = open_small(config)
     elif kind == "folder" and place:
-        train, held_out = _image_folder(Path(place))
-        names = list(train.reader.class_to_idx)
-    elif config.data.startswith("torch/"):
-        train, held_out = (_torchvision_set(config, split) for split in ("train", "validation"))
-        names = list(getattr(train, "classes", ()))
+        train, held_out, names = open_folder(Path(place))
+    elif family == "torch":
+        train, held_out, names = open_torchvision(config)
+    elif family == "wds":
+        train, held_out, names = open_shards(config)
+    elif family in ("hfds", "hfids"):
+        train, held_out, names = open_hugging_face(config)
     else:
-        raise UsageError(f"data: expected digits, folder:PATH or torch/NAME, got {config.data!r}")
+        raise UsageError(
+            "data: expected digits, mnist-5k, folder:PATH, torch/NAME, wds/, hfds/NAME or hfids/NAME, got "
+            f"{config.data!r}"
+        )
     if config.num_classes is None and not names:
         raise UsageError(f"num_classes: expected a number, since {config.data} doesn't tell how many it has, got null")
     if config.num_classes is not None and config.num_classes < len(names):
@@ -110,79 +106,173 @@ def resolve_image_config(config: EvalConfig, model: nn.Module) -> dict[str, Any]
     return image_config
 
 
-def create_train_loader(data: Dataset, config: TrainConfig, image_config: dict[str, Any], device: torch.device) -> Any:
-    """Loader of shuffled, augmented, normalised batches (images, class ids) on `device`.
+def create_train_loader(
+    data: Dataset,
+    config: TrainConfig,
+    image_config: dict[str, Any],
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainLoader:
+    """Loader of the images that a process trains on.
+
+    Of a set with random access, how an image is augmented is a function of the seed, the epoch, the image and the
+    number of its repeat only. Processes take turns in the order of the epoch, so that the micro-batches of all of them
+    together hold what one process would have in a micro-batch as much larger. Neither workers, nor where an epoch is
+    taken up, nor the random state of the process change a bit.
+
+    An epoch of a stream is the same each time for the same number of workers and processes, and the same batch_size;
+    what lies before its start is read again.
+
+    Args:
+        data: Images to train on.
+        config: Configuration of the run.
+        image_config: See `resolve_image_config`.
+        device: Device to put batches on.
+        rank: Number of this process.
+        world_size: Number of processes.
 
     Raises:
-        UsageError: If a batch is larger than the data set.
+        UsageError: If the batch is larger than the data set or can't be divided, or the augmentation can't be made.
     """
+    size = _micro_batch_size(config, world_size)
     if len(data) < config.batch_size:
         raise UsageError(f"batch_size: expected at most the {len(data)} training images, got {config.batch_size}")
-    return create_loader(
-        data,
-        input_size=image_config["input_size"],
-        batch_size=config.batch_size,
-        is_training=True,
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        hflip=config.hflip,
-        color_jitter=config.color_jitter or None,
-        auto_augment=config.auto_augment,
-        re_prob=config.random_erasing,
-        re_mode="pixel",
+    arguments = {
+        "size": size,
+        "length": len(data) // config.batch_size * config.accumulate,
+        "augment": Augmentation(_create_train_transform(config, image_config), config.seed),
+        "device": device,
+        "unreadable": UnreadableImages(config.max_unreadable),
+        **_loader_options(config, device),
+    }
+    if isinstance(data, ImageStream):
+        if config.aug_repeats > 1:
+            raise UsageError(f"aug_repeats: expected 1 with the stream {config.data}, got {config.aug_repeats}")
+        check_workers(data, config.workers, world_size)
+        return TrainStreamLoader(data, rank, world_size, **arguments)
+    place = {"num_replicas": world_size, "rank": rank}
+    if config.aug_repeats > 1:
+        # As many images as without repeats, where timm's default rounds them down to a multiple of 256.
+        sampler = RepeatAugSampler(data, num_repeats=config.aug_repeats, selected_round=0, **place)
+    else:
+        sampler = DistributedSampler(data, drop_last=True, **place)
+    return TrainSetLoader(data, sampler, config.aug_repeats, **arguments)
+
+
+def create_eval_loader(
+    data: Dataset,
+    config: EvalConfig,
+    image_config: dict[str, Any],
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> EvalLoader:
+    """Loader of normalised batches (images, class ids) on `device`, each image once and in order.
+
+    Processes take turns; the last of them may be given images again, for as many batches as the others, beyond
+    `loader.sampler.num_valid_samples`. Of a stream each process evaluates all images, which counts each as often as the
+    others. An image that can't be read raises an `UnreadableImagesError` that names it.
+
+    Args:
+        data: Images to evaluate on.
+        config: Configuration of the run or evaluation.
+        image_config: See `resolve_image_config`.
+        device: Device to put batches on.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+    transform = _create_transform(image_config, crop_pct=image_config["crop_pct"], use_prefetcher=True)
+    sampler = None
+    if isinstance(data, ImageStream):
+        images = EvalStream(data, transform, config.workers)
+    else:
+        images = EvalImages(data, transform)
+        if world_size > 1:
+            sampler = OrderedDistributedSampler(images, num_replicas=world_size, rank=rank)
+    loader = DataLoader(
+        images,
+        batch_size=_micro_batch_size(config, world_size) if isinstance(config, TrainConfig) else config.batch_size,
+        sampler=sampler,
+        collate_fn=fast_collate,
+        persistent_workers=config.workers > 0,
+        **_loader_options(config, device),
+    )
+    channels, mean, std = image_config["input_size"][0], image_config["mean"], image_config["std"]
+    return EvalLoader(loader, mean=mean, std=std, channels=channels, device=device)
+
+
+def sample_images(
+    data: Dataset, count: int, config: EvalConfig, image_config: dict[str, Any], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Takes images from all over a data set, of a stream the first ones; always the same.
+
+    Args:
+        data: Images to evaluate on.
+        count: Number of images B; a batch at most.
+        config: Configuration of the run or evaluation.
+        image_config: See `resolve_image_config`.
+        device: Device to put them on.
+
+    Returns:
+        Images (B, channels, Hi, Wi) and class ids (B,), as evaluation sees them.
+    """
+    if not isinstance(data, ImageStream):
+        data = Subset(data, np.random.default_rng(0).permutation(len(data))[:count].tolist())
+    images, classes = next(iter(create_eval_loader(data, config, image_config, device)))
+    return images[:count], classes[:count]
+
+
+def _micro_batch_size(config: TrainConfig, world_size: int) -> int:
+    parts = world_size * config.accumulate
+    if config.batch_size % parts:
+        raise UsageError(
+            f"batch_size: expected a multiple of {parts}, for {world_size} processes and {config.accumulate} "
+            f"accumulated parts, got {config.batch_size}"
+        )
+    size = config.batch_size // parts
+    if size < 2 and config.mixing != "none":
+        raise UsageError(f"batch_size: expected at least 2 images to mix in each of {parts} parts, got {size}")
+    return size
+
+
+def _create_train_transform(config: TrainConfig, image_config: dict[str, Any]) -> Compose:
+    try:
+        return _create_transform(
+            image_config,
+            is_training=True,
+            train_crop_mode=config.crop_mode,
+            scale=config.crop_scale,
+            ratio=config.crop_ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            re_prob=config.random_erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError) as error:
+        raise UsageError(f"auto_augment: timm can't make {config.auto_augment!r} ({error})") from error
+
+
+def _create_transform(image_config: dict[str, Any], **options: Any) -> Compose:
+    channels = image_config["input_size"][0]
+    if channels not in (1, 3):
+        raise UsageError(f"in_chans: expected 1 or 3, which images are read with, got {channels}")
+    transform = create_transform(
+        image_config["input_size"],
         interpolation=image_config["interpolation"],
         mean=image_config["mean"],
         std=image_config["std"],
-        num_workers=config.workers,
-        pin_memory=device.type == "cuda",
-        device=device,
+        **options,
     )
+    return Compose([InMode("L" if channels == 1 else "RGB"), transform])
 
 
-def create_eval_loader(data: Dataset, config: EvalConfig, image_config: dict[str, Any], device: torch.device) -> Any:
-    """Loader of normalised batches (images, class ids) on `device`, each image once and in order."""
-    return create_loader(
-        data,
-        input_size=image_config["input_size"],
-        batch_size=config.batch_size,
-        interpolation=image_config["interpolation"],
-        mean=image_config["mean"],
-        std=image_config["std"],
-        crop_pct=image_config["crop_pct"],
-        num_workers=config.workers,
-        pin_memory=device.type == "cuda",
-        device=device,
-    )
-
-
-def _image_folder(root: Path) -> tuple[Dataset, Dataset]:
-    if not root.is_dir():
-        raise UsageError(f"data: no folder {root}; {_FOLDER_LAYOUT}")
-    held_out_folder = next((root / name for name in _HELD_OUT_FOLDERS if (root / name).is_dir()), root / "val")
-    folders = root / "train", held_out_folder
-    # timm would fall back to all of PATH, and so evaluate on what was trained on.
-    for folder in folders:
-        if not folder.is_dir():
-            raise UsageError(f"data: no folder {folder}; {_FOLDER_LAYOUT}")
-    try:
-        train, held_out = (create_dataset("", root=str(folder), search_split=False) for folder in folders)
-    except RuntimeError as error:
-        raise UsageError(f"data: {error}; {_FOLDER_LAYOUT}") from error
-    class_map = train.reader.class_to_idx
-    unknown = sorted(set(held_out.reader.class_to_idx) - set(class_map))
-    if unknown:
-        raise UsageError(f"data: {held_out_folder} has classes that {root / 'train'} lacks: {', '.join(unknown)}")
-    # A class without held-out images would shift the ids of those after it.
-    return train, create_dataset("", root=str(held_out_folder), search_split=False, class_map=class_map)
-
-
-def _torchvision_set(config: EvalConfig, split: str) -> Dataset:
-    if config.data_dir is None:
-        raise UsageError(f"data_dir: expected a folder for {config.data}, got null")
-    try:
-        return create_dataset(config.data, root=config.data_dir, split=split, download=config.download)
-    except AssertionError as error:
-        raise UsageError(f"data: {error}") from error
-    except RuntimeError as error:
-        missing = f"{config.data} is not in {config.data_dir} ({error})"
-        raise UsageError(f"data: {missing}; --download true fetches it") from error
+def _loader_options(config: EvalConfig, device: torch.device) -> dict[str, Any]:
+    return {
+        "num_workers": config.workers,
+        "pin_memory": device.type not in ("cpu", "mps"),
+        "worker_init_fn": leave_signals_to_the_main_process,
+        # Else each epoch would draw from the random state of the process.
+        "generator": torch.Generator(),
+    }

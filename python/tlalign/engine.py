@@ -23,11 +23,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad, random_seed
 from torch import Tensor
-from torch.utils.data import Subset
 
 from tlalign.checkpoints import Checkpoints
 from tlalign.config import PATCH_MIXING, TrainConfig, UsageError
-from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
+from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config, sample_images
 from tlalign.evaluation import autocast, choose_device, evaluate
 from tlalign.log import RunLog
 from tlalign.networks import align_targets, create_initial_model, create_teacher
@@ -217,10 +216,7 @@ class Trainer:
         Returns:
             Images (B, channels, Hi, Wi) and class ids (B,), as evaluation sees them.
         """
-        data = self.eval_loader.dataset
-        chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
-        loader = create_eval_loader(Subset(data, chosen), self.config, self.image_config, self.device)
-        return next(iter(loader))
+        return sample_images(self.eval_loader.dataset, count, self.config, self.image_config, self.device)
 
     def dry_run(self) -> DryRun:
         """Runs two steps and evaluates a batch, without writing anything."""

