@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import became, differences, fit, quiet, resume, tiny
+from training import FewDigits, became, differences, fit, quiet, resume, tiny
 
 from tlalign.cli import main
+from tlalign.config import TrainConfig
 from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
 from tlalign.runs import RunFolder
 
@@ -25,12 +26,21 @@ RANDOM = {
         "proj_drop_rate": 0.1,
         "drop_path_rate": 0.2,
     },
-    "batch_size": 256,
     "epochs": 2,
     "warmup_epochs": 1,
     "random_erasing": 0.5,
     "checkpoint_steps": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def few_digits(monkeypatch):
+    monkeypatch.setattr("tlalign.readers.Digits", FewDigits)
+
+
+def small(output: Path, **values) -> TrainConfig:
+    """Of a run of 5 steps an epoch."""
+    return tiny(output, **{"batch_size": 20} | values)
 
 
 def stop_after(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> None:
@@ -55,10 +65,10 @@ def stop_after(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> Non
     ids=["adamw", "scaler and accumulation", "sgd without average"],
 )
 def test_a_run_stopped_after_any_step_ends_with_the_same_bits(tmp_path, values):
-    whole, _, _ = fit(tiny(tmp_path / "whole", **RANDOM | values))
+    whole, _, _ = fit(small(tmp_path / "whole", **RANDOM | values))
     expected = became(whole)
     assert expected[".step"] == 10
-    config = tiny(tmp_path / "stopped", **RANDOM | values)
+    config = small(tmp_path / "stopped", **RANDOM | values)
     RunFolder(config)
     for step in range(1, 10):
         trainer, folder = resume(config)
@@ -72,7 +82,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(tmp_path, values):
 
 
 def test_without_checkpoints_within_an_epoch_a_run_continues_from_its_last_end(tmp_path):
-    config = tiny(tmp_path / "run", epochs=3)
+    config = small(tmp_path / "run", epochs=3)
     trainer, folder = Trainer(config), RunFolder(config)
     trainer.fit(folder, quiet(trainer))
     files = sorted((folder.path / "checkpoints").iterdir())
@@ -86,13 +96,13 @@ def test_without_checkpoints_within_an_epoch_a_run_continues_from_its_last_end(t
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path):
-    trainer, folder, records = fit(tiny(tmp_path / "run"))
+    trainer, folder, records = fit(small(tmp_path / "run"))
     again, _ = resume(trainer.config)
     assert again.fit(folder, quiet(again)) == records
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    config = tiny(tmp_path / "run", checkpoint_steps=2)
+    config = small(tmp_path / "run", checkpoint_steps=2)
     trainer, folder = Trainer(config), RunFolder(config)
     update = trainer._update
 
@@ -108,7 +118,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_a_second_signal_acts_at_once(tmp_path):
-    config = tiny(tmp_path / "run")
+    config = small(tmp_path / "run")
     trainer, folder = Trainer(config), RunFolder(config)
     forward = trainer.task.forward
 
@@ -124,17 +134,17 @@ def test_a_second_signal_acts_at_once(tmp_path):
 
 
 def test_another_run_s_checkpoint_is_refused(tmp_path):
-    trainer, _, _ = fit(tiny(tmp_path / "run"))
+    trainer, _, _ = fit(small(tmp_path / "run"))
     state = trainer.state()
     other = Trainer(
-        tiny(tmp_path / "other", model_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2})
+        small(tmp_path / "other", model_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2})
     )
     with pytest.raises(ValueError, match=r"resume: the checkpoint is not of this run: .*size mismatch"):
         other.resume(state)
 
 
 def options(folder: Path) -> list[str]:
-    values = dataclasses.asdict(tiny(folder, checkpoint_steps=3))
+    values = dataclasses.asdict(small(folder, checkpoint_steps=3))
     names = ("model_kwargs", "img_size", "batch_size", "epochs", "warmup_epochs", "output", "checkpoint_steps")
     return [f"--{name}={values[name]}" for name in names]
 
@@ -145,7 +155,7 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
 
     def interrupted(self):
         original(self)
-        if self.step == 7:
+        if self.step == 4:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
@@ -157,11 +167,11 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
     assert main(["train", "--resume", str(folder), "--workers=0"]) == 0
     printed = capsys.readouterr()
     assert f"{newest} is damaged" in printed.err
-    assert "continued after step 6" in printed.out
+    assert "continued after step 3" in printed.out
     assert main(["train", *options(folder), "--resume=auto"]) == 0
-    assert "continued after step 11" in capsys.readouterr().out
+    assert "continued after step 5" in capsys.readouterr().out
 
-    whole, _, _ = fit(tiny(tmp_path / "whole", checkpoint_steps=3))
+    whole, _, _ = fit(small(tmp_path / "whole", checkpoint_steps=3))
     weights = torch.load(folder / "last.pth.tar", weights_only=False)["state_dict"]
     assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
 
@@ -178,7 +188,7 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
 )
 def test_what_cannot_be_continued_is_refused(tmp_path, capsys, arguments, message):
     folder = tmp_path / "run"
-    RunFolder(tiny(folder))
+    RunFolder(small(folder))
     assert main(["train", *(argument.replace("RUN", str(folder)) for argument in arguments)]) == 2
     assert message.replace("RUN", str(folder)) in capsys.readouterr().err
 
