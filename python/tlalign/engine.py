@@ -272,7 +272,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
         UsageError: If the checkpoint can't be read or is not of this model, or the configuration can't be run.
     """
     device = choose_device(config)
-    weights = {name: _load_weights("checkpoint", path, name == "EMA") for name in ("model", "EMA")}
+    weights = {name: load_weights("checkpoint", path, name == "EMA") for name in ("model", "EMA")}
     averaged = weights["EMA"]
     if all(key in averaged and torch.equal(tensor, averaged[key]) for key, tensor in weights["model"].items()):
         del weights["EMA"]
@@ -352,13 +352,13 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
     values |= {"data": config.data, "img_size": config.img_size, "in_chans": config.in_chans}
     model = create_model(EvalConfig(**values), num_classes, pretrained=False)
     try:
-        model.load_state_dict(_load_weights("teacher_checkpoint", path, use_ema=True))
+        model.load_state_dict(load_weights("teacher_checkpoint", path, use_ema=True))
     except RuntimeError as error:
         raise UsageError(f"teacher_checkpoint: {path} is not of this {values['model']}: {error}") from error
     return Teacher(model.to(device))
 
 
-def _load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
+def load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
     """Weights in the checkpoint that the option `name` gives."""
     try:
         # weights_only, so that a checkpoint from anywhere runs no code.
