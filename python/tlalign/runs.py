@@ -82,7 +82,8 @@ class RunFolder:
             raise UsageError(f"output: cannot make the folder {self.path}: {error}") from error
         if any(self.path.iterdir()):
             raise UsageError(f"output: expected a new or empty folder, but {self.path} holds files")
-        save_config(config, self.path / CONFIG_FILE)
+        with written_whole(self.path / CONFIG_FILE) as unfinished:
+            save_config(config, unfinished)
 
     @property
     def log(self) -> Path:
