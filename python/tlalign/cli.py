@@ -1,4 +1,4 @@
-"""Command line: `tlalign train` and `tlalign eval`."""
+"""Command line: `tlalign train`, `tlalign eval`, `tlalign runs` and `tlalign export`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _DEFAULT_RECIPE = "digits"
+_CONFIG_BESIDE = f"Where a {CONFIG_FILE} lies beside it, that says what it is of; flags replace its values."
 _USAGE = """usage: tlalign COMMAND [options]
 
 Trains vision transformers on mixed images with token-label alignment.
@@ -49,6 +50,8 @@ Trains vision transformers on mixed images with token-label alignment.
 commands:
   train   train a model; without options a small one on handwritten digits, in a minute or two
   eval    evaluate a checkpoint
+  runs    list runs, and compare them
+  export  write the weights of a run for timm
 
 `tlalign COMMAND --help` lists the options.
 """
@@ -69,11 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2
-    commands = {"train": train, "eval": evaluate}
+    commands = {"train": train, "eval": evaluate, "runs": list_runs, "export": export}
     name, *options = arguments
     try:
         if name not in commands:
-            raise UsageError(f"expected train or eval, got {name}{suggestion(name, list(commands))}")
+            raise UsageError(f"expected one of {', '.join(commands)}, got {name}{suggestion(name, list(commands))}")
         return commands[name](options)
     except UsageError as error:
         print(f"tlalign: error: {error}", file=sys.stderr)
@@ -121,6 +124,7 @@ def train(options: Sequence[str]) -> int:
         action="store_true",
         help="Build everything, run two steps and say what the run would take; nothing is written.",
     )
+    parser.add_class_arguments(TrainConfig, None)
     config = _parse(parser, TrainConfig, values, flags)
     if not continued and given.recipe is None and config.data != load_recipe(_DEFAULT_RECIPE)["data"]:
         raise UsageError(f"recipe: the default, {_DEFAULT_RECIPE}, is not made for {config.data}; give --recipe none")
@@ -131,25 +135,14 @@ def train(options: Sequence[str]) -> int:
 
 def evaluate(options: Sequence[str]) -> int:
     """`tlalign eval`: prints the accuracy of a checkpoint's weights."""
-    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    sources.add_argument("--checkpoint")
-    given, flags = sources.parse_known_args(options)
     parser = jsonargparse.ArgumentParser(
         prog="tlalign eval",
-        description=f"Evaluates a checkpoint of timm or tlalign. Where a {CONFIG_FILE} lies beside it, that says what "
-        "it is of; flags replace its values.",
+        description=f"Evaluates a checkpoint of timm or tlalign. {_CONFIG_BESIDE}",
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", help="Checkpoint to evaluate.")
-    values = {}
-    if given.checkpoint is not None:
-        beside = Path(given.checkpoint).parent / CONFIG_FILE
-        values = load_config_file(beside) if beside.is_file() else {}
-    known = field_names(EvalConfig)
-    config = _parse(parser, EvalConfig, {name: values[name] for name in values if name in known}, flags)
-    if given.checkpoint is None:
-        raise UsageError("checkpoint: expected a file, got nothing (--checkpoint PATH)")
+    given, config = _parse_over_checkpoint(parser, options, {})
     from tlalign.evaluation import evaluate_checkpoint
 
     for name, result in evaluate_checkpoint(Path(given.checkpoint), config).items():
@@ -157,27 +150,123 @@ def evaluate(options: Sequence[str]) -> int:
     return 0
 
 
+def list_runs(options: Sequence[str]) -> int:
+    """`tlalign runs`: prints a table of runs, and draws their curves."""
+    parser = jsonargparse.ArgumentParser(
+        prog="tlalign runs",
+        description="Lists runs: what they are, how far they are and how they went, and the values in which they "
+        "differ. Top-1 is that of the averaged weights (EMA) where there are any.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("paths", nargs="*", default=["runs"], help="Folders of runs, or folders that hold such.")
+    parser.add_argument("--sort", default="name", help="Column to sort by, as --csv calls it.")
+    parser.add_argument("--plot", help="PNG file to draw top-1 and loss of the runs to, over each other.")
+    parser.add_argument("--csv", help="CSV file to write the table to.")
+    given = _parse_flags(parser, options, ["sort", "plot", "csv"])
+    from rich.console import Console
+
+    from tlalign.listing import RunTable, find_runs
+
+    runs = find_runs([Path(path) for path in given.paths])
+    table = RunTable(runs, given.sort)
+    console = Console()
+    if not runs:
+        print(f"no runs in {', '.join(given.paths)}")
+    elif console.is_terminal:
+        table.print(console)
+    else:
+        # A file or a pipe has no width to keep to.
+        table.print(Console(width=1000))
+    if given.csv is not None:
+        table.save(Path(given.csv))
+    if given.plot is not None:
+        table.plot(Path(given.plot))
+    return 0
+
+
+def export(options: Sequence[str]) -> int:
+    """`tlalign export`: writes the weights of a checkpoint as timm and others load them."""
+    parser = jsonargparse.ArgumentParser(
+        prog="tlalign export",
+        description="Writes the weights of a checkpoint as a plain checkpoint of timm, loads it again and compares "
+        f"the logits. {_CONFIG_BESIDE}",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", help="Checkpoint to export.")
+    parser.add_argument("--output", help="File to write: NAME.safetensors, or NAME.pth for a bare state dict.")
+    parser.add_argument(
+        "--ema",
+        type=bool | None,
+        help="Export the averaged weights (true) or the model's (false); null: averaged ones if there are any.",
+    )
+    # Which images they are for is of no matter here.
+    given, config = _parse_over_checkpoint(parser, options, {"data": "none"})
+    if given.output is None:
+        raise UsageError("output: expected a file, got nothing (--output NAME.safetensors)")
+    from tlalign.export import export_checkpoint
+
+    output = Path(given.output)
+    name, call = export_checkpoint(Path(given.checkpoint), output, config, given.ema)
+    print(f"wrote the weights of the {name} to {output}; the same logits come from")
+    print(f"  {call}")
+    return 0
+
+
+def _parse_over_checkpoint(
+    parser: jsonargparse.ArgumentParser, flags: Sequence[str], values: dict[str, Any]
+) -> tuple[jsonargparse.Namespace, EvalConfig]:
+    """Reads flags over the configuration beside the `checkpoint` that they name, and that over values."""
+    parser.add_class_arguments(EvalConfig, None)
+    known = field_names(EvalConfig)
+    # At first only to learn which checkpoint: what its configuration may give is not missing yet.
+    asks_help = "-h" in flags or "--help" in flags
+    parser.set_defaults(({} if asks_help else {"data": "", "model": ""}) | values)
+    given = _parse_flags(parser, flags, known)
+    parser.set_defaults({"data": None, "model": None})
+    if given.checkpoint is not None:
+        beside = Path(given.checkpoint).parent / CONFIG_FILE
+        values = values | (load_config_file(beside) if beside.is_file() else {})
+    config = _parse(parser, EvalConfig, {name: values[name] for name in values if name in known}, flags)
+    if given.checkpoint is None:
+        raise UsageError("checkpoint: expected a file, got nothing")
+    return given, config
+
+
 def _parse(
     parser: jsonargparse.ArgumentParser, config_class: type[Config], values: dict[str, Any], flags: Sequence[str]
 ) -> Config:
     """Reads flags over values; both are checked against the types of the configuration's fields."""
-    parser.add_class_arguments(config_class, None)
+    names = field_names(config_class)
     checker = jsonargparse.ArgumentParser(exit_on_error=False)
     checker.add_class_arguments(config_class, None)
-    flags = [_underscored(flag) for flag in flags]
     try:
         parser.set_defaults(values)
-        parsed = parser.parse_args(flags)
+        parsed = _parse_flags(parser, flags, names)
         # Defaults were taken as they are; read as an object, values of files are checked and converted as flags are.
-        parsed = checker.parse_object({name: getattr(parsed, name) for name in field_names(config_class)})
+        parsed = checker.parse_object({name: getattr(parsed, name) for name in names})
     except argparse.ArgumentError as error:
-        message = str(error).replace("Parser key ", "")
+        raise UsageError(_without_parser_words(error)) from error
+    return config_class(**{name: getattr(parsed, name) for name in names})
+
+
+def _parse_flags(parser: jsonargparse.ArgumentParser, flags: Sequence[str], known: list[str]) -> jsonargparse.Namespace:
+    """Reads flags; where one is unknown, the error says which of the known ones is near."""
+    flags = [_underscored(flag) for flag in flags]
+    try:
+        return parser.parse_args(flags)
+    except argparse.ArgumentError as error:
+        message = _without_parser_words(error)
         for flag in flags:
             name = flag.removeprefix("--").split("=")[0].split(".")[0]
-            if flag.startswith("--") and name not in field_names(config_class):
-                message += suggestion(name, field_names(config_class))
+            if flag.startswith("--") and name not in known:
+                message += suggestion(name, known)
         raise UsageError(message) from error
-    return config_class(**{name: getattr(parsed, name) for name in field_names(config_class)})
+
+
+def _without_parser_words(error: argparse.ArgumentError) -> str:
+    return str(error).replace("Parser key ", "")
 
 
 def _model_among(flags: Sequence[str]) -> str | None:
@@ -206,7 +295,9 @@ def _is_to_resume(config: TrainConfig) -> bool:
         raise UsageError("output: expected the folder of the run with --resume auto, got null")
     if not (Path(config.output) / CONFIG_FILE).is_file():
         return False
-    saved = _parse(jsonargparse.ArgumentParser(exit_on_error=False), TrainConfig, _saved(Path(config.output)), ())
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig, None)
+    saved = _parse(parser, TrainConfig, _saved(Path(config.output)), ())
     for name in field_names(TrainConfig):
         before, now = getattr(saved, name), getattr(config, name)
         if before != now and name not in MAY_CHANGE:

@@ -11,7 +11,7 @@ from torch import nn
 
 from tlalign.config import EvalConfig, UsageError
 from tlalign.data import create_eval_loader, load_data_sets, resolve_image_config
-from tlalign.networks import create_model, load_weights
+from tlalign.networks import create_model, load_all_weights
 
 
 @torch.no_grad()  # inference mode is not for sharded models
@@ -53,10 +53,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
         UsageError: If the checkpoint can't be read or is not of this model, or the configuration can't be run.
     """
     device = choose_device(config)
-    weights = {name: load_weights("checkpoint", path, name == "EMA") for name in ("model", "EMA")}
-    averaged = weights["EMA"]
-    if all(key in averaged and torch.equal(tensor, averaged[key]) for key, tensor in weights["model"].items()):
-        del weights["EMA"]
+    weights = load_all_weights("checkpoint", path)
     data = load_data_sets(config)
     model = create_model(config, data.num_classes)
     loader = create_eval_loader(data.held_out, config, resolve_image_config(config, model), device)

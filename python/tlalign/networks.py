@@ -93,7 +93,7 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
     if "model" not in values:
         raise UsageError(f"teacher_model: expected the timm model of {path}, beside which no {CONFIG_FILE} lies")
     values |= {"data": config.data, "img_size": config.img_size, "in_chans": config.in_chans}
-    model = create_model(EvalConfig(**values), num_classes, pretrained=False)
+    model = create_model(EvalConfig(**values), num_classes)
     try:
         model.load_state_dict(load_weights("teacher_checkpoint", path, use_ema=True))
     except RuntimeError as error:
@@ -108,6 +108,15 @@ def load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
         return load_state_dict(str(path), use_ema=use_ema)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise UsageError(f"{name}: cannot read {path}: {error}") from error
+
+
+def load_all_weights(name: str, path: Path) -> dict[str, dict[str, Tensor]]:
+    """Weights of the `model` in the checkpoint that the option `name` gives and, if it holds other ones, of its `EMA`."""
+    weights, averaged = (load_weights(name, path, use_ema) for use_ema in (False, True))
+    # timm takes the model's where there are no others.
+    if all(key in averaged and torch.equal(tensor, averaged[key]) for key, tensor in weights.items()):
+        return {"model": weights}
+    return {"model": weights, "EMA": averaged}
 
 
 def align_targets(model: nn.Module, config: TrainConfig) -> None:

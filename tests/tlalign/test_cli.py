@@ -51,7 +51,8 @@ def test_a_run_writes_its_files_and_prints_where(finished):
     for name in ("last.pth.tar", "log.csv", "token_labels.png"):
         assert (folder / name).stat().st_size > 0
         assert str(folder / name) in printed
-    assert (folder / "model_best.pth.tar").exists()
+    for name in ("model_best.pth.tar", "curves.png", "tensorboard"):
+        assert (folder / name).exists()
     assert yaml.safe_load((folder / CONFIG_FILE).read_text())["model_kwargs"] == MODEL
     assert "mean |aligned - original| mixing ratio" in printed
     assert re.search(r"epoch 2/2 .* images/s  loss [0-9.]+ .* left", printed)

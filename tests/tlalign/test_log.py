@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import io
 import math
+import os
 import subprocess
 import sys
 
@@ -95,6 +96,15 @@ def test_a_run_without_a_checkpoint_starts_its_log_anew(tmp_path):
     with RunLog(tmp_path) as log:
         log.step(2, {"loss": 0.0})
     assert steps(tmp_path, "train/loss") == [2]
+
+
+def test_what_a_killed_run_wrote_in_part_hides_nothing_that_follows(tmp_path):
+    for step in (1, 2, 3):
+        with RunLog(tmp_path, step=step - 1) as log:
+            log.step(step, {"loss": 0.0})
+            log.step(step + 1, {"loss": 0.0})
+        os.truncate(log.events.file.name, os.path.getsize(log.events.file.name) - 5)
+    assert steps(tmp_path, "train/loss") == [1, 2, 3]
 
 
 class FullDisk(io.BytesIO):

@@ -1,0 +1,161 @@
+"""The list of runs: what it shows of good, half-written and unreadable runs, and where they differ."""
+
+import csv
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tlalign.cli import main
+from tlalign.config import CONFIG_FILE, TrainConfig, UsageError, load_recipe
+from tlalign.listing import RunTable, find_runs
+from tlalign.runs import LOG_FILE, EpochRecord, RunFolder, read_log, write_log
+
+
+def make_run(folder, tops, emas=None, **values):
+    """Writes the folder of a run with these top-1 after its epochs."""
+    config = TrainConfig(**load_recipe("digits") | {"epochs": 6, "output": str(folder)} | values)
+    records = []
+    for index, top1 in enumerate(tops):
+        numbers = dict.fromkeys((field.name for field in dataclasses.fields(EpochRecord)), index + 1)
+        numbers |= {"top1": top1, "top1_ema": None if emas is None else emas[index], "top5_ema": None}
+        numbers |= {"data_seconds": 0.5, "forward_seconds": 0.25, "backward_seconds": 0.125}
+        records.append(EpochRecord(**numbers | {"ratio_change": 0.0625 if config.aligns else None}))
+    write_log(RunFolder(config).log, records)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A folder of three runs, one in a folder of its own, and of four broken ones."""
+    folder = tmp_path / "runs"
+    make_run(folder / "aligned", [10, 20, 30, 40, 50, 60], [5, 15, 70, 45, 55, 65])
+    make_run(folder / "plain", [10, 90], target="ratio", lr=0.25, layers=None)
+    make_run(folder / "more" / "smooth", [], smoothing=0.5)
+    shutil.copytree(folder / "aligned", folder / "broken-config")
+    (folder / "broken-config" / CONFIG_FILE).write_text("{")
+    shutil.copytree(folder / "aligned", folder / "no-config")
+    (folder / "no-config" / CONFIG_FILE).unlink()
+    shutil.copytree(folder / "aligned", folder / "broken-log")
+    (folder / "broken-log" / LOG_FILE).write_bytes(b"\xff\xfe epoch\n")
+    shutil.copytree(folder / "aligned", folder / "no-log")
+    (folder / "no-log" / LOG_FILE).unlink()
+    (folder / "no-run").mkdir()
+    return folder
+
+
+def table(runs, sort="name") -> dict[str, dict]:
+    return {row["name"]: row for row in RunTable(find_runs([runs]), sort).rows}
+
+
+def test_each_run_has_a_row_with_what_it_is_and_how_it_went(runs):
+    rows = table(runs)
+    assert len(rows) == 7
+    aligned = rows["aligned"]
+    assert (aligned["model"], aligned["method"], aligned["data"]) == (
+        "vit_tiny_patch16_224",
+        "cutmix+tl-align",
+        "digits",
+    )
+    assert (aligned["epochs"], aligned["planned_epochs"], aligned["state"]) == (6, 6, "finished")
+    # Of the averaged weights, where there are any.
+    assert (aligned["best"], aligned["last"]) == (70, 65)
+    assert (aligned["ratio_change"], aligned["images_per_second"], aligned["step_seconds"]) == (0.0625, 3.5, 0.875)
+    plain = rows["plain"]
+    assert (plain["method"], plain["epochs"], plain["state"]) == ("cutmix", 2, "unfinished, at epoch 2")
+    assert (plain["best"], plain["ratio_change"]) == (90, None)
+    assert rows["more/smooth"]["state"] == "no epoch yet"
+
+
+def test_broken_runs_say_what_is_wrong_and_show_what_is_left(runs):
+    rows = table(runs)
+    assert rows["no-config"]["state"] == "unreadable: no config.yaml"
+    assert "is not YAML" in rows["broken-config"]["state"]
+    assert rows["broken-config"]["best"] == 70
+    assert "can't decode byte 0xff" in rows["broken-log"]["state"]
+    assert rows["broken-log"]["method"] == "cutmix+tl-align"
+    assert rows["no-log"]["state"] == "no epoch yet"
+
+
+@pytest.mark.parametrize(
+    "values", ["data: digits\n", "data: digits\nmodel: vit\nepochs: many\n", "- 1\n", "lr: 1\nx: 2\n"]
+)
+def test_a_file_that_is_no_configuration_is_unreadable(runs, values):
+    (runs / "aligned" / CONFIG_FILE).write_text(values)
+    row = table(runs)["aligned"]
+    assert row["state"].startswith("unreadable: ") and CONFIG_FILE in row["state"]
+
+
+def test_configuration_values_are_shown_where_they_differ_only(runs):
+    columns = RunTable(find_runs([runs])).columns
+    assert list(columns)[-2:] == ["smoothing", "lr"]
+    rows = table(runs)
+    assert [rows[name]["lr"] for name in ("aligned", "plain", "no-config")] == [1.5e-3, 0.25, None]
+    assert list(RunTable(find_runs([runs / "plain"])).columns)[-1] == "state"
+
+
+def test_numbers_fall_names_rise_and_runs_without_come_last(runs):
+    assert next(iter(table(runs, "lr"))) == "plain"
+    assert next(iter(table(runs, "best"))) == "plain"
+    assert list(table(runs, "best"))[-3:] == ["broken-log", "more/smooth", "no-log"]
+    assert list(table(runs, "method"))[:2] == ["plain", "aligned"]
+    with pytest.raises(UsageError, match=r"sort: expected one of .*, got bets; did you mean best\?"):
+        RunTable(find_runs([runs]), "bets")
+
+
+def test_a_row_that_was_not_written_to_its_end_is_left_out(runs):
+    log = runs / "plain" / LOG_FILE
+    whole = log.read_bytes()
+    for end in range(whole.rindex(b"\n", 0, -1) + 1, len(whole)):
+        log.write_bytes(whole[:end])
+        assert [record.top1 for record in read_log(log)] == [10]
+
+
+def test_the_command_prints_the_table_and_writes_curves_and_csv(runs, tmp_path, capsys):
+    files = tmp_path / "runs.png", tmp_path / "runs.csv"
+    assert main(["runs", str(runs), "--sort=best", "--plot", str(files[0]), "--csv", str(files[1])]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line.strip() for line in printed if "vit_tiny" in line]
+    assert rows[0].startswith("plain ") and "90.00" in rows[0] and "unfinished, at epoch 2" in rows[0]
+    with files[1].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows[:2]] == ["plain", "aligned"]
+    assert (rows[1]["ratio_change"], rows[0]["ratio_change"]) == ("0.0625", "")
+    with Image.open(files[0]) as picture:
+        assert min(picture.size) > 500
+
+
+def test_runs_are_listed_wherever_they_are_asked_for_and_once(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs.parent)
+    assert main(["runs"]) == 0
+    assert "more/smooth" in capsys.readouterr().out
+    assert [run.name for run in find_runs([runs / "plain", runs / "more", runs / "plain"])] == [
+        "smooth",
+        str(runs / "plain"),
+    ]
+    assert main(["runs", "runs/no-run"]) == 0
+    assert "no runs in runs/no-run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere"], "expected a folder of runs, got nowhere"),
+        (["--plto=x.png"], "did you mean plot?"),
+        (["more", "--plot=x.png"], "plot: expected a run with an epoch"),
+        (["plain", "--plot=nowhere/x.png"], "plot: cannot write nowhere/x.png"),
+        (["plain", "--csv=nowhere/x.csv"], "csv: cannot write nowhere/x.csv"),
+    ],
+)
+def test_what_cannot_be_listed_ends_with_a_message_and_code_2(runs, options, message, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    assert main(["runs", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_list_needs_no_torch(runs):
+    code = f"import sys, tlalign.cli; tlalign.cli.main(['runs', {str(runs)!r}]); assert 'torch' not in sys.modules"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "cutmix+tl-align" in printed
