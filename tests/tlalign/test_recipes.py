@@ -2,10 +2,13 @@
 
 import importlib.resources
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.layers import DropPath
 from timm.models import get_arch_pretrained_cfgs
 from timm.optim import create_optimizer_v2
@@ -187,3 +190,39 @@ def test_a_recipe_without_data_asks_for_it(capsys):
     printed = capsys.readouterr().err
     assert "data" in printed
     assert "Traceback" not in printed
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """An image folder of two classes, with a dozen images to train on and half a dozen held out."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 3)):
+        for name in ("cat", "dog"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+def check_dry_run(name: str, pictures: Path, output: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--batch_size=4", "--workers=0", "--device=cpu", "--pretrained=false", f"--output={output}"]
+    if name not in DEMOS:  # which have images of their own, with one channel
+        options.append(f"--data=folder:{pictures}")
+    assert cli.main(["train", "--recipe", name, "--dry-run", *options]) == 0
+    printed = capsys.readouterr().out
+    for expected in (r"[\d.,]+ images/s", "memory", rf"{config_of(name).epochs} epochs"):
+        assert re.search(expected, printed), f"no {expected} in {printed}"
+    assert not list(output.glob("**/*.pth.tar"))
+
+
+def test_deit_tiny_passes_a_dry_run(pictures, tmp_path, capsys):
+    check_dry_run("deit_tiny", pictures, tmp_path / "run", capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "deit_tiny"])
+def test_every_recipe_passes_a_dry_run(name, pictures, tmp_path, capsys):
+    check_dry_run(name, pictures, tmp_path / "run", capsys)
