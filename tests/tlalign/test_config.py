@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tlalign import cli
-from tlalign.config import EvalConfig, TrainConfig, UsageError, load_config_file, load_recipe, recipe_names, save_config
+from tlalign.config import EvalConfig, TrainConfig, UsageError, load_config_file, load_recipe, save_config
 
 
 @pytest.fixture
@@ -66,11 +66,6 @@ def test_layers_and_residual_are_flags_and_come_back_from_the_file(tmp_path, res
     assert dataclasses.asdict(resolved("--config", str(tmp_path / "config.yaml"))) == dataclasses.asdict(config)
 
 
-def test_every_recipe_is_a_valid_configuration():
-    for name in recipe_names():
-        TrainConfig(**load_recipe(name))
-
-
 def test_a_written_configuration_reads_back_as_it_was(tmp_path, resolved):
     config = resolved("--mean", "[0.25]", "--clip_grad", "null")
     save_config(config, tmp_path / "config.yaml")
@@ -103,7 +98,7 @@ def test_every_field_is_explained_in_the_help(capsys):
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["--smoothing", "2"], "smoothing: expected 0 to 1, got 2"),
         (["--lr", "nan"], "nan"),
-        (["--recipe", "digit"], "recipe: expected none or one of digits"),
+        (["--recipe", "digit"], "recipe: expected none or one of deit_base"),
         (["--data", "folder:/pictures"], "--recipe none"),
         (["--recipe", "none"], "data"),
         (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
