@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import torch
 
+from tlalign.config import CHECKPOINTS_FOLDER
 from tlalign.runs import BEST_CHECKPOINT, LAST_CHECKPOINT
 
 _SUFFIX = ".pth.tar"
@@ -38,7 +39,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "checkpoints"
+        self.path = folder / CHECKPOINTS_FOLDER
         self.last = folder / LAST_CHECKPOINT
         self.best = folder / BEST_CHECKPOINT
 

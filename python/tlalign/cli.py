@@ -16,6 +16,7 @@ try:
     import jsonargparse
 
     from tlalign.config import (
+        CHECKPOINTS_FOLDER,
         CONFIG_FILE,
         MAY_CHANGE,
         EvalConfig,
@@ -125,6 +126,8 @@ def train(options: Sequence[str]) -> int:
         help="Build everything, run two steps and say what the run would take; nothing is written.",
     )
     parser.add_class_arguments(TrainConfig, None)
+    if "data" not in values and not _is_among("data", flags):
+        raise UsageError("data: expected a data set, which the recipe leaves to you: --data folder:PATH, or see --help")
     config = _parse(parser, TrainConfig, values, flags)
     if not continued and given.recipe is None and config.data != load_recipe(_DEFAULT_RECIPE)["data"]:
         raise UsageError(f"recipe: the default, {_DEFAULT_RECIPE}, is not made for {config.data}; give --recipe none")
@@ -226,7 +229,8 @@ def _parse_over_checkpoint(
     given = _parse_flags(parser, flags, known)
     parser.set_defaults({"data": None, "model": None})
     if given.checkpoint is not None:
-        beside = Path(given.checkpoint).parent / CONFIG_FILE
+        beside = Path(given.checkpoint).parent
+        beside = (beside.parent if beside.name == CHECKPOINTS_FOLDER else beside) / CONFIG_FILE
         values = values | (load_config_file(beside) if beside.is_file() else {})
     config = _parse(parser, EvalConfig, {name: values[name] for name in values if name in known}, flags)
     if given.checkpoint is None:
@@ -267,6 +271,11 @@ def _parse_flags(parser: jsonargparse.ArgumentParser, flags: Sequence[str], know
 
 def _without_parser_words(error: argparse.ArgumentError) -> str:
     return str(error).replace("Parser key ", "")
+
+
+def _is_among(name: str, flags: Sequence[str]) -> bool:
+    """Whether flags give an option, or ask for help."""
+    return any(flag in (f"--{name}", "-h", "--help") or flag.startswith(f"--{name}=") for flag in flags)
 
 
 def _model_among(flags: Sequence[str]) -> str | None:

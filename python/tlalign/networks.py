@@ -111,7 +111,7 @@ def load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
 
 
 def load_all_weights(name: str, path: Path) -> dict[str, dict[str, Tensor]]:
-    """Weights of the `model` in the checkpoint that the option `name` gives and, if it holds other ones, of its `EMA`."""
+    """Weights of the `model` in the checkpoint that the option `name` gives and, if it holds others, of its `EMA`."""
     weights, averaged = (load_weights(name, path, use_ema) for use_ema in (False, True))
     # timm takes the model's where there are no others.
     if all(key in averaged and torch.equal(tensor, averaged[key]) for key, tensor in weights.items()):
