@@ -156,23 +156,6 @@ def test_an_existing_run_is_left_as_it_is(run, capsys):
     assert (run / "log.csv").read_bytes() == before
 
 
-def test_ctrl_c_ends_with_a_message_and_the_last_checkpoint(tmp_path, capsys, monkeypatch):
-    from tlalign.engine import Trainer
-
-    train_epoch = Trainer._train_epoch
-
-    def interrupted(self, epoch, progress):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return train_epoch(self, epoch, progress)
-
-    monkeypatch.setattr(Trainer, "_train_epoch", interrupted)
-    folder = tmp_path / "run"
-    assert main(["train", *TINY, "--output", str(folder)]) == 130
-    assert f"interrupted; last checkpoint {folder / 'last.pth.tar'}" in capsys.readouterr().err
-    assert torch.load(folder / "last.pth.tar", weights_only=False)["epoch"] == 1
-
-
 def test_help_needs_no_torch():
     code = "import sys, tlalign.cli; tlalign.cli.main(['--help']); assert 'torch' not in sys.modules"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

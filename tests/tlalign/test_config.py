@@ -12,7 +12,7 @@ from tlalign.config import EvalConfig, TrainConfig, UsageError, load_config_file
 def resolved(monkeypatch):
     """Resolves the options of `tlalign train` without training."""
     seen = []
-    monkeypatch.setattr(cli, "_run", lambda config: seen.append(config) or 0)
+    monkeypatch.setattr(cli, "_run", lambda config, resume: seen.append(config) or 0)
 
     def resolve(*options: str) -> TrainConfig:
         assert cli.main(["train", *options]) == 0

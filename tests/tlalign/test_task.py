@@ -58,8 +58,8 @@ def test_with_alignment_the_loss_is_timms_on_the_dense_aligned_target():
     logits, aligned = model(images, target=target)
     torch.testing.assert_close(result["output"], logits)
     torch.testing.assert_close(result["loss"], SoftTargetCrossEntropy()(logits, aligned.to_dense(CLASSES, 0.1)))
-    torch.testing.assert_close(result["ratio_change"], (aligned.ratio - target.ratio).abs().mean())
-    assert result["ratio_change"] > 1e-3
+    torch.testing.assert_close(result["ratio_change"], aligned.ratio - target.ratio)
+    assert result["ratio_change"].abs().mean() > 1e-3
     plain = SoftTargetCrossEntropy()(logits, target.to_dense(CLASSES, 0.1))
     assert (result["loss"] - plain).abs() > 1e-4
 
