@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,16 @@ class Processes:
             return cls(device)
         if dist.is_initialized():
             return cls(device, dist.get_rank(), dist.get_world_size())
+        if (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
+        ):
+            # PyTorch 2.14: those that start again meet in the store of those before, with what these left in it.
+            warnings.warn(
+                "restarted processes may wait for each other for ever, unless torchrun is started with "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment",
+                stacklevel=2,
+            )
         joined = init_distributed_device_so(device.type)
         return cls(torch.device(joined["device"]), joined["global_rank"], joined["world_size"])
 

@@ -1,6 +1,5 @@
 """Nothing is lost: a run that was stopped anywhere continues to the bits that it would have had."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -9,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import FewDigits, became, differences, fit, quiet, resume, tiny
+from training import FewDigits, became, differences, fit, options, quiet, resume, small
 
 from tlalign.cli import main
-from tlalign.config import TrainConfig
 from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
 from tlalign.runs import RunFolder
 
@@ -36,11 +34,6 @@ RANDOM = {
 @pytest.fixture(autouse=True)
 def few_digits(monkeypatch):
     monkeypatch.setattr("tlalign.readers.Digits", FewDigits)
-
-
-def small(output: Path, **values) -> TrainConfig:
-    """Of a run of 5 steps an epoch."""
-    return tiny(output, **{"batch_size": 20} | values)
 
 
 def stop_after(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> None:
@@ -143,12 +136,6 @@ def test_another_run_s_checkpoint_is_refused(tmp_path):
         other.resume(state)
 
 
-def options(folder: Path) -> list[str]:
-    values = dataclasses.asdict(small(folder, checkpoint_steps=3))
-    names = ("model_kwargs", "img_size", "batch_size", "epochs", "warmup_epochs", "output", "checkpoint_steps")
-    return [f"--{name}={values[name]}" for name in names]
-
-
 def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     original = Trainer._update
@@ -160,7 +147,7 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_update", interrupted)
-        assert main(["train", *options(folder), "--resume=auto"]) == 128 + signal.SIGINT
+        assert main(["train", *options(folder, checkpoint_steps=3), "--resume=auto"]) == 128 + signal.SIGINT
     assert f"to continue: tlalign train --resume {folder}" in capsys.readouterr().err
     newest = max((folder / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:-10])
@@ -168,7 +155,7 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
     printed = capsys.readouterr()
     assert f"{newest} is damaged" in printed.err
     assert "continued after step 3" in printed.out
-    assert main(["train", *options(folder), "--resume=auto"]) == 0
+    assert main(["train", *options(folder, checkpoint_steps=3), "--resume=auto"]) == 0
     assert "continued after step 5" in capsys.readouterr().out
 
     whole, _, _ = fit(small(tmp_path / "whole", checkpoint_steps=3))

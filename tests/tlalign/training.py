@@ -1,6 +1,8 @@
 """Runs that tests train: small ones on the digits, and what they became."""
 
+import dataclasses
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from tlalign.engine import Trainer
 from tlalign.progress import TrainingProgress
 from tlalign.readers import Digits
 from tlalign.runs import RunFolder
+from tlalign_kernels import MixedTarget
 
 TINY = {
     "model_kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
@@ -23,16 +26,28 @@ TINY = {
 
 
 class FewDigits(Digits):
-    """Few enough digits for runs whose end is all that counts: 100 to train on, 20 held out."""
+    """Few enough digits for runs whose end is all that counts: 100 to train on, 21 held out."""
 
     def __init__(self, train: bool) -> None:
         super().__init__(train)
-        count = 100 if train else 20
+        count = 100 if train else 21
         self.images, self.targets = self.images[:count], self.targets[:count]
 
 
 def tiny(output: Path, **values) -> TrainConfig:
     return TrainConfig(**load_recipe("digits") | TINY | {"output": str(output)} | values)
+
+
+def small(output: Path, **values) -> TrainConfig:
+    """Of a run of 5 steps an epoch on `FewDigits`."""
+    return tiny(output, **{"batch_size": 20} | values)
+
+
+def options(folder: Path, **values) -> list[str]:
+    """Flags of `tlalign train` for a `small` run."""
+    values = dataclasses.asdict(small(folder, **values))
+    names = ("model_kwargs", "img_size", "batch_size", "epochs", "warmup_epochs", "output", "checkpoint_steps")
+    return [f"--{name}={'null' if values[name] is None else values[name]}" for name in names]
 
 
 def quiet(trainer: Trainer) -> TrainingProgress:
@@ -52,6 +67,46 @@ def resume(config: TrainConfig, report=None) -> tuple[Trainer, RunFolder]:
     if found is not None:
         trainer.resume(found[1])
     return trainer, folder
+
+
+class PreMixed:
+    """Takes the place of a trainer's loader: mixed batches, of which each process and part has its own images."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.config, self.processes = trainer.config, trainer.processes
+        self.dataset = trainer.train_loader.dataset
+        self.steps = trainer.steps_per_epoch
+
+    def __len__(self) -> int:
+        return self.steps * self.config.accumulate
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, MixedTarget]]:
+        parts, world_size = self.config.accumulate, self.processes.world_size
+        for number in range(start, len(self)):
+            step, part = divmod(number, parts)
+            generator = torch.Generator().manual_seed(100 * epoch + step)
+            images = torch.randn(self.config.batch_size, 1, 16, 16, generator=generator)
+            classes = torch.randint(0, 10, (len(images), 2), generator=generator)
+            edges = torch.randint(0, 17, (len(images), 4), generator=generator)
+            boxes = torch.stack(
+                [edges[:, :2].amin(1), edges[:, 2:].amin(1), edges[:, :2].amax(1), edges[:, 2:].amax(1)], 1
+            )
+            own = slice(part * world_size + self.processes.rank, None, parts * world_size)
+            yield images[own], MixedTarget.from_boxes(classes[own], boxes[own][:, None], (16, 16))
+
+
+def fit_and_keep_losses(trainer: Trainer, folder: RunFolder | None) -> list[float]:
+    """Trains, and returns the loss of each step."""
+    losses, read = [], trainer._read
+
+    def keep(*arguments):
+        loss, stop = read(*arguments)
+        losses.append(loss)
+        return loss, stop
+
+    trainer._read = keep
+    trainer.fit(folder, quiet(trainer))
+    return losses
 
 
 def became(trainer: Trainer) -> dict[str, object]:
