@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -244,9 +246,17 @@ class EvalStream(IterableDataset):
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """Has a worker ignore Ctrl-C and SIGTERM, which reach a group of processes: the main process ends it in order."""
+    """Has a worker ignore Ctrl-C and SIGTERM sent to a group of processes: the main process ends it in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_on_word_of_the_main_process, daemon=True).start()
+
+
+def _end_on_word_of_the_main_process() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _MicroBatchKeys(Sampler):
