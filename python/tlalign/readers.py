@@ -183,8 +183,10 @@ class ShardReader(ReaderWds):
         if isinstance(error, UnreadableImagesError):
             raise error
         if not isinstance(error, UnreadableImage):
-            # webdataset appends the shard's address.
-            error = UnreadableImage(f"a part of {error.args[-1] if error.args else 'a shard'}", error)
+            # webdataset appends the shard's address to the arguments.
+            address = error.args[-1] if error.args else "a shard"
+            error.args = error.args[:1]
+            error = UnreadableImage(f"a part of {address}", error)
         self.unreadable.add(error)
         return True
 
