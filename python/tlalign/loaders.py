@@ -98,8 +98,12 @@ class TrainLoader:
         Raises:
             UnreadableImagesError: If more images can't be read than max_unreadable.
         """
-        for images, classes in self._batches(epoch, start):
-            yield images.to(self._device, non_blocking=True), classes.to(self._device, non_blocking=True)
+        try:
+            for images, classes in self._batches(epoch, start):
+                yield images.to(self._device, non_blocking=True), classes.to(self._device, non_blocking=True)
+        except UnreadableImagesError as error:
+            # In a traceback the workers would wait for the garbage collector, which takes seconds to end them.
+            raise error.with_traceback(None) from None
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         raise NotImplementedError
