@@ -200,6 +200,12 @@ class TrainStreamLoader(TrainLoader):
 class EvalLoader(PrefetchLoader):
     """timm's loader that normalises batches on the device, of images in their order."""
 
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        try:
+            yield from super().__iter__()
+        except UnreadableImagesError as error:
+            raise error.with_traceback(None) from None  # as in training
+
     @property
     def dataset(self) -> Dataset:
         """The images, as they were opened."""

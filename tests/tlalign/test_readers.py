@@ -197,6 +197,16 @@ def shards(tmp_path):
     return tmp_path
 
 
+def write_arrow(path, images, broken: int | None = None) -> None:
+    """Writes a file of a set of Hugging Face; not as Parquet, after which a reader sleeps for five seconds."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
+    rows = {"image": [{"bytes": b"none" if number == broken else encoded(number), "path": None} for number in images]}
+    rows["label"] = [number % 2 for number in images]
+    with ArrowWriter(path=str(path), features=features) as writer:
+        writer.write_table(datasets.Dataset.from_dict(rows, features=features).data.table)
+        writer.finalize()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A set of Hugging Face in a folder: four files of six images to train on, one of ten to test."""
@@ -206,19 +216,10 @@ def hub(tmp_path, monkeypatch):
         raise AssertionError("the network was asked for")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
     (tmp_path / "set" / "data").mkdir(parents=True)
-    for name, images, files in (("train", range(24), 4), ("test", range(10), 1)):
-        for file in range(files):
-            chosen = images[file * 6 : file * 6 + 6] if files > 1 else images
-            rows = {"image": [{"bytes": encoded(number), "path": None} for number in chosen]}
-            rows["label"] = [number % 2 for number in chosen]
-            table = datasets.Dataset.from_dict(rows, features=features)
-            # Not as Parquet, which the package sleeps five seconds after at the end of each pass.
-            file = tmp_path / "set" / "data" / f"{name}-{file:05d}-of-{files:05d}.arrow"
-            with ArrowWriter(path=str(file), features=features) as writer:
-                writer.write_table(table.data.table)
-                writer.finalize()
+    for file in range(4):
+        write_arrow(tmp_path / "set" / "data" / f"train-{file:05d}-of-00004.arrow", range(6 * file, 6 * file + 6))
+    write_arrow(tmp_path / "set" / "data" / "test-00000-of-00001.arrow", range(10))
     return tmp_path / "set"
 
 
@@ -346,6 +347,20 @@ def test_a_hugging_face_stream(hub):
         load_data_sets(config(**given | {"train_split": "train"}))
     with pytest.raises(UsageError, match="workers: expected at most the 4 shards"):
         train_loader(config(**given | {"workers": 5}))
+
+
+@pytest.mark.parametrize("kind", ["hfds", "hfids"])
+def test_unreadable_images_of_a_hugging_face_set_are_counted_and_an_error_in_evaluation(hub, kind):
+    write_arrow(hub / "data" / "train-00001-of-00004.arrow", range(6, 12), broken=8)
+    write_arrow(hub / "data" / "test-00000-of-00001.arrow", range(10), broken=3)
+    given = config(data=f"{kind}/{hub}", train_split="train|24", eval_split="test|10", batch_size=2)
+    loader = train_loader(given)
+    batches = epoch(loader, 0)
+    assert len(batches) == len(loader) == 12 and set(flat(batches)) == set(range(24)) - {8}
+    epoch(loader, 1)
+    assert len(loader.unreadable) == 1
+    with pytest.raises(UnreadableImagesError, match=r"^a held-out image .*: (image 3|an image of 4 bytes.*) \(Unid"):
+        evaluated(given)
 
 
 def test_what_is_missing_of_a_hugging_face_set_is_told(hub):
