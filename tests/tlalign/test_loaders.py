@@ -225,12 +225,11 @@ def test_unreadable_images_are_counted_once_and_the_next_ones_taken(folder, capl
 def test_more_unreadable_images_than_the_limit_stop_the_run(folder, workers):
     broken = broken_files(folder)
     loader = train_loader(plain(folder, batch_size=13, workers=workers, max_unreadable=3))
-    with pytest.raises(
-        UnreadableImagesError, match="^4 images can't be read, max_unreadable is 3; the last: "
-    ) as raised:
+    with pytest.raises(UnreadableImagesError) as raised:
         list(loader.epoch(0))
     message = str(raised.value)
     del raised  # which would keep the workers
+    assert message.startswith("4 images can't be read, max_unreadable is 3; the last: ")
     assert sum(str(file) in message for file in broken) == 1 and "Traceback" not in message
 
 
