@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,8 +98,12 @@ class TrainLoader:
         Raises:
             UnreadableImagesError: If more images can't be read than max_unreadable.
         """
-        for images, classes in self._batches(epoch, start):
-            yield images.to(self._device, non_blocking=True), classes.to(self._device, non_blocking=True)
+        try:
+            for images, classes in self._batches(epoch, start):
+                yield images.to(self._device, non_blocking=True), classes.to(self._device, non_blocking=True)
+        except UnreadableImagesError as error:
+            # In a traceback the workers would wait for the garbage collector, which takes seconds to end them.
+            raise error.with_traceback(None) from None
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         raise NotImplementedError
@@ -194,6 +200,12 @@ class TrainStreamLoader(TrainLoader):
 class EvalLoader(PrefetchLoader):
     """timm's loader that normalises batches on the device, of images in their order."""
 
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        try:
+            yield from super().__iter__()
+        except UnreadableImagesError as error:
+            raise error.with_traceback(None) from None  # as in training
+
     @property
     def dataset(self) -> Dataset:
         """The images, as they were opened."""
@@ -244,9 +256,17 @@ class EvalStream(IterableDataset):
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """Has a worker ignore Ctrl-C and SIGTERM, which reach a group of processes: the main process ends it in order."""
+    """Has a worker ignore Ctrl-C and SIGTERM sent to a group of processes: the main process ends it in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_on_word_of_the_main_process, daemon=True).start()
+
+
+def _end_on_word_of_the_main_process() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _MicroBatchKeys(Sampler):

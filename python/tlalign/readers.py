@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,14 +155,15 @@ class ImageStream(IterableDataset):
         return stream
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        for number, (image, target) in enumerate(self.reader):
-            if isinstance(image, Image.Image):
-                yield image, target
-                continue
-            # A decoded column would end the stream at the first image that can't be read.
-            name = image["path"] or f"image {number} of the stream of worker {self.reader.global_worker_id}"
+        reader = self.reader
+        if reader.ds is None:
+            reader._lazy_init()
+            if not isinstance(reader, ShardReader):
+                # Else the first image that can't be read would end the stream.
+                reader.ds = reader.ds.decode(False)
+        for image, target in reader:
             try:
-                yield open_image(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"], name), target
+                yield image if isinstance(image, Image.Image) else _decode_column(image), target
             except UnreadableImage as error:
                 self.unreadable.add(error)
 
@@ -183,8 +185,10 @@ class ShardReader(ReaderWds):
         if isinstance(error, UnreadableImagesError):
             raise error
         if not isinstance(error, UnreadableImage):
-            # webdataset appends the shard's address.
-            error = UnreadableImage(f"a part of {error.args[-1] if error.args else 'a shard'}", error)
+            # webdataset appends the shard's address to the arguments.
+            address = error.args[-1] if error.args else "a shard"
+            error.args = error.args[:1]
+            error = UnreadableImage(f"a part of {address}", error)
         self.unreadable.add(error)
         return True
 
@@ -382,6 +386,16 @@ def _create_hugging_face_reader(config: EvalConfig, arguments: dict[str, Any]) -
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
     return reader
+
+
+def _decode_column(column: dict[str, Any]) -> Image.Image:
+    content = column["bytes"] or b""
+    try:
+        return open_image(io.BytesIO(content) if content else column["path"])
+    except UnreadableImage as image:
+        # Its place in a stream is another one in each epoch.
+        name = f"{column['path'] or 'an image'} of {len(content)} bytes, CRC-32 {zlib.crc32(content):08x}"
+        raise UnreadableImage(name, image.error) from image.error
 
 
 def _decode_named(decode: Any, sample: dict[str, Any]) -> dict[str, Any] | None:

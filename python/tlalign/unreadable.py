@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from typing import IO, Any
+from typing import IO
 
 import torch
 from PIL import Image
@@ -90,12 +90,11 @@ def held_out_error(image: UnreadableImage) -> UnreadableImagesError:
     return UnreadableImagesError(f"a held-out image can't be read; repair or remove it: {image}")
 
 
-def open_image(file: str | IO[bytes], name: Any = None) -> Image.Image:
+def open_image(file: str | IO[bytes]) -> Image.Image:
     """Reads and decodes an image to RGB.
 
     Args:
-        file: Path, or a file that is closed afterwards.
-        name: Name of the image; by default the path.
+        file: Path or open file.
 
     Raises:
         UnreadableImage: If it can't be read.
@@ -105,4 +104,4 @@ def open_image(file: str | IO[bytes], name: Any = None) -> Image.Image:
         with Image.open(file) as image:
             return image.convert("RGB")
     except Exception as error:
-        raise UnreadableImage(str(name or file), error) from error
+        raise UnreadableImage(str(file), error) from error
