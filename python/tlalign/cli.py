@@ -1,4 +1,4 @@
-"""Command line: `tlalign train` and `tlalign eval`."""
+"""Command line: `tlalign train`, `tlalign eval` and `tlalign analyze`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ try:
 
     from tlalign.config import (
         CONFIG_FILE,
+        AnalyzeConfig,
         EvalConfig,
         TrainConfig,
         UsageError,
@@ -48,6 +49,7 @@ Trains vision transformers on mixed images with token-label alignment.
 commands:
   train   train a model; without options a small one on handwritten digits, in a minute or two
   eval    evaluate a checkpoint
+  analyze show what alignment does to the labels of a checkpoint's tokens
 
 `tlalign COMMAND --help` lists the options.
 """
@@ -68,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2
-    commands = {"train": train, "eval": evaluate}
+    commands = {"train": train, "eval": evaluate, "analyze": analyze}
     name, *options = arguments
     try:
         if name not in commands:
-            raise UsageError(f"expected train or eval, got {name}{suggestion(name, list(commands))}")
+            raise UsageError(f"expected {', '.join(commands)}, got {name}{suggestion(name, list(commands))}")
         return commands[name](options)
     except UsageError as error:
         print(f"tlalign: error: {error}", file=sys.stderr)
@@ -135,6 +137,33 @@ def evaluate(options: Sequence[str]) -> int:
 
     for name, result in evaluate_checkpoint(Path(given.checkpoint), config).items():
         print(f"{name}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}")
+    return 0
+
+
+def analyze(options: Sequence[str]) -> int:
+    """`tlalign analyze`: writes pictures, tables and a page about what alignment does in a model."""
+    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sources.add_argument("--checkpoint")
+    given, flags = sources.parse_known_args(options)
+    parser = jsonargparse.ArgumentParser(
+        prog="tlalign analyze",
+        description="Shows what alignment does to the labels of a model's tokens: pictures, tables and a page of HTML. "
+        f"Where a {CONFIG_FILE} lies beside the checkpoint, that says what it is of; flags replace its values.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", help="Checkpoint of timm or tlalign; without one, weights are random.")
+    values = {}
+    if given.checkpoint is not None:
+        beside = Path(given.checkpoint).parent / CONFIG_FILE
+        values = load_config_file(beside) if beside.is_file() else {}
+    # Batches are not those of training: the tokens of all layers are kept for one.
+    known = set(field_names(EvalConfig)) - {"batch_size"}
+    config = _parse(parser, AnalyzeConfig, {name: values[name] for name in values if name in known}, flags)
+    from tlalign.analysis.report import write_report
+
+    page = write_report(config, None if given.checkpoint is None else Path(given.checkpoint))
+    print(f"page      {page}\npictures and tables beside it")
     return 0
 
 

@@ -74,7 +74,7 @@ def one_hot_labels(share: Tensor, columns: range) -> Tensor:
 
 
 def column_ranges(share: Tensor, memory: int) -> Iterator[range]:
-    """Ranges of tokens such that one-hot labels for each of them, in the place of `share`, take at most `memory` bytes."""
+    """Ranges of tokens such that one-hot labels for those of each, in the place of `share`, fit in `memory` bytes."""
     tokens = share.shape[1:-1].numel()
     step = max(1, memory // (share.element_size() * len(share) * tokens))
     return (range(start, min(start + step, tokens)) for start in range(0, tokens, step))

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from tlalign.analysis.blocks import column_ranges, empty_target, following, one_hot_labels, watching
 
+# What is told of a distribution.
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
 
 @torch.inference_mode()
 def token_presence(model: nn.Module, images: Tensor, memory: int = 2**26) -> list[Tensor]:
@@ -66,6 +69,11 @@ def convolution_presence(grid: tuple[int, int], kernel: Tensor) -> Tensor:
     outputs = kernel.new_ones((1, 1, *grid))
     padding = (kernel.shape[0] // 2, kernel.shape[1] // 2)
     return F.conv_transpose2d(outputs, kernel[None, None], padding=padding)[0, 0]
+
+
+def quantiles(presence: Tensor) -> list[float]:
+    """The `QUANTILES` of presence over a few tokens."""
+    return presence.double().quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
 
 
 class PresenceOfLayer:

@@ -1,10 +1,9 @@
 """Mixing ratio by layer, against what the tokens themselves look like (TL-Align, arXiv 2210.06455, figures 3 and 4).
 
 The reference of a token is found without any label: how similar it is, after a layer, to the same token of the two
-images before they were mixed. The paper does not turn that into a number in a way that we could repeat, so here it is by
-angles: with a between the token and that of the image and b between it and that of the partner, the ratio is
-a / (a + b). It is 0 for a token as in the image, 1 for one as in the partner, and r for one turned by r of the way
-between the two.
+images before they were mixed. How that becomes a number is defined here by angles: with a between the token and that of
+the image and b between it and that of the partner, the ratio is a / (a + b). It is 0 for a token as in the image, 1 for
+one as in the partner, and r for one turned by r of the way between the two.
 """
 
 from __future__ import annotations
