@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import itertools
 import math
 import time
@@ -12,16 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from timm.utils import random_seed
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from tlalign.analysis import figures
-from tlalign.analysis.blocks import following, has_class_token, map_size
+from tlalign.analysis.blocks import has_class_token, map_size
 from tlalign.analysis.page import Picture, Section, Table, write_page
 from tlalign.analysis.presence import QUANTILES, PresenceOfLayer, convolution_presence, quantiles, token_presence
 from tlalign.analysis.ratios import (
@@ -30,129 +26,25 @@ from tlalign.analysis.ratios import (
     MixingRatios,
     RatioFollower,
     collect_ratios,
-    mix_batches,
-    target_rmse,
     token_paths,
 )
 from tlalign.analysis.rollout import attention_rollout
+from tlalign.analysis.subject import (
+    RANDOM,
+    TABLE_1,
+    Subject,
+    create_subject,
+    create_subject_of_table_1,
+    load_weights,
+)
 from tlalign.config import AnalyzeConfig, UsageError
-from tlalign.data import DataSets, create_eval_loader, load_data_sets, resolve_image_config
-from tlalign.engine import _load_weights, autocast, choose_device, create_model
+from tlalign.data import load_data_sets
+from tlalign.engine import autocast
 from tlalign.pictures import draw_token_labels
 
-# The models of the paper's Table 1.
-TABLE_1 = (
-    "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "pvt_tiny", "pvt_small",
-    "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224",
-)  # fmt: skip
-_WEIGHT_FILES = (".pth", ".pth.tar", ".pt", ".safetensors", ".bin")
-_LOG, _RANDOM = "log.csv", "random weights"
+_LOG = "log.csv"
 # A picture of maps has so many images side by side, of the first batch or of some more.
 _COLUMNS, _IMAGES_OF_MAPS = 4, 20
-
-
-class Sample(Subset):
-    """Images of a data set. timm sets the transform on what it is given; this hands it on."""
-
-    @property
-    def transform(self) -> Any:
-        """Transform of the data set."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-
-class Subject:
-    """A model that is analysed, and its images.
-
-    Args:
-        config: What the model is, and which images it is analysed on.
-        data: The data sets.
-        model: The model, on the device of the configuration.
-        weights: What its weights are.
-
-    Attributes:
-        image_config: Size and normalisation of the images.
-
-    Raises:
-        UsageError: If labels can't be followed through the model.
-    """
-
-    def __init__(self, config: AnalyzeConfig, data: DataSets, model: nn.Module, weights: str) -> None:
-        self.config = config
-        self.data = data
-        self.model = model.eval()
-        self.weights = weights
-        self.device = next(model.parameters()).device
-        self.image_config = resolve_image_config(config, model)
-        try:
-            following(model)
-        except NotImplementedError as error:
-            raise UsageError(f"model: {error}") from error
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images and class ids, always the same ones from all over the held-out images."""
-        data, count = self.data.held_out, self.config.images
-        if hasattr(data, "__len__"):
-            chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
-            data = Sample(data, chosen)
-        taken = 0
-        for images, classes in create_eval_loader(data, self.config, self.image_config, self.device):
-            yield images[: count - taken], classes[: count - taken]
-            taken += len(images)
-            if taken >= count:  # shards have no length
-                return
-
-    def mixed(self) -> Iterator[MixedBatch]:
-        """The same images, mixed by CutMix, always in the same way."""
-        return mix_batches(self.batches(), self.config.seed)
-
-    def pixels(self, images: Tensor) -> np.ndarray:
-        """Images (B, channels, Hi, Wi) before they were normalised, (B, Hi, Wi, channels) in [0, 1]."""
-        mean, std = (torch.tensor(self.image_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-        return (images.cpu().float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-    def rmse(self) -> float:
-        """Root mean square of aligned - original mixing ratio."""
-        with autocast(self.device, self.config.precision):
-            return target_rmse(self.model, self.mixed())
-
-
-def create_subject(config: AnalyzeConfig, data: DataSets, checkpoint: Path | None) -> Subject:
-    """The model of a configuration.
-
-    Args:
-        config: What the model is, and which images it is analysed on.
-        data: The data sets.
-        checkpoint: Its weights, averaged ones if it holds any; None for random ones.
-
-    Raises:
-        UsageError: If the weights are not of this model, or labels can't be followed through it.
-    """
-    random_seed(config.seed)
-    model = create_model(config, data.num_classes, pretrained=False)
-    if checkpoint is not None:
-        _load(model, config, checkpoint)
-    return Subject(config, data, model.to(choose_device(config)), checkpoint.name if checkpoint else _RANDOM)
-
-
-def create_subject_of_table_1(name: str, config: AnalyzeConfig, data: DataSets) -> Subject:
-    """A model of the paper's Table 1, with the weights that `table1_weights` has of it, else random ones.
-
-    timm adapts the weights to the channels of the images.
-
-    Raises:
-        UsageError: If the weights are not of this model.
-    """
-    config = dataclasses.replace(config, model=name, model_kwargs={}, img_size=None)
-    random_seed(config.seed)
-    file = _weight_file(config.table1_weights, name)
-    # Of 1000 classes as the published weights, so that timm checks that all of them fit; no label depends on it.
-    overrides = {} if file is None else {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
-    model = create_model(config, 1000, **overrides)
-    return Subject(config, data, model.to(choose_device(config)), _RANDOM if file is None else file.name)
 
 
 def write_report(config: AnalyzeConfig, checkpoint: Path | None, console: Console | None = None) -> Path:
@@ -338,7 +230,7 @@ def _target_rmse(
     untrained = rows[0][2]
     if checkpoint is not None:
         untrained = create_subject(config, subject.data, None).rmse()
-        rows.append((config.model, _RANDOM, untrained))
+        rows.append((config.model, RANDOM, untrained))
     if config.table1:
         for name in _shown(console, "models of Table 1", TABLE_1, len(TABLE_1)):
             model = create_subject_of_table_1(name, config, subject.data)
@@ -390,13 +282,13 @@ def _over_training(
             rows = [row for row in csv.DictReader(file) if row.get("ratio_change")]
         logged = [(float(row["epoch"]), float(row["ratio_change"])) for row in rows]
     last_epoch = logged[-1][0] if logged else 1.0
-    measured = {0.0: (_RANDOM, untrained)}
+    measured = {0.0: (RANDOM, untrained)}
     measured[_epoch_of(checkpoint, last_epoch)] = (checkpoint.name, ratios.rmse)
     other = create_subject(subject.config, subject.data, None)
     for path in sorted(checkpoint.parent.glob(f"*{''.join(checkpoint.suffixes[-2:])}")):
         epoch = _epoch_of(path, None)
         if epoch is not None and epoch not in measured:
-            _load(other.model, other.config, path)
+            load_weights(other.model, other.config, path)
             measured[epoch] = (path.name, other.rmse())
     return logged, [(epoch, *measured[epoch]) for epoch in sorted(measured)]
 
@@ -517,21 +409,6 @@ def _head_name(model: nn.Module) -> str:
     if getattr(model, "global_pool", None) == "token" and getattr(model, "num_prefix_tokens", 0):
         return "class token"
     return "mean of the tokens"
-
-
-def _load(model: nn.Module, config: AnalyzeConfig, checkpoint: Path) -> None:
-    try:
-        model.load_state_dict(_load_weights("checkpoint", checkpoint, use_ema=True))
-    except RuntimeError as error:
-        raise UsageError(f"checkpoint: {checkpoint} is not of this {config.model}: {error}") from error
-
-
-def _weight_file(folder: str | None, name: str) -> Path | None:
-    if folder is None:
-        return None
-    if not Path(folder).is_dir():
-        raise UsageError(f"table1_weights: expected a folder, got {folder}")
-    return next((path for end in _WEIGHT_FILES if (path := Path(folder) / f"{name}{end}").is_file()), None)
 
 
 def _alt(what: str, columns: dict[str, list[float]], names: Iterable[str]) -> str:
