@@ -104,7 +104,8 @@ class AnalyzeConfig(EvalConfig):
             each stage, or of each quarter of the blocks.
         table1: Measure how far targets move in the eight models of the paper's Table 1 as well.
         table1_weights: Folder with pretrained weights of those models, as files MODEL.pth, MODEL.pth.tar or
-            MODEL.safetensors, such as deit_tiny_patch16_224.pth; a model without a file has random weights.
+            MODEL.safetensors, such as deit_tiny_patch16_224.pth, which `table1` then takes; a model without a file has
+            random weights.
         seed: Decides how images are mixed, and random weights.
         output: Folder to write to, files of which are replaced; null: `analysis` beside the checkpoint.
     """
@@ -122,6 +123,8 @@ class AnalyzeConfig(EvalConfig):
         for name in ("images", "batch_size"):
             self._check(name, "at least 2, to mix them", lambda value: value >= 2)
         self._check("seed", "at least 0", lambda value: value >= 0)
+        if self.table1_weights is not None and not Path(self.table1_weights).is_dir():
+            raise UsageError(f"table1_weights: expected a folder, got {self.table1_weights}")
 
 
 @dataclass

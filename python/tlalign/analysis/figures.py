@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from tlalign.analysis.presence import QUANTILES, PresenceOfLayer, quantiles
@@ -128,7 +128,8 @@ def draw_presence(layers: Sequence[PresenceOfLayer], convolution: Tensor, path: 
         axis.plot(*zip(*class_tokens, strict=True), "D", color="#d55e00", markersize=6, label="class token, mean")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":", label="1: as much as it had")
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("")
     step = max(1, len(layers) // 8)
     ticks = [*range(1, len(layers) + 1, step), places[-1]]

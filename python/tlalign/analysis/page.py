@@ -29,11 +29,13 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 figure img { display: block; width: 100%; max-width: 540px; height: auto; background: #ffffff; border-radius: 4px; }
-figure.wide img { max-width: 860px; }
+figure.wide { overflow-x: auto; }
+figure.wide img { max-width: 860px; min-width: 600px; }
 .scroll { overflow-x: auto; margin: 12px 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; overflow-wrap: normal; }
 caption { text-align: left; padding-bottom: 4px; }
 th, td { border-bottom: 1px solid var(--line); padding: 3px 12px 3px 0; text-align: right; white-space: nowrap; }
+th { vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 @media (max-width: 480px) { body { padding: 8px; } section { padding: 10px; } }
 """
@@ -145,15 +147,17 @@ def _paragraphs(text: Sequence[str]) -> str:
 
 def _picture(picture: Picture) -> str:
     content = base64.b64encode(picture.path.read_bytes()).decode()
+    # What scrolls sideways on a phone can be reached by keys.
+    kind = ' class="wide" tabindex="0"' if picture.wide else ""
     return (
-        f"<figure{' class=wide' if picture.wide else ''}>"
+        f"<figure{kind}>"
         f'<img src="data:image/png;base64,{content}" alt="{html.escape(picture.alt)}">'
         f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
     )
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.head)
+    head = "".join(f'<th scope="col">{html.escape(name.replace("_", " "))}</th>' for name in table.head)
     rows = "".join(
         f"<tr>{''.join(f'<td>{html.escape(cell_text(cell))}</td>' for cell in row)}</tr>" for row in table.rows
     )

@@ -118,12 +118,13 @@ def _label_maps(subject: Subject, first: FirstBatch, folder: Path) -> Section:
             f"that of the {_head_name(subject.model)}. (Figure 5 of the paper.)"
         ],
     )
+    layers = _map_layers(subject.config, first.ratios.aligned)
     images, classes = _first_images(subject, _IMAGES_OF_MAPS)
     path = folder / "label_maps.png"
     try:
         draw_token_labels(
             subject.model, images, classes, path, subject.image_config["mean"], subject.image_config["std"],
-            subject.data.class_names, _COLUMNS, _map_layers(subject.config, first.ratios.aligned),
+            subject.data.class_names, _COLUMNS, layers,
         )  # fmt: skip
     except ValueError as error:
         section.text.append(f"Not drawn: {error}.")
@@ -231,7 +232,8 @@ def _target_rmse(
     if checkpoint is not None:
         untrained = create_subject(config, subject.data, None).rmse()
         rows.append((config.model, RANDOM, untrained))
-    if config.table1:
+    compares = config.table1 or config.table1_weights is not None
+    if compares:
         for name in _shown(console, "models of Table 1", TABLE_1, len(TABLE_1)):
             model = create_subject_of_table_1(name, config, subject.data)
             rows.append((name, model.weights, model.rmse()))
@@ -248,7 +250,7 @@ def _target_rmse(
         [Picture(models, "; ".join(f"{name}, {weights}: {value:.4f}" for name, weights, value in rows), "By model.")],
         [Table("rmse.csv: by model", ("model", "weights", "RMSE"), rows)],
     )
-    if not config.table1:
+    if not compares:
         section.text.append(
             "--table1 true adds the eight models of the paper's Table 1, --table1_weights their weights."
         )

@@ -148,6 +148,4 @@ def load_weights(model: nn.Module, config: AnalyzeConfig, checkpoint: Path) -> N
 def _weight_file(folder: str | None, name: str) -> Path | None:
     if folder is None:
         return None
-    if not Path(folder).is_dir():
-        raise UsageError(f"table1_weights: expected a folder, got {folder}")
     return next((path for end in _WEIGHT_FILES if (path := Path(folder) / f"{name}{end}").is_file()), None)
