@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from tlalign.analysis.presence import QUANTILES, PresenceOfLayer, quantiles
@@ -128,9 +128,9 @@ def draw_presence(layers: Sequence[PresenceOfLayer], convolution: Tensor, path: 
         axis.plot(*zip(*class_tokens, strict=True), "D", color="#d55e00", markersize=6, label="class token, mean")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":", label="1: as much as it had")
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_locator(FixedLocator([digit * 10.0**power for power in range(-4, 4) for digit in (1, 2, 5)]))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("")
+    axis.yaxis.set_minor_locator(NullLocator())
     step = max(1, len(layers) // 8)
     ticks = [*range(1, len(layers) + 1, step), places[-1]]
     axis.set_xticks(ticks, [*(str(tick) for tick in ticks[:-1]), "conv."])
@@ -218,7 +218,8 @@ def _draw_error(lines: Sequence[tuple[dict[str, Any], Tensor]], path: Path) -> N
     for style, values in lines:
         axis.plot(np.arange(1, len(values) + 1), values, **style)
     axis.set(xlabel="after block", ylabel="mean |ratio - by similarity|")
-    axis.set_ylim(bottom=0)
+    # Not a number where no token differs between images; nothing is drawn there.
+    axis.set_ylim(0, 1.08 * max(float(values.nan_to_num().max()) for _, values in lines) or 1)
     axis.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _save(figure, path)
 

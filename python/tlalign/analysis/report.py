@@ -6,6 +6,7 @@ import argparse
 import csv
 import itertools
 import math
+import pickle
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from tlalign.analysis.ratios import (
     MixingRatios,
     RatioFollower,
     collect_ratios,
+    target_rmse,
     token_paths,
 )
 from tlalign.analysis.rollout import attention_rollout
@@ -37,7 +39,7 @@ from tlalign.analysis.subject import (
     create_subject_of_table_1,
     load_weights,
 )
-from tlalign.config import AnalyzeConfig, UsageError
+from tlalign.config import CONFIG_FILE, AnalyzeConfig, UsageError
 from tlalign.data import load_data_sets
 from tlalign.engine import autocast
 from tlalign.pictures import draw_token_labels
@@ -74,7 +76,7 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None, console: Consol
         _mixing_ratio(subject, first, ratios, folder),
         _target_rmse(subject, ratios, checkpoint, folder, console),
         _presence(subject, first, presence, folder),
-        _rollout(subject, first, folder, console),
+        _rollout(subject, first, folder),
     ]
     page, title = folder / "index.html", f"What alignment does in {config.model}"
     write_page(page, title, _summary(subject, checkpoint, ratios, presence), sections)
@@ -93,8 +95,7 @@ def _follow(subject: Subject, console: Console) -> tuple[FirstBatch, MixingRatio
     follower, presence, firsts = RatioFollower(subject.model), [], []
 
     def batches() -> Iterator[tuple[MixedBatch, LayerRatios]]:
-        total = math.ceil(subject.config.images / subject.config.batch_size)
-        for batch in _shown(console, "mixing ratio and presence", subject.mixed(), total):
+        for batch in _shown_batches(console, "mixing ratio and presence", subject):
             with autocast(subject.device, subject.config.precision):
                 ratios, of_tokens = follower(batch), token_presence(subject.model, batch.images)
             if not firsts:
@@ -105,6 +106,8 @@ def _follow(subject: Subject, console: Console) -> tuple[FirstBatch, MixingRatio
             yield batch, ratios
 
     ratios = collect_ratios(subject.model, batches())
+    if not firsts:
+        raise UsageError(f"data: expected at least two held-out images to mix, got fewer in {subject.config.data}")
     return firsts[0], ratios, presence
 
 
@@ -194,7 +197,8 @@ def _mixing_ratio(subject: Subject, first: FirstBatch, ratios: MixingRatios, fol
             f"follows the labels through all of them.{without} (Figure 4 of the paper.)",
             "The reference needs no label: with a the angle between a token of the mixed image and the same token of "
             "the image before it was mixed, and b that to the token of the partner, it is a / (a + b). Where both "
-            "images have the same token it is not defined and left out.",
+            "images have the same token it is not defined and left out, and where theirs are alike it is drawn to 1/2: "
+            "distances tell methods apart, but not how well any of them does.",
             f"Mean distance from the reference after the last block: {last}.",
         ],
         [
@@ -230,13 +234,13 @@ def _target_rmse(
     rows = [(config.model, subject.weights, ratios.rmse)]
     untrained = rows[0][2]
     if checkpoint is not None:
-        untrained = create_subject(config, subject.data, None).rmse()
+        untrained = _rmse(create_subject(config, subject.data, None), RANDOM, console)
         rows.append((config.model, RANDOM, untrained))
     compares = config.table1 or config.table1_weights is not None
     if compares:
-        for name in _shown(console, "models of Table 1", TABLE_1, len(TABLE_1)):
+        for name in TABLE_1:
             model = create_subject_of_table_1(name, config, subject.data)
-            rows.append((name, model.weights, model.rmse()))
+            rows.append((name, model.weights, _rmse(model, f"{name}, {model.weights}", console)))
     _write_csv(folder / "rmse.csv", ("model", "weights", "rmse"), rows)
     models = folder / "rmse_by_model.png"
     figures.draw_rmse_by_model(rows, models)
@@ -255,7 +259,7 @@ def _target_rmse(
             "--table1 true adds the eight models of the paper's Table 1, --table1_weights their weights."
         )
     if checkpoint is not None:
-        logged, measured = _over_training(subject, ratios, checkpoint, untrained)
+        logged, measured = _over_training(subject, ratios, checkpoint, untrained, console)
         _write_csv(
             folder / "training.csv",
             ("epoch", "what", "value"),
@@ -275,35 +279,40 @@ def _target_rmse(
 
 
 def _over_training(
-    subject: Subject, ratios: MixingRatios, checkpoint: Path, untrained: float
+    subject: Subject, ratios: MixingRatios, checkpoint: Path, untrained: float, console: Console
 ) -> tuple[list[tuple[float, float]], list[tuple[float, str, float]]]:
-    """Change by epoch in the log beside a checkpoint; and epoch, name and RMSE of the checkpoints in its folder."""
-    logged, log = [], checkpoint.parent / _LOG
-    if log.is_file():
-        with log.open(newline="") as file:
+    """Change by epoch in the log of a run; and epoch, name and RMSE of its checkpoints."""
+    folder, logged = checkpoint.parent, []
+    if (folder / _LOG).is_file():
+        with (folder / _LOG).open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get("ratio_change")]
         logged = [(float(row["epoch"]), float(row["ratio_change"])) for row in rows]
-    last_epoch = logged[-1][0] if logged else 1.0
     measured = {0.0: (RANDOM, untrained)}
-    measured[_epoch_of(checkpoint, last_epoch)] = (checkpoint.name, ratios.rmse)
-    other = create_subject(subject.config, subject.data, None)
-    for path in sorted(checkpoint.parent.glob(f"*{''.join(checkpoint.suffixes[-2:])}")):
-        epoch = _epoch_of(path, None)
-        if epoch is not None and epoch not in measured:
-            load_weights(other.model, other.config, path)
-            measured[epoch] = (path.name, other.rmse())
+    measured[_epoch_of(checkpoint) or (logged[-1][0] if logged else 1.0)] = (checkpoint.name, ratios.rmse)
+    if (folder / CONFIG_FILE).is_file():  # a run of tlalign, all of whose checkpoints are of this model
+        other = create_subject(subject.config, subject.data, None)
+        for path in sorted(folder.glob("*.pth.tar")):
+            epoch = _epoch_of(path)
+            if epoch is not None and epoch not in measured:
+                load_weights(other.model, other.config, path)
+                measured[epoch] = (path.name, _rmse(other, path.name, console))
     return logged, [(epoch, *measured[epoch]) for epoch in sorted(measured)]
 
 
-def _epoch_of(checkpoint: Path, default: float | None) -> float | None:
-    """Epoch of a checkpoint, or the default if it says none."""
+def _rmse(subject: Subject, what: str, console: Console) -> float:
+    with autocast(subject.device, subject.config.precision):
+        return target_rmse(subject.model, _shown_batches(console, f"targets of {what}", subject))
+
+
+def _epoch_of(checkpoint: Path) -> float | None:
+    """Epoch of a checkpoint, or None if it says none."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(checkpoint, map_location="meta", weights_only=True)
-    except Exception:  # whatever lies beside the checkpoint
-        return default
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):
+        return None
     epoch = content.get("epoch") if isinstance(content, dict) else None
-    return float(epoch) if isinstance(epoch, (int, float)) else default
+    return float(epoch) if isinstance(epoch, (int, float)) else None
 
 
 def _presence(subject: Subject, first: FirstBatch, presence: list[PresenceOfLayer], folder: Path) -> Section:
@@ -343,11 +352,10 @@ def _presence(subject: Subject, first: FirstBatch, presence: list[PresenceOfLaye
     )
 
 
-def _rollout(subject: Subject, first: FirstBatch, folder: Path, console: Console) -> Section:
+def _rollout(subject: Subject, first: FirstBatch, folder: Path) -> Section:
     images = first.batch.images[:_COLUMNS]
-    for _ in _shown(console, "attention rollout", (0,), 1):
-        with autocast(subject.device, subject.config.precision):
-            rollout = attention_rollout(subject.model, images)
+    with autocast(subject.device, subject.config.precision):
+        rollout = attention_rollout(subject.model, images)
     path, (rows, columns) = folder / "rollout.png", rollout.grid
     is_class_token = _head_name(subject.model) == "class token"
     figures.draw_rollout(subject.pixels(images), rollout, is_class_token, path)
@@ -419,11 +427,11 @@ def _alt(what: str, columns: dict[str, list[float]], names: Iterable[str]) -> st
     return f"{what}: {', '.join(lines)}."
 
 
-def _shown(console: Console, what: str, items: Iterable[Any], total: int) -> Iterator[Any]:
-    """Passes items on and shows how far they are: a bar on a terminal, else a line at the end."""
-    start = time.monotonic()
+def _shown_batches(console: Console, what: str, subject: Subject) -> Iterator[MixedBatch]:
+    """Mixed batches, while it is shown how far they are: by a bar on a terminal, else a line at the end."""
+    start, total = time.monotonic(), math.ceil(subject.config.images / subject.config.batch_size)
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        yield from progress.track(items, total=total, description=what)
+        yield from progress.track(subject.mixed(), total=total, description=what)
     if not console.is_terminal:
         console.print(f"{what}: {time.monotonic() - start:.1f} s", highlight=False, soft_wrap=True)
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from timm.utils import random_seed
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 from tlalign.analysis.blocks import following
-from tlalign.analysis.ratios import MixedBatch, mix_batches, target_rmse
+from tlalign.analysis.ratios import MixedBatch, mix_batches
 from tlalign.config import AnalyzeConfig, UsageError
 from tlalign.data import DataSets, create_eval_loader, resolve_image_config
-from tlalign.engine import _load_weights, autocast, choose_device, create_model
+from tlalign.engine import _load_weights, choose_device, create_model
 
 # The models of the paper's Table 1.
 TABLE_1 = (
@@ -71,16 +71,16 @@ class Subject:
             raise UsageError(f"model: {error}") from error
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images and class ids, always the same ones from all over the held-out images."""
+        """Normalised images and class ids, always the same ones, from all over the held-out images; of shards the first."""
         data, count = self.data.held_out, self.config.images
-        if hasattr(data, "__len__"):
+        if not isinstance(data, IterableDataset):
             chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
             data = Sample(data, chosen)
         taken = 0
         for images, classes in create_eval_loader(data, self.config, self.image_config, self.device):
             yield images[: count - taken], classes[: count - taken]
             taken += len(images)
-            if taken >= count:  # shards have no length
+            if taken >= count:
                 return
 
     def mixed(self) -> Iterator[MixedBatch]:
@@ -91,11 +91,6 @@ class Subject:
         """Images (B, channels, Hi, Wi) before they were normalised, (B, Hi, Wi, channels) in [0, 1]."""
         mean, std = (torch.tensor(self.image_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
         return (images.cpu().float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-    def rmse(self) -> float:
-        """Root mean square of aligned - original mixing ratio."""
-        with autocast(self.device, self.config.precision):
-            return target_rmse(self.model, self.mixed())
 
 
 def create_subject(config: AnalyzeConfig, data: DataSets, checkpoint: Path | None) -> Subject:
