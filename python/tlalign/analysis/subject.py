@@ -71,7 +71,7 @@ class Subject:
             raise UsageError(f"model: {error}") from error
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images and class ids, always the same ones, from all over the held-out images; of shards the first."""
+        """Normalised images and class ids, always the same: from all over the held-out ones, of shards the first."""
         data, count = self.data.held_out, self.config.images
         if not isinstance(data, IterableDataset):
             chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
