@@ -1,4 +1,4 @@
-"""Command line: `tlalign train`, `tlalign eval`, `tlalign runs` and `tlalign export`."""
+"""Command line: `tlalign train` and what belongs to it, see `tlalign --help`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ try:
         CHECKPOINTS_FOLDER,
         CONFIG_FILE,
         MAY_CHANGE,
+        AnalyzeConfig,
         EvalConfig,
         TrainConfig,
         UsageError,
@@ -49,10 +50,11 @@ _USAGE = """usage: tlalign COMMAND [options]
 Trains vision transformers on mixed images with token-label alignment.
 
 commands:
-  train   train a model; without options a small one on handwritten digits, in a minute or two
-  eval    evaluate a checkpoint
-  runs    list runs, and compare them
-  export  write the weights of a run for timm
+  train    train a model; without options a small one on handwritten digits, in a minute or two
+  eval     evaluate a checkpoint
+  runs     list runs, and compare them
+  export   write the weights of a run for timm
+  analyze  show what alignment does to the labels of a checkpoint's tokens
 
 `tlalign COMMAND --help` lists the options.
 """
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2
-    commands = {"train": train, "eval": evaluate, "runs": list_runs, "export": export}
+    commands = {"train": train, "eval": evaluate, "runs": list_runs, "export": export, "analyze": analyze}
     name, *options = arguments
     try:
         if name not in commands:
@@ -217,12 +219,33 @@ def export(options: Sequence[str]) -> int:
     return 0
 
 
+def analyze(options: Sequence[str]) -> int:
+    """`tlalign analyze`: writes pictures, tables and a page about what alignment does in a model."""
+    parser = jsonargparse.ArgumentParser(
+        prog="tlalign analyze",
+        description="Shows what alignment does to the labels of a model's tokens: pictures, tables and a page of HTML. "
+        f"{_CONFIG_BESIDE}",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", help="Checkpoint of timm or tlalign; without one, weights are random.")
+    given, config = _parse_over_checkpoint(parser, options, {}, AnalyzeConfig)
+    from tlalign.analysis.report import write_report
+
+    page = write_report(config, None if given.checkpoint is None else Path(given.checkpoint))
+    print(f"page      {page}\npictures and tables beside it")
+    return 0
+
+
 def _parse_over_checkpoint(
-    parser: jsonargparse.ArgumentParser, flags: Sequence[str], values: dict[str, Any]
-) -> tuple[jsonargparse.Namespace, EvalConfig]:
+    parser: jsonargparse.ArgumentParser,
+    flags: Sequence[str],
+    values: dict[str, Any],
+    config_class: type[Config] = EvalConfig,
+) -> tuple[jsonargparse.Namespace, Config]:
     """Reads flags over the configuration beside the `checkpoint` that they name, and that over values."""
-    parser.add_class_arguments(EvalConfig, None)
-    known = field_names(EvalConfig)
+    parser.add_class_arguments(config_class, None)
+    known = field_names(config_class)
     # At first only to learn which checkpoint: what its configuration may give is not missing yet.
     asks_help = "-h" in flags or "--help" in flags
     parser.set_defaults(({} if asks_help else {"data": "", "model": ""}) | values)
@@ -231,9 +254,14 @@ def _parse_over_checkpoint(
     if given.checkpoint is not None:
         beside = Path(given.checkpoint).parent
         beside = (beside.parent if beside.name == CHECKPOINTS_FOLDER else beside) / CONFIG_FILE
-        values = values | (load_config_file(beside) if beside.is_file() else {})
-    config = _parse(parser, EvalConfig, {name: values[name] for name in values if name in known}, flags)
-    if given.checkpoint is None:
+        of_run = load_config_file(beside) if beside.is_file() else {}
+        if config_class is AnalyzeConfig:
+            # The tokens of all layers are kept of a batch; and the seed is another's.
+            of_run = {name: value for name, value in of_run.items() if name in field_names(EvalConfig)}
+            of_run.pop("batch_size", None)
+        values = values | of_run
+    config = _parse(parser, config_class, {name: values[name] for name in values if name in known}, flags)
+    if given.checkpoint is None and config_class is EvalConfig:
         raise UsageError("checkpoint: expected a file, got nothing")
     return given, config
 

@@ -98,6 +98,40 @@ class EvalConfig:
 
 
 @dataclass
+class AnalyzeConfig(EvalConfig):
+    """What a model is, and which images it is analysed on.
+
+    Attributes:
+        images: Held-out images to take.
+        batch_size: Images in a batch, which bounds the memory taken.
+        map_layers: Blocks after which token labels are drawn, counted from 0, negative from the end; null: the last of
+            each stage, or of each quarter of the blocks.
+        table1: Measure how far targets move in the eight models of the paper's Table 1 as well.
+        table1_weights: Folder with pretrained weights of those models, as files MODEL.pth, MODEL.pth.tar or
+            MODEL.safetensors, such as deit_tiny_patch16_224.pth, which `table1` then takes; a model without a file has
+            random weights.
+        seed: Decides how images are mixed, and random weights.
+        output: Folder to write to, files of which are replaced; null: `analysis` beside the checkpoint.
+    """
+
+    images: int = 64
+    batch_size: int = 16
+    map_layers: tuple[int, ...] | None = None
+    table1: bool = False
+    table1_weights: str | None = None
+    seed: int = 0
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("images", "batch_size"):
+            self._check(name, "at least 2, to mix them", lambda value: value >= 2)
+        self._check("seed", "at least 0", lambda value: value >= 0)
+        if self.table1_weights is not None and not Path(self.table1_weights).is_dir():
+            raise UsageError(f"table1_weights: expected a folder, got {self.table1_weights}")
+
+
+@dataclass
 class TrainConfig(EvalConfig):
     """What a model is, which images it is trained and evaluated on, and how it is trained.
 

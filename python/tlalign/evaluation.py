@@ -11,7 +11,7 @@ from torch import nn
 
 from tlalign.config import EvalConfig, UsageError
 from tlalign.data import create_eval_loader, load_data_sets, resolve_image_config
-from tlalign.networks import create_model, load_all_weights
+from tlalign.networks import create_model, load_all_weights, set_weights
 
 
 @torch.no_grad()  # inference mode is not for sharded models
@@ -59,10 +59,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
     loader = create_eval_loader(data.held_out, config, resolve_image_config(config, model), device)
     results = {}
     for name, state in weights.items():
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise UsageError(f"checkpoint: {path} is not of this {config.model}: {error}") from error
+        set_weights("checkpoint", path, state, model, config.model)
         results[name] = evaluate(model.to(device), loader, device, config.precision)
     return results
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tlalign.config import EvalConfig, UsageError
 from tlalign.data import resolve_image_config
-from tlalign.networks import create_model, load_all_weights
+from tlalign.networks import create_model, load_all_weights, set_weights
 from tlalign.runs import written_whole
 
 _SUFFIXES = (".safetensors", ".pth")
@@ -44,10 +44,7 @@ def export_checkpoint(checkpoint: Path, output: Path, config: EvalConfig, ema: b
     name, weights = _choose_weights(checkpoint, ema)
     num_classes = config.num_classes or _count_classes(weights, config)
     model = create_model(config, num_classes)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UsageError(f"checkpoint: {checkpoint} is not of this {config.model}: {error}") from error
+    set_weights("checkpoint", checkpoint, weights, model, config.model)
     requested = {"img_size": config.img_size, "in_chans": config.in_chans}
     arguments = timm.models.resolve_model_input_args(config.model, requested, **config.model_kwargs)
     del arguments["model_name"], arguments["pretrained_cfg"]

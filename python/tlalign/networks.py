@@ -94,10 +94,9 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
         raise UsageError(f"teacher_model: expected the timm model of {path}, beside which no {CONFIG_FILE} lies")
     values |= {"data": config.data, "img_size": config.img_size, "in_chans": config.in_chans}
     model = create_model(EvalConfig(**values), num_classes)
-    try:
-        model.load_state_dict(load_weights("teacher_checkpoint", path, use_ema=True))
-    except RuntimeError as error:
-        raise UsageError(f"teacher_checkpoint: {path} is not of this {values['model']}: {error}") from error
+    set_weights(
+        "teacher_checkpoint", path, load_weights("teacher_checkpoint", path, use_ema=True), model, values["model"]
+    )
     return Teacher(model.to(device))
 
 
@@ -117,6 +116,25 @@ def load_all_weights(name: str, path: Path) -> dict[str, dict[str, Tensor]]:
     if all(key in averaged and torch.equal(tensor, averaged[key]) for key, tensor in weights.items()):
         return {"model": weights}
     return {"model": weights, "EMA": averaged}
+
+
+def set_weights(option: str, path: Path, weights: dict[str, Tensor], model: nn.Module, name: str) -> None:
+    """Gives a model the weights that were in a checkpoint.
+
+    Args:
+        option: What gave the checkpoint, for the error.
+        path: The checkpoint, for the error.
+        weights: All weights of the model.
+        model: The model.
+        name: Its name, for the error.
+
+    Raises:
+        UsageError: If they are of another model.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"{option}: {path} is not of this {name}: {error}") from error
 
 
 def align_targets(model: nn.Module, config: TrainConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
+from tlalign.analysis.blocks import following, image_value, map_size, prefix_of
 from tlalign.mixing import draw_boxes
-from tlalign_kernels import MixedTarget, patch_model
+from tlalign_kernels import MixedTarget
 from tlalign_kernels.labels import box_masks
 
 _OWN, _PARTNER = "#b2182b", "#2166ac"
@@ -35,10 +35,12 @@ def draw_token_labels(
     std: Sequence[float],
     class_names: Sequence[str] = (),
     columns: int = 5,
+    layers: Sequence[int] | None = None,
 ) -> None:
     """Draws a few images mixed by CutMix, and the labels of their tokens before and after alignment.
 
-    Where a model merges tokens, their labels are drawn after the last block of each stage.
+    Red is the image, blue with a dot the partner. Below a map stands the share of the partner in the whole image: of
+    the class token, else the mean over the tokens.
 
     Args:
         model: Vision transformer; it is left as it is, patched or not.
@@ -49,27 +51,32 @@ def draw_token_labels(
         std: What the images were normalised by.
         class_names: Names of the classes; empty for their numbers.
         columns: Number of mixed images.
+        layers: Blocks after which labels are drawn, counted from 0, beside the last one; None: where a model merges
+            tokens, the last of each stage.
 
     Raises:
         NotImplementedError: If labels can't be followed through the model.
         ValueError: If the batch has no two images of different classes.
     """
-    model = copy.deepcopy(model).eval()
     image_size = tuple(images.shape[-2:])
     chosen, boxes = _choose(classes, image_size, columns)
     partners, images = images.flip(0)[chosen], images[chosen]
     pairs = torch.stack((classes[chosen], classes.flip(0)[chosen]), dim=1)
     mixed = torch.where(box_masks(boxes, image_size)[:, None], partners, images)
     target = MixedTarget.from_boxes(pairs, boxes[:, None], image_size)
-    maps = {}
-    # Aligned in no block, labels stay what they were before the first one.
-    for name, layers in (("before", []), ("after", None)):
-        with torch.inference_mode():
-            _, aligned = patch_model(model, layers)(mixed, target=target, collect_layers=True)
-        maps[name] = _last_of_each_size([_as_map(share, model, image_size) for share in aligned.layer_shares])
-    shown_maps = [maps["before"][0], *maps["after"]]
-    after = [f"token labels\nafter stage {stage}" for stage in range(1, len(maps["after"]) + 1)]
-    rows = [*_ROWS, *(after if len(after) > 1 else ["token labels\nafter alignment"])]
+    followed = following(model)
+    with torch.inference_mode():
+        # Aligned in no block, labels stay what they were before the first one.
+        _, before = following(model, layers=[])(mixed, target=target, collect_layers=True)
+        _, aligned = followed(mixed, target=target, collect_layers=True)
+    shares, after = aligned.layer_shares, "block"
+    if layers is None:
+        layers, after = _last_of_each_size(shares), "stage"
+    layers = sorted({layer % len(shares) for layer in (*layers, -1)})
+    names = [f"after {after} {1 + (layer if after == 'block' else stage)}" for stage, layer in enumerate(layers)]
+    names[-1] = "after alignment" if len(names) == 1 else f"{names[-1]}\n(the last)"
+    rows = [*_ROWS, *(f"token labels\n{name}" for name in names)]
+    shown = [before.layer_shares[0], *(shares[layer] for layer in layers)]
 
     def pixels(normalised: Tensor) -> np.ndarray:
         scale, offset = (torch.tensor(value, device=images.device).view(1, -1, 1, 1) for value in (std, mean))
@@ -79,15 +86,25 @@ def draw_token_labels(
     axes = figure.subplots(len(rows), len(chosen), squeeze=False)
     for axis, label in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
-    for row, content, frame in zip(axes, (images, partners, mixed), (_OWN, _PARTNER, _OWN), strict=False):
+    kinds = ((images, _OWN, "-"), (partners, _PARTNER, "--"), (mixed, _OWN, "-"))
+    for row, (content, frame, style) in zip(axes, kinds, strict=False):
         for axis, picture in zip(row, pixels(content), strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
-            _frame(axis, frame, 2.0)
+            _frame(axis, frame, 2.0, style)
     for axis, (y0, x0, y1, x1) in zip(axes[2], boxes.tolist(), strict=True):
-        axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=_PARTNER, linewidth=2))
-    for row, shares in zip(axes[3:], shown_maps, strict=True):
-        for axis, share in zip(row, shares[..., 0].cpu().numpy(), strict=True):
-            shown = axis.imshow(share, cmap=_SHARES, vmin=0, vmax=1)
+        box = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False)
+        box.set(edgecolor=_PARTNER, linewidth=2, linestyle="--")
+        axis.add_patch(box)
+    for row, share in zip(axes[3:], shown, strict=True):
+        maps = share.flatten(1, -2)[:, prefix_of(followed, share) :, 0]
+        maps = maps.unflatten(1, map_size(followed, share, image_size)).cpu().numpy()
+        for axis, of_tokens, ratio in zip(row, maps, image_value(followed, share)[:, 0].tolist(), strict=True):
+            colours = axis.imshow(of_tokens, cmap=_SHARES, vmin=0, vmax=1)
+            # Dots say what is blue to those who see neither red nor blue.
+            rows_of_partner, columns_of_partner = np.nonzero(of_tokens > 0.5)
+            size = 30 / max(of_tokens.shape)
+            axis.plot(columns_of_partner, rows_of_partner, ".", color="black", markersize=size, markeredgewidth=0)
+            axis.set_xlabel(f"{ratio:.2f}", fontsize=9, labelpad=2)
             _frame(axis, "black", 0.6)
     if not class_names:
         class_names = [str(number) for number in range(int(classes.max()) + 1)]
@@ -95,27 +112,15 @@ def draw_token_labels(
     for column, (own, partner), (ratio, new_ratio) in zip(axes.T, pairs.tolist(), ratios, strict=True):
         column[0].set_title(f"{class_names[own]} + {class_names[partner]}", fontsize=11)
         column[-1].set_xlabel(f"mixing ratio {ratio:.2f}\n$\\rightarrow$ aligned {new_ratio:.2f}", fontsize=10)
-    bar = figure.colorbar(shown, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
-    bar.set_label("share of the partner")
+    bar = figure.colorbar(colours, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
+    bar.set_label("share of the partner (dots: over a half)")
     figure.savefig(path, dpi=150)
 
 
-def _as_map(share: Tensor, model: nn.Module, image_size: tuple[int, int]) -> Tensor:
-    """Labels of the tokens that stand for a place, (B, Ht, Wt, S)."""
-    if share.dim() == 4:
-        return share
-    share = share[:, model.num_prefix_tokens :]
-    tokens, aspect = share.shape[1], image_size[0] / image_size[1]
-    divisors = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
-    return share.unflatten(1, (min(divisors, key=lambda rows: abs(rows * rows / tokens - aspect)), -1))
-
-
-def _last_of_each_size(maps: list[Tensor]) -> list[Tensor]:
-    return [
-        share
-        for share, following in zip(maps, [*maps[1:], None], strict=True)
-        if following is None or following.shape != share.shape
-    ]
+def _last_of_each_size(shares: Sequence[Tensor]) -> list[int]:
+    """Blocks after which the shape of labels changes, and the last."""
+    sizes = [share.shape[1:] for share in shares]
+    return [index for index in range(len(sizes)) if index + 1 == len(sizes) or sizes[index + 1] != sizes[index]]
 
 
 def _choose(classes: Tensor, image_size: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
@@ -131,8 +136,8 @@ def _choose(classes: Tensor, image_size: tuple[int, int], count: int) -> tuple[T
     return different, torch.from_numpy(visible).to(classes.device)
 
 
-def _frame(axis: Any, colour: str, width: float) -> None:
+def _frame(axis: Any, colour: str, width: float, style: str = "-") -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
-        spine.set(color=colour, linewidth=width)
+        spine.set(color=colour, linewidth=width, linestyle=style)

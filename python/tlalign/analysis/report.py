@@ -1,0 +1,443 @@
+"""`tlalign analyze`: runs all analyses of a model over a data set, and writes pictures, tables and a page."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import pickle
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from tlalign.analysis import figures
+from tlalign.analysis.blocks import has_class_token, map_size
+from tlalign.analysis.page import Picture, Section, Table, write_page
+from tlalign.analysis.presence import QUANTILES, PresenceOfLayer, convolution_presence, quantiles, token_presence
+from tlalign.analysis.ratios import (
+    LayerRatios,
+    MixedBatch,
+    MixingRatios,
+    RatioFollower,
+    collect_ratios,
+    target_rmse,
+    token_paths,
+)
+from tlalign.analysis.rollout import attention_rollout
+from tlalign.analysis.subject import (
+    RANDOM,
+    TABLE_1,
+    Subject,
+    create_subject,
+    create_subject_of_table_1,
+)
+from tlalign.config import CONFIG_FILE, AnalyzeConfig, UsageError
+from tlalign.data import load_data_sets
+from tlalign.evaluation import autocast
+from tlalign.networks import load_weights, set_weights
+from tlalign.pictures import draw_token_labels
+
+_LOG = "log.csv"
+# A picture of maps has so many images side by side, of the first batch or of some more.
+_COLUMNS, _IMAGES_OF_MAPS = 4, 20
+
+
+def write_report(config: AnalyzeConfig, checkpoint: Path | None, console: Console | None = None) -> Path:
+    """Analyses a model, and writes a folder of PNG and CSV files and a page with all of them.
+
+    Args:
+        config: What the model is, which images it is analysed on, and where to write.
+        checkpoint: Its weights; None for random ones.
+        console: Where progress is shown; standard output by default.
+
+    Returns:
+        The page.
+
+    Raises:
+        UsageError: If something asked for can't be done.
+    """
+    console = Console() if console is None else console
+    subject = create_subject(config, load_data_sets(config), checkpoint)
+    folder = Path(config.output or ("analysis" if checkpoint is None else checkpoint.parent / "analysis"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output: cannot make the folder {folder}: {error}") from error
+    first, ratios, presence = _follow(subject, console)
+    sections = [
+        _label_maps(subject, first, folder),
+        _mixing_ratio(subject, first, ratios, folder),
+        _target_rmse(subject, ratios, checkpoint, folder, console),
+        _presence(subject, first, presence, folder),
+        _rollout(subject, first, folder),
+    ]
+    page, title = folder / "index.html", f"What alignment does in {config.model}"
+    write_page(page, title, _summary(subject, checkpoint, ratios, presence), sections)
+    return page
+
+
+class FirstBatch(NamedTuple):
+    """What is drawn of single images is of these."""
+
+    batch: MixedBatch
+    ratios: LayerRatios
+
+
+def _follow(subject: Subject, console: Console) -> tuple[FirstBatch, MixingRatios, list[PresenceOfLayer]]:
+    """Sends all images through the model, batch by batch."""
+    follower, presence, firsts = RatioFollower(subject.model), [], []
+
+    def batches() -> Iterator[tuple[MixedBatch, LayerRatios]]:
+        for batch in _shown_batches(console, "mixing ratio and presence", subject):
+            with autocast(subject.device, subject.config.precision):
+                ratios, of_tokens = follower(batch), token_presence(subject.model, batch.images)
+            if not firsts:
+                firsts.append(FirstBatch(batch, ratios))
+                presence.extend(PresenceOfLayer() for _ in of_tokens)
+            for layer, values, share in zip(presence, of_tokens, ratios.aligned, strict=True):
+                layer.add(values, has_class_token(subject.model, share))
+            yield batch, ratios
+
+    ratios = collect_ratios(subject.model, batches())
+    if not firsts:
+        raise UsageError(f"data: expected at least two held-out images to mix, got fewer in {subject.config.data}")
+    return firsts[0], ratios, presence
+
+
+def _label_maps(subject: Subject, first: FirstBatch, folder: Path) -> Section:
+    section = Section(
+        "Label maps",
+        [
+            "Two images mixed by CutMix, and the label of each token: red is the image, blue with a dot the partner. "
+            "Before the first block it is the part of the patch that each image covers; each block mixes labels as it "
+            "mixes tokens. The number below a map is the partner's share in the label of the whole image: "
+            f"that of the {_head_name(subject.model)}. (Figure 5 of the paper.)"
+        ],
+    )
+    layers = _map_layers(subject.config, first.ratios.aligned)
+    images, classes = _first_images(subject, _IMAGES_OF_MAPS)
+    path = folder / "label_maps.png"
+    try:
+        draw_token_labels(
+            subject.model, images, classes, path, subject.image_config["mean"], subject.image_config["std"],
+            subject.data.class_names, _COLUMNS, layers,
+        )  # fmt: skip
+    except ValueError as error:
+        section.text.append(f"Not drawn: {error}.")
+        return section
+    alt = (
+        "Columns are mixed images. Rows: the image, its partner, the mixed image with the partner's box, and maps of "
+        "token labels before the first block and after some, the last among them. Labels start as the box and blend."
+    )
+    section.pictures.append(Picture(path, alt, "Label of each token, layer by layer.", wide=True))
+    return section
+
+
+def _map_layers(config: AnalyzeConfig, shares: Sequence[Tensor]) -> Sequence[int] | None:
+    """Blocks after which labels are drawn, beside the last; None for the last of each stage."""
+    chosen, blocks = config.map_layers, len(shares)
+    if chosen is not None:
+        if any(not -blocks <= layer < blocks for layer in chosen):
+            raise UsageError(f"map_layers: expected blocks from {-blocks} to {blocks - 1}, got {chosen}")
+        return chosen
+    has_stages = len({share.shape for share in shares}) > 1
+    return None if has_stages else [math.ceil(blocks * quarter / 4) - 1 for quarter in (1, 2, 3)]
+
+
+def _mixing_ratio(subject: Subject, first: FirstBatch, ratios: MixingRatios, folder: Path) -> Section:
+    errors = figures.image_errors(ratios)
+    columns = {
+        "cutmix": ratios.cutmix.mean().expand(ratios.aligned.shape[1]),
+        "transmix": None if ratios.transmix is None else ratios.transmix.mean().expand(ratios.aligned.shape[1]),
+        "tl_align": ratios.aligned.mean(dim=0),
+        "by_similarity": ratios.reference.nanmean(dim=0),
+        **{f"error_{name.lower().replace('-', '_')}": values for name, values in errors.items()},
+        "patch_error_kept": ratios.kept_error.nanmean(dim=0),
+        "patch_error_tl_align": ratios.aligned_error.nanmean(dim=0),
+    }
+    columns = {name: values.tolist() for name, values in columns.items() if values is not None}
+    rows = [(layer + 1, *(values[layer] for values in columns.values())) for layer in range(ratios.aligned.shape[1])]
+    _write_csv(folder / "mixing_ratio.csv", ("block", *columns), rows)
+    index, paths = token_paths(subject.model, *first)
+    by_token = torch.stack((paths.kept, paths.aligned, paths.reference), dim=2).tolist()
+    _write_csv(
+        folder / "token_ratios.csv",
+        ("token", "y", "x", "block", "before", "tl_align", "by_similarity"),
+        [
+            (name, *place, block, *values)
+            for name, place, layers in zip(paths.names, paths.places.tolist(), by_token, strict=True)
+            for block, values in enumerate(layers, start=1)
+        ],
+    )
+    batch = first.batch
+    names = ("ratio_by_layer", "ratio_error", "ratio_error_patches", "ratio_tokens")
+    pictures = [folder / f"{name}.png" for name in names]
+    figures.draw_ratio_by_layer(ratios, pictures[0])
+    figures.draw_image_error(ratios, pictures[1])
+    figures.draw_patch_error(ratios, pictures[2])
+    box = batch.target.boxes[index, 0].tolist()
+    figures.draw_token_paths(subject.pixels(batch.mixed[index : index + 1])[0], box, paths, pictures[3])
+    methods = ("cutmix", "transmix", "tl_align", "by_similarity")
+    of_images = [name for name in columns if name.startswith("error")]
+    of_patches = [name for name in columns if name.startswith("patch_error")]
+    last = ", ".join(f"{name} {values[-1]:.3f}" for name, values in errors.items())
+    without = "" if ratios.transmix is not None else " TransMix needs a class token in the last block; here is none."
+    return Section(
+        "Mixing ratio by layer",
+        [
+            "How much of a mixed image is its partner's after each block. CutMix says: as many pixels as it covers, in "
+            "all blocks. TransMix weights the patches by the class token's attention in the last block. TL-Align "
+            f"follows the labels through all of them.{without} (Figure 4 of the paper.)",
+            "The reference needs no label: with a the angle between a token of the mixed image and the same token of "
+            "the image before it was mixed, and b that to the token of the partner, it is a / (a + b). Where both "
+            "images have the same token it is not defined and left out, and where theirs are alike it is drawn to 1/2: "
+            "distances tell methods apart, but not how well any of them does.",
+            f"Mean distance from the reference after the last block: {last}.",
+        ],
+        [
+            Picture(
+                pictures[0],
+                _alt("Mixing ratio by block", columns, methods),
+                f"Mean of {len(ratios.cutmix)} mixed images ({_head_name(subject.model)}).",
+            ),
+            Picture(
+                pictures[1],
+                _alt("Distance of an image's ratio from the reference by block", columns, of_images),
+                "How far each method is from the reference, mean over images.",
+            ),
+            Picture(
+                pictures[2],
+                _alt("Distance of a patch's ratio from the reference by block", columns, of_patches),
+                "The same for single patches, mean over patches and images.",
+            ),
+            Picture(
+                pictures[3],
+                f"A mixed image with three numbered tokens, and the ratio of each by block: {', '.join(paths.names)}.",
+                "Three tokens of one image; where tokens are merged, the one that each became.",
+            ),
+        ],
+        [Table("mixing_ratio.csv: means over images", ("block", *columns), rows)],
+    )
+
+
+def _target_rmse(
+    subject: Subject, ratios: MixingRatios, checkpoint: Path | None, folder: Path, console: Console
+) -> Section:
+    config = subject.config
+    rows = [(config.model, subject.weights, ratios.rmse)]
+    untrained = rows[0][2]
+    if checkpoint is not None:
+        untrained = _rmse(create_subject(config, subject.data, None), RANDOM, console)
+        rows.append((config.model, RANDOM, untrained))
+    compares = config.table1 or config.table1_weights is not None
+    if compares:
+        for name in TABLE_1:
+            model = create_subject_of_table_1(name, config, subject.data)
+            rows.append((name, model.weights, _rmse(model, f"{name}, {model.weights}", console)))
+    _write_csv(folder / "rmse.csv", ("model", "weights", "rmse"), rows)
+    models = folder / "rmse_by_model.png"
+    figures.draw_rmse_by_model(rows, models)
+    section = Section(
+        "How far targets move",
+        [
+            "Root mean square of the difference between the aligned mixing ratio and the original one, over the mixed "
+            "images. 0 means that alignment changes nothing, as with attention that is uniform. Bars of models "
+            "that were not trained are hatched. (Figure 3 of the paper.)"
+        ],
+        [Picture(models, "; ".join(f"{name}, {weights}: {value:.4f}" for name, weights, value in rows), "By model.")],
+        [Table("rmse.csv: by model", ("model", "weights", "RMSE"), rows)],
+    )
+    if not compares:
+        section.text.append(
+            "--table1 true adds the eight models of the paper's Table 1, --table1_weights their weights."
+        )
+    if checkpoint is not None:
+        logged, measured = _over_training(subject, ratios, checkpoint, untrained, console)
+        _write_csv(
+            folder / "training.csv",
+            ("epoch", "what", "value"),
+            [(epoch, "log: mean change", value) for epoch, value in logged]
+            + [(epoch, f"{name}: rmse", value) for epoch, name, value in measured],
+        )
+        training = folder / "rmse_training.png"
+        figures.draw_training(logged, [(epoch, value) for epoch, _, value in measured], training)
+        alt = "; ".join(f"epoch {epoch:g}, {name}: {value:.4f}" for epoch, name, value in measured)
+        caption = "Over training: of checkpoints the RMSE"
+        caption += f", of {_LOG} the mean |change|." if logged else f"; no {_LOG} with changes lies beside them."
+        section.pictures.append(Picture(training, f"{caption} {alt}", caption))
+        section.tables.append(
+            Table("training.csv: checkpoints", ("checkpoint", "epoch", "RMSE"), [(n, e, v) for e, n, v in measured])
+        )
+    return section
+
+
+def _over_training(
+    subject: Subject, ratios: MixingRatios, checkpoint: Path, untrained: float, console: Console
+) -> tuple[list[tuple[float, float]], list[tuple[float, str, float]]]:
+    """Change by epoch in the log of a run; and epoch, name and RMSE of its checkpoints."""
+    folder, logged = checkpoint.parent, []
+    if (folder / _LOG).is_file():
+        with (folder / _LOG).open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("ratio_change")]
+        logged = [(float(row["epoch"]), float(row["ratio_change"])) for row in rows]
+    measured = {0.0: (RANDOM, untrained)}
+    measured[_epoch_of(checkpoint) or (logged[-1][0] if logged else 1.0)] = (checkpoint.name, ratios.rmse)
+    if (folder / CONFIG_FILE).is_file():  # a run of tlalign, all of whose checkpoints are of this model
+        other = create_subject(subject.config, subject.data, None)
+        for path in sorted(folder.glob("*.pth.tar")):
+            epoch = _epoch_of(path)
+            if epoch is not None and epoch not in measured:
+                set_weights("checkpoint", path, load_weights("checkpoint", path, True), other.model, other.config.model)
+                measured[epoch] = (path.name, _rmse(other, path.name, console))
+    return logged, [(epoch, *measured[epoch]) for epoch in sorted(measured)]
+
+
+def _rmse(subject: Subject, what: str, console: Console) -> float:
+    with autocast(subject.device, subject.config.precision):
+        return target_rmse(subject.model, _shown_batches(console, f"targets of {what}", subject))
+
+
+def _epoch_of(checkpoint: Path) -> float | None:
+    """Epoch of a checkpoint, or None if it says none."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(checkpoint, map_location="meta", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):
+        return None
+    epoch = content.get("epoch") if isinstance(content, dict) else None
+    return float(epoch) if isinstance(epoch, (int, float)) else None
+
+
+def _presence(subject: Subject, first: FirstBatch, presence: list[PresenceOfLayer], folder: Path) -> Section:
+    grid = map_size(subject.model, first.ratios.aligned[0], tuple(first.batch.images.shape[-2:]))
+    convolution = convolution_presence(grid, torch.full((3, 3), 1 / 9))
+    spread = (convolution - 1).square().mean().sqrt().item()
+    head = ("block", "least", *(f"{part:.0%}" for part in QUANTILES), "greatest", "class token", "rms of p - 1")
+    rows = [
+        (index, of.least, *map(of.quantile, QUANTILES), of.greatest, of.class_token, of.distance)
+        for index, of in enumerate(presence, start=1)
+    ]
+    least, greatest = (value.item() for value in convolution.aminmax())
+    rows.append(("3 x 3 convolution", least, *quantiles(convolution), greatest, None, spread))
+    _write_csv(folder / "presence.csv", head, rows)
+    path = folder / "presence.png"
+    figures.draw_presence(presence, convolution, path)
+    distances = ", ".join(f"{of.distance:.2f}" for of in presence)
+    return Section(
+        "Token presence",
+        [
+            "p of a token is what all outputs of a layer take from it: the sum of its column of the attention matrix, "
+            "averaged over heads. Rows sum to 1, so that its mean is 1; but a token with p above 1 gains weight in the "
+            "layer and one below fades. That is why labels have to follow. (Equation 2 of the paper, with the "
+            "indices as the text before it means them.)",
+            "Beside it a depth-wise convolution, a mean over 3 x 3 tokens with zeros around the map: p is 1 for all "
+            "tokens but those at the border, whatever the image. Other kernels have their sum in the place of 1.",
+        ],
+        [
+            Picture(
+                path,
+                f"Boxes of token presence by block. Root mean square of p - 1 by block: {distances}; of the "
+                f"convolution {spread:.2f}.",
+                "Box: the middle half of the tokens; whiskers: 5 to 95 %; diamonds: the class token.",
+            )
+        ],
+        [Table("presence.csv: presence of tokens in unmixed images", head, rows)],
+    )
+
+
+def _rollout(subject: Subject, first: FirstBatch, folder: Path) -> Section:
+    images = first.batch.images[:_COLUMNS]
+    with autocast(subject.device, subject.config.precision):
+        rollout = attention_rollout(subject.model, images)
+    path, (rows, columns) = folder / "rollout.png", rollout.grid
+    is_class_token = _head_name(subject.model) == "class token"
+    figures.draw_rollout(subject.pixels(images), rollout, is_class_token, path)
+    weights = rollout.head[:, -rows * columns :].cpu()
+    _write_csv(
+        folder / "rollout.csv",
+        ("image", "row", "column", "weight"),
+        [
+            (image, row, column, weights[image, row * columns + column].item())
+            for image, row, column in itertools.product(range(len(images)), range(rows), range(columns))
+        ],
+    )
+    own = "" if rollout.head.shape[1] == rows * columns else " What is left to 1 it keeps of itself."
+    return Section(
+        "Attention rollout",
+        [
+            "How much of each patch arrives at what the head sees, through all blocks: the product of (A + I) / 2 over "
+            "the blocks, A averaged over heads. It comes out of the same fused operator as the labels, by giving each "
+            f"token a label of its own; no attention matrix is formed.{own} (tlalign.analysis.attention_rollout)"
+        ],
+        [
+            Picture(
+                path,
+                f"Images, and maps of what the {_head_name(subject.model)} sees of each of {rows} x {columns} patches; "
+                "brighter is more.",
+                "1 is the weight of a patch if all had the same.",
+                wide=True,
+            )
+        ],
+    )
+
+
+def _summary(
+    subject: Subject, checkpoint: Path | None, ratios: MixingRatios, presence: list[PresenceOfLayer]
+) -> list[str]:
+    config = subject.config
+    weights = f"the weights of {checkpoint}" if checkpoint is not None else "random weights: nothing here was trained"
+    worst = max(range(len(presence)), key=lambda index: presence[index].distance)
+    return [
+        f"{config.model} with {weights}, on {len(ratios.cutmix)} held-out images of {config.data} mixed by CutMix.",
+        f"Alignment moves the mixing ratio by {(ratios.target - ratios.cutmix).abs().mean():.4f} on average (root mean "
+        f"square {ratios.rmse:.4f}). Tokens differ most in presence in block {worst + 1} (root mean square of p - 1: "
+        f"{presence[worst].distance:.2f}).",
+        "TL-Align: Xiao et al., Token-Label Alignment for Vision Transformers, ICCV 2023, arXiv 2210.06455.",
+    ]
+
+
+def _first_images(subject: Subject, count: int) -> tuple[Tensor, Tensor]:
+    """So many images and class ids, or all of the sample."""
+    images, classes = [], []
+    for batch in subject.batches():
+        images.append(batch[0])
+        classes.append(batch[1])
+        if sum(map(len, classes)) >= count:
+            break
+    return torch.cat(images)[:count], torch.cat(classes)[:count]
+
+
+def _head_name(model: nn.Module) -> str:
+    """What the logits are computed from, where labels are those of the whole image."""
+    if getattr(model, "global_pool", None) == "token" and getattr(model, "num_prefix_tokens", 0):
+        return "class token"
+    return "mean of the tokens"
+
+
+def _alt(what: str, columns: dict[str, list[float]], names: Iterable[str]) -> str:
+    """Describes the lines of a chart by their ends."""
+    lines = [f"{name} from {columns[name][0]:.3f} to {columns[name][-1]:.3f}" for name in names if name in columns]
+    return f"{what}: {', '.join(lines)}."
+
+
+def _shown_batches(console: Console, what: str, subject: Subject) -> Iterator[MixedBatch]:
+    """Mixed batches, while it is shown how far they are: by a bar on a terminal, else a line at the end."""
+    start, total = time.monotonic(), math.ceil(subject.config.images / subject.config.batch_size)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        yield from progress.track(subject.mixed(), total=total, description=what)
+    if not console.is_terminal:
+        console.print(f"{what}: {time.monotonic() - start:.1f} s", highlight=False, soft_wrap=True)
+
+
+def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerows(["" if value is None else value for value in row] for row in rows)

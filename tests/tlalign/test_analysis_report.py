@@ -1,0 +1,239 @@
+"""`tlalign analyze` from end to end: what is written, what the page is made of, and what is refused."""
+
+import base64
+import csv
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tlalign.analysis.page import Picture, Section, Table, write_page
+from tlalign.analysis.subject import RANDOM, create_subject, create_subject_of_table_1
+from tlalign.cli import main
+from tlalign.config import AnalyzeConfig, UsageError
+from tlalign.data import load_data_sets
+from tlalign.pictures import draw_token_labels
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODEL = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+IMAGES = ["--data=digits", "--img_size=16", "--in_chans=1", "--workers=0", "--device=cpu"]
+TRAINING = ["--epochs=2", "--warmup_epochs=0", "--batch_size=256", "--lr=0.01"]
+VIT = ["--model=vit_tiny_patch16_224", "--model_kwargs", str(MODEL)]
+SWIN = [
+    "--model=swin_tiny_patch4_window7_224",
+    "--model_kwargs={patch_size: 2, embed_dim: 16, depths: [2, 2], num_heads: [2, 2], window_size: 3}",
+]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Elements(HTMLParser):
+    """All elements of a page, with their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_is_complete_in_itself(page):
+    """No element and no style of the page names another file or host."""
+    text = page.read_text()
+    elements = Elements(text).found
+    for tag, attributes in elements:
+        assert tag != "script"
+        for name in ("src", "href", "srcset", "action", "data"):
+            if name in attributes:
+                assert attributes[name].startswith(("data:", "#")), (tag, attributes)
+    assert "@import" not in text and "url(" not in text
+    return elements
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two epochs and its analysis."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    assert main(["train", *VIT, *IMAGES, *TRAINING, "--output", str(folder)]) == 0
+    assert main(["analyze", "--checkpoint", str(folder / "last.pth.tar"), "--images=22", "--batch_size=8"]) == 0
+    return folder
+
+
+def test_all_analyses_of_a_run_are_written_beside_its_checkpoint(run):
+    folder = run / "analysis"
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    assert pictures == [
+        "label_maps.png", "presence.png", "ratio_by_layer.png", "ratio_error.png", "ratio_error_patches.png",
+        "ratio_tokens.png", "rmse_by_model.png", "rmse_training.png", "rollout.png",
+    ]  # fmt: skip
+    for name in pictures:
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 200
+    ratios = rows(folder / "mixing_ratio.csv")
+    assert [row["block"] for row in ratios] == ["1", "2"]
+    assert len({row["cutmix"] for row in ratios}) == len({row["transmix"] for row in ratios}) == 1
+    assert all(float(value) >= 0 for row in ratios for value in row.values())
+    assert len(rows(folder / "token_ratios.csv")) == 3 * 2
+    assert [row["block"] for row in rows(folder / "presence.csv")] == ["1", "2", "3 x 3 convolution"]
+    seen = rows(folder / "rollout.csv")
+    assert len(seen) == 4 * 16
+    # A residual connection leaves the class token a quarter of itself, the patches get no more than the rest.
+    assert 0 < sum(float(row["weight"]) for row in seen) / 4 <= 0.75
+
+
+def test_rmse_is_told_of_the_weights_it_is_of_and_over_training(run):
+    by_model = {row["weights"]: float(row["rmse"]) for row in rows(run / "analysis" / "rmse.csv")}
+    assert set(by_model) == {"last.pth.tar", RANDOM}
+    training = rows(run / "analysis" / "training.csv")
+    logged = [row["value"] for row in training if row["what"].startswith("log")]
+    assert logged == [row["ratio_change"] for row in rows(run / "log.csv")]
+    checkpoints = {float(row["epoch"]): float(row["value"]) for row in training if row["what"].endswith("rmse")}
+    assert checkpoints[0.0] == by_model[RANDOM]
+    assert checkpoints[2.0] == by_model["last.pth.tar"]
+
+
+def test_page_holds_all_pictures_and_asks_for_nothing(run):
+    folder = run / "analysis"
+    elements = assert_is_complete_in_itself(folder / "index.html")
+    images = [attributes for tag, attributes in elements if tag == "img"]
+    embedded = {base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images}
+    assert embedded == {path.read_bytes() for path in folder.glob("*.png")}
+    assert all(len(image["alt"]) > 20 for image in images)
+    ids = {attributes["id"] for _, attributes in elements if "id" in attributes}
+    assert {attributes["href"][1:] for tag, attributes in elements if tag == "a"} <= ids
+    assert {tag for tag, _ in elements} >= {"main", "nav", "h1", "h2", "table", "figcaption"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_page_opens_in_chromium_without_errors(run, tmp_path):
+    """The console is on standard error; the document is what the browser made of the page."""
+    result = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=390,844",
+         f"--user-data-dir={tmp_path}", "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=2000",
+         "--dump-dom", (run / "analysis" / "index.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "CONSOLE" not in result.stderr
+    assert result.stdout.count("<figure") == 9
+
+
+def test_swin_is_drawn_stage_by_stage_and_without_transmix(tmp_path):
+    folder = tmp_path / "swin"
+    assert main(["analyze", *SWIN, *IMAGES, "--images=20", "--output", str(folder)]) == 0
+    ratios = rows(folder / "mixing_ratio.csv")
+    assert len(ratios) == 4
+    assert "transmix" not in ratios[0]
+    assert not (folder / "rmse_training.png").exists()  # there is no training to show
+    assert "random weights: nothing here was trained" in (folder / "index.html").read_text()
+
+
+def test_labels_are_drawn_after_the_blocks_asked_for_and_the_last(tmp_path):
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=16, patch_size=2, embed_dim=16,
+                              depths=(2, 2), num_heads=(2, 2), window_size=4)  # fmt: skip
+    heights = {}
+    for layers in (None, (0, 1, 2), (-1,)):
+        path = tmp_path / "maps.png"
+        draw_token_labels(
+            model, torch.randn(4, 3, 16, 16), torch.arange(4), path, (0.5,), (0.5,), columns=1, layers=layers
+        )
+        with Image.open(path) as picture:
+            heights[layers] = picture.height
+    # None: a row for each of the two stages.
+    row = heights[None] - heights[-1,]
+    assert row > 100
+    assert heights[0, 1, 2] == heights[None] + 2 * row
+
+
+def test_checkpoint_of_timm_on_an_image_folder(tmp_path):
+    for part in ("train", "val"):
+        for number, name in enumerate(("cat", "dog")):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (24, 20), (80 * number, 40 * index, 99)).save(
+                    tmp_path / f"data/{part}/{name}/{index}.png"
+                )
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=2, **MODEL)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    options = [*VIT, f"--data=folder:{tmp_path / 'data'}", "--img_size=16", "--workers=0", "--device=cpu"]
+    assert main(["analyze", *options, "--checkpoint", str(tmp_path / "weights.pth"), "--images=100"]) == 0
+    assert_is_complete_in_itself(tmp_path / "analysis" / "index.html")
+    assert {row["weights"] for row in rows(tmp_path / "analysis" / "rmse.csv")} == {"weights.pth", RANDOM}
+
+
+def test_images_and_random_weights_are_always_the_same():
+    config = AnalyzeConfig(
+        data="digits", model="vit_tiny_patch16_224", model_kwargs=MODEL, img_size=16, in_chans=1, workers=0,
+        images=10, batch_size=4, device="cpu",
+    )  # fmt: skip
+    subjects = [create_subject(config, load_data_sets(config), None) for _ in range(2)]
+    assert torch.equal(*(subject.model.blocks[0].attn.qkv.weight for subject in subjects))
+    batches = [list(subject.mixed()) for subject in subjects]
+    assert [len(batch.images) for batch in batches[0]] == [4, 4, 2]
+    for first, second in zip(*batches, strict=True):
+        assert torch.equal(first.mixed, second.mixed)
+        assert torch.equal(first.target.boxes, second.target.boxes)
+    # Not the first ones, which may all be of one class.
+    assert len(set(torch.cat([classes for _, classes in subjects[0].batches()]).tolist())) > 3
+
+
+def test_models_of_table_1_have_the_weights_given_or_say_that_they_are_random(tmp_path):
+    name = "deit_tiny_patch16_224"
+    published = timm.create_model(name)
+    torch.save({"model": published.state_dict()}, tmp_path / f"{name}.pth")
+    config = AnalyzeConfig(data="digits", model="x", in_chans=1, table1_weights=str(tmp_path), device="cpu")
+    data = load_data_sets(config)
+    subject = create_subject_of_table_1(name, config, data)
+    assert subject.weights == f"{name}.pth"
+    # timm sums the weights of the colours for grey images.
+    projection = published.patch_embed.proj.weight.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(subject.model.patch_embed.proj.weight, projection)
+    assert torch.equal(subject.model.blocks[3].attn.qkv.weight, published.blocks[3].attn.qkv.weight)
+    (tmp_path / f"{name}.pth").unlink()
+    assert create_subject_of_table_1(name, config, data).weights == RANDOM
+    torch.save({"model": {"no": torch.zeros(1)}}, tmp_path / f"{name}.pth")
+    with pytest.raises(UsageError, match=name):
+        create_subject_of_table_1(name, config, data)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([*VIT, "--images=1"], "images: expected at least 2"),
+        ([*VIT, "--map_layers=[2]"], "map_layers: expected blocks from -2 to 1"),
+        (["--model=resnet18"], "can't follow labels through"),
+        ([*VIT, "--checkpoint=nowhere.pth"], "checkpoint: cannot read nowhere.pth"),
+        ([*VIT, "--table1_weights=nowhere", "--table1=true"], "table1_weights: expected a folder, got nowhere"),
+        ([*VIT, "--output=/dev/null/x"], "output: cannot make the folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["analyze", *IMAGES, "--images=4", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_text_of_a_page_is_never_markup(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    nasty = '<script>alert(1)</script> & "quoted" \''
+    picture = Picture(tmp_path / "a.png", nasty, nasty)
+    table = Table(nasty, (nasty,), [(nasty,), (0.123456,), (float("nan"),), (None,)])
+    write_page(tmp_path / "index.html", nasty, [nasty], [Section(nasty, [nasty], [picture], [table])])
+    elements = assert_is_complete_in_itself(tmp_path / "index.html")
+    assert [attributes["alt"] for tag, attributes in elements if tag == "img"] == [nasty]
+    cells = re.findall("<td>(.*?)</td>", (tmp_path / "index.html").read_text())
+    assert cells[1:] == ["0.1235", "-", "-"]
