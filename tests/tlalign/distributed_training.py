@@ -17,6 +17,7 @@ WAYS = {
     "ddp, accumulated": {"accumulate": 2},
     "fsdp": {"fsdp": True},
     "fsdp, accumulated": {"fsdp": True, "accumulate": 2, "grad_checkpointing": True},
+    "fsdp, bfloat16": {"fsdp": True, "precision": "bfloat16"},
     "ddp, compiled": {"compile": True},
     "fsdp, compiled": {"fsdp": True, "compile": True},
 }
