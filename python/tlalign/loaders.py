@@ -42,18 +42,19 @@ class Augmentation:
         self.seed = seed
 
     def __call__(self, image: Image.Image, *key: int) -> Tensor:
-        words = np.random.SeedSequence((self.seed, *key)).generate_state(8)
-        state, numpy_state = random.getstate(), np.random.get_state()
+        words = np.random.SeedSequence((self.seed, *key)).generate_state(3, np.uint64).tolist()
+        # Another generator in the place of numpy's takes a tenth of the time of saving the state of its own.
+        state, numpy_generator = random.getstate(), np.random.get_bit_generator()
         # torch.manual_seed would seed accelerators as well.
         with torch.random.fork_rng(devices=[]):
-            random.seed(words[:2].tobytes())
-            np.random.seed(words[2:6])
-            torch.default_generator.manual_seed(int(words[6]) << 32 | int(words[7]))
+            random.seed(words[0])
+            np.random.set_bit_generator(np.random.PCG64(words[1]))
+            torch.default_generator.manual_seed(words[2])
             try:
                 return self.transform(image)
             finally:
                 random.setstate(state)
-                np.random.set_state(numpy_state)
+                np.random.set_bit_generator(numpy_generator)
 
 
 class InMode:

@@ -131,6 +131,12 @@ def test_repeats_are_augmented_anew_and_an_epoch_stays_as_long(folder):
     assert len(augmented.flatten(1).unique(dim=0)) == COUNT
 
 
+def test_repeats_do_not_round_the_images_of_an_epoch_down():
+    loader = train_loader(train_config("", data="digits", batch_size=479, aug_repeats=3))
+    keys = [key for batch in loader._keys for key in batch]
+    assert len(keys) == len(set(keys)) == 1437  # timm's default would take 1280
+
+
 def test_crop_mode_and_three_augment_are_timms(folder):
     config = train_config(folder, auto_augment="3a", color_jitter=0.3, crop_mode="rkrr")
     _, transform = train_loader(config)._loader.dataset.augment.transform.transforms
