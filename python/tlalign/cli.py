@@ -443,6 +443,8 @@ def _summarise(trainer: Trainer, folder: RunFolder, records: Sequence[EpochRecor
         print(f"  top-1 of its average (EMA) {last.top1_ema:.2f} %")
     if last.ratio_change is not None:
         print(f"  mean |aligned - original| mixing ratio in the last epoch {last.ratio_change:.4f}")
+    if unreadable := len(trainer.train_loader.unreadable):
+        print(f"  {unreadable} training images that can't be read were left out")
     print(f"  checkpoint  {folder.last_checkpoint} (the best, of epoch {best.epoch}: {folder.best_checkpoint.name})")
     print(f"  log         {folder.log}")
     print(f"  picture     {_draw_picture(trainer, folder)}")

@@ -25,7 +25,7 @@ PATCH_MIXING = ("random", "block", "tokenmix")
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS_FOLDER = "checkpoints"
 
-# What may be another when a run continues: it decides where and how it runs, but no bit of what it learns.
+# What may be another when a run continues: it decides where and how it runs, but not what it learns.
 MAY_CHANGE = ("data_dir", "download", "workers", "max_unreadable", "device", "checkpoint_steps", "output")
 
 
@@ -49,8 +49,8 @@ class EvalConfig:
         train_split: Name of the part to train on, in sets that name their parts, some joined (train+val); of shards
             their pattern and number of images, such as train-{0000..1023}.tar|1281167.
         eval_split: Name of the part that is held out, likewise.
-        max_unreadable: Images that may turn out to be unreadable before the run stops; each is counted, and the next
-            one of the set taken instead.
+        max_unreadable: Training images that may turn out to be unreadable, in each process, before the run stops; each
+            is counted, and the next one of the set taken instead. Of held-out images none may.
         num_classes: Number of classes; null: as many as the data set has.
         img_size: Side of the images in pixels; null: the model's own.
         in_chans: Channels of the images; null: the model's own.

@@ -89,8 +89,9 @@ class Trainer:
         self.processes = Processes.start(choose_device(config))
         self.device = self.processes.device
         random_seed(config.seed)
-        data = load_data_sets(config)
-        self.model = create_initial_model(config, data.num_classes).to(self.device)
+        with self.processes.first_before_others():
+            data = load_data_sets(config)
+            self.model = create_initial_model(config, data.num_classes).to(self.device)
         self.class_names = data.class_names
         self.image_config = resolve_image_config(config, self.model)
         self._check_mixing()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +77,15 @@ class Processes:
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Context that the first process goes through alone, to fetch what the others then find."""
+        if self.several and not self.first:
+            dist.barrier()
+        yield
+        if self.several and self.first:
+            dist.barrier()
 
     def leave(self) -> None:
         """Parts from the other processes."""

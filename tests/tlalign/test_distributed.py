@@ -55,9 +55,11 @@ def test_two_processes_learn_what_one_does_and_continue_when_stopped(tmp_path, w
             assert json.loads(file.read_text()) == pytest.approx(expected, rel=0.02)
             continue
         assert json.loads(file.read_text()) == pytest.approx(expected, rel=1e-5), file.stem
+        # Adam makes much of small differences in small gradients: here 10 steps of about 1e-3 each.
+        tolerance = {"rtol": 1e-4, "atol": 1e-4 if "compiled" in file.stem else 2e-6}
         checkpoint = torch.load(tmp_path / file.stem / "last.pth.tar", weights_only=False)
         for key, of in (("state_dict", trainer.model), ("state_dict_ema", trainer.task.trainable_module_ema.module)):
-            torch.testing.assert_close(checkpoint[key], of.state_dict(), rtol=1e-4, atol=2e-6, msg=file.stem)
+            torch.testing.assert_close(checkpoint[key], of.state_dict(), **tolerance, msg=file.stem)
         # Held out are 21 images, of which each process has 11: one is evaluated twice, and counted once.
         for record, one in zip(read_log(tmp_path / file.stem / "log.csv"), trainer.records, strict=True):
             assert (record.top1, record.top1_ema) == (one.top1, one.top1_ema)
