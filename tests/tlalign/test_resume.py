@@ -1,6 +1,7 @@
 """Nothing is lost: a run that was stopped anywhere continues to the bits that it would have had."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -190,3 +191,29 @@ def test_a_run_killed_at_any_moment_loses_nothing(tmp_path, kills):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"killed {kills} times" in done.stdout
+
+
+def test_a_full_disk_ends_a_run_that_then_continues_to_the_same_bits(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = Trainer._update
+
+    def fill(self):
+        original(self)
+        if self.step == 4:
+            # Checkpoints are larger than that: the system's answer is an error as that of a full disk.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", fill)
+        try:
+            assert main(["train", *options(folder, checkpoint_steps=3), "--epochs=2", "--resume=auto"]) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    printed = capsys.readouterr().err
+    assert "File too large" in printed
+    assert f"last checkpoint {folder / 'last.pth.tar'}" in printed
+    assert main(["train", "--resume", str(folder)]) == 0
+    whole, _, _ = fit(small(tmp_path / "whole", epochs=2))
+    weights = torch.load(folder / "last.pth.tar", weights_only=False)["state_dict"]
+    assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())

@@ -1,0 +1,72 @@
+"""Where a run's weights come from: random, published, or a checkpoint."""
+
+import pytest
+import torch
+from training import tiny
+
+from tlalign.config import UsageError
+from tlalign.networks import create_initial_model, create_model
+
+MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of a run on 10 classes, and its averaged weights."""
+    torch.manual_seed(1)
+    config = tiny(tmp_path, model_kwargs=MODEL)
+    weights, averaged = (create_model(config, 10).state_dict() for _ in range(2))
+    torch.save({"state_dict": weights, "state_dict_ema": averaged}, tmp_path / "last.pth.tar")
+    return tmp_path / "last.pth.tar", averaged
+
+
+def test_training_starts_from_the_averaged_weights_of_a_checkpoint(checkpoint, tmp_path):
+    path, averaged = checkpoint
+    model = create_initial_model(tiny(tmp_path, initial_checkpoint=str(path)), 10)
+    assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
+
+
+def test_for_other_classes_the_head_is_new_and_the_rest_that_of_the_checkpoint(checkpoint, tmp_path):
+    path, averaged = checkpoint
+    state = create_initial_model(tiny(tmp_path, initial_checkpoint=str(path)), 7).state_dict()
+    assert state["head.weight"].shape == (7, 16)
+    same = [name for name, value in state.items() if torch.equal(value, averaged.get(name)[: len(value)])]
+    assert set(state) - set(same) == {"head.weight"}  # the bias starts at zero in both
+
+
+@pytest.mark.parametrize("lost", ["blocks.0.attn.qkv.weight", "head.weight"])
+def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path, lost):
+    path, averaged = checkpoint
+    del averaged[lost]
+    torch.save(averaged, path)
+    with pytest.raises(UsageError, match=rf"(?s)initial_checkpoint: .* is not of this vit_tiny.*Missing key.*{lost}"):
+        create_initial_model(tiny(tmp_path, initial_checkpoint=str(path)), 10)
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path):
+    path, _ = checkpoint
+    config = tiny(tmp_path, model_kwargs={**MODEL, "depth": 2}, initial_checkpoint=str(path))
+    with pytest.raises(UsageError, match=r"initial_checkpoint: .* is not of this vit_tiny"):
+        create_initial_model(config, 10)
+
+
+def test_images_of_one_channel_take_the_weights_of_three(checkpoint, tmp_path):
+    path, averaged = checkpoint
+    averaged["patch_embed.proj.weight"] = averaged["patch_embed.proj.weight"].repeat(1, 3, 1, 1)
+    torch.save(averaged, path)
+    state = create_initial_model(tiny(tmp_path, initial_checkpoint=str(path)), 10).state_dict()
+    torch.testing.assert_close(state["patch_embed.proj.weight"], averaged["patch_embed.proj.weight"].sum(1, True))
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "pvt_tiny"])
+def test_published_weights_that_cannot_be_had_are_an_error(tmp_path, monkeypatch, model):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    config = tiny(tmp_path, model=model, model_kwargs={}, img_size=None, in_chans=None, pretrained=True)
+    with pytest.raises(UsageError, match=f"pretrained: cannot get the published weights of {model}: .*"):
+        create_initial_model(config, 10)
+
+
+def test_weights_come_from_one_place(tmp_path):
+    with pytest.raises(UsageError, match="pretrained, initial_checkpoint: expected one of the two"):
+        tiny(tmp_path, pretrained=True, initial_checkpoint="some.pth")
