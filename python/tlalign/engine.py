@@ -409,6 +409,7 @@ class Trainer:
             images_per_second=self.config.batch_size * totals.steps / totals.seconds,
             **{f"{part}_seconds": seconds / totals.steps for part, seconds in totals.part_seconds.items()},
             ratio_change=totals.ratio_change / totals.steps if len(totals.ratio_changes) else None,
+            peak_memory=_peak_memory(self.device),
         )
 
     def _save(self, checkpoints: Checkpoints | None, best: bool) -> None:

@@ -42,6 +42,8 @@ class EpochRecord:
         forward_seconds: Mean time of a step for mixing, the model and the loss.
         backward_seconds: Mean time of a step for the gradient and the update of the weights.
         ratio_change: Mean of |aligned - original| mixing ratio.
+        peak_memory: Bytes that were in use at most since the process started: on an accelerator by tensors, on the CPU
+            by the process.
     """
 
     epoch: int
@@ -58,6 +60,7 @@ class EpochRecord:
     forward_seconds: float
     backward_seconds: float
     ratio_change: float | None
+    peak_memory: int
 
     @property
     def metric(self) -> float:

@@ -47,6 +47,7 @@ def test_every_mixing_and_target_trains_and_logs(tmp_path, mixing, target, metho
     trainer, folder, (record,) = fit(config)
     aligned = "+" in method
     assert (record.ratio_change is not None) == aligned
+    assert 2**20 < record.peak_memory < 2**40
     header, row = folder.log.read_text().splitlines()
     assert header.split(",") == [field.name for field in dataclasses.fields(record)]
     assert row.split(",")[2] == str(record.loss)
