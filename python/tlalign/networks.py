@@ -121,9 +121,14 @@ def load_all_weights(name: str, path: Path) -> dict[str, dict[str, Tensor]]:
 
 def align_targets(model: nn.Module, config: TrainConfig) -> None:
     """Makes a model align targets as its configuration says."""
-    options = {"layers": config.layers, "residual": config.residual, "method": config.target}
     try:
-        patch_model(model, **options)
+        patch_model(
+            model,
+            layers=config.layers,
+            residual=config.residual,
+            method=config.target,
+            stochastic_depth=config.stochastic_depth,
+        )
     except NotImplementedError as error:
         raise UsageError(f"target: {config.target} can't train {config.model}: {error}") from error
     except ValueError as error:
