@@ -144,7 +144,6 @@ class Trainer:
             CheckpointError: If a checkpoint can't be written.
             OSError: If the log can't be written.
         """
-        config = self.config
         checkpoints = None if folder is None else Checkpoints(folder.path)
         opened = nullcontext() if folder is None else RunLog(folder.path, self.records, self.step)
         with StopSignals() as signals, opened as log:
@@ -153,7 +152,7 @@ class Trainer:
                 self._train_epoch(epoch, progress, log, checkpoints, signals)
                 record = self._end_epoch(epoch)
                 if log is not None:
-                    log.epoch(record, self._totals.ratio_changes.numpy() if config.aligns else None)
+                    log.epoch(record, self._totals.ratio_changes.numpy())
                 self._totals = _Totals()
                 best = record.metric > max((each.metric for each in self.records), default=-math.inf)
                 self.records.append(record)
