@@ -1,11 +1,12 @@
 """What every model that is followed has to show, whatever its family, and what dense computations of labels share."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import set_reentrant_ckpt
+from timm.layers import DropPath, set_reentrant_ckpt
 
 import tlalign_kernels as tlk
 from tlalign_kernels import MixedTarget, mixed_cross_entropy
@@ -134,6 +135,49 @@ def check_compiles(model, images, target):
     expected = step(model, images, target)
     torch._dynamo.reset()
     assert_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), images, target), *expected)
+
+
+def check_stochastic_depth(model, size, compiles=False):
+    """Asked to, labels stay where the last block drops its attention; all else is as it was, to the bit."""
+    images = torch.randn(8, 3, *size)
+    target = MixedTarget.from_masks(torch.randint(0, CLASSES, (8, 2)), torch.rand(8, 1, *size))
+    last = tlk.patch_model(model.train()).label_blocks(model)[-1]
+    drop_path = last.drop_path1 if hasattr(last, "drop_path1") else last.drop_path
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.5 if module is drop_path else 0.0
+
+    def run(model):
+        torch.manual_seed(1)
+        logits, aligned = model(images, target=target, collect_layers=True)
+        return logits, aligned, gradients(model, mixed_cross_entropy(logits, target))
+
+    outputs = []
+    hook = drop_path.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    logits, paper, expected = run(model)
+    hook.remove()
+    dropped = (outputs[0].flatten(1) == 0).all(dim=1)
+    assert 0 < dropped.sum() < 8
+    evaluated = run(model.eval())[1]
+
+    tlk.patch_model(model, stochastic_depth=True)
+    assert torch.equal(run(model.eval())[1].ratio, evaluated.ratio)
+    ours, aligned, found = run(model.train())
+    assert torch.equal(ours, logits)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    (before, share), of_paper = aligned.layer_shares[-2:], paper.layer_shares[-1]
+    assert torch.equal(share[dropped], before[dropped])
+    assert torch.equal(share[~dropped], of_paper[~dropped])
+    assert (of_paper - before)[dropped].abs().max() > 1e-4
+
+    if compiles:
+        torch._dynamo.reset()
+        _, compiled, gradients_compiled = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+        assert_same((compiled.ratio, gradients_compiled), aligned.ratio, expected)
+    with contextlib.suppress(AssertionError):  # of models that have none
+        model.set_grad_checkpointing()
+    _, checkpointed, gradients_checkpointed = run(model)
+    assert_same((checkpointed.ratio, gradients_checkpointed), aligned.ratio, expected, rtol=0)
 
 
 def check_layers(model, images, target, blocks):

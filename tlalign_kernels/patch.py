@@ -34,6 +34,7 @@ class LabelFollower:
 
     Attributes:
         label_residual: Whether residual connections average labels (Y^ + Y) / 2, set by `patch_model`.
+        label_stochastic_depth: Whether labels stay where an attention is dropped, set by `patch_model`.
         label_backend: Backend of the attention operators, set by `patch_model`.
         mirrors: Methods of the module's class that the follower repeats or relies on, with the digest of the source
             that was read (`source_digest`). A different source is an error when patching, never a guess.
@@ -41,6 +42,7 @@ class LabelFollower:
     """
 
     label_residual: bool = True
+    label_stochastic_depth: bool = False
     label_backend: str = "auto"
     mirrors: ClassVar[dict[str, str]] = {}
     untouched: ClassVar[tuple[str, ...]] = ()
@@ -48,6 +50,25 @@ class LabelFollower:
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
         """Raises NotImplementedError, naming the module, if its configuration can't be followed."""
+
+    def drop_attention(
+        self, drop_path: nn.Module, attended: Tensor, share: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Drops the attention of some images (stochastic depth) and, with `label_stochastic_depth`, the label of it.
+
+        Args:
+            drop_path: timm's DropPath or nn.Identity of the attention.
+            attended: Tokens, (B, N, channels) or (B, Ht, Wt, channels).
+            share: Their labels, (B, N, S) or (B, Ht, Wt, S).
+            before: The labels that passed by the attention.
+
+        Returns:
+            drop_path(attended), and the labels: for the images that it drops those of `before`.
+        """
+        if not self.label_stochastic_depth or isinstance(drop_path, nn.Identity):
+            return drop_path(attended), share
+        factor = drop_path_factor(drop_path, attended)
+        return attended * factor, torch.where(factor == 0, before, share)
 
 
 class ModelFollower(LabelFollower):
@@ -121,6 +142,11 @@ class ImageModelFollower(ModelFollower):
         raise NotImplementedError
 
 
+def drop_path_factor(drop_path: nn.Module, x: Tensor) -> Tensor:
+    """What timm's DropPath multiplies x (B, ...) by: 0 for the images that it drops. Draws what drop_path(x) would."""
+    return drop_path(x.new_ones(len(x), *[1] * (x.dim() - 1)))
+
+
 # Class of a module -> its follower, or None for modules that act on each token alone (and for plain containers).
 _followers: dict[type[nn.Module], type[LabelFollower] | None] = {}
 _originals: dict[type[LabelFollower], type[nn.Module]] = {}
@@ -155,6 +181,7 @@ def patch_model(
     residual: bool = True,
     backend: str = "auto",
     method: str = "tl-align",
+    stochastic_depth: bool = False,
 ) -> nn.Module:
     """Makes a timm model follow labels: `model(images, target=target)` then returns `(logits, aligned)`.
 
@@ -168,9 +195,11 @@ def patch_model(
         backend: Name of a backend, or "auto".
         method: "tl-align" follows labels from layer to layer. "transmix" (arXiv 2111.09833) weights the labels of the
             patches by the attention of the class token in the last block, averaged over the heads, and leaves out the
-            attention to other prefix tokens; `layers` and `residual` are then of no account and must not be given. A
-            patch on the border of a mask has its fraction here (the paper rounds it), and the target is of the
-            attention alone (the authors' code averages it with the plain ratio).
+            attention to other prefix tokens; `layers`, `residual` and `stochastic_depth` are then of no account and
+            must not be given. A patch on the border of a mask has its fraction here (the paper rounds it), and the
+            target is of the attention alone (the authors' code averages it with the plain ratio).
+        stochastic_depth: Leave the labels of an image as they are in blocks that drop its attention (DropPath); False
+            aligns them there too, as the paper does.
 
     Returns:
         `model` itself.
@@ -186,8 +215,11 @@ def patch_model(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if method == "transmix":
-        if layers is not None or not residual:
-            raise ValueError("layers, residual: expected neither with method='transmix', which is of the last block")
+        if layers is not None or not residual or stochastic_depth:
+            raise ValueError(
+                "layers, residual, stochastic_depth: expected none of them with method='transmix', which is of the "
+                "last block"
+            )
         layers, residual = [-1], False
     _check_bare(model)
     plan = list(_plan(model, layers))
@@ -197,6 +229,7 @@ def patch_model(
     for module, follower in plan:
         module.__class__ = follower
         module.label_residual = residual
+        module.label_stochastic_depth = stochastic_depth
         module.label_backend = backend
     model.label_method = method
     return model
@@ -220,7 +253,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         original = _originals.get(type(module))
         if original is not None:
             module.__class__ = original
-            for option in ("label_residual", "label_backend", "label_method"):
+            for option in ("label_residual", "label_stochastic_depth", "label_backend", "label_method"):
                 module.__dict__.pop(option, None)
     return model
 

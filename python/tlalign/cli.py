@@ -51,6 +51,7 @@ Trains vision transformers on mixed images with token-label alignment.
 
 commands:
   train    train a model; without options a small one on handwritten digits, in a minute or two
+  compare  train several methods with several seeds, and set the results side by side
   eval     evaluate a checkpoint
   runs     list runs, and compare them
   export   write the weights of a run for timm
@@ -75,7 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2
-    commands = {"train": train, "eval": evaluate, "runs": list_runs, "export": export, "analyze": analyze}
+    commands = {
+        "train": train,
+        "compare": compare,
+        "eval": evaluate,
+        "runs": list_runs,
+        "export": export,
+        "analyze": analyze,
+    }
     name, *options = arguments
     try:
         if name not in commands:
@@ -100,12 +108,7 @@ def train(options: Sequence[str]) -> int:
     if continued and given.recipe is not None:
         raise UsageError(f"resume: expected no recipe, for {given.resume} has its configuration, got {given.recipe}")
     values = _saved(Path(given.resume)) if continued else load_recipe(given.recipe or _DEFAULT_RECIPE)
-    of_file = {} if given.config is None else load_config_file(given.config)
-    model = _model_among(flags) or of_file.get("model")
-    if model not in (None, values.get("model")):
-        # They are made for the model of the recipe.
-        values.pop("model_kwargs", None)
-    values |= of_file
+    values = _with_config_file(values, given.config, flags)
     if continued:
         values["output"] = given.resume
     parser = jsonargparse.ArgumentParser(
@@ -114,9 +117,7 @@ def train(options: Sequence[str]) -> int:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    recipes = f"{', '.join(recipe_names())}, or none for plain defaults."
-    parser.add_argument("--recipe", default=_DEFAULT_RECIPE, help=f"Name of a recipe: {recipes}")
-    parser.add_argument("--config", help="YAML file with values for any of the options below.")
+    _add_sources(parser)
     parser.add_argument(
         "--resume",
         help="Run folder to continue, with the configuration in it; or auto: the run in --output if there is one, else "
@@ -128,14 +129,69 @@ def train(options: Sequence[str]) -> int:
         help="Build everything, run two steps and say what the run would take; nothing is written.",
     )
     parser.add_class_arguments(TrainConfig, None)
-    if "data" not in values and not _is_among("data", flags):
-        raise UsageError("data: expected a data set, which the recipe leaves to you: --data folder:PATH, or see --help")
-    config = _parse(parser, TrainConfig, values, flags)
-    if not continued and given.recipe is None and config.data != load_recipe(_DEFAULT_RECIPE)["data"]:
-        raise UsageError(f"recipe: the default, {_DEFAULT_RECIPE}, is not made for {config.data}; give --recipe none")
+    config = _parse_training(parser, values, flags)
+    if not continued:
+        _check_recipe(given.recipe, config)
     if given.dry_run:
         return _try(config)
     return _run(config, resume=given.resume is not None and _is_to_resume(config))
+
+
+def compare(options: Sequence[str]) -> int:
+    """`tlalign compare`: trains methods with several seeds, and prints and writes a table of what they gave."""
+    from tlalign.compare import METHODS, PLOT_FILE, TABLE_FILE, Comparison, plan_runs
+    from tlalign.progress import ComparisonProgress
+
+    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--recipe", "--config"):
+        sources.add_argument(name)
+    given, flags = sources.parse_known_args([_underscored(option) for option in options])
+    values = _with_config_file(load_recipe(given.recipe or _DEFAULT_RECIPE), given.config, flags)
+    parser = jsonargparse.ArgumentParser(
+        prog="tlalign compare",
+        description="Trains each method with each seed, all else being the same, in folders of their own in --output, "
+        "and writes a table and a plot of what they gave. The same command goes on after a stop, and trains nothing "
+        "twice.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    _add_sources(parser)
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), help="Methods, MIXING or MIXING+TARGET as train calls them."
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="Number of seeds, from --seed on.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, which share the cores and the device.")
+    parser.add_class_arguments(TrainConfig, None)
+    config = _parse_training(parser, values, flags)
+    _check_recipe(given.recipe, config)
+    given = _parse_flags(parser, flags, field_names(TrainConfig))
+    for name in ("mixing", "target"):
+        if _is_among(name, flags):
+            raise UsageError(f"{name}: expected none, for --methods says which, got --{name}")
+    if config.output is None:
+        raise UsageError("output: expected the folder of the comparison (--output runs/NAME), got null")
+    if given.jobs < 1:
+        raise UsageError(f"jobs: expected at least 1, got {given.jobs}")
+    output = Path(config.output)
+    configs = plan_runs(config, given.methods, given.seeds, output)
+    for each in configs:
+        # Before anything is trained: whether a folder holds a run of another configuration.
+        _is_to_resume(each)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output: cannot make the folder {output}: {error}") from error
+    comparison = Comparison(configs, output)
+    with ComparisonProgress() as progress:
+        interrupted_by = comparison.train(given.jobs, progress)
+    comparison.save_table()
+    comparison.save_plot()
+    print(comparison.table())
+    print(f"table {output / TABLE_FILE}, plot {output / PLOT_FILE}, runs: tlalign runs {output}")
+    if interrupted_by is not None:
+        print("tlalign: interrupted; the same command goes on", file=sys.stderr)
+        return 128 + interrupted_by
+    return 1 if comparison.errors else 0
 
 
 def evaluate(options: Sequence[str]) -> int:
@@ -235,6 +291,35 @@ def analyze(options: Sequence[str]) -> int:
     page = write_report(config, None if given.checkpoint is None else Path(given.checkpoint))
     print(f"page      {page}\npictures and tables beside it")
     return 0
+
+
+def _add_sources(parser: jsonargparse.ArgumentParser) -> None:
+    """Adds the options that say where the values of a configuration come from."""
+    recipes = f"{', '.join(recipe_names())}, or none for plain defaults."
+    parser.add_argument("--recipe", default=_DEFAULT_RECIPE, help=f"Name of a recipe: {recipes}")
+    parser.add_argument("--config", help="YAML file with values for any of the options below.")
+
+
+def _with_config_file(values: dict[str, Any], path: str | None, flags: Sequence[str]) -> dict[str, Any]:
+    """Values of a file over those of a recipe, whose model_kwargs go with its model only."""
+    of_file = {} if path is None else load_config_file(path)
+    model = _model_among(flags) or of_file.get("model")
+    if model not in (None, values.get("model")):
+        values = {name: value for name, value in values.items() if name != "model_kwargs"}
+    return values | of_file
+
+
+def _parse_training(parser: jsonargparse.ArgumentParser, values: dict[str, Any], flags: Sequence[str]) -> TrainConfig:
+    """Reads flags over the values of a recipe, a file or a run."""
+    if "data" not in values and not _is_among("data", flags):
+        raise UsageError("data: expected a data set, which the recipe leaves to you: --data folder:PATH, or see --help")
+    return _parse(parser, TrainConfig, values, flags)
+
+
+def _check_recipe(recipe: str | None, config: TrainConfig) -> None:
+    """Raises UsageError if no recipe was named, and the default is one for other images."""
+    if recipe is None and config.data != load_recipe(_DEFAULT_RECIPE)["data"]:
+        raise UsageError(f"recipe: the default, {_DEFAULT_RECIPE}, is not made for {config.data}; give --recipe none")
 
 
 def _parse_over_checkpoint(

@@ -144,6 +144,8 @@ class TrainConfig(EvalConfig):
             `transmix`; or of a `teacher` how much of each image's class activation is seen (TokenMix).
         layers: Blocks in which `tl-align` aligns labels, counted from 0, negative from the end; null: all.
         residual: Let `tl-align` average labels over residual connections.
+        stochastic_depth: Let `tl-align` leave the labels of an image as they are in blocks that drop its attention (of
+            models with a drop_path_rate); the paper aligns them there too.
         teacher_checkpoint: Weights of a trained network, for the target `teacher` and the mixing `attentive-cutmix`.
             Where a config.yaml lies beside them, that says what they are of. It is shown the images that the model is
             trained on, with their size and normalisation.
@@ -199,6 +201,7 @@ class TrainConfig(EvalConfig):
     target: Target = "tl-align"
     layers: tuple[int, ...] | None = None
     residual: bool = True
+    stochastic_depth: bool = False
     teacher_checkpoint: str | None = None
     teacher_model: str | None = None
     cutmix_alpha: float = 1.0
@@ -254,8 +257,10 @@ class TrainConfig(EvalConfig):
             self._check(name, "more than 0", lambda value: value > 0)
         if self.pretrained and self.initial_checkpoint is not None:
             raise UsageError("pretrained, initial_checkpoint: expected one of the two, got both")
-        if self.target != "tl-align" and (self.layers is not None or not self.residual):
-            raise UsageError(f"layers, residual: expected neither with the target {self.target}, only with tl-align")
+        if self.target != "tl-align" and (self.layers is not None or not self.residual or self.stochastic_depth):
+            raise UsageError(
+                f"layers, residual, stochastic_depth: expected none with the target {self.target}, only with tl-align"
+            )
         if self.needs_teacher and self.teacher_checkpoint is None:
             what = "the target teacher" if self.target == "teacher" else "attentive-cutmix"
             raise UsageError(f"teacher_checkpoint: expected weights of a trained network for {what}, got none")

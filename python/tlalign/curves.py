@@ -84,6 +84,43 @@ def draw_comparison(runs: Mapping[str, Sequence[EpochRecord]], path: Path) -> No
     _save(figure, path)
 
 
+def draw_methods(top1: Mapping[str, Sequence[float]], relative_times: Mapping[str, float | None], path: Path) -> None:
+    """Draws what methods reach with several seeds, and what they cost.
+
+    Args:
+        top1: Top-1 (per cent) of the runs of each method, by its name.
+        relative_times: Time of a step without the wait for images relative to that of CutMix, by the same names; None
+            where it is not known.
+        path: PNG file to write.
+
+    Raises:
+        OSError: If it can't be written.
+    """
+    figure = Figure(figsize=(11, 1.5 + 0.4 * len(top1)), layout="constrained")
+    accuracy, time = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    for row, values in enumerate(top1.values()):
+        accuracy.plot(values, [row] * len(values), "o", color=_COLOURS[0], alpha=0.4, mec="none", label="a seed")
+        spread = np.std(values, ddof=1) if len(values) > 1 else None
+        style = {"fmt": "|", "color": _COLOURS[2], "ms": 14, "capsize": 4, "label": "mean, standard deviation"}
+        accuracy.errorbar(np.mean(values), row, xerr=spread, **style)
+    accuracy.set_xlabel("top-1, held-out images (%)")
+    accuracy.set_yticks(range(len(top1)), list(top1))
+    accuracy.set_ylim(len(top1) - 0.5, -0.5)
+    for row, name in enumerate(top1):
+        if relative_times[name] is not None:
+            bar = time.barh(row, relative_times[name], height=0.6, color=_COLOURS[6])
+            time.bar_label(bar, fmt="%.2f", padding=2)
+    time.axvline(1.0, color=_COLOURS[2], linewidth=1, zorder=0)
+    time.margins(x=0.2)
+    time.set_xlabel("time of a step, relative to CutMix")
+    for axis in (accuracy, time):
+        axis.grid(alpha=0.3)
+    handles, names = accuracy.get_legend_handles_labels()
+    by_name = dict(zip(names, handles, strict=True))
+    figure.legend(by_name.values(), by_name.keys(), loc="outside lower left", ncols=2)
+    _save(figure, path)
+
+
 def _draw_lines(axis: Axes, records: Sequence[EpochRecord], fields: Mapping[str, str]) -> None:
     marked = len(records) <= _MOST_MARKERS
     for (name, field), colour, line, marker in zip(fields.items(), _COLOURS, _LINES, _MARKERS, strict=False):

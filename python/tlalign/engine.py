@@ -9,12 +9,10 @@ import math
 import resource
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from tlalign.networks import align_targets, create_initial_model, create_teacher
 from tlalign.processes import Processes
 from tlalign.progress import TrainingProgress
 from tlalign.runs import EpochRecord, RunFolder
+from tlalign.signals import StopSignals
 from tlalign.task import AlignedClassificationTask, create_mixing
 
 # Reading the loss waits for an accelerator, so it is read every so many steps there.
@@ -146,16 +145,15 @@ class Trainer:
             CheckpointError: If a checkpoint can't be written.
             OSError: If the log can't be written.
         """
-        config = self.config
         checkpoints = None if folder is None else Checkpoints(folder.path)
         opened = nullcontext() if folder is None else RunLog(folder.path, self.records, self.step)
-        with _StopSignals() as signals, opened as log:
+        with StopSignals() as signals, opened as log:
             while self.step < self.total_steps:
                 epoch = self.step // self.steps_per_epoch + 1
                 self._train_epoch(epoch, progress, log, checkpoints, signals)
                 record = self._end_epoch(epoch)
                 if log is not None:
-                    log.epoch(record, self._totals.ratio_changes.numpy() if config.aligns else None)
+                    log.epoch(record, self._totals.ratio_changes.numpy())
                 self._totals = _Totals()
                 best = record.metric > max((each.metric for each in self.records), default=-math.inf)
                 self.records.append(record)
@@ -306,7 +304,7 @@ class Trainer:
         progress: TrainingProgress,
         log: RunLog | None,
         checkpoints: Checkpoints | None,
-        signals: _StopSignals,
+        signals: StopSignals,
     ) -> None:
         """Trains what is left of an epoch."""
         self.task.train()
@@ -369,7 +367,7 @@ class Trainer:
             self.scheduler.step_update(self.step)
 
     def _read(
-        self, unread: list[tuple[Tensor, Tensor | None]], stopwatch: _Stopwatch, signals: _StopSignals, epoch: int
+        self, unread: list[tuple[Tensor, Tensor | None]], stopwatch: _Stopwatch, signals: StopSignals, epoch: int
     ) -> tuple[float, bool]:
         """Takes what steps gave into the totals; returns their mean loss and whether a process was told to stop."""
         totals = self._totals
@@ -410,6 +408,7 @@ class Trainer:
             images_per_second=self.config.batch_size * totals.steps / totals.seconds,
             **{f"{part}_seconds": seconds / totals.steps for part, seconds in totals.part_seconds.items()},
             ratio_change=totals.ratio_change / totals.steps if len(totals.ratio_changes) else None,
+            peak_memory=_peak_memory(self.device),
         )
 
     def _save(self, checkpoints: Checkpoints | None, best: bool) -> None:
@@ -420,7 +419,7 @@ class Trainer:
         if checkpoints is not None:
             checkpoints.save(state, len(self.records), self.step, best)
 
-    def _agree(self, signals: _StopSignals) -> bool:
+    def _agree(self, signals: StopSignals) -> bool:
         """Whether any process was told to stop."""
         told = torch.tensor(float(signals.number is not None), device=self.device)
         return self.processes.mean(told).item() > 0
@@ -491,28 +490,6 @@ class _Stopwatch:
         event = torch.Event(self.device, enable_timing=True)
         event.record()
         return event
-
-
-class _StopSignals:
-    """Context in which the first SIGINT or SIGTERM is noted, so that a step can end; a second acts as it would."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
-
-    def __enter__(self) -> _StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        signal.signal(number, self.before[number])
 
 
 def _seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:

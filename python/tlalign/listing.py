@@ -110,7 +110,7 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
             for file in path.rglob(name):
                 below = file.parent.relative_to(path)
                 found.setdefault(file.parent.resolve(), (file.parent, str(below) if below.name else str(path)))
-    return [_read_run(path, name) for path, name in sorted(found.values())]
+    return [read_run(path, name) for path, name in sorted(found.values())]
 
 
 class RunTable:
@@ -185,7 +185,13 @@ class RunTable:
             raise UsageError(f"plot: cannot write {path}: {error}") from error
 
 
-def _read_run(path: Path, name: str) -> Run:
+def read_run(path: Path, name: str) -> Run:
+    """Reads the folder of a run, of which some or all may be missing; what can't be read is its problem.
+
+    Args:
+        path: The folder.
+        name: What to call it.
+    """
     run, config_file = Run(path, name), path / CONFIG_FILE
     try:
         run.values = load_config_file(config_file)

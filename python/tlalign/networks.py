@@ -139,9 +139,14 @@ def set_weights(option: str, path: Path, weights: dict[str, Tensor], model: nn.M
 
 def align_targets(model: nn.Module, config: TrainConfig) -> None:
     """Makes a model align targets as its configuration says."""
-    options = {"layers": config.layers, "residual": config.residual, "method": config.target}
     try:
-        patch_model(model, **options)
+        patch_model(
+            model,
+            layers=config.layers,
+            residual=config.residual,
+            method=config.target,
+            stochastic_depth=config.stochastic_depth,
+        )
     except NotImplementedError as error:
         raise UsageError(f"target: {config.target} can't train {config.model}: {error}") from error
     except ValueError as error:

@@ -70,3 +70,51 @@ class TrainingProgress:
     def epoch_done(self, top1: float) -> None:
         """Takes note of the top-1 (per cent) after an epoch."""
         self.top1 = f"top-1 {top1:.1f} %  "
+
+
+class ComparisonProgress:
+    """Context manager that shows a line for each run that ends, and on a terminal a bar.
+
+    Args:
+        console: Where to write to; standard output by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = Console() if console is None else console
+        columns = TextColumn("run {task.completed} of {task.total}"), BarColumn(None), TextColumn("{task.fields[left]}")
+        self.bar = Progress(*columns, console=self.console, expand=True, disable=not self.console.is_terminal)
+        self.total = self.done = self.done_before = 0
+        self.since = time.monotonic()
+
+    def __enter__(self) -> ComparisonProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def start(self, total: int, done: int) -> None:
+        """Begins to count.
+
+        Args:
+            total: Number of runs.
+            done: Number of those that were finished before.
+        """
+        self.total, self.done, self.done_before, self.since = total, done, done, time.monotonic()
+        self.bar_task = self.bar.add_task("runs", total=total, completed=done, left="")
+        self.bar.start()
+
+    def run_done(self, what: str, seconds: float) -> None:
+        """Shows that a run ended.
+
+        Args:
+            what: Which, and how it went.
+            seconds: Time that it took.
+        """
+        self.done += 1
+        each = (time.monotonic() - self.since) / (self.done - self.done_before)
+        left = f"{timedelta(seconds=round(each * (self.total - self.done)))} left"
+        self.bar.update(self.bar_task, completed=self.done, left=left)
+        line = f"{self.done}/{self.total}  {what}  in {timedelta(seconds=round(seconds))}, {left}"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -41,7 +41,9 @@ class EpochRecord:
         data_seconds: Mean time of a step that the process waits for images.
         forward_seconds: Mean time of a step for mixing, the model and the loss.
         backward_seconds: Mean time of a step for the gradient and the update of the weights.
-        ratio_change: Mean of |aligned - original| mixing ratio.
+        ratio_change: Mean of |aligned - original| mixing ratio, or of |the teacher's - original|.
+        peak_memory: Bytes that were in use at most since the process started: on an accelerator by tensors, on the CPU
+            by the process.
     """
 
     epoch: int
@@ -58,6 +60,7 @@ class EpochRecord:
     forward_seconds: float
     backward_seconds: float
     ratio_change: float | None
+    peak_memory: int
 
     @property
     def metric(self) -> float:

@@ -108,19 +108,21 @@ class AlignedClassificationTask(ClassificationTask):
         Returns:
             loss: Scalar to call backward on.
             output: Logits (B, C); of the class token in distilled training.
-            ratio_change: float32 (B, S), aligned minus original mixing ratio; in distilled training those of the class
-                tokens, then those of the distillation tokens; with `align` only.
+            ratio_change: float32 (B, S), aligned or the teacher's minus original mixing ratio; in distilled training
+                those of the class tokens, then those of the distillation tokens; with `align` or a teacher only.
         """
+        changes = {}
         if not isinstance(target, MixedTarget):
             if self.mixing is None:
                 return super().forward(input, target)
             images = input
             input, target = self.mixing(images, target)
             if self.teacher is not None:
-                target = self.teacher.target(self.mixing, images, target)
+                original, target = target, self.teacher.target(self.mixing, images, target)
+                changes = {"ratio_change": target.image_share() - original.image_share()}
         if not self.align:
             outputs = _as_tuple(self.trainable_module(input))
-            return {"loss": self._mean_loss(outputs, (target,) * len(outputs)), "output": outputs[0]}
+            return {"loss": self._mean_loss(outputs, (target,) * len(outputs)), "output": outputs[0], **changes}
         logits, aligned = self.trainable_module(input, target=target)
         outputs, targets = _as_tuple(logits), _as_tuple(aligned)
         change = torch.cat([each.image_share() for each in targets]) - target.image_share().repeat(len(targets), 1)

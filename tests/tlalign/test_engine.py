@@ -47,6 +47,7 @@ def test_every_mixing_and_target_trains_and_logs(tmp_path, mixing, target, metho
     trainer, folder, (record,) = fit(config)
     aligned = "+" in method
     assert (record.ratio_change is not None) == aligned
+    assert 2**20 < record.peak_memory < 2**40
     header, row = folder.log.read_text().splitlines()
     assert header.split(",") == [field.name for field in dataclasses.fields(record)]
     assert row.split(",")[2] == str(record.loss)
@@ -55,12 +56,12 @@ def test_every_mixing_and_target_trains_and_logs(tmp_path, mixing, target, metho
     assert patched == ("AlignedVisionTransformer" if aligned else "VisionTransformer")
 
 
-def test_layers_and_residual_are_those_of_the_model(tmp_path):
+def test_options_of_the_alignment_are_those_of_the_model(tmp_path):
     model = {**TINY["model_kwargs"], "depth": 3}
-    trainer = Trainer(tiny(tmp_path, model_kwargs=model, layers=(0, -1), residual=False))
+    trainer = Trainer(tiny(tmp_path, model_kwargs=model, layers=(0, -1), residual=False, stochastic_depth=True))
     blocks = trainer.model.blocks
     assert [isinstance(block, LabelFollower) for block in blocks] == [True, False, True]
-    assert not blocks[0].label_residual
+    assert (blocks[0].label_residual, blocks[0].label_stochastic_depth) == (False, True)
 
 
 @pytest.mark.parametrize(("mixing", "target"), [("tokenmix", "teacher"), ("attentive-cutmix", "tl-align")])

@@ -122,6 +122,10 @@ def test_compiles_into_one_graph(checkpointing):
     following.check_compiles(model, *following.images_and_target((36, 44)))
 
 
+def test_labels_may_stay_where_an_attention_is_dropped():
+    following.check_stochastic_depth(small(depths=(1, 1, 1, 2), drop_path_rate=0.5), SIZE)
+
+
 def test_layers_choose_the_blocks_that_align():
     following.check_layers(small(), *following.images_and_target(SIZE), blocks=5)
 

@@ -64,6 +64,23 @@ def test_with_alignment_the_loss_is_timms_on_the_dense_aligned_target():
     assert (result["loss"] - plain).abs() > 1e-4
 
 
+@pytest.mark.parametrize("align", [True, False])
+def test_token_labels_over_all_classes_can_be_trained_on(align):
+    model = make_model()
+    images, _ = make_batch()
+    target = tlk.MixedTarget.from_dense(torch.randn(6, CLASSES, 4, 4).mul(3).softmax(dim=1))
+    if align:
+        tlk.patch_model(model)
+    result = AlignedClassificationTask(model, align=align, smoothing=0.1)(images, target)
+    result["loss"].backward()
+    logits, of_image = model(images, target=target) if align else (model(images), target)
+    expected = of_image.to_dense(CLASSES, 0.1)
+    torch.testing.assert_close(result["loss"], SoftTargetCrossEntropy()(logits, expected))
+    mean = target.token_labels.mean(dim=(2, 3)) * 0.9 + 0.1 / CLASSES
+    assert torch.allclose(expected, mean) != align
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_binary_loss_is_timms():
     model = tlk.patch_model(make_model())
     images, target = mix(*make_batch())
@@ -204,15 +221,17 @@ def test_a_missing_package_is_a_usage_error(monkeypatch):
 def test_a_teacher_s_target_takes_the_place_of_the_ratio():
     images, classes = make_batch()
     model = make_model()
-    teacher = Teacher(timm.create_model("test_resnet", num_classes=CLASSES))
+    teacher = Teacher(make_model())
     task = AlignedClassificationTask(model, CutMix(mode="elem"), align=False, teacher=teacher, seed=3)
     task.start_step(5)
-    loss = task(images, classes)["loss"]
+    result = task(images, classes)
     strategy = CutMix(mode="elem")
     strategy.reseed(3, 5, 0)
     mixed, target = strategy(images, classes)
-    expected = tlk.mixed_cross_entropy(model(mixed), teacher.target(strategy, images, target))
-    torch.testing.assert_close(loss, expected)
+    taught = teacher.target(strategy, images, target)
+    torch.testing.assert_close(result["loss"], tlk.mixed_cross_entropy(model(mixed), taught))
+    assert torch.equal(result["ratio_change"], taught.ratio - target.ratio)
+    assert result["ratio_change"].abs().max() > 1e-3
     assert set(task.state_dict()) == set(AlignedClassificationTask(model, align=False).state_dict())
     task.train()
     assert not teacher.model.training and not any(p.requires_grad for p in teacher.model.parameters())

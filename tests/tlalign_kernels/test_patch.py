@@ -180,8 +180,8 @@ def test_bad_arguments_are_refused():
         tlk.patch_model(vit_tiny(), backend="fast")
     with pytest.raises(ValueError, match="method: expected one of tl-align, transmix, got 'cutmix'"):
         tlk.patch_model(vit_tiny(), method="cutmix")
-    for options in ({"layers": [1]}, {"residual": False}):
-        with pytest.raises(ValueError, match="layers, residual: expected neither with method='transmix'"):
+    for options in ({"layers": [1]}, {"residual": False}, {"stochastic_depth": True}):
+        with pytest.raises(ValueError, match="layers, residual, stochastic_depth: expected none of them"):
             tlk.patch_model(vit_tiny(), method="transmix", **options)
 
 

@@ -331,6 +331,11 @@ def test_windows_and_masks_are_those_of_timm(family, made_for, given, window, sh
         torch.testing.assert_close(gradient, timms, rtol=0, atol=1e-12 * largest)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_labels_may_stay_where_an_attention_is_dropped(name):
+    following.check_stochastic_depth(small(name, drop_path_rate=0.5), (36, 20))
+
+
 def test_layers_choose_the_blocks_that_align():
     model = small(FAMILIES[0], (32, 32))
     images, target = images_and_target(model)

@@ -116,6 +116,10 @@ def test_compiles_into_one_graph():
     following.check_compiles(model, *following.images_and_target((36, 44)))
 
 
+def test_labels_may_stay_where_an_attention_is_dropped():
+    following.check_stochastic_depth(small("twins_pcpvt_small", depths=(1, 1, 1, 2), drop_path_rate=0.5), SIZE)
+
+
 def test_layers_choose_the_blocks_that_align():
     following.check_layers(small("twins_svt_small"), *following.images_and_target(SIZE), blocks=7)
 

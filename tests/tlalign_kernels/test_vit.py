@@ -270,13 +270,44 @@ def test_parallel_attentions_and_attention_beside_an_mlp_average_over_their_resi
     images, target = images_and_target(model)
     first = model._first_share(model.patch_embed(images), target, tuple(images.shape[2:]))
     _, aligned = model(images, target=target, collect_layers=True)
+    attentions = parallel_attentions(model, images)
+    expected = (first + attentions[0] @ first + attentions[1] @ first) / 3
+    torch.testing.assert_close(aligned.layer_shares[0], expected)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_of_parallel_attentions_those_that_are_dropped_may_count_for_nothing(residual):
+    model = small("vit_small_patch16_18x2_224", depth=1).double().train()
+    images = torch.randn(16, 3, 48, 32, dtype=torch.float64)
+    target = MixedTarget.from_masks(torch.randint(0, 10, (16, 2)), torch.rand(16, 1, 48, 32))
+    factors = []
+    for branch in model.blocks[0].attns:
+        branch.drop_path = timm.layers.DropPath(0.5)
+        branch.drop_path.register_forward_hook(lambda module, inputs, output: factors.append(output[:, 0, 0]))
+    torch.manual_seed(1)
+    logits = model(images)
+    kept = torch.stack(factors, dim=1) != 0
+    assert len({tuple(row) for row in kept.tolist()}) == 4
+    tlk.patch_model(model, residual=residual, stochastic_depth=True)
+    torch.manual_seed(1)
+    ours, aligned = model(images, target=target, collect_layers=True)
+    assert relative(ours, logits) < 1e-11
+    first = model._first_share(model.patch_embed(images), target, tuple(images.shape[2:]))
+    mixed = [attention @ first for attention in parallel_attentions(model, images)]
+    for image, of_branches in enumerate(kept.tolist()):
+        paths = [share[image] for share, is_kept in zip(mixed, of_branches, strict=True) if is_kept]
+        paths += [first[image]] if residual or not paths else []
+        torch.testing.assert_close(aligned.layer_shares[0][image], sum(paths) / len(paths))
+
+
+def parallel_attentions(model, images):
+    """Attention matrices (B, N, N) of the parallel attentions of the first block, averaged over the heads."""
     tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     attentions = []
     for branch in model.blocks[0].attns:
         qkv = branch.attn.qkv(branch.norm(tokens)).unflatten(-1, (3, 4, 24)).permute(2, 0, 3, 1, 4)
         attentions.append(torch.softmax(qkv[0] @ qkv[1].transpose(2, 3) / 24**0.5, dim=-1).mean(dim=1))
-    expected = (first + attentions[0] @ first + attentions[1] @ first) / 3
-    torch.testing.assert_close(aligned.layer_shares[0], expected)
+    return attentions
 
 
 @pytest.mark.parametrize("include_prefix", [False, True])
@@ -329,6 +360,15 @@ def test_without_residual_labels_are_only_attended():
     first = model._first_share(model.patch_embed(images), target, tuple(images.shape[2:]))
     torch.testing.assert_close(with_residual.layer_shares[0], (without.layer_shares[0] + first) / 2)
     assert not torch.allclose(without.layer_shares[0], first)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_small_patch16_36x1_224", "vit_base_patch16_rpn_224", "vit_base_patch16_xp_224"],
+    ids=["layer scale", "norm after the attention", "MLP beside the attention"],
+)
+def test_labels_may_stay_where_an_attention_is_dropped(name):
+    following.check_stochastic_depth(small(name, drop_path_rate=0.5), (48, 32), compiles="36x1" in name)
 
 
 def test_labels_of_dropped_patches_go_with_them():

@@ -90,8 +90,9 @@ class AlignedBlock(LabelFollower, pvt_v2.Block):
         if share is None:
             return super().forward(x, feat_size)
         residual = share if self.label_residual else None
-        attended, share = self.attn(self.norm1(x), feat_size, share, residual)
-        x = x + self.drop_path1(attended)
+        attended, mixed = self.attn(self.norm1(x), feat_size, share, residual)
+        attended, share = self.drop_attention(self.drop_path1, attended, mixed, share)
+        x = x + attended
         x = x + self.drop_path2(self.mlp(self.norm2(x), feat_size))
         return x, share
 

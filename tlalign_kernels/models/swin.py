@@ -172,8 +172,9 @@ class AlignedSwinTransformerBlock(LabelFollower, swin_transformer.SwinTransforme
         if share is None:
             return super().forward(x)
         residual = share if self.label_residual else None
-        attended, share = self.attn(self.norm1(x), share=share, residual=residual, shift=self.shift_size)
-        x = x + self.drop_path1(attended)
+        attended, mixed = self.attn(self.norm1(x), share=share, residual=residual, shift=self.shift_size)
+        attended, share = self.drop_attention(self.drop_path1, attended, mixed, share)
+        x = x + attended
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x, share
 
@@ -192,8 +193,9 @@ class AlignedSwinTransformerV2Block(LabelFollower, swin_transformer_v2.SwinTrans
         if share is None:
             return super().forward(x)
         residual = share if self.label_residual else None
-        attended, share = self.attn(x, share=share, residual=residual, shift=self.shift_size)
-        x = x + self.drop_path1(self.norm1(attended))
+        attended, mixed = self.attn(x, share=share, residual=residual, shift=self.shift_size)
+        attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
+        x = x + attended
         x = x + self.drop_path2(self.norm2(self.mlp(x)))
         return x, share
 
@@ -212,8 +214,9 @@ class AlignedSwinTransformerV2CrBlock(LabelFollower, swin_transformer_v2_cr.Swin
         if share is None:
             return super().forward(x)
         residual = share if self.label_residual else None
-        attended, share = self.attn(x, share=share, residual=residual, shift=self.shift_size)
-        x = x + self.drop_path1(self.norm1(attended))
+        attended, mixed = self.attn(x, share=share, residual=residual, shift=self.shift_size)
+        attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
+        x = x + attended
         x = x + self.drop_path2(self.norm2(self.mlp(x)))
         return self.norm3(x), share
 

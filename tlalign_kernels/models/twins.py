@@ -105,8 +105,9 @@ class AlignedBlock(LabelFollower, twins.Block):
         if share is None:
             return super().forward(x, size)
         residual = share if self.label_residual else None
-        attended, share = self.attn(self.norm1(x), size, share, residual)
-        x = x + self.drop_path1(attended)
+        attended, mixed = self.attn(self.norm1(x), size, share, residual)
+        attended, share = self.drop_attention(self.drop_path1, attended, mixed, share)
+        x = x + attended
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x, share
 

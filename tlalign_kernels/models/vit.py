@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tlalign_kernels import ops
 from tlalign_kernels.functional import attention, attention_qkv
 from tlalign_kernels.labels import MixedTarget, gather_share, residual_share
-from tlalign_kernels.patch import LabelFollower, ModelFollower, register
+from tlalign_kernels.patch import LabelFollower, ModelFollower, drop_path_factor, register
 
 
 class AlignedAttention(LabelFollower, tl.Attention):
@@ -84,8 +84,9 @@ class AlignedBlock(LabelFollower, vision_transformer.Block):
         if share is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         residual = share if self.label_residual else None
-        attended, share = self.attn(self.norm1(x), attn_mask, is_causal, share, residual)
-        x = x + self.drop_path1(self.ls1(attended))
+        attended, mixed = self.attn(self.norm1(x), attn_mask, is_causal, share, residual)
+        attended, share = self.drop_attention(self.drop_path1, self.ls1(attended), mixed, share)
+        x = x + attended
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x, share
 
@@ -102,8 +103,9 @@ class AlignedResPostBlock(LabelFollower, vision_transformer.ResPostBlock):
         if share is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         residual = share if self.label_residual else None
-        attended, share = self.attn(x, attn_mask, is_causal, share, residual)
-        x = x + self.drop_path1(self.norm1(attended))
+        attended, mixed = self.attn(x, attn_mask, is_causal, share, residual)
+        attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
+        x = x + attended
         x = x + self.drop_path2(self.norm2(self.mlp(x)))
         return x, share
 
@@ -124,7 +126,7 @@ class AlignedParallelScalingBlock(LabelFollower, vision_transformer.ParallelScal
         if self.mlp_bias is not None:
             x_mlp = x_mlp + self.mlp_bias
         heads = (batch, tokens, self.num_heads, self.head_dim)
-        attended, share = attention(
+        attended, mixed = attention(
             self.q_norm(query.view(heads)).transpose(1, 2),
             self.k_norm(key.view(heads)).transpose(1, 2),
             value.view(heads).transpose(1, 2),
@@ -141,7 +143,8 @@ class AlignedParallelScalingBlock(LabelFollower, vision_transformer.ParallelScal
             y = self.out_proj(torch.cat((attended, x_mlp), dim=-1))
         else:
             y = self.attn_out_proj(attended) + self.mlp_out_proj(x_mlp)
-        return x + self.drop_path(self.ls(y)), share
+        y, share = self.drop_attention(self.drop_path, self.ls(y), mixed, share)
+        return x + y, share
 
 
 class AlignedParallelThingsBlock(LabelFollower, vision_transformer.ParallelThingsBlock):
@@ -155,13 +158,22 @@ class AlignedParallelThingsBlock(LabelFollower, vision_transformer.ParallelThing
         """Arguments and result as for `AlignedAttention`."""
         if share is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        attended, mixed = [], []
+        attended, mixed, kept = [], [], []
         for branch in self.attns:
             y, branch_share = branch.attn(branch.norm(x), attn_mask, is_causal, share)
-            attended.append(branch.drop_path(branch.ls(y)))
+            y = branch.ls(y)
+            if self.label_stochastic_depth:
+                factor = drop_path_factor(branch.drop_path, y)
+                y = y * factor
+                kept.append(factor != 0)
+            else:
+                y = branch.drop_path(y)
+            attended.append(y)
             mixed.append(branch_share)
         x = x + torch.stack(attended).sum(dim=0)
         x = x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
+        if self.label_stochastic_depth:
+            return x, _share_of_kept(share, mixed, kept, self.label_residual)
         return x, residual_share(share, *mixed) if self.label_residual else sum(mixed) / len(mixed)
 
 
@@ -354,6 +366,14 @@ def _mark_patches(share: Tensor, num_prefix_tokens: int) -> Tensor:
     """
     patches = F.pad(share[:, num_prefix_tokens:], (0, 1), value=1.0)
     return F.pad(patches, (0, 0, num_prefix_tokens, 0))
+
+
+def _share_of_kept(share: Tensor, mixed: list[Tensor], kept: list[Tensor], residual: bool) -> Tensor:
+    """The mean (B, N, S) over branches that are kept (B, 1, 1), with the residual if asked for or if none is kept."""
+    kept = torch.stack(kept)
+    passes_by = kept.sum(dim=0) == 0 if not residual else kept.new_ones(())
+    total = share * passes_by + (torch.stack(mixed) * kept).sum(dim=0)
+    return total / (kept.sum(dim=0) + passes_by)
 
 
 def _mask_options(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> dict[str, Tensor]:

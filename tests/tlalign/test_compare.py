@@ -1,0 +1,312 @@
+"""The comparison of methods: what is trained, in which order and how often, and what the table says of it."""
+
+import csv
+import itertools
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import TINY
+
+from tlalign import compare
+from tlalign.cli import main
+from tlalign.compare import CSV_FILE, METHODS, PLOT_FILE, PRINTED_FILE, TABLE_FILE, plan_runs, start_training
+from tlalign.config import CONFIG_FILE, TrainConfig, UsageError, load_recipe
+from tlalign.runs import LOG_FILE, EpochRecord, RunFolder, read_log, write_log
+
+EPOCHS = 3
+ALIGNED = "cutmix+tl-align"
+
+
+def plan(output, methods=("cutmix", ALIGNED), seeds=2, **values):
+    common = TrainConfig(**load_recipe("digits") | {"epochs": EPOCHS, "warmup_epochs": 1} | values)
+    return plan_runs(common, methods, seeds, output)
+
+
+class FakeProcess:
+    """Trains nothing, but leaves what a run leaves, with random numbers."""
+
+    started: ClassVar[list["FakeProcess"]] = []
+    ends_after = 1
+    broken: tuple[str, ...] = ()
+
+    def __init__(self, config, threads):
+        self.config, self.threads, self.looks, self.terminated = config, threads, 0, False
+        self.beside = sum(not each.ended for each in self.started)
+        self.folder = RunFolder(config, resume=(Path(config.output) / CONFIG_FILE).is_file())
+        self.started.append(self)
+
+    @property
+    def name(self):
+        return Path(self.config.output).name
+
+    @property
+    def ended(self):
+        return self.looks >= self.ends_after
+
+    def poll(self):
+        self.looks += 1
+        if not self.ended:
+            return None
+        if self.name in self.broken:
+            (self.folder.path / PRINTED_FILE).write_text(
+                "epoch 1\ntlalign: error: the loss is nan; no checkpoint yet\n\n"
+            )
+            return 1
+        write_log(self.folder.log, records(self.config))
+        return 0
+
+    def terminate(self):
+        self.terminated = True
+
+    def wait(self):
+        assert self.terminated
+        return 143
+
+
+def records(config, epochs=EPOCHS):
+    draw = np.random.default_rng(zlib.crc32(config.output.encode()))
+    rows = []
+    for epoch in range(1, epochs + 1):
+        loss, eval_loss, lr, top1, top5, top1_ema, top5_ema, rate, data, forward, backward, change = draw.random(12)
+        change = change if config.aligns else None
+        memory = int(draw.integers(2**20, 2**30))
+        numbers = (loss, eval_loss, lr, 90 + top1, top5, 90 + top1_ema, top5_ema, rate, data, forward, backward, change)
+        rows.append(EpochRecord(epoch, 10 * epoch, *map(lambda x: x if x is None else float(x), numbers), memory))
+    return rows
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Has runs be fake ones, and returns the class."""
+    fresh = type("Fake", (FakeProcess,), {"started": []})
+    monkeypatch.setattr(compare, "start_training", fresh)
+    monkeypatch.setattr(compare, "_SECONDS_BETWEEN_LOOKS", 0.001)
+    return fresh
+
+
+def run(output, *options, methods=("cutmix", ALIGNED), seeds=2):
+    arguments = ["--epochs", str(EPOCHS), "--warmup_epochs=1", "--seeds", str(seeds), *options]
+    return main(["compare", "--methods", *methods, "--output", str(output), *arguments])
+
+
+def names(processes):
+    return [process.name for process in processes]
+
+
+def log(folder) -> list[dict[str, str]]:
+    with (folder / LOG_FILE).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_seeds_are_trained_one_after_the_other_with_all_methods(tmp_path):
+    configs = plan(tmp_path, METHODS, 3, seed=4, lr=0.25, layers=(1,))
+    assert [(config.seed, config.method) for config in configs] == list(itertools.product((4, 5, 6), METHODS))
+    assert [config.output for config in configs[:2]] == [str(tmp_path / "none-seed4"), str(tmp_path / "cutmix-seed4")]
+    assert {config.lr for config in configs} == {0.25}
+    # What only tl-align knows goes to its methods only.
+    assert all((config.layers == (1,)) == config.method.endswith("tl-align") for config in configs)
+
+
+def test_the_table_is_what_the_logs_say(fake, tmp_path, capsys):
+    assert run(tmp_path, methods=("none", "cutmix", ALIGNED), seeds=5) == 0
+    printed = capsys.readouterr().out
+    with (tmp_path / CSV_FILE).open(newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["none", "cutmix", ALIGNED]
+
+    def medians(method, *columns):
+        logs = [log(tmp_path / f"{method}-seed{seed}") for seed in range(5)]
+        return statistics.median(
+            statistics.median(sum(float(row[column]) for column in columns) for row in rows) for rows in logs
+        )
+
+    parts = ("forward_seconds", "backward_seconds")
+    for method, row in rows.items():
+        logs = [log(tmp_path / f"{method}-seed{seed}") for seed in range(5)]
+        top1 = [float(rows[-1]["top1_ema"]) for rows in logs]
+        assert row["top1"] == " ".join(map(str, top1))
+        assert (row["planned"], row["finished"], row["failed"], row["errors"]) == ("5", "5", "0", "")
+        expected = {
+            "top1_mean": np.mean(top1),
+            "top1_std": np.std(top1, ddof=1),
+            "images_per_second": medians(method, "images_per_second"),
+            "step_seconds": medians(method, "data_seconds", *parts),
+            "compute_seconds": medians(method, *parts),
+            "relative_step": medians(method, "data_seconds", *parts) / medians("cutmix", "data_seconds", *parts),
+            "relative_compute": medians(method, *parts) / medians("cutmix", *parts),
+            "peak_memory": max(int(row["peak_memory"]) for rows in logs for row in rows),
+        }
+        for name, value in expected.items():
+            assert float(row[name]) == pytest.approx(value, rel=1e-12), name
+        changes = [float(rows[-1]["ratio_change"]) for rows in logs if rows[-1]["ratio_change"]]
+        assert row["ratio_change"] == "" if method != ALIGNED else float(row["ratio_change"]) == np.mean(changes)
+        line = next(line for line in printed.splitlines() if line.startswith(f"| {method} "))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1:3] == ["5 of 5", f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}"]
+        assert cells[4] == f"{expected['relative_step']:.2f}"
+    assert (tmp_path / TABLE_FILE).read_text() in printed
+    assert "Top-1 is that of the averaged weights (EMA)" in printed
+    with Image.open(tmp_path / PLOT_FILE) as picture:
+        assert min(picture.size) > 200
+
+
+def test_without_averages_top1_is_the_models_and_without_cutmix_nothing_is_relative(fake, tmp_path, capsys):
+    fake.poll = lambda self: FakeProcess.poll(self) or _without_averages(self.folder)
+    assert run(tmp_path, "--ema_decay=null", methods=("none",), seeds=1) == 0
+    printed = capsys.readouterr().out
+    (row,) = csv.DictReader((tmp_path / CSV_FILE).open(newline=""))
+    assert row["top1"] == log(tmp_path / "none-seed0")[-1]["top1"]
+    assert (row["top1_std"], row["relative_step"], row["relative_compute"]) == ("", "", "")
+    assert "Top-1 is that of the model" in printed
+
+
+def _without_averages(folder):
+    rows = read_log(folder.log)
+    for row in rows:
+        row.top1_ema = row.top5_ema = None
+    write_log(folder.log, rows)
+    return 0
+
+
+def test_finished_runs_are_not_trained_again_and_unfinished_ones_are_continued(fake, tmp_path):
+    first, second, third, _ = plan(tmp_path)
+    for config, epochs in ((first, EPOCHS), (second, EPOCHS - 1), (third, 0)):
+        write_log(RunFolder(config).log, records(config, epochs))
+    before = (tmp_path / "cutmix-seed0" / LOG_FILE).stat().st_mtime_ns
+    assert run(tmp_path) == 0
+    assert names(fake.started) == [f"{ALIGNED}-seed0", "cutmix-seed1", f"{ALIGNED}-seed1"]
+    assert (tmp_path / "cutmix-seed0" / LOG_FILE).stat().st_mtime_ns == before
+    table = (tmp_path / TABLE_FILE).read_text()
+    fake.started.clear()
+    assert run(tmp_path) == 0
+    assert not fake.started
+    assert (tmp_path / TABLE_FILE).read_text() == table
+    # More seeds go on from there.
+    assert run(tmp_path, seeds=3) == 0
+    assert names(fake.started) == ["cutmix-seed2", f"{ALIGNED}-seed2"]
+
+
+def test_so_many_run_at_a_time_and_share_the_cores(fake, tmp_path, monkeypatch):
+    fake.ends_after = 3
+    monkeypatch.setattr(compare, "_cores", lambda: 7)
+    assert run(tmp_path, "--jobs=3") == 0
+    assert [process.beside for process in fake.started] == [0, 1, 2, 0]
+    assert {process.threads for process in fake.started} == {2}
+
+
+def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(fake, tmp_path, capsys):
+    fake.broken = ("cutmix-seed0",)
+    assert run(tmp_path) == 1
+    assert len(fake.started) == 4
+    printed = capsys.readouterr().out
+    assert "1/4  cutmix seed 0  failed: the loss is nan; no checkpoint yet" in printed
+    table = (tmp_path / TABLE_FILE).read_text()
+    assert re.search(r"\| cutmix +\| 1 of 2, 1 failed \|", table)
+    assert "- cutmix seed 0 failed: the loss is nan; no checkpoint yet" in table
+    # It is tried again.
+    fake.started.clear()
+    fake.broken = ()
+    assert run(tmp_path) == 0
+    assert names(fake.started) == ["cutmix-seed0"]
+    assert "failed" not in (tmp_path / TABLE_FILE).read_text()
+
+
+def test_a_signal_ends_the_runs_that_go_on_and_leaves_a_table(fake, tmp_path, capsys):
+    fake.ends_after = 3
+    sent = []
+
+    def poll(self):
+        if len(self.started) == 4 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return FakeProcess.poll(self)
+
+    fake.poll = poll
+    assert run(tmp_path, "--jobs=2") == 128 + signal.SIGTERM
+    assert names(fake.started) == ["cutmix-seed0", f"{ALIGNED}-seed0", "cutmix-seed1", f"{ALIGNED}-seed1"]
+    assert [process.terminated for process in fake.started] == [False, False, True, True]
+    assert re.search(r"\| cutmix +\| 1 of 2 \|", (tmp_path / TABLE_FILE).read_text())
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_run_of_another_configuration_is_refused_before_anything_is_trained(fake, tmp_path, capsys):
+    RunFolder(plan(tmp_path, lr=0.25)[-1])
+    assert run(tmp_path) == 2
+    assert f"lr of the run in {tmp_path / ALIGNED}-seed1 is 0.25, got 0.0015" in capsys.readouterr().err
+    assert not fake.started
+    # Where and how it runs may change.
+    assert run(tmp_path, "--lr=0.25", "--workers=1") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "cutmixx"], "got cutmixx; did you mean cutmix?"),
+        (["--methods", "cutmix+tl-aline"], "in cutmix+tl-aline, got tl-aline; did you mean tl-align?"),
+        (["--methods", "none+tl-align"], "methods: expected none, got none+tl-align"),
+        (["--methods", "cutmix+ratio"], "methods: expected cutmix, got cutmix+ratio"),
+        (["--methods", "cutmix", "cutmix"], "methods: expected each once"),
+        (["--methods", "cutmix+teacher"], "methods: cutmix+teacher: teacher_checkpoint: expected weights"),
+        (["--seeds=0"], "seeds: expected at least 1, got 0"),
+        (["--jobs=0"], "jobs: expected at least 1, got 0"),
+        (["--mixing=cutmix"], "mixing: expected none"),
+        (["--target", "ratio"], "target: expected none"),
+        (["--output=null"], "output: expected the folder"),
+        (["--data=mnist-5k"], "recipe: the default, digits, is not made for mnist-5k"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(options, message, fake, tmp_path, capsys):
+    assert main(["compare", "--output", str(tmp_path / "runs"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not fake.started
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_process_alone_trains_a_run_and_prints_into_its_folder(tmp_path):
+    config = plan(tmp_path, ("random",), 1, mix_patch_size=7)[0]
+    process = start_training(config, threads=1)
+    with pytest.raises(UsageError, match="random-seed0 is being trained by another process"):
+        start_training(config, threads=1)
+    assert process.wait() == 2
+    printed = (tmp_path / "random-seed0" / PRINTED_FILE).read_text()
+    assert printed.splitlines()[-1].startswith("tlalign: error: mix_patch_size: expected a divisor of the 20 pixels")
+
+
+@pytest.mark.slow
+def test_real_runs_go_on_after_a_stop(tmp_path):
+    # Of random patches of 5 pixels in images of 16 nothing comes.
+    options = [*TINY, "--mix_patch_size=5", "--output", str(tmp_path), "--seeds=2", "--jobs=2", "--epochs=1"]
+    options = ["--methods", "cutmix", ALIGNED, "random", *options]
+    process = subprocess.Popen([sys.executable, "-m", "tlalign", "compare", *options], stdout=subprocess.PIPE)
+    while b"top-1" not in (line := process.stdout.readline()):
+        assert line, "ended without a finished run"
+    process.send_signal(signal.SIGINT)
+    process.stdout.read()
+    assert process.wait() == 130
+    finished = [path.parent for path in tmp_path.glob("*/log.csv") if len(path.read_text().splitlines()) == 2]
+    assert 1 <= len(finished) < 4
+    before = {file: file.stat().st_mtime_ns for folder in finished for file in folder.rglob("*")}
+    time.sleep(0.1)
+    assert main(["compare", *options]) == 1
+    assert {file: file.stat().st_mtime_ns for folder in finished for file in folder.rglob("*")} == before
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / CSV_FILE).open(newline=""))}
+    assert [rows[method]["finished"] for method in ("cutmix", ALIGNED, "random")] == ["2", "2", "0"]
+    assert rows["random"]["failed"] == "2"
+    assert "mix_patch_size: expected a divisor" in rows["random"]["errors"]
+    assert main(["runs", str(tmp_path), "--csv", str(tmp_path / "runs.csv")]) == 0
+    states = {row["name"]: row["state"] for row in csv.DictReader((tmp_path / "runs.csv").open(newline=""))}
+    assert states == {
+        f"{method}-seed{seed}": "no epoch yet" if method == "random" else "finished"
+        for method in ("cutmix", ALIGNED, "random")
+        for seed in (0, 1)
+    }
