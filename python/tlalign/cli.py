@@ -531,7 +531,7 @@ def _summarise(trainer: Trainer, folder: RunFolder, records: Sequence[EpochRecor
     if unreadable := len(trainer.train_loader.unreadable):
         print(f"  {unreadable} training images that can't be read were left out")
     print(f"  checkpoint  {folder.last_checkpoint} (the best, of epoch {best.epoch}: {folder.best_checkpoint.name})")
-    print(f"  log         {folder.log}")
+    print(f"  log         {folder.log}, curves in {folder.curves.name}, more by tensorboard --logdir {folder.path}")
     print(f"  picture     {_draw_picture(trainer, folder)}")
 
 

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from rich.console import Console
-from training import TINY, fit, quiet, tiny
+from training import TINY, FewDigits, fit, quiet, tiny
 
 from tlalign.config import TrainConfig, UsageError, load_recipe, save_config
 from tlalign.engine import NonFiniteLossError, Trainer
@@ -93,6 +93,20 @@ def test_bfloat16_and_no_average_train(tmp_path):
     _, folder, (record,) = fit(tiny(tmp_path / "run", precision="bfloat16", ema_decay=None, clip_grad=None))
     assert record.top1_ema is None
     assert "state_dict_ema" not in torch.load(folder.last_checkpoint, weights_only=False)
+
+
+@pytest.mark.parametrize("values", [{"channels_last": True}, {"grad_checkpointing": True}, {"accumulate": 4}])
+def test_what_saves_time_or_memory_changes_nothing_else(tmp_path, monkeypatch, values):
+    monkeypatch.setattr("tlalign.readers.Digits", FewDigits)
+    dropout = {**TINY["model_kwargs"], "proj_drop_rate": 0.0 if "accumulate" in values else 0.2}
+    # Parts of a batch are mixed each by itself.
+    options = {"model_kwargs": dropout, "mixing": "none" if "accumulate" in values else "cutmix", "batch_size": 20}
+    (plain, _, (expected,)), (other, _, (record,)) = (
+        fit(tiny(tmp_path / name, **options, **more)) for name, more in (("plain", {}), ("other", values))
+    )
+    assert record.loss == pytest.approx(expected.loss, rel=1e-5)
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(other.model.state_dict()[name], value, rtol=1e-4, atol=2e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
