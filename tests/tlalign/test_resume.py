@@ -181,7 +181,7 @@ def test_what_cannot_be_continued_is_refused(tmp_path, capsys, arguments, messag
     assert message.replace("RUN", str(folder)) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_loses_nothing(tmp_path, kills):
     # In a process of its own, which forks: torch can be read in once for all the processes that are killed.
     killer = Path(__file__).with_name("killer.py")

@@ -110,9 +110,11 @@ def fit_and_keep_losses(trainer: Trainer, folder: RunFolder | None) -> list[floa
 
 
 def became(trainer: Trainer) -> dict[str, object]:
-    """All that a run has become, but for times: equal for equal runs."""
+    """All that a run has become, but for times and memory: equal for equal runs."""
     state = trainer.state()
-    state["records"] = [{k: v for k, v in row.items() if "second" not in k} for row in state["records"]]
+    for row in state["records"]:
+        for name in [name for name in row if "second" in name or name == "peak_memory"]:
+            del row[name]
     state["totals"].pop("part_seconds")
     del state["args"]
     return _flat(state)
