@@ -1,0 +1,66 @@
+"""What the benchmarks race computes what the operator does, and what does not is left out and named."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks import peers
+
+SMALL = {
+    "tokens": peers.Problem("tokens", 2, 3, 21, 21, 16, classes=12),
+    "several sources": peers.Problem("sources", 2, 3, 21, 21, 16, sources=3, classes=12),
+    "reduced keys": peers.Problem("reduced", 2, 3, 21, 9, 16, classes=12),
+    "windows": peers.in_windows("windows", 2, 14, 2, 0, torch.float32),
+    "shifted windows": peers.in_windows("shifted", 2, 14, 2, 3, torch.float32),
+}
+PLAIN = {"SDPA", "eager", "SDPA + column", "materialised, share", "materialised, classes"}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", SMALL)
+def test_every_peer_is_right(name, backward):
+    # In float64 only rounding separates a peer from the reference.
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        problem = dataclasses.replace(SMALL[name], dtype=dtype)
+        runs, left_out = peers.contenders(problem, "cpu", backward)
+        assert runs.keys() >= PLAIN, (dtype, left_out)
+        assert not [reason for reason in left_out.values() if reason.startswith(("wrong", "fails"))], left_out
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_compiled_peers_are_right(backward):
+    problem = dataclasses.replace(SMALL["tokens"], is_compiled=True)
+    runs, left_out = peers.contenders(problem, "cpu", backward)
+    flex = set() if backward else {"FlexAttention", "FlexAttention + column"}
+    assert runs.keys() >= PLAIN | flex | {"compiled, share", "compiled, classes"}, left_out
+
+
+def test_a_wrong_peer_is_left_out_with_its_error(monkeypatch):
+    right = peers._materialised
+    monkeypatch.setattr(peers, "_materialised", lambda *inputs: (right(*inputs)[0], right(*inputs)[1] * 1.001))
+    runs, left_out = peers.contenders(SMALL["tokens"], "cpu", backward=True)
+    assert {"materialised, share", "materialised, classes"}.isdisjoint(runs)
+    assert left_out["materialised, share"].startswith("wrong: its share is off by 0.000")
+    assert "SDPA" in runs
+
+
+def test_a_wrong_gradient_is_noticed(monkeypatch):
+    right = peers.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        peers.F, "scaled_dot_product_attention", lambda q, k, v, *a, **o: right(q, k.detach(), v, *a, **o)
+    )
+    assert "wrong: its gradient of qkv" in peers.contenders(SMALL["tokens"], "cpu", backward=True)[1]["SDPA"]
+    assert "SDPA" in peers.contenders(SMALL["tokens"], "cpu", backward=False)[0]
+
+
+def test_a_peer_that_raises_is_left_out_with_what_it_said():
+    def run():
+        raise RuntimeError("no kernel\nfor this")
+
+    assert peers.why_not(run, {}, {}) == "fails: RuntimeError: no kernel"
+    assert peers.why_not(lambda: {"output": torch.tensor(float("nan"))}, {"output": torch.zeros(())}, {"output": 1.0})
