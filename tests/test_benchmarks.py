@@ -8,7 +8,8 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import peers
+from benchmarks import models, peers
+from benchmarks import test_loss as loss
 
 SMALL = {
     "tokens": peers.Problem("tokens", 2, 3, 21, 21, 16, classes=12),
@@ -64,3 +65,44 @@ def test_a_peer_that_raises_is_left_out_with_what_it_said():
 
     assert peers.why_not(run, {}, {}) == "fails: RuntimeError: no kernel"
     assert peers.why_not(lambda: {"output": torch.tensor(float("nan"))}, {"output": torch.zeros(())}, {"output": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        ("deit_tiny_patch16_224:blocks.0", (2, 197, 192)),
+        ("swin_tiny_patch4_window7_224:layers.2.blocks.1", (2, 14, 14, 384)),
+        ("pvt_tiny:block3.0", (2, 196, 320)),
+    ],
+)
+def test_the_official_way_through_a_block_is_right(monkeypatch, path, shape):
+    runs, wrong = models.make_blocks(path, shape, "cpu", torch.float32)
+    assert (set(runs), wrong) == (set(models.VARIANTS), {})
+
+    right = models.DenseLabels.mix
+
+    def without_residual(labels, *arguments):
+        before = labels.of_tokens
+        right(labels, *arguments)
+        labels.of_tokens = 2 * labels.of_tokens - before
+
+    monkeypatch.setattr(models.DenseLabels, "mix", without_residual)
+    _, wrong = models.make_blocks(path, shape, "cpu", torch.float32)
+    assert set(wrong) == {models.OFFICIAL}
+    assert "labels" in wrong[models.OFFICIAL]
+
+
+@pytest.mark.slow  # whole models in float64
+@pytest.mark.parametrize("name", models.MODELS)
+def test_the_official_way_through_a_model_is_right(name):
+    assert models.check_steps(name, "cpu") == {}
+
+
+@pytest.mark.parametrize("name", loss.CASES)
+@pytest.mark.parametrize("which", [loss.OURS, loss.TIMM])
+def test_losses_are_those_of_the_pixels(which, name):
+    strategy, classes = loss.CASES[name]
+    run = loss.make_run(which, strategy, classes)
+    for _ in range(3):
+        assert loss.what_is_wrong(run, classes) == ""
+    assert "wrong" in loss.what_is_wrong(lambda *inputs: (run(*inputs)[0], run(*inputs)[1] * 1.01), classes)
