@@ -31,7 +31,8 @@ def race(benchmark, request):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.pop("node", None)  # the machine's name is nobody's business
+    for name in ("node", "release", "python_build"):  # no name of a machine goes into a report
+        machine_info.pop(name, None)
     cpu = machine_info.get("cpu", {})
     machine_info["cpu"] = {key: cpu[key] for key in ("brand_raw", "arch", "count") if key in cpu}
     machine_info["threads"] = torch.get_num_threads()

@@ -153,6 +153,8 @@ def contenders(
     problem: Problem, device: str, backward: bool, names: Collection[str] | None = None
 ) -> tuple[dict[str, Run], dict[str, str]]:
     """The peers (of these names) that run here and are right, and of the others the reasons why they are left out."""
+    if problem.is_compiled:
+        torch.compiler.reset()  # there is a limit to the shapes that a function is compiled for
     exact = _exact(problem, device, backward)
     candidates = peers(problem, device, backward)
     bounds = error_bounds(candidates[EAGER].run(), exact, problem.dtype)
@@ -319,7 +321,8 @@ def _of_tokens(inputs: Inputs, problem: Problem) -> dict[str, Peer]:
     # PyTorch's fused kernels take heads of one size: any on the CPU, multiples of 8 on a GPU.
     padded = 1 if on_cpu else 8
     no_flex = not_compiled or ("has no backward on the CPU" if on_cpu and backward else "")
-    flex, compiled = torch.compile(flex_attention), torch.compile(_materialised)
+    # Of other shapes each time, they would be compiled for any, and be slower.
+    flex, compiled = (torch.compile(function, dynamic=False) for function in (flex_attention, _materialised))
     return {
         "SDPA": peer(output_of(F.scaled_dot_product_attention)),
         EAGER: peer(lambda: {"output": _eager(*inputs.views())[0]}),
