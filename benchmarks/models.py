@@ -6,6 +6,7 @@ code for Swin and PVT was never released: here theirs follow the same algebra.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -108,6 +109,12 @@ def materialise(model: nn.Module) -> DenseLabels:
 
 
 def make_model(name: str) -> nn.Module:
+    """A copy of the model that all variants start from."""
+    return copy.deepcopy(_first_model(name))
+
+
+@functools.lru_cache(maxsize=1)
+def _first_model(name: str) -> nn.Module:
     """A model whose attention is not flat, as it is before training: flat, it would hide what is wrong with labels."""
     torch.manual_seed(0)
     # Stochastic depth would make every step another one.

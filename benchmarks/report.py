@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 ROOT = Path(__file__).parents[1]
+COUNTS = Path(__file__).parent / "results" / "counts.json"  # made without a GPU: the same on any machine
 PAPER = (
     "The paper's Table 2 has 1.24 times the training time of CutMix for TL-Align, on its GPUs and with its code: "
     "quoted, not compared."
@@ -200,6 +201,14 @@ def headline(rows: list[Row]) -> str:
                 f"times as fast in the median, {min(best):.2f} to {max(best):.2f}; faster in "
                 f"{sum(ratio > 1 for ratio in best)} of {len(best)} rows."
             )
+    blamed = [
+        f"{name} ({LEVELS.get(row.level, row.level)}, {row.name}: {reason})"
+        for row in rows
+        for name, reason in row.left_out.items()
+        if reason.startswith(("wrong: ", "fails: "))
+    ]
+    if blamed:
+        lines.append(f"- **Not timed, as it is wrong or fails**: {'; '.join(blamed)}.")
     steps = [row for row in rows if row.level == "training step"]
     for peer, title in ((OFFICIAL, "the official way"), (PLAIN, "plain CutMix")):
         found = [f"{row.name} {row.ratio(row.ours, peer)[1]:.2f}" for row in steps if peer in row.values]
@@ -207,7 +216,7 @@ def headline(rows: list[Row]) -> str:
             lines.append(f"- **A training step of ours over {title}**, in time: {'; '.join(found)}.")
     if steps:
         lines.append(f"- {PAPER}")
-    return "\n".join(lines) + "\n"
+    return "".join(f"{line}\n" for line in lines)
 
 
 def summary(rows: list[Row]) -> str:
@@ -256,7 +265,9 @@ def write(paths: list[Path], output: Path) -> Path:
     rows, counts, origins = read(paths)
     output.mkdir(parents=True, exist_ok=True)
     pictures = draw(rows, output)
-    parts = ["# Benchmarks\n", environment(origins), "## In short\n", headline(rows)]
+    parts = ["# Benchmarks\n", environment(origins)]
+    if lines := headline(rows):
+        parts += ["## In short\n", lines]
     parts += [f"![{title}]({path.name})\n" for title, path in pictures.items()]
     parts += [summary(rows), "## How to read the tables\n", HOW.format(faster=FASTER)]
     for level in dict.fromkeys([*LEVELS, *(row.level for row in rows)]):
@@ -394,7 +405,7 @@ def run(output: Path) -> Path:
             # One that fails costs its own part of the report, no more.
             subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     if results.exists():
-        write([results], output)
+        write([results, *([COUNTS] if COUNTS.exists() else [])], output)
     return Path(shutil.make_archive(str(output), "zip", output))
 
 

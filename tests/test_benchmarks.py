@@ -3,12 +3,13 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import models, peers
+from benchmarks import models, peers, racing
 from benchmarks import test_loss as loss
 
 SMALL = {
@@ -30,6 +31,49 @@ def test_every_peer_is_right(name, backward):
         runs, left_out = peers.contenders(problem, "cpu", backward)
         assert runs.keys() >= PLAIN, (dtype, left_out)
         assert not [reason for reason in left_out.values() if reason.startswith(("wrong", "fails"))], left_out
+
+
+def test_the_benchmark_is_skipped_without_ours_and_fails_if_ours_is_wrong():
+    peers.require_ours({"ours (cuda)": None, "SDPA": None}, {"ours (triton)": "wrong: its output is off"})
+    with pytest.raises(pytest.skip.Exception, match="not built"):
+        peers.require_ours({"SDPA": None}, {"ours (cpu)": "not built", "FlexAttention": "fails: it"})
+    with pytest.raises(AssertionError, match="its output is off"):
+        peers.require_ours({"SDPA": None}, {"ours (cpu)": "wrong: its output is off"})
+
+
+def test_a_race_has_all_run_in_each_round_and_keeps_all_but_the_first(monkeypatch):
+    class Benchmark:
+        extra_info: ClassVar[dict] = {}
+
+        def pedantic(self, target, rounds):
+            for _ in range(rounds):
+                target()
+
+    now, log = [0.0], []
+
+    def runner(name, seconds):
+        def run():
+            log.append(name)
+            now[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(racing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(racing, "DEVICE", "cpu")
+    before = racing.CLOCK.now
+    runs = {"ours": runner("ours", 1.0), "one": runner("one", 2.0), "two": runner("two", 0.5)}
+    racing.race(Benchmark(), 3.5 * 20, runs, {"three": "absent"}, level="block", row="B=1", value=4)
+    kept = Benchmark.extra_info
+    assert kept["seconds"] == {"ours": [1.0] * 20, "one": [2.0] * 20, "two": [0.5] * 20}
+    assert (kept["ours"], kept["left_out"], kept["value"]) == ("ours", {"three": "absent"}, 4)
+    rounds = [tuple(log[start : start + 3]) for start in range(0, len(log), 3)]
+    assert len(rounds) == 21
+    assert all(sorted(of_round) == ["one", "ours", "two"] for of_round in rounds)
+    assert len(set(rounds)) > 3  # in random order
+    assert racing.CLOCK.now - before == pytest.approx(21)
+
+    racing.race(Benchmark(), 0.1, runs, {}, level="block", row="B=1")
+    assert len(kept["seconds"]["ours"]) == racing.MIN_ROUNDS
 
 
 @pytest.mark.slow  # compiles

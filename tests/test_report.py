@@ -109,6 +109,10 @@ def test_what_was_left_out_is_named_with_its_reason(page):
     operator = section(page, "Operator, forward")
     assert "- compiled, share: wrong: its share is off by 0.5 (all rows)" in operator
     assert "- FlexAttention: has no backward on the CPU (all rows)" in operator
+    # Only what should not be is told at the top.
+    (line,) = [line for line in section(page, "In short").splitlines() if "Not timed" in line]
+    assert "compiled, share (Operator, forward, DeiT-X: wrong: its share is off by 0.5)" in line
+    assert "FlexAttention" not in line
 
 
 def test_counts_stand_apart(page):
