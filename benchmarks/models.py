@@ -26,8 +26,7 @@ from tlalign_kernels.labels import pool_share
 from tlalign_kernels.selftest import ROUNDING
 from tlalign_kernels.windows import Windows
 
-PLAIN, OFFICIAL, OURS = "plain CutMix", "official way", "ours"
-VARIANTS = (OURS, PLAIN, OFFICIAL)
+PLAIN, FUSED, OFFICIAL, OURS = "plain CutMix", "plain CutMix, fused", "official way", "ours"
 # Images of a step on the CPU.
 MODELS = {
     "deit_tiny_patch16_224": 16,
@@ -38,6 +37,11 @@ MODELS = {
 GPU_IMAGES = 128
 CLASSES, SIDE = 1000, 224
 CHECKED_IMAGES = 2
+
+
+def variants_of(name: str) -> tuple[str, ...]:
+    """How a model is run; Swin with PyTorch's fused attention as well, which timm's does not take unless it is told."""
+    return (OURS, PLAIN, FUSED, OFFICIAL) if name.startswith("swin") else (OURS, PLAIN, OFFICIAL)
 
 
 class DenseLabels:
@@ -108,9 +112,16 @@ def materialise(model: nn.Module) -> DenseLabels:
     return labels
 
 
-def make_model(name: str) -> nn.Module:
-    """A copy of the model that all variants start from."""
-    return copy.deepcopy(_first_model(name))
+def make_model(name: str, variant: str, backend: str) -> nn.Module:
+    """A copy of the model that all variants start from, patched or told to fuse its attention."""
+    model = copy.deepcopy(_first_model(name))
+    if variant == OURS:
+        tlk.patch_model(model, backend=backend)
+    elif variant == FUSED:
+        for module in model.modules():
+            if isinstance(module, swin_transformer.WindowAttention):
+                module.fused_attn = True
+    return model
 
 
 @functools.lru_cache(maxsize=1)
@@ -147,7 +158,7 @@ def make_step(
     """Makes a function that runs forward, loss and backward on a batch, whose dtype and device the model takes.
 
     Args:
-        variant: One of `VARIANTS`.
+        variant: One of `variants_of`.
         name: Of the model.
         batch: Images and target.
         backend: Of our operators.
@@ -158,12 +169,9 @@ def make_step(
         parameters of its `model`.
     """
     images, target = batch
-    model = make_model(name).to(images).train()
-    dense_target, labels = target.to_dense(CLASSES), None
-    if variant == OURS:
-        tlk.patch_model(model, backend=backend)
-    elif variant == OFFICIAL:
-        labels = materialise(model)
+    model = make_model(name, variant, backend).to(images).train()
+    dense_target = target.to_dense(CLASSES)
+    labels = materialise(model) if variant == OFFICIAL else None
     grid = SIDE // 16 if name.startswith("deit") else SIDE // 4
 
     def start_labels() -> None:
@@ -179,7 +187,7 @@ def make_step(
         if variant == OURS:
             logits, aligned = model(images, target=target)
             return {"logits": logits, "loss": tlk.mixed_cross_entropy(logits, aligned), "ratio": aligned.ratio}
-        if variant == PLAIN:
+        if variant != OFFICIAL:
             logits = model(images)
             return {"logits": logits, "plain loss": SoftTargetCrossEntropy()(logits, dense_target)}
         start_labels()
@@ -193,7 +201,7 @@ def make_step(
         model.zero_grad()
         with torch.autocast(images.device.type, torch.bfloat16, enabled=not precise):
             results = forward()
-        results["plain loss" if variant == PLAIN else "loss"].backward()
+        results["loss" if "loss" in results else "plain loss"].backward()
         return results
 
     step.model = model
@@ -215,9 +223,10 @@ def check_steps(name: str, device: str) -> dict[str, str]:
         step = make_step(variant, name, (images.double(), target), "reference")
         exact |= step()
         exact["gradient" if variant == OURS else "plain gradient"] = first_gradient(step)
-    for variant in VARIANTS:
+    for variant in variants_of(name):
         step = make_step(variant, name, (images, target))
-        results[variant] = step() | {"plain gradient" if variant == PLAIN else "gradient": first_gradient(step)}
+        results[variant] = step()
+        results[variant]["gradient" if "loss" in results[variant] else "plain gradient"] = first_gradient(step)
     bounds = error_bounds(results[PLAIN], exact, torch.float32)
     # timm's own step has no aligned labels: these may be off by a rounding, the rest by as much as its own.
     bounds |= {"ratio": ROUNDING[torch.float32], "loss": bounds["plain loss"], "gradient": bounds["plain gradient"]}
@@ -230,7 +239,7 @@ def make_block(
     """Makes a function that runs forward and backward of one block.
 
     Args:
-        variant: One of `VARIANTS`.
+        variant: One of `variants_of`.
         path: Name of the model and of the block in it, separated by a colon.
         tokens: (B, N, channels) or (B, Ht, Wt, channels), with a gradient.
         share: (B, N, 1) or (B, Ht, Wt, 1).
@@ -241,10 +250,7 @@ def make_block(
         The function, which returns the output, the share or the dense labels, and the gradient of the tokens.
     """
     name, _, inside = path.partition(":")
-    model = make_model(name)
-    if variant == OURS:
-        tlk.patch_model(model, backend=backend)
-    block = model.get_submodule(inside).to(tokens).train()
+    block = make_model(name, variant, backend).get_submodule(inside).to(tokens).train()
     labels = materialise(block) if variant == OFFICIAL else None
     started = dense(share.flatten(1, -2), classes).view(*share.shape[:-1], CLASSES)
     size = () if not name.startswith("pvt") else ((math.isqrt(tokens.shape[1]),) * 2,)
@@ -254,11 +260,11 @@ def make_block(
         if variant == OURS:
             output, mixed = block(tokens, *size, share=share)
             results = {"output": output, "share": mixed}
-        elif variant == PLAIN:
-            results = {"output": block(tokens, *size)}
-        else:
+        elif variant == OFFICIAL:
             labels.of_tokens = started
             results = {"output": block(tokens, *size), "labels": labels.of_tokens}
+        else:
+            results = {"output": block(tokens, *size)}
         parameters = [tokens, *block.parameters()]
         return results | {"gradient": torch.autograd.grad(results["output"], parameters, grad_output)[0]}
 
@@ -276,7 +282,7 @@ def make_blocks(path: str, shape: tuple[int, ...], device: str, dtype: torch.dty
         labels = share.double() if of == torch.float64 else share
         return make_block(variant, path, tokens.detach().to(of).requires_grad_(), labels, classes, backend)
 
-    runs = {variant: in_dtype(variant, dtype) for variant in VARIANTS}
+    runs = {variant: in_dtype(variant, dtype) for variant in variants_of(path)}
     exact = in_dtype(OURS, torch.float64, "reference")()
     exact["labels"] = dense(exact["share"].flatten(1, -2), classes).view(*share.shape[:-1], CLASSES)
     results = {variant: run() for variant, run in runs.items()}

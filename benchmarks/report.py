@@ -38,7 +38,7 @@ LEVELS = {
         ("N", "tokens"), ("B", "images"), ("C", "classes"), ("S", "sources")
     )},
 }  # fmt: skip
-PLAIN, OFFICIAL = "plain CutMix", "official way"
+PLAIN, FUSED, OFFICIAL = "plain CutMix", "plain CutMix, fused", "official way"
 FASTER = "◀"  # stands beside a ratio below 1
 HOW = """Each row is one race: in every round all run once, one after another, in random order. A cell has the time of
 one of them over that of ours, labels on: the median over rounds of the ratio within a round, ± half the distance of its
@@ -50,8 +50,9 @@ Times of ours are medians with quartiles.
 - **+ column**: the share stands as a further column of V, and is averaged over the heads.
 - **materialised**: the attention matrix is kept, and its mean over the heads multiplied with the share of a pair, or
   with labels of 1000 classes, as the official code does. **compiled**: the same by `torch.compile`.
-- **plain CutMix**: timm's model as it is, with the mixing ratio as target. **official way**: timm's model with
-  materialised attention and labels of 1000 classes.
+- **plain CutMix**: timm's model as it is, with the mixing ratio as target. timm's Swin attends eagerly unless it is
+  told otherwise: **fused** is the same with SDPA. **official way**: timm's model with materialised attention and labels
+  of 1000 classes.
 """
 
 
@@ -123,14 +124,14 @@ def table(head: list[str], body: list[list[str]]) -> str:
 def cell(ratio: tuple[float, float, float], is_best: bool) -> str:
     """A ratio with its spread, bold for the best peer, marked where the peer is faster."""
     first, median, third = ratio
-    text = f"{median:.2f}" + (f" ± {(third - first) / 2:.2f}" if third > first else "")
+    text = f"{median:.2f} ± {(third - first) / 2:.2f}" if third > first else f"{median:.3f}"
     text = f"**{text}**" if is_best else text
     return f"{text} {FASTER}" if median < 1 else text
 
 
 def amount(values: list[float], level: str) -> str:
-    """Median and quartiles in milliseconds, or MB."""
-    factor, unit = (1e-6, "MB") if level == "peak memory" else (1e3, "ms")
+    """Median and quartiles in milliseconds or seconds, or MB."""
+    factor, unit = (1e-6, "MB") if level == "peak memory" else (1e3, "ms") if min(values) < 1 else (1, "s")
     first, median, third = (f"{factor * value:.3g}" for value in quartiles(values))
     return f"{median} {unit}" + (f" ({first} to {third})" if first != third else "")
 
@@ -174,7 +175,8 @@ def faster_list(rows: list[Row]) -> str:
         for name in row.faster_peers:
             first, median, third = row.ratio(name)
             spread = f"({first:.2f} to {third:.2f})" + (", within the spread" if third >= 1 else "")
-            lines.append(f"- {LEVELS.get(row.level, row.level)}, {row.name}: {name} {median:.2f} {spread}")
+            numbers = f"{median:.3f}" if first == third else f"{median:.2f} {spread}"
+            lines.append(f"- {LEVELS.get(row.level, row.level)}, {row.name}: {name} {numbers}")
     return "\n".join(lines) + "\n" if lines else "In no row.\n"
 
 
@@ -210,8 +212,12 @@ def headline(rows: list[Row]) -> str:
     if blamed:
         lines.append(f"- **Not timed, as it is wrong or fails**: {'; '.join(blamed)}.")
     steps = [row for row in rows if row.level == "training step"]
-    for peer, title in ((OFFICIAL, "the official way"), (PLAIN, "plain CutMix")):
-        found = [f"{row.name} {row.ratio(row.ours, peer)[1]:.2f}" for row in steps if peer in row.values]
+    for peer, title in ((OFFICIAL, "the official way"), (PLAIN, PLAIN), (FUSED, FUSED)):
+        found = [
+            "{0} **{2:.2f}** ({1:.2f} to {3:.2f})".format(row.name, *row.ratio(row.ours, peer))
+            for row in steps
+            if peer in row.values
+        ]
         if found:
             lines.append(f"- **A training step of ours over {title}**, in time: {'; '.join(found)}.")
     if steps:
@@ -302,17 +308,16 @@ def draw(rows: list[Row], output: Path) -> dict[str, Path]:
     return drawn
 
 
-def colours(rows: list[Row]) -> dict[str, str]:
-    return {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(n for row in rows for n in row.peers))}
-
-
 def draw_ratios(rows: list[Row]) -> Figure:
     """A point for each peer of each row, left of the line where the peer is faster."""
     levels = list(dict.fromkeys(row.level for row in rows))
     heights = [sum(row.level == level for row in rows) for level in levels]
     figure = Figure(figsize=(11, 1.6 + 0.3 * sum(heights) + 0.5 * len(levels)), layout="constrained")
     axes = figure.subplots(len(levels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    colour, markers = colours(rows), "osD^vPX<>*"
+    styles = {
+        name: dict(color=f"C{index % 10}", marker="osD^vPX<>*ph8d"[index % 14])
+        for index, name in enumerate(dict.fromkeys(name for row in rows for name in row.peers))
+    }
     for axis, level in zip(axes, levels, strict=True):
         of_level = [row for row in rows if row.level == level][::-1]
         for height, row in enumerate(of_level):
@@ -320,9 +325,8 @@ def draw_ratios(rows: list[Row]) -> Figure:
                 first, median, third = row.ratio(name)
                 # A little apart, or one would hide another.
                 y = height + 0.5 * (0.5 - (index + 0.5) / len(row.peers))
-                style = dict(color=colour[name], marker=markers[list(colour).index(name) % len(markers)])
-                axis.plot([first, third], [y, y], color=colour[name], linewidth=1)
-                axis.plot(median, y, markersize=5, **style)
+                axis.plot([first, third], [y, y], color=styles[name]["color"], linewidth=1)
+                axis.plot(median, y, markersize=5, **styles[name])
         axis.axvline(1, color="black", linewidth=1)
         axis.set_yticks(range(len(of_level)), [row.name for row in of_level], fontsize=8)
         axis.set_ylim(-0.6, len(of_level) - 0.4)
@@ -337,8 +341,8 @@ def draw_ratios(rows: list[Row]) -> Figure:
     axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[-1].minorticks_off()
     axes[-1].set_xlabel("time of the peer over that of ours, labels on (red: the peer is faster)")
-    for index, name in enumerate(colour):
-        axes[0].plot([], [], color=colour[name], marker=markers[index % len(markers)], linestyle="", label=name)
+    for name, style in styles.items():
+        axes[0].plot([], [], linestyle="", label=name, **style)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9)
     return figure
 
@@ -375,20 +379,26 @@ def draw_steps(rows: list[Row]) -> Figure:
     axes = figure.subplots(1, len(levels), squeeze=False)[0]
     for axis, level in zip(axes, levels, strict=True):
         of_level = [row for row in rows if row.level == level and PLAIN in row.values]
-        names = [of_level[0].ours, OFFICIAL] if of_level else []
+        names = [name for name in columns(of_level) if name != PLAIN]
+        names = [of_level[0].ours, *names] if of_level else []
         for index, name in enumerate(names):
             found = [(place, row.ratio(name, PLAIN)) for place, row in enumerate(of_level) if name in row.values]
             for place, (first, median, third) in found:
-                x = place + 0.38 * (index - 0.5)
+                x = place + 0.27 * (index - (len(names) - 1) / 2)
                 errors = [[median - first], [third - median]]
                 label = name if place == found[0][0] else None
-                axis.bar(x, median, 0.36, yerr=errors, capsize=3, color=f"C{index}", label=label)
+                axis.bar(x, median, 0.25, yerr=errors, capsize=3, color=f"C{index}", label=label)
                 axis.text(x, third + 0.02, f"{median:.2f}", ha="center", va="bottom", fontsize=9)
         axis.axhline(1, color="black", linewidth=1)
-        axis.set_xticks(range(len(of_level)), [row.name.replace(": ", "\n") for row in of_level], fontsize=7)
+        # A model's name without its sizes, and the batch.
+        names = [
+            "\n".join((row.name.partition(":")[0].partition("_patch")[0], row.name.rpartition(": ")[2]))
+            for row in of_level
+        ]
+        axis.set_xticks(range(len(of_level)), names, fontsize=8)
         axis.set_title(f"{LEVELS.get(level, level)} (plain CutMix = 1)", fontsize=10, loc="left")
         axis.margins(y=0.12)
-        axis.legend(fontsize=9, loc="upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     return figure
 
 

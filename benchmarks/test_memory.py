@@ -27,7 +27,7 @@ def test_peak_memory(benchmark, name):
     measure = peak_on_gpu if DEVICE == "cuda" else peak_of_process
 
     def measure_all():
-        return {variant: measure(variant, name, images) for variant in models.VARIANTS}
+        return {variant: measure(variant, name, images) for variant in models.variants_of(name)}
 
     peaks = benchmark.pedantic(measure_all, rounds=1)
     benchmark.extra_info.update(

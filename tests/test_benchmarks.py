@@ -121,7 +121,7 @@ def test_a_peer_that_raises_is_left_out_with_what_it_said():
 )
 def test_the_official_way_through_a_block_is_right(monkeypatch, path, shape):
     runs, wrong = models.make_blocks(path, shape, "cpu", torch.float32)
-    assert (set(runs), wrong) == (set(models.VARIANTS), {})
+    assert (set(runs), wrong) == (set(models.variants_of(path)), {})
 
     right = models.DenseLabels.mix
 
