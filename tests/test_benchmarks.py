@@ -94,6 +94,26 @@ def test_a_wrong_peer_is_left_out_with_its_error(monkeypatch):
     assert "SDPA" in runs
 
 
+def test_eager_is_no_excuse_for_itself(monkeypatch):
+    right = peers._eager
+    monkeypatch.setattr(peers, "_eager", lambda *inputs: (right(*inputs)[0] * 1.1, right(*inputs)[1]))
+    runs, left_out = peers.contenders(SMALL["tokens"], "cpu", backward=False)
+    assert left_out["eager"].startswith("wrong: its output")
+    assert "SDPA" in runs
+
+
+def test_a_backend_without_right_labels_is_left_out_altogether(monkeypatch):
+    right = peers.tlk.attention_qkv
+
+    def wrong(*inputs, backend):
+        output, share = right(*inputs, backend=backend)
+        return output, share if share is None or backend == "reference" else share + 0.1
+
+    monkeypatch.setattr(peers.tlk, "attention_qkv", wrong)
+    _, left_out = peers.contenders(SMALL["tokens"], "cpu", backward=False)
+    assert {"ours (cpu)", "ours (cpu), no labels"} <= left_out.keys()
+
+
 def test_a_wrong_gradient_is_noticed(monkeypatch):
     right = peers.F.scaled_dot_product_attention
     monkeypatch.setattr(
