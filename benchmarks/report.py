@@ -388,7 +388,8 @@ def draw_steps(rows: list[Row]) -> Figure:
                 errors = [[median - first], [third - median]]
                 label = name if place == found[0][0] else None
                 axis.bar(x, median, 0.25, yerr=errors, capsize=3, color=f"C{index}", label=label)
-                axis.text(x, third + 0.02, f"{median:.2f}", ha="center", va="bottom", fontsize=9)
+                box = dict(facecolor="white", edgecolor="none", pad=0.5, alpha=0.8)
+                axis.text(x, third + 0.02, f"{median:.2f}", ha="center", va="bottom", fontsize=9, bbox=box)
         axis.axhline(1, color="black", linewidth=1)
         # A model's name without its sizes, and the batch.
         names = [
