@@ -1,7 +1,7 @@
 """What the kernels of csrc/cuda take of a multiprocessor and execute, without a GPU. Counts, not times.
 
-`pytest benchmarks/test_cuda_counts.py --benchmark-only -s`. Launches are those of a call, recorded; instructions are
-SASS, of all warps of all blocks of a head, and follow loops and branches as the emulator takes them
+`pytest benchmarks/test_cuda_counts.py -m slow --benchmark-only -s`. Launches are those of a call, recorded;
+instructions are SASS, of all warps of all blocks of a head, and follow loops and branches as the emulator takes them
 (`cuda_offline.count`), where those of the Triton kernels beside them are the listing, loops times their trips. Cycles
 are what these take of each pipe of an A100 or H100 (`triton_offline.pipe_cycles`).
 """
@@ -21,6 +21,10 @@ if backend.triton is None or shutil.which("nvcc") is None:
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tlalign_kernels"))
 import cuda_offline as offline
 import triton_offline
+
+from benchmarks.counts import keep
+
+pytestmark = pytest.mark.slow  # compiles and emulates for minutes
 
 PIPES = ("issue", "tensor", "special", "float", "integer", "memory")
 CALLS = {
@@ -64,20 +68,19 @@ def test_resources(benchmark, arch):
         return launches
 
     launches = benchmark.pedantic(measure, rounds=1)
-    print(f"\n{f'sm_{arch}':<47} registers  spilled  shared  blocks, warps of a multiprocessor, limited by")
-    spilling = []
+    spilling, table = [], []
     for name, launch in launches:
         kernel = offline.name_of(launch.kernel)
         if "attention" not in kernel:
             continue
         resources, blocks = offline.resources_of(launch, arch), offline.resident_blocks(launch, arch)
         spilled, least = resources["STACK"] + resources["LOCAL"], min(blocks, key=blocks.get)
-        print(
-            f"{name:<20} {kernel:<26} {resources['REG']:9} {spilled:8} {resources['SHARED']:7}"
-            f" {blocks[least]:7}, {blocks[least] * launch.block[0] // 32}, {least}"
-        )
+        warps = blocks[least] * launch.block[0] // 32
+        table.append([name, kernel, resources["REG"], spilled, resources["SHARED"], blocks[least], warps, least])
         assert blocks[least] > 0
         spilling += [(name, kernel)] * (spilled > 0)
+    head = ["call", "kernel", "registers", "bytes spilled", "bytes shared", "blocks", "warps", "limited by"]
+    keep(benchmark, f"CUDA, resources of a kernel and what a multiprocessor has of it at once, sm_{arch}", head, table)
     assert spilling == []
 
 
@@ -95,12 +98,11 @@ def test_conflicts(benchmark, name):
         record(run, **CALLS[name])
         return conflicts
 
-    print(f"\nwavefronts of shared memory, and those that conflicts of banks add, {name}:")
-    for kernel, (conflicts, wavefronts) in benchmark.pedantic(measure, rounds=1).items():
-        if conflicts:
-            by_kind = ", ".join(f"{kind} {extra}" for kind, extra in sorted(conflicts.items()))
-            print(f"{kernel:<30} {wavefronts:8}: {by_kind}")
-        assert conflicts.total() == 0
+    found = benchmark.pedantic(measure, rounds=1)
+    rows = [[kernel, wavefronts, conflicts.total()] for kernel, (conflicts, wavefronts) in found.items()]
+    title = f"CUDA, wavefronts of shared memory, and those that conflicts of banks add, {name}"
+    keep(benchmark, title, ["kernel", "wavefronts", "by conflicts"], rows)
+    assert all(conflicts == 0 for _, _, conflicts in rows), found
 
 
 @emulated
@@ -123,22 +125,23 @@ def test_counts(benchmark, arch, name):
         }
 
     rows = benchmark.pedantic(measure, rounds=1)
-    print(f"\ncounts of a head, sm_{arch}, {name}, bfloat16")
-    print(f"{'':<46} {'instructions':>12} {'a score':>8}   cycles: {'  '.join(PIPES)}")
+    table, notes = [], []
     for row, counts in rows.items():
         for kernel, of_kernel in counts.items():
             if "no labels" in row and "backward" in kernel:
                 continue  # Labels have no part in it.
             cycles, total = triton_offline.pipe_cycles(of_kernel, arch), of_kernel.total()
-            line = "  ".join(f"{cycles[pipe]:{len(pipe)}.0f}" for pipe in PIPES)
-            print(f"{row:<18} {kernel:<27} {total:12.0f} {32 * total / tokens**2:8.1f}           {line}")
+            of_pipes = [f"{cycles[pipe]:.0f}" for pipe in PIPES]
+            table.append([row, kernel, f"{total:.0f}", f"{32 * total / tokens**2:.1f}", *of_pipes])
     for of, kernels in (("CUDA", "forward"), ("CUDA", ""), ("Triton", "forward")):
 
         def total(row, kernels=kernels):
             return sum(of.total() for kernel, of in rows[row].items() if kernels in kernel and "backward" not in kernel)
 
         which = "attention_forward alone" if kernels else "with the kernels before and after"
-        print(f"labels, {of}, {which}: {100 * (total(of) / total(f'{of}, no labels') - 1):+.1f} %")
+        notes.append(f"Labels, {of}, {which}: {100 * (total(of) / total(f'{of}, no labels') - 1):+.1f} %.")
+    head = ["", "kernel", "instructions", "a score", *(f"cycles: {pipe}" for pipe in PIPES)]
+    keep(benchmark, f"Instructions and cycles of a head, sm_{arch}, {name}, bfloat16", head, table, *notes)
 
 
 @emulated
@@ -148,16 +151,16 @@ def test_counts_of_windows(benchmark, arch):
         return {name: offline.counts_of_head(arch, **CALLS[name]) for name in WINDOWS}
 
     rows = benchmark.pedantic(measure, rounds=1)
-    print(f"\ncounts of a head of a window, sm_{arch}, bfloat16, with the gradient of the bias")
-    print(f"{'':<50} {'instructions':>12}   cycles: {'  '.join(PIPES)}")
+    table, notes = [], []
     for row, counts in rows.items():
         for kernel, of_kernel in counts.items():
             cycles = triton_offline.pipe_cycles(of_kernel, arch)
-            line = "  ".join(f"{cycles[pipe]:{len(pipe)}.0f}" for pipe in PIPES)
-            print(f"{row:<20} {kernel:<29} {of_kernel.total():12.0f}           {line}")
+            table.append([row, kernel, f"{of_kernel.total():.0f}", *(f"{cycles[pipe]:.0f}" for pipe in PIPES)])
         forward = sum(of.total() for kernel, of in counts.items() if kernel == "attention_forward")
         backward = sum(of.total() for kernel, of in counts.items() if "backward" in kernel)
-        print(f"{row}: attention_forward {forward:.0f}, backward {backward:.0f}")
+        notes.append(f"{row}: attention_forward {forward:.0f}, backward {backward:.0f}.")
+    title = f"CUDA, instructions and cycles of a head of a window, sm_{arch}, bfloat16, with the gradient of the bias"
+    keep(benchmark, title, ["", "kernel", "instructions", *(f"cycles: {pipe}" for pipe in PIPES)], table, *notes)
 
 
 @emulated
@@ -179,12 +182,12 @@ def test_bytes_of_windows(benchmark, name):
         return moved
 
     of_row = offline.IMAGES * windows.count * heads * windows.tokens * dim * 2
-    print(f"\nbytes, {name}, over those of the queries of all heads; copied ones are Q, K, V, O, dO and labels")
+    table = []
     for kernel, counts in benchmark.pedantic(measure, rounds=1).items():
         if "attention" in kernel:
             copied, stored = counts.get("cp_async_bytes", 0), counts["global_store_bytes"]
             others = counts["global_load_bytes"] - copied
-            print(
-                f"{kernel:<29} copied {copied / of_row:6.2f}  loaded else {others / of_row:6.2f}  "
-                f"stored {stored / of_row:6.2f}"
-            )
+            table.append([kernel, *(f"{of / of_row:.2f}" for of in (copied, others, stored))])
+    title = f"CUDA, bytes over those of the queries of all heads, {name}"
+    head = ["kernel", "copied (Q, K, V, O, dO, labels)", "loaded else", "stored"]
+    keep(benchmark, title, head, table)

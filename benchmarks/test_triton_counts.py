@@ -1,5 +1,7 @@
 """What the Triton kernels execute, counted in the code compiled for two architectures. Counts, not times: no GPU runs.
 
+`pytest benchmarks/test_triton_counts.py -m slow --benchmark-only -s`.
+
 Instructions are SASS, of all warps of all programs of a head: those of the listing, loops times their trips. Cycles are
 what these take of each pipe of an A100 or H100 (rates: `triton_offline.pipe_cycles`): the busiest pipe bounds the time
 from below, the issue of instructions is one of them.
@@ -19,6 +21,10 @@ if backend.triton is None:
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tlalign_kernels"))
 import triton_offline as offline
 
+from benchmarks.counts import keep
+
+pytestmark = pytest.mark.slow  # compiles for minutes
+
 PIPES = ("issue", "tensor", "special", "float", "integer", "memory")
 BACKWARDS = ("attention_backward_head", "attention_backward_queries", "attention_backward_keys")
 SHAPES = {
@@ -28,6 +34,15 @@ SHAPES = {
         "attention_forward_heads",
     ),
 }
+
+
+HEAD = ["kernel", "instructions", "a score", *(f"cycles: {pipe}" for pipe in PIPES)]
+
+
+def row_of(counts, arch, tokens):
+    cycles = offline.pipe_cycles(counts, arch)
+    total = counts.total()
+    return [f"{total:.0f}", f"{32 * total / tokens**2:.1f}", *(f"{cycles[pipe]:.0f}" for pipe in PIPES)]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -55,16 +70,17 @@ def test_counts(benchmark, arch, name):
         }
 
     padded, rows = benchmark.pedantic(measure, rounds=1)
-    print(f"\ncounts of a head, sm_{arch}, {name}, bfloat16; {padded / tokens**2:.2f} scores computed for one needed")
-    print(f"{'':<30} {'instructions':>12} {'a score':>8} {'warps':>6}   cycles: {'  '.join(PIPES)}")
-    least = rows["without"][0].total()
+    least, table = rows["without"][0].total(), []
     for row, (counts, warps) in rows.items():
-        cycles = offline.pipe_cycles(counts, arch)
-        line = "  ".join(f"{cycles[pipe]:{len(pipe)}.0f}" for pipe in PIPES)
-        more = "" if "backward" in row else f"  {100 * (counts.total() / least - 1):+.1f} %"
-        print(
-            f"{row:<30} {counts.total():12.0f} {32 * counts.total() / tokens**2:8.1f} {warps:6d}           {line}{more}"
-        )
+        more = "" if "backward" in row else f"{100 * (counts.total() / least - 1):+.1f} %"
+        table.append([row, *row_of(counts, arch, tokens), warps, more])
+    keep(
+        benchmark,
+        f"Triton, instructions and cycles of a head, sm_{arch}, {name}, bfloat16",
+        [*HEAD, "resident warps", "over the least"],
+        table,
+        f"{padded / tokens**2:.2f} scores are computed for one that is needed.",
+    )
 
 
 @pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm")
@@ -73,7 +89,9 @@ def test_bytes(benchmark, name):
     options, _ = SHAPES[name]
 
     none, labels = benchmark.pedantic(lambda: [offline.forward_bytes(sources=s, **options) for s in (0, 1)], rounds=1)
-    print(f"\nbytes that the kernels of a forward ask for, {name}: labels {100 * (labels / none - 1):+.1f} %")
+    title = f"Triton, bytes that the kernels of a forward ask for, {name}, bfloat16"
+    more = f"{100 * (labels / none - 1):+.1f} %"
+    keep(benchmark, title, ["without labels", "with", "more"], [[none, labels, more]])
 
 
 SWIN = Windows((28, 28), (7, 7), (3, 3))
@@ -100,12 +118,13 @@ def test_counts_in_windows_of_a_map(benchmark, arch):
         return rows
 
     rows = benchmark.pedantic(measure, rounds=1)
-    print(f"\ncounts of a head of a window, sm_{arch}, N=49 D=32 H=3, bfloat16, with a bias; skipped code is counted")
-    print(f"{'':<42} {'instructions':>12} {'a score':>8}   cycles: {'  '.join(PIPES)}")
-    for row, (_, counts) in rows.items():
-        cycles = offline.pipe_cycles(counts, arch)
-        line = "  ".join(f"{cycles[pipe]:{len(pipe)}.0f}" for pipe in PIPES)
-        print(f"{row:<42} {counts.total():12.0f} {32 * counts.total() / 49**2:8.1f}           {line}")
+    keep(
+        benchmark,
+        f"Triton, instructions and cycles of a head of a window, sm_{arch}, N=49 D=32 H=3, bfloat16, with a bias",
+        HEAD,
+        [[row, *row_of(counts, arch, 49)] for row, (_, counts) in rows.items()],
+        "Code that is skipped is counted.",
+    )
 
 
 @pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm")
@@ -117,7 +136,5 @@ def test_bytes_in_windows_of_a_map(benchmark, window):
         return offline.forward_bytes_in_windows(windows, "attention_forward_row", heads=3)
 
     asked, needed = benchmark.pedantic(measure, rounds=1)
-    print(
-        f"\nbytes of a forward in windows of {window} x {window} over those of all inputs and outputs once: "
-        f"loaded {asked[0] / needed[0]:.3f}, stored {asked[1] / needed[1]:.3f}"
-    )
+    title = f"Triton, bytes of a forward in windows of {window} x {window} over those of all inputs and outputs once"
+    keep(benchmark, title, ["loaded", "stored"], [[f"{of[0] / of[1]:.3f}" for of in zip(asked, needed, strict=True)]])

@@ -1,0 +1,177 @@
+"""The report of the benchmarks, from made-up results whose numbers are worked out here by hand."""
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks import report
+
+OURS, NONE = "ours (cpu)", "ours (cpu), no labels"
+
+
+def race(level, row, seconds, left_out=None, ours=OURS, **more):
+    extra = {"level": level, "row": row, "ours": ours, "seconds": seconds, "left_out": left_out or {}, **more}
+    return {"extra_info": extra}
+
+
+# Ratios of SDPA round by round are 2, 3 and 4; those of eager 0.5, 0.5 and 1.
+FORWARD = race(
+    "operator, forward",
+    "DeiT-X",
+    {
+        OURS: [0.001, 0.002, 0.001],
+        NONE: [0.0009, 0.0018, 0.0009],
+        "SDPA": [0.002, 0.006, 0.004],
+        "eager": [0.0005, 0.001, 0.001],
+    },
+    {"FlexAttention": "has no backward on the CPU", "compiled, share": "wrong: its share is off by 0.5"},
+)
+STEP = race(
+    "training step",
+    "deit_x: B=2, float32",
+    {"ours": [0.9, 0.8, 1.8], "plain CutMix": [1.0, 1.0, 2.0], "official way": [1.8, 1.2, 2.7]},
+    ours="ours",
+)
+MEMORY = {
+    "extra_info": {
+        "level": "peak memory", "row": "deit_x: B=2", "ours": "ours", "left_out": {},
+        "bytes": {"ours": 50_000_000, "plain CutMix": 40_000_000, "official way": 75_000_000},
+    }
+}  # fmt: skip
+GROWTH = [
+    race("growth with N", f"N={n}", {OURS: [n * 1e-5] * 3, "SDPA": [n * 2e-5] * 3}, axis="N", value=n)
+    for n in (50, 197)
+]
+COUNTS = {
+    "extra_info": {
+        "level": "counts", "title": "Registers", "head": ["kernel", "registers"], "rows": [["forward", "128"]],
+        "notes": ["None is spilled."],
+    }
+}  # fmt: skip
+ALIEN = {"extra_info": {}}  # a benchmark that is none of ours
+MACHINE = {
+    "cpu": {"brand_raw": "A processor", "count": 2}, "threads": 2, "python_version": "3.11",
+    "versions": {"torch": "2.9"}, "gpu": {"name": "A GPU", "driver_version": "1.2"},
+}  # fmt: skip
+
+
+def page_of(folder, benchmarks):
+    path = folder / "results.json"
+    document = {"benchmarks": benchmarks, "machine_info": MACHINE, "datetime": "2026-01-02T03:04:05"}
+    path.write_text(json.dumps(document))
+    return report.write([path], folder / "out").read_text()
+
+
+def cells(page, start):
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def section(page, title):
+    return page.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return page_of(tmp_path_factory.mktemp("report"), [FORWARD, STEP, MEMORY, *GROWTH, COUNTS, ALIEN])
+
+
+def test_cells_are_medians_of_ratios_within_rounds(page):
+    # Quartiles of 2, 3, 4 are 2.5 and 3.5; of 0.5, 0.5, 1: 0.5 and 0.75; of 1, 1, 2 ms: 1 and 1.5.
+    of_row = cells(section(page, "Operator, forward"), "DeiT-X")
+    assert of_row == ["DeiT-X", "1 ms (1 to 1.5)", "0.900", "3.00 ± 0.50", "**0.50 ± 0.12** ◀"]
+    assert cells(section(page, "Peak memory of a training step"), "deit_x: B=2")[1:] == [
+        "50 MB",
+        "**0.800** ◀",
+        "1.500",
+    ]
+
+
+def test_every_faster_peer_is_listed_and_no_other(page):
+    listed = [line for line in section(page, "Where others are faster").splitlines() if line.startswith("- ")]
+    assert listed == [
+        "- Operator, forward, DeiT-X: eager 0.50 (0.50 to 0.75)",
+        "- Peak memory of a training step, deit_x: B=2: plain CutMix 0.800",
+    ]
+
+
+def test_headline_is_computed_from_the_rows(page):
+    headline = section(page, "In short")
+    assert "+11.1 % of the time in the median of 1 rows" in headline  # 1 / 0.9
+    assert "0.50 times as fast in the median, 0.50 to 0.50; faster in 0 of 1 rows" in headline
+    # Ours over the official way: 0.5, 0.667 and 0.667; over plain CutMix: 0.9, 0.8 and 0.9.
+    assert "over the official way**, in time: deit_x: B=2, float32 **0.67** (0.58 to 0.67)." in headline
+    assert "over plain CutMix**, in time: deit_x: B=2, float32 **0.90** (0.85 to 0.90)." in headline
+    assert "1.24 times" in headline
+
+
+def test_what_was_left_out_is_named_with_its_reason(page):
+    operator = section(page, "Operator, forward")
+    assert "- compiled, share: wrong: its share is off by 0.5 (all rows)" in operator
+    assert "- FlexAttention: has no backward on the CPU (all rows)" in operator
+    # Only what should not be is told at the top.
+    (line,) = [line for line in section(page, "In short").splitlines() if "Not timed" in line]
+    assert "compiled, share (Operator, forward, DeiT-X: wrong: its share is off by 0.5)" in line
+    assert "FlexAttention" not in line
+
+
+def test_counts_stand_apart(page):
+    assert "| forward | 128 |" in section(page, "Counts, not times")
+    assert "None is spilled." in section(page, "Counts, not times")
+
+
+def test_the_environment_is_told(page):
+    for part in ("A processor, 2 cores", "| torch | 2.9 |", "| GPU driver_version | 1.2 |", "2026-01-02"):
+        assert part in page
+
+
+def test_pictures_are_drawn_and_shown(page, tmp_path):
+    page_of(tmp_path, [FORWARD, STEP, MEMORY, *GROWTH])
+    for name in ("speed.png", "growth.png", "steps.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 10_000
+        assert f"({name})" in page
+
+
+@pytest.mark.parametrize("benchmarks", [[], [ALIEN], [FORWARD], [STEP], [MEMORY], GROWTH, [COUNTS]])
+def test_levels_that_are_missing_are_left_out(tmp_path, benchmarks):
+    page = page_of(tmp_path, benchmarks)
+    assert section(page, "Where others are faster")
+    assert ("## Training step\n" in page) == (benchmarks == [STEP])
+
+
+def test_a_race_that_ours_wins_is_not_listed(tmp_path):
+    assert "In no row." in page_of(tmp_path, GROWTH)
+
+
+def test_run_zips_what_there_is_even_if_the_benchmarks_fail(tmp_path, monkeypatch):
+    def run(command, stdout, **options):
+        stdout.write("said")
+        (option,) = [part for part in command if "--benchmark-json=" in part] or [None]
+        if option:
+            Path(option.partition("=")[2]).write_text(
+                json.dumps({"benchmarks": [STEP], "machine_info": MACHINE, "datetime": "2026-01-02T03:04:05"})
+            )
+
+    monkeypatch.setattr(report.subprocess, "run", run)
+    archive = report.run(tmp_path / "sent")
+    assert archive == tmp_path / "sent.zip"
+    names = set(zipfile.ZipFile(archive).namelist())
+    assert {"report.md", "results.json", "steps.png", "environment.txt", "benchmarks.txt"} <= names
+
+    monkeypatch.setattr(report.subprocess, "run", lambda command, stdout, **options: stdout.write("failed"))
+    names = set(zipfile.ZipFile(report.run(tmp_path / "failed")).namelist())
+    assert {"environment.txt", "benchmarks.txt"} <= names
+
+
+def test_the_command_line_wants_results_or_a_run(capsys, tmp_path):
+    for arguments in ([], ["--run", "results.json"]):
+        with pytest.raises(SystemExit):
+            report.main(arguments)
+        assert "expected either --run or JSON files" in capsys.readouterr().err
+    page_of(tmp_path, [STEP])
+    report.main([str(tmp_path / "results.json")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.md")
