@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton_offline
 
 # One worker of `pytest -n`, which compiles the sources once.
-pytestmark = pytest.mark.xdist_group("cuda")
+pytestmark = [pytest.mark.xdist_group("cuda"), pytest.mark.minutes]
 executed = pytest.mark.skipif(
     shutil.which("nvcc") is None or not triton_offline.PTXVM.exists(), reason="needs nvcc and ptxvm"
 )

@@ -30,6 +30,7 @@ needs_ptxvm = pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm
 # Interpreted
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("part", ["errors", "not errors"])  # so that two workers share them
 def test_the_operators_tests_pass_under_the_interpreter(part):
     # In a process of its own: the kernels are interpreted or compiled from their import on.
