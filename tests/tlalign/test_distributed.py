@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import FewDigits, PreMixed, fit_and_keep_losses, options, small
+from training import PYTHONPATH, FewDigits, PreMixed, fit_and_keep_losses, options, small
 
 from tlalign.cli import main
 from tlalign.engine import Trainer
@@ -26,7 +26,7 @@ def torchrun(*arguments: object, restarts: int = 0) -> str:
     """Runs a script in two processes; returns what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", f"--max-restarts={restarts}", *map(str, arguments)]
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     # Without it processes that start again can meet in the store of those before, and wait for ever.
     environment = os.environ | environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import FewDigits, became, differences, fit, options, quiet, resume, small
+from training import PYTHONPATH, FewDigits, became, differences, fit, options, quiet, resume, small
 
 from tlalign.cli import main
 from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
@@ -112,6 +112,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_a_second_signal_acts_at_once(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     config = small(tmp_path / "run")
     trainer, folder = Trainer(config), RunFolder(config)
     forward = trainer.task.forward
@@ -122,9 +123,12 @@ def test_a_second_signal_acts_at_once(tmp_path):
         return forward(images, classes)
 
     trainer.task.forward = twice
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit(folder, quiet(trainer))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit(folder, quiet(trainer))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_another_run_s_checkpoint_is_refused(tmp_path):
@@ -185,7 +189,7 @@ def test_what_cannot_be_continued_is_refused(tmp_path, capsys, arguments, messag
 def test_a_run_killed_at_any_moment_loses_nothing(tmp_path, kills):
     # In a process of its own, which forks: torch can be read in once for all the processes that are killed.
     killer = Path(__file__).with_name("killer.py")
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, killer, tmp_path, str(kills)], env=environment, capture_output=True, text=True, timeout=1500
     )

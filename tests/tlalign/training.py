@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,10 @@ TINY = {
     "epochs": 1,
     "warmup_epochs": 0,
 }
+
+
+# For processes that tests start. Not all of sys.path: with the folder above, this one would pass for the package.
+PYTHONPATH = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 
 
 class FewDigits(Digits):
