@@ -358,7 +358,7 @@ def draw_growth(rows: list[Row]) -> Figure:
         for index, name in enumerate(names):
             points = [(row.value, 1e3 * statistics.median(row.values[name])) for row in of_level if name in row.values]
             style = dict(color="black", linewidth=2) if name == of_level[0].ours else dict(color=f"C{index}")
-            axis.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
+            axis.loglog(*zip(*points, strict=True), marker="osD^vPX"[index % 7], markersize=5, label=name, **style)
         axis.set_xticks([row.value for row in of_level], [f"{row.value:g}" for row in of_level])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")

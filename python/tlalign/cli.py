@@ -465,7 +465,7 @@ def _run(config: TrainConfig, resume: bool) -> int:
     """Trains, and prints the results."""
     from rich.console import Console
 
-    from tlalign.checkpoints import CheckpointError, Checkpoints
+    from tlalign.checkpoints import CheckpointError
     from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
     from tlalign.progress import TrainingProgress
     from tlalign.runs import RunFolder
@@ -486,7 +486,7 @@ def _run(config: TrainConfig, resume: bool) -> int:
             records = trainer.fit(folder, progress)
     except (NonFiniteLossError, TrainingInterrupted, CheckpointError, UnreadableImagesError, OSError) as error:
         if first:
-            kept = Checkpoints(folder.path).last
+            kept = folder.last_checkpoint
             kept = (
                 f"last checkpoint {kept}, to continue: tlalign train --resume {folder.path}"
                 if kept.exists()

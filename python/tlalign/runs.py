@@ -106,11 +106,6 @@ class RunFolder:
         return self.path / CURVES_FILE
 
     @property
-    def tensorboard(self) -> Path:
-        """Folder of what TensorBoard shows."""
-        return self.path / TENSORBOARD_FOLDER
-
-    @property
     def last_checkpoint(self) -> Path:
         """The newest checkpoint."""
         return self.path / LAST_CHECKPOINT
