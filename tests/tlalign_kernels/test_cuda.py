@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: their code for sm_80, launched as a call would, executed by ptxvm."""
+"""The CUDA kernels on a GPU; without one their code for sm_80, launched as a call would, executed by ptxvm."""
 
 import re
 import shutil
@@ -20,26 +20,42 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
 import triton_offline
 
+HAS_KERNELS = hasattr(extension.compiled, "cuda_attention_forward")
+ON_GPU = HAS_KERNELS and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+DEVICE = "cuda" if ON_GPU else "cpu"
+
 # One worker of `pytest -n`, which compiles the sources once.
-pytestmark = [pytest.mark.xdist_group("cuda"), pytest.mark.minutes]
-executed = pytest.mark.skipif(
-    shutil.which("nvcc") is None or not triton_offline.PTXVM.exists(), reason="needs nvcc and ptxvm"
-)
+pytestmark = [] if ON_GPU else [pytest.mark.xdist_group("cuda"), pytest.mark.minutes]
+CAN_EXECUTE = shutil.which("nvcc") is not None and triton_offline.PTXVM.exists()
+offline = pytest.mark.skipif(not CAN_EXECUTE, reason="needs nvcc and ptxvm")
+executed = pytest.mark.skipif(not CAN_EXECUTE and not ON_GPU, reason="needs a GPU, or nvcc and ptxvm")
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 
 
 NAMES = ["attention_forward", *(f"attention_backward_{name}" for name in ("head", "queries", "keys", "bias"))]
 
 
-def check(monkeypatch, case, dtype, change=lambda inputs: None):
-    """Compares output, share and gradients with the reference; `change` changes the inputs in place."""
+def record(patch, kernels=None, blocks=None):
+    """Has launches executed here where there is no GPU: their blocks, or those that `blocks` says.
+
+    Their kernels are added to a list.
+    """
+    if ON_GPU:
+        return
     import cuda_offline
 
-    kernels = []
-
     def execute(launch, tensors):
-        kernels.append(launch.kernel)
-        cuda_offline.execute(launch, tensors)
+        if kernels is not None:
+            kernels.append(launch.kernel)
+        options = {} if blocks is None else dict(ctas=[(block, 0, 0) for block in blocks(launch)])
+        cuda_offline.execute(launch, tensors, **options)
+
+    cuda_offline.record(patch, execute)
+
+
+def check(monkeypatch, case, dtype, change=lambda inputs: None):
+    """Compares output, share and gradients with the reference; `change` changes the inputs in place."""
+    kernels = []
 
     def make_changed(*arguments):
         inputs = make_inputs(*arguments)
@@ -47,10 +63,12 @@ def check(monkeypatch, case, dtype, change=lambda inputs: None):
         return inputs
 
     with monkeypatch.context() as patch:
-        cuda_offline.record(patch, execute)
+        record(patch, kernels)
         patch.setattr(selftest, "make_inputs", make_changed)
-        checks = selftest.compare(case, dtype, "cuda")
+        checks = selftest.compare(case, dtype, "cuda", DEVICE)
     assert [check for check in checks if not check.passed] == []
+    if ON_GPU:
+        return
     is_small = (max(case.queries, case.keys) if case.windows is None else case.windows.tokens) <= 64
     if is_small:
         names = {"attention_forward", "attention_backward_head"}
@@ -95,23 +113,21 @@ def test_sources_are_within_the_bound(monkeypatch, keys, sources, residual):
 @executed
 @pytest.mark.parametrize("keys", [20, 40])
 def test_blocks_take_heads_in_turn(monkeypatch, keys):
-    import cuda_offline
-
     # So many images that a block has two heads, but the last of an image one. The last two images are executed.
     case = Case("turns", 820, 5, 20, keys, 32, sources=2)
-    inputs = selftest.cast_inputs(make_inputs(case, "cpu"), BFLOAT16)
+    inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
     grids = []
 
-    def execute_last(launch, tensors):
+    def blocks_of_last(launch):
         (blocks, _, _), of_image = launch.grid, launch.grid[0] // case.batch
         grids.append(blocks)
-        cuda_offline.execute(launch, tensors, ctas=[(n, 0, 0) for n in range(blocks - 2 * of_image, blocks)])
+        return range(blocks - 2 * of_image, blocks)
 
     with monkeypatch.context() as patch:
-        cuda_offline.record(patch, execute_last)
+        record(patch, blocks=blocks_of_last)
         tensors = [inputs[name] for name in ("query", "key", "value", "share", "residual")]
         output, share = tlk.attention(*tensors, backend="cuda")
-    assert case.batch * 3 in grids
+    assert ON_GPU or case.batch * 3 in grids
     exact = [tensor[-2:].double() for tensor in tensors]
     expected, expected_share = tlk.attention(*exact, backend="reference")
     plain = torch.softmax(tensors[0][-2:] @ tensors[1][-2:].mT * 32**-0.5, -1) @ tensors[2][-2:]
@@ -196,12 +212,10 @@ def test_a_gradient_with_zero_strides(monkeypatch):
 
 @executed
 def test_no_labels(monkeypatch):
-    import cuda_offline
-
-    inputs = selftest.cast_inputs(make_inputs(replace(ONE, queries=30, keys=50, head_dim=32), "cpu"), BFLOAT16)
+    inputs = selftest.cast_inputs(make_inputs(replace(ONE, queries=30, keys=50, head_dim=32), DEVICE), BFLOAT16)
     tensors = [inputs[name] for name in ("query", "key", "value")]
     with monkeypatch.context() as patch:
-        cuda_offline.record(patch, cuda_offline.execute)
+        record(patch)
         without, none = tlk.attention(*tensors, None, backend="cuda")
         output, _ = tlk.attention(*tensors, inputs["share"], backend="cuda")
     assert none is None
@@ -271,21 +285,19 @@ def test_gradients_of_a_bias_are_summed_over_windows_in_parts(monkeypatch, windo
 @executed
 @pytest.mark.parametrize("has_residual", [True, False])
 def test_a_query_that_sees_only_padding_keeps_its_label(monkeypatch, has_residual):
-    import cuda_offline
-
     # The lower window has two rows of tokens and two of padding, beside which all scores vanish.
     inputs = selftest.cast_inputs(
-        make_inputs(replace(IN_WINDOWS, windows=Windows((6, 4), (4, 4), (0, 0))), "cpu"), FLOAT16
+        make_inputs(replace(IN_WINDOWS, windows=Windows((6, 4), (4, 4), (0, 0))), DEVICE), FLOAT16
     )
     inputs["qkv"][..., 0, :, :] = 1.0
     inputs["pad_qkv"][1] = 1e3
     residual = inputs["residual"] if has_residual else None
     with monkeypatch.context() as patch:
-        cuda_offline.record(patch, cuda_offline.execute)
+        record(patch)
         _, share = tlk.window_attention(
             inputs["qkv"], inputs["share"], residual, window_size=(4, 4), pad_qkv=inputs["pad_qkv"], backend="cuda"
         )
-    assert torch.equal(share[:, 4:], residual[:, 4:] if has_residual else torch.zeros(1, 2, 4, 1))
+    assert torch.equal(share[:, 4:], residual[:, 4:] if has_residual else torch.zeros(1, 2, 4, 1, device=DEVICE))
     assert share[:, :4].min() > 0
 
 
@@ -307,26 +319,23 @@ def test_maps_and_padding_of_any_strides(monkeypatch):
 
 @executed
 def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch):
-    import cuda_offline
-
     # So many windows that a block has two heads, but the last of a window one. The last map is executed.
     maps, windows = 205, Windows((8, 8), (4, 4), (1, 2))
     case = Case("turns", maps, 5, head_dim=32, sources=2, bias_scale=1.0, windows=windows)
-    inputs = selftest.cast_inputs(make_inputs(case, "cpu"), BFLOAT16)
+    inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
     grids = []
 
-    def execute_last(launch, tensors):
+    def blocks_of_last(launch):
         (blocks, _, _), of_map = launch.grid, launch.grid[0] // maps
         grids.append(blocks)
-        first = 0 if "pack_windows" in launch.kernel else blocks - of_map
-        cuda_offline.execute(launch, tensors, ctas=[(n, 0, 0) for n in range(first, blocks)])
+        return range(0 if "pack_windows" in launch.kernel else blocks - of_map, blocks)
 
     options = dict(bias=inputs["bias"], window_size=windows.window_size, shift=windows.shift)
     tensors = [inputs[name] for name in ("qkv", "share", "residual")]
     with monkeypatch.context() as patch:
-        cuda_offline.record(patch, execute_last)
+        record(patch, blocks=blocks_of_last)
         output, share = tlk.window_attention(*tensors, **options, backend="cuda")
-    assert maps * windows.count * 3 in grids
+    assert ON_GPU or maps * windows.count * 3 in grids
     options["bias"] = options["bias"].double()
     exact = [tensor[-1:].double() for tensor in tensors]
     expected, expected_share = tlk.window_attention(*exact, **options, backend="reference")
@@ -336,20 +345,18 @@ def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch):
 
 @executed
 def test_windows_without_labels_have_the_same_output(monkeypatch):
-    import cuda_offline
-
     windows = Windows((9, 8), (4, 4), (2, 2))
-    inputs = selftest.cast_inputs(make_inputs(replace(IN_WINDOWS, windows=windows), "cpu"), BFLOAT16)
+    inputs = selftest.cast_inputs(make_inputs(replace(IN_WINDOWS, windows=windows), DEVICE), BFLOAT16)
     options = dict(window_size=(4, 4), shift=(2, 2), bias=inputs["bias"], pad_qkv=inputs["pad_qkv"], backend="cuda")
     with monkeypatch.context() as patch:
-        cuda_offline.record(patch, cuda_offline.execute)
+        record(patch)
         without, none = tlk.window_attention(inputs["qkv"], None, **options)
         output, _ = tlk.window_attention(inputs["qkv"], inputs["share"], **options)
     assert none is None
     assert torch.equal(without, output)
 
 
-@executed
+@offline
 def test_windows_are_read_once_and_written_once():
     import cuda_offline
 
@@ -369,14 +376,14 @@ def test_windows_are_read_once_and_written_once():
     assert moved["attention_backward_head"] == (5 * head, 3 * head + maps * windows.count * heads * tokens**2 * 4)
 
 
-@executed
+@offline
 def test_nothing_is_added_in_an_arbitrary_order():
     import cuda_offline
 
     assert [text for text in cuda_offline.ptx(80) if re.search(r"\s(?:atom|red)\.", text)] == []
 
 
-@executed
+@offline
 def test_kernels_of_swin_do_not_spill():
     import cuda_offline
 
@@ -388,7 +395,7 @@ def test_kernels_of_swin_do_not_spill():
     assert [name for name, resources in used.items() if resources["STACK"] or resources["LOCAL"]] == []
 
 
-@executed
+@offline
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_no_kernel_of_windows_spills(arch, tmp_path):
@@ -399,9 +406,7 @@ def test_no_kernel_of_windows_spills(arch, tmp_path):
     assert [name for name, resources in usage if resources["STACK"] or resources["LOCAL"]] == []
 
 
-needs_kernels = pytest.mark.skipif(
-    not hasattr(extension.compiled, "cuda_attention_forward"), reason="built without CUDA kernels"
-)
+needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="built without CUDA kernels")
 
 
 @needs_kernels

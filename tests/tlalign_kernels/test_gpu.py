@@ -59,6 +59,8 @@ def test_errors_are_within_the_bound(backend, dtype, case, seed):
 def test_errors_are_within_the_bound_at_random_shapes(
     backend, dtype, tokens, heads, head_dim, sources, packed, bias, seed
 ):
+    if dtype == torch.float32 and backend == "cuda":
+        pytest.skip("dtype: the CUDA kernels have no float32")
     keys, mask = tokens if packed else 1 + tokens // 3, "rows" if bias else None
     case = Case("random", 1, heads, tokens, keys, head_dim, sources, packed, bias_scale=float(bias), mask=mask)
     assume(not unsupported(backend, dtype, case))

@@ -73,7 +73,7 @@ def _program(blocks, heads):
 def _place(image, WINDOWS: tl.constexpr):
     """Image in the batch, and where in its rolled and padded map the window begins."""
     if WINDOWS is None:
-        return image, None
+        return image, (0, 0)  # not None, which functions of older Triton can't return
     else:
         COUNT: tl.constexpr = _count(WINDOWS)
         ACROSS: tl.constexpr = _along(WINDOWS, "grid_size", 1)
@@ -153,9 +153,9 @@ def arrange_bias(
 
 @triton.jit
 def _pad_row(pad, which, head, heads, D: tl.constexpr):
-    """What the padding is in a head, of query (0), key (1) or value (2)."""
+    """What the padding is in a head, of query (0), key (1) or value (2); where there is none, nothing to be read."""
     if pad is None:
-        return None
+        return 0
     else:
         return pad + (which * heads + head) * D
 
@@ -176,7 +176,7 @@ def _load(
         if _is_padded(WINDOWS):
             inside = (inside & is_real) if ENDS else is_real
         other = 0.0
-        if pad is not None:
+        if pad is not None and _is_padded(WINDOWS):
             other = tl.load(pad + column, mask=column < D, other=0.0)
         if BLOCK_D != D:
             return tl.load(at, mask=inside & (column < D), other=other)
@@ -245,11 +245,11 @@ def _store_rows(
 
 @triton.jit
 def _offset_base(data, image, head, image_stride, head_stride, HAS: tl.constexpr):
-    """Where the bias or mask of an image and head begins."""
+    """Where the bias or mask of an image and head begins, if there is one."""
     if HAS:
         return data + image * image_stride + head * head_stride
     else:
-        return data
+        return 0
 
 
 @triton.jit
