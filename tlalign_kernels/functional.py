@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tlalign_kernels import ops
 from tlalign_kernels.backends import Explanation, Problem, choose, explain_choice
 from tlalign_kernels.windows import Windows
 
@@ -57,8 +58,8 @@ def attention(
     query, key, value, bias = _autocast(query, key, value, bias)
     sizes = _check_views(query, key, value)
     bias, mask, scale, problem = _prepare((query, key, value), sizes, share, residual, bias, mask, scale, dropout_p)
-    output, share_out, _ = torch.ops.tlalign_kernels.attention.default(
-        query, key, value, share, residual, bias, mask, _seed(dropout_p, query.device), scale, dropout_p,
+    output, share_out, _ = ops.call(
+        "attention", query, key, value, share, residual, bias, mask, _seed(dropout_p, query.device), scale, dropout_p,
         choose(problem, backend),
     )  # fmt: skip
     return output.transpose(1, 2), None if share is None else share_out
@@ -103,9 +104,10 @@ def attention_qkv(
     batch, tokens, _, heads, head_dim = qkv.shape
     sizes = (batch, heads, tokens, tokens, head_dim)
     bias, mask, scale, problem = _prepare((qkv,), sizes, share, residual, bias, mask, scale, dropout_p)
-    output, share_out, _ = torch.ops.tlalign_kernels.attention_qkv.default(
-        qkv, share, residual, bias, mask, _seed(dropout_p, qkv.device), scale, dropout_p, choose(problem, backend)
-    )
+    output, share_out, _ = ops.call(
+        "attention_qkv", qkv, share, residual, bias, mask, _seed(dropout_p, qkv.device), scale, dropout_p,
+        choose(problem, backend),
+    )  # fmt: skip
     return output, None if share is None else share_out
 
 
@@ -158,9 +160,9 @@ def window_attention(
     bias, pad_qkv, scale, problem = window_problem(
         qkv, share, residual, window_size, shift, bias, pad_qkv, scale, dropout_p
     )
-    output, share_out, _ = torch.ops.tlalign_kernels.window_attention.default(
-        qkv, pad_qkv, share, residual, bias, _seed(dropout_p, qkv.device), window_size, shift, scale, dropout_p,
-        choose(problem, backend),
+    output, share_out, _ = ops.call(
+        "window_attention", qkv, pad_qkv, share, residual, bias, _seed(dropout_p, qkv.device), window_size, shift,
+        scale, dropout_p, choose(problem, backend),
     )  # fmt: skip
     return output, None if share is None else share_out
 

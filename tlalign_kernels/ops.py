@@ -3,11 +3,12 @@
 Three operators, each with a backward: `attention` takes query, key and value as views, `attention_qkv` the packed
 projection, whose gradient is one tensor of the same layout, and `window_attention` that of a map of tokens. A backend
 registers itself in `LAUNCHERS`; its name is an argument of the operators, so that the choice is made once a call and
-handed to the backward.
+handed to the backward. `call` runs them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -228,8 +229,8 @@ def _attention_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp):
     if grad_output is None:
         return (None,) * 11
     scale, dropout_p, needs_grad_bias, backend = ctx.options
-    *grads, grad_bias = torch.ops.tlalign_kernels.attention_backward(
-        grad_output, *ctx.saved_tensors, scale, dropout_p, needs_grad_bias, backend
+    *grads, grad_bias = call(
+        "attention_backward", grad_output, *ctx.saved_tensors, scale, dropout_p, needs_grad_bias, backend
     )
     return *grads, None, None, grad_bias if needs_grad_bias else None, None, None, None, None, None
 
@@ -238,8 +239,8 @@ def _attention_qkv_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp):
     if grad_output is None:
         return (None,) * 9
     scale, dropout_p, needs_grad_bias, backend = ctx.options
-    grad_qkv, grad_bias = torch.ops.tlalign_kernels.attention_qkv_backward(
-        grad_output, *ctx.saved_tensors, scale, dropout_p, needs_grad_bias, backend
+    grad_qkv, grad_bias = call(
+        "attention_qkv_backward", grad_output, *ctx.saved_tensors, scale, dropout_p, needs_grad_bias, backend
     )
     return grad_qkv, None, None, grad_bias if needs_grad_bias else None, None, None, None, None, None
 
@@ -258,9 +259,7 @@ def _window_attention_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp)
     if grad_output is None:
         return (None,) * 11
     saved = ctx.saved_tensors  # asked for once: checkpointing computes them again, and refuses to do so twice
-    grad_qkv, grad_pad_qkv, grad_bias = torch.ops.tlalign_kernels.window_attention_backward(
-        grad_output, *saved, *ctx.options
-    )
+    grad_qkv, grad_pad_qkv, grad_bias = call("window_attention_backward", grad_output, *saved, *ctx.options)
     has_padding, needs_grad_bias = saved[1] is not None, ctx.options[4]
     return (
         grad_qkv, grad_pad_qkv if has_padding else None, None, None, grad_bias if needs_grad_bias else None,
@@ -271,6 +270,23 @@ def _window_attention_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp)
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("attention with label propagation has no second derivative")
 
+
+def _function(
+    name: str, kernel: Callable, autograd: Callable, setup_context: Callable | None
+) -> type[torch.autograd.Function]:
+    """An operator as an autograd function that calls its kernel without the dispatcher."""
+
+    def forward(ctx, *arguments):
+        output = kernel(*arguments)
+        if setup_context is not None:
+            setup_context(ctx, arguments, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(autograd)}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+_OPERATORS: dict[str, tuple[torch._ops.OpOverload, Callable, type[torch.autograd.Function]]] = {}
 
 for _name, _kernel, _fake, _autograd, _setup in (
     ("attention", _attention, _attention_fake, _attention_autograd, _setup_context),
@@ -291,3 +307,19 @@ for _name, _kernel, _fake, _autograd, _setup in (
         setup_context=_setup,
         lib=_library,
     )
+    _OPERATORS[_name] = (
+        getattr(torch.ops.tlalign_kernels, _name).default, _kernel, _function(_name, _kernel, _autograd, _setup)
+    )  # fmt: skip
+
+
+def call(name: str, *arguments) -> tuple[Tensor, ...]:
+    """Runs an operator: through the dispatcher where it is to be seen, compiled or intercepted, else directly.
+
+    On the way through the dispatcher and what `torch.library` makes of a formula written in Python, the host spends
+    two to three times as long as on the kernel's own work, and small models wait for the host.
+    """
+    operator, kernel, function = _OPERATORS[name]
+    is_plain = type(arguments[0]) in (Tensor, torch.nn.Parameter)
+    if torch.compiler.is_compiling() or not is_plain or torch._C._len_torch_dispatch_stack() > 0:
+        return operator(*arguments)
+    return function.apply(*arguments) if torch.is_grad_enabled() else kernel(*arguments)

@@ -27,8 +27,8 @@ class Windows(NamedTuple):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Windows along each axis."""
-        rows, columns = (-(-tokens // window) for tokens, window in zip(self.map_size, self.window_size, strict=True))
-        return rows, columns
+        (rows, columns), (height, width) = self.map_size, self.window_size
+        return -(-rows // height), -(-columns // width)
 
     @property
     def count(self) -> int:

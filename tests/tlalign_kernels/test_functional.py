@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlalign_kernels as tlk
 from tlalign_kernels import ops, selftest
@@ -428,6 +429,33 @@ def test_opcheck(backend, name):
     operator = getattr(torch.ops.tlalign_kernels, name.split()[0]).default
     result = torch.library.opcheck(operator, (*tensors, 0.25, dropout_p, backend))
     assert set(result.values()) == {"SUCCESS"}
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        self.names.add(operator.name())
+        return operator(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", OPERATOR_CALLS)
+def test_operators_are_seen_by_dispatch_modes_and_compute_the_same(name):
+    *tensors, _ = OPERATOR_CALLS[name]()
+    leaves = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
+    name = name.split()[0]
+
+    def run():
+        output, *_ = ops.call(name, *tensors, None, 0.25, 0.0, "cpu")
+        return output, *torch.autograd.grad(output.sum(), leaves)
+
+    direct = run()
+    with Seen() as seen:
+        dispatched = run()
+    assert {f"tlalign_kernels::{name}", f"tlalign_kernels::{name}_backward"} <= seen.names
+    assert all(torch.equal(first, second) for first, second in zip(direct, dispatched, strict=True))
 
 
 @backends

@@ -20,7 +20,7 @@ from tlalign_kernels.windows import Windows
 
 BACKENDS = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
 # Order of preference for `backend="auto"`; a device without an entry takes the reference.
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 ops.LAUNCHERS.update(BACKENDS)
 
@@ -128,13 +128,12 @@ def choose(problem: Problem, backend: str = "auto") -> str:
         ValueError: If `backend` is neither "auto" nor the name of a backend.
         NotImplementedError: If the backend (for "auto": every backend) can't do it, with the reasons.
     """
-    if backend == "auto":
-        if _listening is not None:
-            _listening.append(problem)
-        # The common case builds no explanation: this runs at every call.
-        for name in _auto_candidates(problem):
-            if not BACKENDS[name].unsupported_reasons(problem):
-                return name
+    if backend == "auto" and _listening is not None:
+        _listening.append(problem)
+    # The common case builds no explanation: this runs at every call.
+    for name in _auto_candidates(problem) if backend == "auto" else (backend,):
+        if name in BACKENDS and not BACKENDS[name].unsupported_reasons(problem):
+            return name
     explanation = explain_choice(problem, backend)
     if explanation.backend is None:
         wanted = "no backend" if backend == "auto" else f"backend {backend!r} does not"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,9 @@ def rows(
 ) -> tuple[int, int, int, int]:
     """Address and strides of images, heads and rows of a tensor (B, H, N, D); those of one thing alone are 0."""
     check(name, tensor, shape, dtype, device)
-    last = tensor.stride(-1)
-    if last != 1 and shape[-1] > 1:
+    image, head, row, last = _strides(tensor.shape, tensor.stride())
+    if last not in (0, 1):
         raise ValueError(f"{name}: expected a last stride of 1, got {last}")
-    image, head, row = _strides(tensor)[:3]
     return tensor.data_ptr(), image, head, row
 
 
@@ -50,12 +51,13 @@ def offsets(
     shape = (batch if images != 1 else 1, heads if tensor_heads != 1 else 1, queries, keys)
     check(name, tensor, shape, tensor.dtype, device)
     dtype = "bool" if tensor.dtype == torch.bool else DTYPES[tensor.dtype]
-    return tensor.data_ptr(), dtype, *_strides(tensor)
+    return tensor.data_ptr(), dtype, *_strides(tensor.shape, tensor.stride())
 
 
-def _strides(tensor: Tensor) -> list[int]:
+@functools.lru_cache(4096)  # asked for several tensors a call, and the same in each step
+def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, 0 along dimensions of one, where they mean nothing."""
-    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 
 
 def float_or_smaller(tensor: Tensor | None) -> Tensor | None:

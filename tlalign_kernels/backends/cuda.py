@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +30,9 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.device_type != "cuda":
         reasons.append(f"device: expected cuda, got {problem.device_type}")
-    elif torch.cuda.get_device_capability() < (8, 0):
-        reasons.append(f"device: expected compute capability 8.0 or newer, got {torch.cuda.get_device_capability()}")
+    elif _capability(torch.cuda.current_device()) < (8, 0):
+        capability = _capability(torch.cuda.current_device())
+        reasons.append(f"device: expected compute capability 8.0 or newer, got {capability}")
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
     if problem.head_dim not in _native.CUDA_HEAD_DIMS:
@@ -227,7 +229,7 @@ def window_backward(
         grad_pad_qkv[0].zero_()
         grad_pad_qkv[1:].copy_(grad_padding.sum(dim=(0, 1), dtype=torch.float32))
     if grad_bias is not None:
-        grad_bias.copy_(bias_sums.sum(dim=0, keepdim=True).sum_to_size(grad_bias.shape))
+        grad_bias.copy_(bias_sums.sum(dim=0 if grad_bias.shape[1] == heads else (0, 1), keepdim=True))
 
 
 def _windows_of_sum(windows: int, tiles: int) -> int:
@@ -288,6 +290,9 @@ def _problem(
     )
 
 
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
 def _current(device: torch.device) -> torch.cuda.device:
     """CUDA launches on the current device, not on that of the tensors."""
     return torch.cuda.device(device)
@@ -295,7 +300,13 @@ def _current(device: torch.device) -> torch.cuda.device:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """Kernels copy 16 bytes at a time: a tensor whose rows begin elsewhere, or have gaps, is copied, once."""
-    chunk = 16 // tensor.element_size()
-    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    is_aligned = tensor.data_ptr() % 16 == 0 and all(stride % chunk == 0 for stride in strides[:-1])
-    return tensor if is_aligned and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+    if tensor.data_ptr() % 16 == 0 and _has_aligned_rows(tensor.shape, tensor.stride()):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(4096)
+def _has_aligned_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether rows of numbers of 16 bits lie at multiples of 16 bytes from one another, without gaps in them."""
+    *between, last = strides
+    return last == 1 and all(stride % 8 == 0 for size, stride in zip(shape, between, strict=False) if size > 1)
