@@ -34,7 +34,7 @@ MODELS = {
     "swin_tiny_patch4_window7_224": 8,
     "pvt_tiny": 8,
 }
-GPU_IMAGES = 128
+GPU_IMAGES = 256
 CLASSES, SIDE = 1000, 224
 CHECKED_IMAGES = 2
 

@@ -25,12 +25,15 @@ import triton_offline as offline
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have
 needs_ptxvm = pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm")
+VERSION = tuple(map(int, backend.triton.__version__.split(".")[:2]))
+of_new_triton = pytest.mark.skipif(VERSION < (3, 8), reason="older Triton compiles to more instructions and registers")
 
 
 # Interpreted
 
 
 @pytest.mark.minutes
+@pytest.mark.skipif(VERSION < (3, 8), reason="older Triton's interpreter can't do loops with numpy 2.5")
 @pytest.mark.parametrize("part", ["errors", "not errors"])  # so that two workers share them
 def test_the_operators_tests_pass_under_the_interpreter(part):
     # In a process of its own: the kernels are interpreted or compiled from their import on.
@@ -226,6 +229,7 @@ def every_launch(arch, tokens, head_dim, dtype, offsets=False):
         yield from offline.record_packed(arch, tokens, head_dim, dtype, prefer=prefer, offsets=offsets).values()
 
 
+@of_new_triton
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("tokens", [49, 197, 577])
 def test_nothing_spills_at_head_dim_64(arch, tokens):
@@ -233,6 +237,7 @@ def test_nothing_spills_at_head_dim_64(arch, tokens):
         check_compiled(launch, arch)
 
 
+@of_new_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
@@ -259,10 +264,12 @@ def check_windows(arch, tokens, dtype):
             check_compiled(launch, arch)
 
 
+@of_new_triton
 def test_nothing_spills_in_windows_of_49():
     check_windows(80, 49, torch.bfloat16)
 
 
+@of_new_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("tokens", SWIN)
@@ -311,12 +318,14 @@ def test_few_scores_are_padding(tokens, head_dim, most):
     assert tokens**2 <= rows * launch.constants["PARTS_ROW"] <= most * tokens**2
 
 
+@of_new_triton
 @pytest.mark.parametrize(("arch", "most"), [(80, 16), (90, 13)])
 def test_instructions_of_a_score_of_the_forward(arch, most):
     launch = offline.record_packed(arch, 197, 64)["attention_forward_row"]
     assert count(launch, arch) * 32 / 197**2 <= most
 
 
+@of_new_triton
 @pytest.mark.parametrize("arch", [80, 90])
 def test_labels_cost_few_instructions(arch):
     # The leanest kernel without labels: its row sum, too, is a column of the product.
@@ -325,12 +334,14 @@ def test_labels_cost_few_instructions(arch):
     assert count(labels, arch) <= count(offline.make_plain(labels), arch)
 
 
+@of_new_triton
 @pytest.mark.parametrize("arch", [80, 90])
 def test_labels_of_windows_cost_few_instructions(arch):
     none, labels = (offline.record_packed(arch, sources=s, **WINDOWS)["attention_forward_heads"] for s in (0, 1))
     assert count(none, arch, heads=3) < count(labels, arch, heads=3) <= 1.08 * count(none, arch, heads=3)
 
 
+@of_new_triton
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("options", [dict(tokens=197, head_dim=64), WINDOWS], ids=["ViT", "windows"])
 def test_labels_take_no_program_from_a_multiprocessor(arch, options):
@@ -339,6 +350,7 @@ def test_labels_take_no_program_from_a_multiprocessor(arch, options):
     assert offline.programs_at_once(labels, arch) == offline.programs_at_once(none, arch)
 
 
+@of_new_triton
 @needs_ptxvm
 @pytest.mark.parametrize(
     "most, options", [(1.03, dict(tokens=197, head_dim=64)), (1.04, WINDOWS)], ids=["ViT", "windows"]
@@ -351,6 +363,7 @@ def test_labels_cost_few_bytes(most, options):
 SHIFTED = Windows((14, 14), (7, 7), (3, 3))
 
 
+@of_new_triton
 @pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
 def test_windows_take_no_more_instructions_than_attention_with_a_bias(arch):
     windows = offline.record_windows(arch, SHIFTED, 32, heads=3)
@@ -360,6 +373,7 @@ def test_windows_take_no_more_instructions_than_attention_with_a_bias(arch):
         assert of_window <= count(packed[name], arch, heads=3)
 
 
+@of_new_triton
 @needs_ptxvm
 @pytest.mark.parametrize("kernel", ["attention_forward_row", "attention_forward_heads"])
 def test_windows_read_the_projection_once_and_write_the_output_once(kernel):
@@ -372,6 +386,7 @@ def test_windows_read_the_projection_once_and_write_the_output_once(kernel):
 SPLIT = ("attention_backward_queries", "attention_backward_keys")
 
 
+@of_new_triton
 @pytest.mark.parametrize("arch", [80, 90])
 def test_one_program_a_head_takes_a_third_less_than_two_kernels_of_usual_tiles(monkeypatch, arch):
     one = offline.record_packed(arch, 197, 64, prefer=["attention_backward_head"])["attention_backward_head"]
@@ -381,6 +396,7 @@ def test_one_program_a_head_takes_a_third_less_than_two_kernels_of_usual_tiles(m
     assert count(one, arch) <= 0.67 * sum(count(two[name], arch) for name in SPLIT)
 
 
+@of_new_triton
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_default_backward_is_the_one_whose_busiest_pipe_is_done_first(arch):
     def cycles(*names):

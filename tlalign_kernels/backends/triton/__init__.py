@@ -321,7 +321,8 @@ def forward(
     parts_row = _padded_keys(config.tiles, keys)
     sizes = (heads, queries, keys)
     strides = (*_strides(query, key, value), *_offset_strides(bias, mask))
-    numbers = (scale * _LOG2_E, *_dropout(dropout_p))
+    factor = _factor(scale, has_offsets)
+    numbers = (factor, *_dropout(dropout_p))
     # The kernels for few keys are made for one length: what it is padded by, and whether a load needs a mask, are
     # constants.
     constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
@@ -369,7 +370,7 @@ def forward(
             kernels.dense_share[(triton.cdiv(queries, block) * batch,)](
                 query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
-                *sizes, sources, scale * _LOG2_E, **_rows(query=query, key=key), **_width(head_dim),
+                *sizes, sources, factor, **_rows(query=query, key=key), **_width(head_dim),
                 **_kinds(bias, mask, windows), PRECISION=_precision(query.dtype),
                 NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
                 BLOCK_Q=block, TILE=block, LABELS=32, num_warps=8,
@@ -410,7 +411,7 @@ def backward(
     has_offsets = bias is not None or mask is not None
     shape = _shape_of(query, key, has_offsets, windows)
     config, *of_keys = _chosen(backward_configs, shape)
-    factor, dropout = scale * _LOG2_E, _dropout(dropout_p)
+    factor, dropout = _factor(scale, has_offsets), _dropout(dropout_p)
     with _device_of(query):
         inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
         is_head = config.kernel == "attention_backward_head"
@@ -567,9 +568,10 @@ def _inverse(
     block = 32 if head_dim <= 64 else 16
     kernels.normalise[(triton.cdiv(queries, block) * batch * heads,)](
         query, key, pad_qkv, bias, mask, log_sum_exp, inverse,
-        *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys, scale * _LOG2_E,
-        **_rows(query=query, key=key), **_width(head_dim), **_kinds(bias, mask, windows),
-        PRECISION=_precision(query.dtype), WINDOWS=windows, BLOCK_Q=block, TILE=block, num_warps=4,
+        *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys,
+        _factor(scale, bias is not None or mask is not None), **_rows(query=query, key=key), **_width(head_dim),
+        **_kinds(bias, mask, windows), PRECISION=_precision(query.dtype), WINDOWS=windows, BLOCK_Q=block, TILE=block,
+        num_warps=4,
     )  # fmt: skip
     return inverse
 
@@ -651,6 +653,11 @@ def _kinds(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) ->
 
 def _width(head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+
+
+def _factor(scale: float, has_offsets: bool) -> float:
+    """Of products of queries and keys; see `_unit` of the kernels."""
+    return scale if has_offsets else scale * _LOG2_E
 
 
 def _dropout(dropout_p: float) -> tuple[int, float]:

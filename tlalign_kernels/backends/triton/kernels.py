@@ -62,6 +62,15 @@ def _packed_rows(sources, parts, windows):
     return sources * parts + _labels(sources, windows) - sources
 
 
+@triton.constexpr_function
+def _unit(bias, mask):
+    """What scores are multiplied with in the exponent of 2: nothing more where their factor holds it.
+
+    A bias or mask is added as it is, so that large ones are rounded as seldom as may be.
+    """
+    return LOG2_E.value if bias != 0 or mask != 0 else 1.0
+
+
 @triton.jit
 def _program(blocks, heads):
     """Block, head and image of this program; one dimension, since the others of a grid end at 65535."""
@@ -259,7 +268,7 @@ def _add_offsets(scores, row, row_end, row_stride, column, column_end, column_st
         inside = (row < row_end)[:, None] & (column < column_end)[None, :]
         at = data + row[:, None] * row_stride + column[None, :] * column_stride
         if KIND == 1:
-            scores += tl.load(at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+            scores += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         else:
             scores = tl.where(tl.load(at, mask=inside, other=1) != 0, scores, float("-inf"))
     return scores
@@ -273,7 +282,7 @@ ARRANGED = tl.constexpr(3)
 def _arranged(row, rows, row_stride, column, columns, data):
     """The bias of windows at some rows and columns, from `arrange_bias`; -inf beyond the last of either."""
     inside = (row < rows) & (column < (columns + 7) // 8 * 8)
-    return tl.load(data + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32) * LOG2_E
+    return tl.load(data + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -474,7 +483,7 @@ def attention_forward_row(
     for i in tl.static_range(1, COUNT):
         lanes = tl.maximum(lanes, _max_of_lanes(scores[i]))
     highest = tl.max(lanes, 1)
-    unit = factor if FOLDS else 1.0
+    unit = factor if FOLDS else _unit(BIAS, MASK)
     highest *= unit
     shift = highest
     if not FOLDS:
@@ -518,7 +527,7 @@ def _stream_tile(
         q, key, KEY_ROW, row, queries, first, keys, 1.0 if FOLDS else factor, bias, bias_query, bias_key, mask,
         mask_query, mask_key, SIZE, ENDS, D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
     )  # fmt: skip
-    unit = factor if FOLDS else 1.0
+    unit = factor if FOLDS else _unit(BIAS, MASK)
     now = tl.maximum(highest, tl.max(scores, 1) * unit)
     shift = now
     if not FOLDS:
@@ -645,7 +654,7 @@ def attention_forward_heads(
             _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
             BLOCK_K, True, D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
         )  # fmt: skip
-        unit = factor if FOLDS else 1.0
+        unit = factor if FOLDS else _unit(BIAS, MASK)
         highest = tl.max(scores, 1) * unit
         shift = highest
         if not FOLDS:
@@ -777,7 +786,7 @@ def normalise(
                 q, key, KEY_ROW, row, queries, start, keys, factor, bias, bias_query, bias_key, mask, mask_query,
                 mask_key, TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
             )  # fmt: skip
-            total += tl.sum(tl.exp2(scores - known[:, None]), 1)
+            total += tl.sum(tl.exp2(scores * _unit(BIAS, MASK) - known[:, None]), 1)
     tl.store(inverse + pair * queries + row, tl.where(total == 0.0, 0.0, 1.0 / total), mask=row < queries)
 
 
@@ -839,7 +848,8 @@ def dense_share(
             )  # fmt: skip
             pair = (image * heads + head) * queries
             known = _log_sum_exp(log_sum_exp + pair, row, queries)
-            mean += tl.exp2(scores - known[:, None]) * _inverse(inverse, pair, row, queries, NORMALISES)[:, None]
+            p = tl.exp2(scores * _unit(BIAS, MASK) - known[:, None])
+            mean += p * _inverse(inverse, pair, row, queries, NORMALISES)[:, None]
         of_key = start + tl.arange(0, TILE)
         token_of_key, is_real_key = _token(of_key, place, WINDOWS)
         has_label = is_real_key & (of_key < keys)
@@ -895,7 +905,7 @@ def _grad_scores(
     else:
         scores = _add_offsets(scores, column, keys, bias_key, row, queries, bias_query, bias, BIAS)
         scores = _add_offsets(scores, column, keys, mask_key, row, queries, mask_query, mask, MASK)
-    p = tl.exp2(scores - known[None, :])
+    p = tl.exp2(scores * _unit(BIAS, MASK) - known[None, :])
     if NORMALISES:
         p *= inverse[None, :]
     if ENDS and BIAS != ARRANGED:
