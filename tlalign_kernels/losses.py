@@ -1,10 +1,14 @@
 """Losses against a mixture of a few classes, without a (B, C) target.
 
 Both losses are affine in the target, and the target of image b is sum_k weight[b, k] * onehot(class[b, k]), so the
-target enters through a gather of S + 1 logits.
+target enters through a gather of S + 1 values. Nothing here makes an accelerator wait, and launches are few: beside so
+little arithmetic they are the cost.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +35,7 @@ def mixed_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: float = 
         ValueError: If shapes disagree, `smoothing` is out of range or, on the CPU, a class id is.
     """
     _check(logits, target, smoothing)
-    logits = _at_least_float32(logits)
-    per_image = torch.logsumexp(logits, dim=1) - _target_logit(logits, target, smoothing)
-    return per_image.mean()
+    return _loss(logits, target, smoothing, binary=False)
 
 
 def mixed_binary_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: float = 0.0) -> Tensor:
@@ -54,22 +56,52 @@ def mixed_binary_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: f
         ValueError: If shapes disagree, `smoothing` is out of range or, on the CPU, a class id is.
     """
     _check(logits, target, smoothing)
-    logits = _at_least_float32(logits)
-    per_image = F.softplus(logits).sum(dim=1) - _target_logit(logits, target, smoothing)
-    return per_image.mean() / logits.shape[1]
+    return _loss(logits, target, smoothing, binary=True)
 
 
-def _target_logit(logits: Tensor, target: MixedTarget, smoothing: float) -> Tensor:
-    """Sum over classes of (smoothed target * logit), (B,)."""
-    if target.classes is None:
-        mixed = (logits * target.image_share(logits.dtype)).sum(dim=1)
-    else:
-        mixed = (logits.gather(1, target.classes) * target.source_weights()).sum(dim=1)
-    return (1 - smoothing) * mixed + smoothing * logits.mean(dim=1)
+def _loss(logits: Tensor, target: MixedTarget, smoothing: float, binary: bool) -> Tensor:
+    if target.classes is not None:
+        return _MixtureLoss.apply(logits, target.classes, target.source_weights(), smoothing, binary)
+    logits = logits.to(_loss_dtype(logits))
+    dense = target.image_share(logits.dtype).detach() * (1 - smoothing) + smoothing / logits.shape[1]
+    return (F.binary_cross_entropy_with_logits if binary else F.cross_entropy)(logits, dense)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+class _MixtureLoss(torch.autograd.Function):
+    """Either loss; the gradient is the softmax (or sigmoid) of the logits minus the smoothed target, over the count.
+
+    Left to autograd, the gather and the smoothing would each make a gradient of all classes of their own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, classes: Tensor, weights: Tensor, smoothing: float, binary: bool) -> Tensor:
+        dtype = _loss_dtype(logits)
+        values = logits.to(dtype) if binary else F.log_softmax(logits, dim=1, dtype=dtype)
+        weights = weights.to(dtype) * (smoothing - 1)
+        ctx.save_for_backward(logits, classes, weights)
+        ctx.smoothing, ctx.binary, ctx.count = smoothing, binary, logits.numel() if binary else len(logits)
+        loss = (values.gather(1, classes) * weights).sum()
+        if smoothing:
+            loss = loss.sub(values.sum(), alpha=smoothing / logits.shape[1])
+        if binary:
+            loss = loss + F.softplus(values).sum()
+        return loss / (ctx.count or math.nan)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, classes, weights = ctx.saved_tensors
+        dtype = _loss_dtype(logits)
+        result = logits.to(dtype).sigmoid() if ctx.binary else F.softmax(logits, dim=1, dtype=dtype)
+        if torch.is_grad_enabled():
+            result = result.clone()  # a second backward needs what is overwritten here
+        if ctx.smoothing:
+            result.sub_(ctx.smoothing / logits.shape[1])
+        result.scatter_add_(1, classes, weights).mul_(gradient / ctx.count)
+        return result.to(logits.dtype), None, None, None, None
+
+
+def _loss_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _check(logits: Tensor, target: MixedTarget, smoothing: float) -> None:

@@ -55,19 +55,68 @@ def test_loss_of_half_precision_logits_is_computed_in_float32(loss):
     torch.testing.assert_close(result, loss(logits.float(), target), rtol=0, atol=0)
 
 
-def test_cross_entropy_builds_no_tensor_of_the_size_of_the_logits():
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_second_derivative_is_that_of_the_dense_loss(loss, smoothing):
+    logits, target = torch.randn(4, 7, dtype=torch.float64, requires_grad=True), random_target(4, 7, 2)
+    dense = target.to_dense(7, smoothing).double()
+    vector = torch.randn_like(logits)
+
+    def product(value):
+        (gradient,) = torch.autograd.grad(value, logits, create_graph=True)
+        return torch.autograd.grad((gradient * vector).sum(), logits)[0]
+
+    torch.testing.assert_close(product(loss(logits, target, smoothing)), product(DENSE_LOSSES[loss](logits, dense)))
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_gradient_comes_in_the_dtype_of_the_logits_and_scales_with_the_loss(loss):
+    logits, target = torch.randn(4, 7, requires_grad=True), random_target(4, 7)
+    (gradient,) = torch.autograd.grad(loss(logits, target, 0.1), logits)
+    half = logits.detach().bfloat16().requires_grad_()
+    (scaled,) = torch.autograd.grad(-8 * loss(half, target, 0.1), half)
+    assert scaled.dtype == torch.bfloat16
+    torch.testing.assert_close(scaled.float(), -8 * gradient, rtol=0.02, atol=0.02 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_compiled_loss_has_the_same_gradient(loss):
+    logits, target = torch.randn(4, 7, requires_grad=True), random_target(4, 7)
+    compiled = torch.compile(lambda logits: loss(logits, target, 0.1), fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(loss(logits, target, 0.1), logits)
+    torch.testing.assert_close(torch.autograd.grad(compiled(logits), logits)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_target_gets_no_gradient(loss):
+    # A share that went through reentrant checkpointing requires one.
+    logits, target = torch.randn(4, 7, requires_grad=True), random_target(4, 7)
+    ratio = target.ratio.requires_grad_()
+    assert torch.autograd.grad(loss(logits, target), (logits, ratio), allow_unused=True)[1] is None
+
+
+def test_cross_entropy_makes_one_tensor_of_the_size_of_the_logits_each_way():
     class Sizes(TorchDispatchMode):
-        largest = 0
+        def __init__(self):
+            super().__init__()
+            self.large = []  # kept alive, so that no two have the same address
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            Sizes.largest = max(Sizes.largest, result.numel() if isinstance(result, torch.Tensor) else 0)
+            if isinstance(result, torch.Tensor) and result.numel() > 100:
+                self.large.append(result)
             return result
 
-    logits, target = torch.randn(8, 1000), random_target(8, 1000)
-    with Sizes():
-        mixed_cross_entropy(logits, target, 0.1)
-    assert 0 < Sizes.largest < 100
+        def tensors(self):
+            return {tensor.data_ptr() for tensor in self.large}
+
+    logits, target = torch.randn(8, 1000, requires_grad=True), random_target(8, 1000)
+    with Sizes() as forward:
+        loss = mixed_cross_entropy(logits, target, 0.1)
+    with Sizes() as backward:
+        (gradient,) = torch.autograd.grad(loss, logits)
+    assert len(forward.tensors() - {logits.data_ptr()}) == 1
+    assert backward.tensors() == {gradient.data_ptr()}
 
 
 BAD_CALLS = [
