@@ -7,6 +7,7 @@ written for shares instead of C-class vectors).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -168,15 +169,16 @@ class MixedTarget:
             return self
         if self.classes.numel() == 0:
             return self
-        low, high = int(self.classes.min()), int(self.classes.max())
+        low, high = (int(limit) for limit in self.classes.aminmax())
         if low < 0 or (num_classes is not None and high >= num_classes):
             limit = "" if num_classes is None else f" and below {num_classes}"
             raise ValueError(f"classes: expected ids of at least 0{limit}, got ids from {low} to {high}")
         if self.boxes is not None:
-            (height, width), (y0, x0, y1, x1) = self.image_size, self.boxes.unbind(-1)
-            inside = (y0 >= 0) & (x0 >= 0) & (y0 <= y1) & (x0 <= x1) & (y1 <= height) & (x1 <= width)
+            height, width = self.image_size
+            start, end = self.boxes.unflatten(-1, (2, 2)).unbind(-2)
+            inside = (start >= 0) & (start <= end) & (end <= end.new_tensor(self.image_size))
             if not bool(inside.all()):
-                wrong = self.boxes[~inside][0].tolist()
+                wrong = self.boxes[~inside.all(-1)][0].tolist()
                 raise ValueError(
                     f"boxes: expected y0, x0, y1, x1 with 0 <= y0 <= y1 <= {height} and 0 <= x0 <= x1 <= {width}, "
                     f"got {wrong}"
@@ -198,11 +200,13 @@ class MixedTarget:
         """
         if self.classes is None:
             return self.token_labels.to(dtype).mean(dim=(2, 3))
+        if self.ratio is not None and self.ratio.dtype == dtype:
+            return self.ratio
         if self.boxes is not None:
             height, width = self.image_size
             if self.boxes.shape[1] == 1:
-                y0, x0, y1, x1 = self.boxes.unbind(-1)
-                return ((y1 - y0) * (x1 - x0)).to(dtype) / (height * width)
+                sides = self.boxes[..., 2:] - self.boxes[..., :2]
+                return sides.prod(dim=-1, dtype=dtype) / (height * width)
             return self._box_masks(dtype).mean(dim=(2, 3))
         if self.masks is not None:
             return self.masks.to(dtype).mean(dim=(2, 3))
@@ -238,10 +242,8 @@ class MixedTarget:
                     f"{self.image_size} pixels"
                 )
         if self.boxes is not None and self.boxes.shape[1] == 1:
-            y0, x0, y1, x1 = self.boxes.unbind(-1)
-            covered_rows = _covered(y0, y1, rows, patch_size[0], self.image_size[0], dtype)
-            covered_columns = _covered(x0, x1, columns, patch_size[1], self.image_size[1], dtype)
-            return (covered_rows[..., :, None] * covered_columns[..., None, :]).flatten(2).transpose(1, 2)
+            covered = self._covered_parts(grid_size, patch_size, dtype)
+            return (covered[0][..., :, None] * covered[1][..., None, :]).flatten(2).transpose(1, 2)
         masks = self.masks.to(dtype) if self.boxes is None else self._box_masks(dtype)
         pooled = F.avg_pool2d(masks, tuple(patch_size), ceil_mode=True)[..., :rows, :columns]
         return pooled.flatten(2).transpose(1, 2)
@@ -271,7 +273,8 @@ class MixedTarget:
 
     def source_weights(self) -> Tensor:
         """Weights of all sources, the image's own first: (B, S + 1) of the dtype of `ratio`, rows of sum 1."""
-        return torch.cat((1 - self.ratio.sum(dim=1, keepdim=True), self.ratio), dim=1)
+        extra = self.ratio if self.ratio.shape[1] == 1 else self.ratio.sum(dim=1, keepdim=True)
+        return torch.cat((1 - extra, self.ratio), dim=1)
 
     def with_share(self, share: Tensor, layer_shares: Sequence[Tensor] | None = None) -> MixedTarget:
         """The target after a model: the same sources, mixed by the share that arrived at the head.
@@ -303,6 +306,16 @@ class MixedTarget:
     def _dtype(self) -> torch.dtype:
         given = (self.ratio, self.masks, self.token_labels)
         return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in given) else torch.float32
+
+    def _covered_parts(
+        self, grid_size: tuple[int, int], patch_size: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Part of each row and of each column of cells that the only box covers: (B, 1, Ht) and (B, 1, Wt)."""
+        ends = self.boxes.unflatten(-1, (2, 2)).transpose(-1, -2)
+        axes = list(zip(grid_size, patch_size, self.image_size, strict=True))
+        if axes[0] == axes[1]:  # the usual case, at the half of the launches
+            return _covered(ends, *axes[0], dtype).unbind(-2)
+        return tuple(_covered(ends[..., axis, :], *sizes, dtype) for axis, sizes in enumerate(axes))
 
     def _box_masks(self, dtype: torch.dtype) -> Tensor:
         """Part of each source in each pixel, (B, S, Hi, Wi): 1 where its box is and no later one lies over it."""
@@ -389,12 +402,12 @@ def check_smoothing(smoothing: float) -> None:
         raise ValueError(f"smoothing: expected a value in [0, 1], got {smoothing}")
 
 
-def _covered(start: Tensor, end: Tensor, tokens: int, step: int, pixels: int, dtype: torch.dtype) -> Tensor:
-    """Part of each of `tokens` cells of `step` pixels that [start, end) covers along one axis: (B, S, tokens)."""
-    first = torch.arange(tokens, device=start.device) * step
-    last = (first + step).clamp(max=pixels)
-    overlap = torch.minimum(end[..., None], last) - torch.maximum(start[..., None], first)
-    return overlap.clamp(min=0).to(dtype) / (last - first).to(dtype)
+def _covered(ends: Tensor, tokens: int, step: int, pixels: int, dtype: torch.dtype) -> Tensor:
+    """Part of each of `tokens` cells of `step` pixels between `ends` (..., 2) along an axis: (..., tokens)."""
+    first = torch.arange(0, tokens * step, step, dtype=dtype, device=ends.device)
+    before = (ends[..., None] - first).clamp(0, step)
+    covered = before[..., 1, :] - before[..., 0, :]
+    return covered / (step if tokens * step <= pixels else (pixels - first).clamp(max=step))
 
 
 def _check_classes(classes: Tensor) -> int:
@@ -429,13 +442,12 @@ def _check_distribution(name: str, values: Tensor, dim: int, exactly_one: bool) 
     """Checks that values are finite, not negative, and sum along `dim` to (at most) one."""
     if values.numel() == 0:
         return
-    if not bool(torch.isfinite(values).all()):
+    total = values.sum(dim, dtype=torch.float64)
+    lowest, least, most = (float(limit) for limit in (values.min(), *total.aminmax()))
+    if not math.isfinite(lowest + most):
         raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(values)).sum())} that are not")
-    total = values.double().sum(dim)
-    if float(values.min()) < 0:
-        raise ValueError(f"{name}: expected values of at least 0, got {float(values.min()):.6g}")
-    if float(total.max()) > 1 + _SUM_TOLERANCE or (exactly_one and float(total.min()) < 1 - _SUM_TOLERANCE):
+    if lowest < 0:
+        raise ValueError(f"{name}: expected values of at least 0, got {lowest:.6g}")
+    if most > 1 + _SUM_TOLERANCE or (exactly_one and least < 1 - _SUM_TOLERANCE):
         wanted = "1" if exactly_one else "at most 1"
-        raise ValueError(
-            f"{name}: expected sums of {wanted} along dimension {dim}, got {total.min():.6g} to {total.max():.6g}"
-        )
+        raise ValueError(f"{name}: expected sums of {wanted} along dimension {dim}, got {least:.6g} to {most:.6g}")
