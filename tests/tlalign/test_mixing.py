@@ -10,6 +10,7 @@ import timm.data.mixup as timm_mixup
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tlalign.mixing import (
     AttentiveCutMix,
@@ -25,7 +26,7 @@ from tlalign.mixing import (
     TokenMix,
     draw_boxes,
 )
-from tlalign_kernels.labels import MixedTarget
+from tlalign_kernels import MixedTarget, mixed_binary_cross_entropy, mixed_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,6 +279,60 @@ def test_gpu_batch_is_mixed_as_on_the_cpu(make, mode):
     assert mixed.is_cuda and target.ratio.is_cuda
     torch.testing.assert_close(mixed.cpu(), on_cpu[0], rtol=0, atol=1e-5)
     assert torch.equal(target.ratio.cpu(), on_cpu[1].ratio)
+
+
+class CopiesToDevice(TorchDispatchMode):
+    """Counts copies from the CPU to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[0] if function is torch.ops.aten._to_copy.default else args[1]
+            self.count += source.device.type == "cpu" and result.device.type != "cpu"
+        return result
+
+
+def train_on(device, strategy):
+    """Goes the way from pixels to gradients of logits, with the share of tokens in between."""
+    images, classes = torch.randn(7, 3, HEIGHT, WIDTH, device=device), torch.zeros(7, dtype=torch.int64, device=device)
+    logits = torch.randn(7, 10, device=device, requires_grad=True)
+
+    def run():
+        mixed, target = strategy(images, classes)
+        share = target.token_share((HEIGHT // 4, WIDTH // 4), (4, 4))
+        aligned = target.with_share((share.mean(dim=1) + target.image_share()) / 2)
+        for loss in (mixed_cross_entropy, mixed_binary_cross_entropy):
+            loss(logits, aligned, smoothing=0.1).backward()
+        return mixed
+
+    return run
+
+
+@every_mode
+@pytest.mark.parametrize("make", [CutMix, MixUp, functools.partial(MixUpCutMix, prob=0.9)])
+def test_device_is_never_waited_for_and_little_is_copied_there(make, mode):
+    # Tensors of the meta device have no values: what would have to wait for some raises.
+    run = train_on("meta", make(mode=mode, seed=2))
+    for _ in range(4):
+        with CopiesToDevice() as copies:
+            assert run().device.type == "meta"
+        assert 1 <= copies.count <= (1 if mode == "batch" else 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_mode
+@pytest.mark.parametrize("make", [CutMix, MixUp, functools.partial(MixUpCutMix, prob=0.9)])
+def test_gpu_is_never_waited_for(make, mode):
+    run = train_on("cuda", make(mode=mode, seed=2))
+    run()  # what is set up once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # --- Distributions -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tlalign.mixing.masks import mix_masked
-from tlalign.mixing.strategy import MixingStrategy, Mode, is_integer
+from tlalign.mixing.strategy import MixingStrategy, Mode, is_integer, to_device
 from tlalign_kernels.labels import MixedTarget
 
 
@@ -69,7 +69,7 @@ class AttentiveCutMix(MixingStrategy):
         flat = activation.flatten(1)
         masks = torch.zeros_like(flat, dtype=torch.bool)
         masks.scatter_(1, flat.topk(self.count, dim=1).indices, True)
-        masks = masks.view(-1, *cells) & torch.from_numpy(chosen).to(images.device)[:, None, None]
+        masks = masks.view(-1, *cells) & to_device(chosen, images.device)[:, None, None]
         rows, columns = (
             torch.arange(pixels, device=images.device) * side // pixels
             for pixels, side in zip(image_size, cells, strict=True)

@@ -18,6 +18,7 @@ from tlalign.mixing.strategy import (
     check_probability,
     draw_ratios,
     is_integer,
+    to_device,
 )
 from tlalign_kernels.labels import MixedTarget, box_masks
 
@@ -44,30 +45,29 @@ class BoxStrategy(MixingStrategy):
         self, images: Tensor, classes: Tensor, draw_index: np.ndarray, chosen: np.ndarray
     ) -> tuple[Tensor, MixedTarget]:
         height, width = image_size = tuple(images.shape[-2:])
+        one_draw = not draw_index.any()
         boxes, weight = self._draw(int(draw_index.max()) + 1, image_size)
-        boxes = np.where(chosen[:, None], boxes[draw_index], 0)
+        boxes = boxes[draw_index] * chosen[:, None]
         # float32 before anything uses it: pixels and target then speak of the same number.
         weight = np.where(chosen, weight[draw_index], 1).astype(np.float32)
-        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        device = images.device
 
         if (weight == 1).all():
-            if draw_index.any():
-                boxes = torch.from_numpy(boxes).to(device)
-                mixed = torch.where(box_masks(boxes, image_size)[:, None], images.flip(0), images)
-            else:
-                # One box for all, the usual case, costs little. An image that is its own partner is not changed by it.
-                mixed = paste(images, boxes[0])
-                boxes = torch.from_numpy(boxes).to(device)
-            return mixed, MixedTarget.from_boxes(classes, boxes[:, None], image_size)
+            placed = to_device(boxes, images.device)
+            # One box for all, the usual case, costs little. An image that is its own partner is not changed by it.
+            mixed = paste(images, boxes[0]) if one_draw else paste_each(images, placed)
+            return mixed, MixedTarget.from_boxes(classes, placed[:, None], image_size)
 
-        if np.isin(area, (0, height * width)).all():
-            ratio = torch.from_numpy(np.where(area == 0, np.float32(0), weight)).to(device)
-            return blend(images, ratio), MixedTarget.from_ratio(classes, ratio[:, None])
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        if ((area == 0) | (area == height * width)).all():
+            ratio = np.where(area == 0, np.float32(0), weight)
+            placed = to_device(ratio, images.device)
+            # Likewise of one ratio.
+            mixed = blend(images, float(ratio[0]) if one_draw else placed)
+            return mixed, MixedTarget.from_ratio(classes, placed[:, None])
 
         # Boxes and blends side by side: their masks are the one description that holds for both.
-        inside = box_masks(torch.from_numpy(boxes).to(device), image_size)[:, None]
-        ratio = torch.from_numpy(weight).to(device)
+        inside = box_masks(to_device(boxes, images.device), image_size)[:, None]
+        ratio = to_device(weight, images.device)
         mixed = torch.where(inside, blend(images, ratio), images)
         return mixed, MixedTarget.from_masks(classes, inside * ratio[:, None, None, None])
 
@@ -234,7 +234,7 @@ def draw_boxes(
         side = generator.integers(least, most, size=(count, 2))
         start = generator.integers(0, limits - side + 1)
         stop = start + side
-    return np.concatenate((start.clip(0, limits), stop.clip(0, limits)), axis=1) * cell
+    return np.stack((start, stop), axis=1).clip(0, limits).reshape(count, 4) * cell
 
 
 def box_sides(ratio: np.ndarray, limits: np.ndarray) -> np.ndarray:
@@ -263,19 +263,32 @@ def paste(images: Tensor, box: np.ndarray) -> Tensor:
     return mixed
 
 
-def blend(images: Tensor, ratio: Tensor) -> Tensor:
+def paste_each(images: Tensor, boxes: Tensor) -> Tensor:
+    """Returns the images with the pixels of their mirror images within one box each.
+
+    Args:
+        images: (B, C, Hi, Wi).
+        boxes: (B, 4) int64: y0, x0, y1, x1, half open.
+
+    Returns:
+        (B, C, Hi, Wi).
+    """
+    return torch.where(box_masks(boxes, tuple(images.shape[-2:]))[:, None], images.flip(0), images)
+
+
+def blend(images: Tensor, ratio: Tensor | float) -> Tensor:
     """Returns (1 - ratio) * images + ratio * images.flip(0), exact at ratios of 0 and 1.
 
     Args:
         images: (B, C, Hi, Wi), floating.
-        ratio: (B,) float32.
+        ratio: (B,) float32, or one for all.
 
     Returns:
         (B, C, Hi, Wi), in the dtype of the images.
     """
     # Half precision would round the ratio itself (to 8 bits in bfloat16) and the pixels would disagree with the label.
     dtype = torch.promote_types(images.dtype, torch.float32)
-    own_weight = 1 - ratio.to(dtype)[:, None, None, None]
+    own_weight = 1 - (ratio if isinstance(ratio, float) else ratio.to(dtype)[:, None, None, None])
     # In place, on the copy that `flip` makes: fresh memory for so many pixels costs as much as the arithmetic.
     return images.flip(0).to(dtype).lerp_(images.to(dtype), own_weight).to(images.dtype)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlalign.mixing.strategy import MixingStrategy
+from tlalign.mixing.strategy import MixingStrategy, to_device
 from tlalign_kernels.labels import MixedTarget
 
 
@@ -32,8 +32,8 @@ class MaskStrategy(MixingStrategy):
     ) -> tuple[Tensor, MixedTarget]:
         drawn = self._draw(int(draw_index.max()) + 1, tuple(images.shape[-2:]))
         # Taken to the device as they were drawn, which may be one mask for all.
-        masks = torch.from_numpy(drawn).to(images.device)[torch.from_numpy(draw_index).to(images.device)]
-        masks = masks & torch.from_numpy(chosen).to(images.device)[:, None, None]
+        masks = to_device(drawn, images.device)[to_device(draw_index, images.device)]
+        masks = masks & to_device(chosen, images.device)[:, None, None]
         return mix_masked(images, classes, masks)
 
 

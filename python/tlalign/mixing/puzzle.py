@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlalign.mixing.strategy import MixingStrategy, Mode, check_number, check_positive, draw_ratios
+from tlalign.mixing.strategy import MixingStrategy, Mode, check_number, check_positive, draw_ratios, to_device
 from tlalign_kernels.labels import MixedTarget
 
 # Blocks along each side of the image; one of these is drawn for each batch.
@@ -110,8 +110,8 @@ class PuzzleMix(MixingStrategy):
             if self.xi is not None:
                 moves[0, index] = transport(own, parts[index] < 1, self.xi)
                 moves[1, index] = transport(partner, parts[index] > 0, self.xi)
-        self._moves = tuple(torch.from_numpy(move).to(images.device) for move in moves)
-        masks = torch.from_numpy(parts).to(images.device, torch.float32)[:, None]
+        self._moves = tuple(to_device(move, images.device) for move in moves)
+        masks = to_device(parts.astype(np.float32), images.device)[:, None]
         masks = masks.repeat_interleave(image_size[0] // grid, 2).repeat_interleave(image_size[1] // grid, 3)
         own, partner = (
             move_blocks(part, move) for part, move in zip((images, images.flip(0)), self._moves, strict=True)

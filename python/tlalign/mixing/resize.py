@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlalign.mixing.strategy import MixingStrategy, Mode, check_number
+from tlalign.mixing.strategy import MixingStrategy, Mode, check_number, to_device
 from tlalign_kernels.labels import MixedTarget
 
 
@@ -54,10 +54,10 @@ class ResizeMix(MixingStrategy):
         for draw, (y0, x0, y1, x1) in enumerate(drawn.tolist()):
             members = np.flatnonzero((draw_index == draw) & chosen)
             if members.size:
-                partners = torch.from_numpy(len(images) - 1 - members).to(images.device)
-                members = torch.from_numpy(members).to(images.device)
+                partners = to_device(len(images) - 1 - members, images.device)
+                members = to_device(members, images.device)
                 mixed[members, :, y0:y1, x0:x1] = _resize(images[partners], (y1 - y0, x1 - x0))
-        boxes = torch.from_numpy(np.where(chosen[:, None], drawn[draw_index], 0)).to(images.device)
+        boxes = to_device(np.where(chosen[:, None], drawn[draw_index], 0), images.device)
         return mixed, MixedTarget.from_boxes(classes, boxes[:, None], image_size)
 
     def _draw(self, count: int, image_size: tuple[int, int]) -> np.ndarray:

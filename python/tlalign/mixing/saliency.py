@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlalign.mixing.boxes import box_sides
-from tlalign.mixing.strategy import MixingStrategy, Mode, check_positive, draw_ratios
-from tlalign_kernels.labels import MixedTarget, box_masks
+from tlalign.mixing.boxes import box_sides, paste_each
+from tlalign.mixing.strategy import MixingStrategy, Mode, check_positive, draw_ratios, to_device
+from tlalign_kernels.labels import MixedTarget
 
 
 class SaliencyMix(MixingStrategy):
@@ -47,9 +47,8 @@ class SaliencyMix(MixingStrategy):
             centre = np.stack(np.unravel_index(peaks[::-1], image_size), axis=1)
         start, stop = centre - side // 2, centre + (side + 1) // 2
         boxes = np.concatenate((start.clip(0, limits), stop.clip(0, limits)), axis=1)
-        boxes = torch.from_numpy(np.where(chosen[:, None], boxes, 0)).to(images.device)
-        mixed = torch.where(box_masks(boxes, image_size)[:, None], images.flip(0), images)
-        return mixed, MixedTarget.from_boxes(classes, boxes[:, None], image_size)
+        boxes = to_device(np.where(chosen[:, None], boxes, 0), images.device)
+        return paste_each(images, boxes), MixedTarget.from_boxes(classes, boxes[:, None], image_size)
 
 
 def static_saliency(images: Tensor) -> np.ndarray:

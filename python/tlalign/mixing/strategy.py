@@ -78,9 +78,8 @@ class MixingStrategy(ABC):
             ratio (B, 1), the part of the partner in each mixed image.
         """
         check_batch(images, classes, type(self).__name__ if self.averages_pixels else None)
-        batch_size = len(images)
-        own = np.arange(batch_size)
-        partner = batch_size - 1 - own
+        own = np.arange(len(images))
+        partner = own[::-1]
         draw_index = {"batch": np.zeros_like(own), "pair": np.minimum(own, partner), "elem": own}[self.mode]
         chosen = self.generator.random(draw_index.max() + 1) < self.prob
         chosen = chosen[draw_index] & (own != partner)
@@ -119,6 +118,12 @@ class MixingStrategy(ABC):
         Returns:
             As `__call__`.
         """
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Takes what was drawn to a device without waiting for it: from other than pinned memory, a copy to a GPU waits."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def draw_ratios(generator: np.random.Generator, count: int, alpha: float) -> np.ndarray:
