@@ -313,7 +313,7 @@ class MixedTarget:
         """Part of each row and of each column of cells that the only box covers: (B, 1, Ht) and (B, 1, Wt)."""
         ends = self.boxes.unflatten(-1, (2, 2)).transpose(-1, -2)
         axes = list(zip(grid_size, patch_size, self.image_size, strict=True))
-        if axes[0] == axes[1]:  # the usual case, at the half of the launches
+        if axes[0] == axes[1]:  # the usual case, with half of the launches
             return _covered(ends, *axes[0], dtype).unbind(-2)
         return tuple(_covered(ends[..., axis, :], *sizes, dtype) for axis, sizes in enumerate(axes))
 

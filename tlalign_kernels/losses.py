@@ -96,8 +96,10 @@ class _MixtureLoss(torch.autograd.Function):
             result = result.clone()  # a second backward needs what is overwritten here
         if ctx.smoothing:
             result.sub_(ctx.smoothing / logits.shape[1])
-        result.scatter_add_(1, classes, weights).mul_(gradient / ctx.count)
-        return result.to(logits.dtype), None, None, None, None
+        # One source after another: of two of the same class, a GPU would add the weights in any order.
+        for source, weight in zip(classes.split(1, dim=1), weights.split(1, dim=1), strict=True):
+            result.scatter_add_(1, source, weight)
+        return result.mul_(gradient / ctx.count).to(logits.dtype), None, None, None, None
 
 
 def _loss_dtype(logits: Tensor) -> torch.dtype:
