@@ -102,9 +102,11 @@ class CosineWindowFollower(WindowFollower):
     def _compared(self, qkv: Tensor) -> Tensor:
         logit_scale = self.logit_scale.view(-1, 1).clamp(max=math.log(1.0 / 0.01)).exp()
         factors = torch.stack((logit_scale, torch.ones_like(logit_scale)))
-        query_key = F.normalize(qkv[..., :2, :, :], dim=-1) * factors
+        # The gradient of a split is one copy, those of two slices are filled with zeros and added.
+        query_key, value = qkv.split((2, 1), dim=-3)
+        query_key = F.normalize(query_key, dim=-1) * factors
         # The factors are parameters, which autocast leaves in float32.
-        return torch.cat((query_key.to(qkv.dtype), qkv[..., 2:, :, :]), dim=-3)
+        return torch.cat((query_key.to(qkv.dtype), value), dim=-3)
 
     def _score_scale(self) -> float:
         return 1.0

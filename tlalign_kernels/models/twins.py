@@ -12,6 +12,7 @@ from tlalign_kernels.functional import attention, window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.pvt_v2 import check_average_pooling, check_convolution
 from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register
+from tlalign_kernels.windows import Windows
 
 
 class AlignedLocallyGroupedAttn(LabelFollower, twins.LocallyGroupedAttn):
@@ -36,13 +37,14 @@ class AlignedLocallyGroupedAttn(LabelFollower, twins.LocallyGroupedAttn):
         if share is None:
             return super().forward(x, size)
         heads = (3, self.num_heads, self.dim // self.num_heads)
+        windows = Windows(size, (self.ws, self.ws), (0, 0))
         attended, share = window_attention(
             self.qkv(x).unflatten(2, heads).unflatten(1, size),
             share.unflatten(1, size),
             None if residual is None else residual.unflatten(1, size),
-            window_size=(self.ws, self.ws),
+            window_size=windows.window_size,
             # timm pads with zeros before the projection, which makes its bias of them.
-            pad_qkv=self.qkv.bias.view(heads),
+            pad_qkv=self.qkv.bias.view(heads) if windows.is_padded else None,
             scale=self.scale,
             dropout_p=self.attn_drop.p if self.training else 0.0,
             backend=self.label_backend,
