@@ -15,6 +15,8 @@ def boxed_images(draw, sources=1):
     """Image size, patch size and a batch of boxes (B, S, 4), empty and whole-image boxes included."""
     height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     patch = (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    if draw(st.booleans()):  # axes that are alike are computed together
+        width, patch = height, (patch[0], patch[0])
 
     def interval(size):
         return sorted((draw(st.integers(0, size)), draw(st.integers(0, size))))
