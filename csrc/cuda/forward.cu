@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "cuda/attention.h"
+#include "cuda/hopper.h"
 #include "cuda/launch.h"
 #include "cuda/scores.h"
 #include "cuda/tiles.h"
@@ -170,29 +172,35 @@ struct ForwardKernel {
   using Keys = Source<KEYS, true, CERTAIN_KEYS, true>;
   using Values = Source<KEYS, false, CERTAIN_KEYS, true>;
 
+  // Where a thread writes what there is one number of for each query: even threads for the first of their rows, odd ones
+  // for the second.
+  struct Numbers {
+    unsigned lane, query;
+    bool is_query;
+    float* log_sum_exp;
+
+    // `row`: the first query of the warp. `pair`: the number of the head among those of all images.
+    __device__ Numbers(const Forward& p, unsigned pair, unsigned row, unsigned lane)
+        : lane(lane), query(row + lane / 4 + lane % 2 * 8) {
+      is_query = query < p.queries;
+      log_sum_exp = p.log_sum_exp + (uint64_t(pair) * unsigned(p.queries) + query);
+    }
+  };
+
   // Where a warp writes to.
-  struct Destination {
+  struct Destination : Numbers {
     using Rows = std::conditional_t<WINDOWS, WindowTarget<Tile, QUERIES_OF_WARP>,
                                     typename Tile::template Target<QUERIES_OF_WARP>>;
     static constexpr int ROWS = QUERIES_OF_WARP;
 
-    unsigned lane;
     uint32_t words;  // in shared memory: the first of this thread's
     Rows rows;       // of the output
-    // What there is one number of, even threads write for the first of their rows, odd ones for the second.
-    unsigned query;
-    bool is_query;
-    float* log_sum_exp;
 
     __device__ Destination(const ForwardKernel& k, unsigned thread)
-        : lane(thread % 32),
+        : Numbers(k.p, TURNS ? k.image * k.p.heads + k.head : k.turn, k.first + thread / 32 * ROWS, thread % 32),
           words(k.shared + OUTPUT_AT + thread / 32 * Tile::bytes(ROWS)),
-          rows(rows_of(k, thread, words, lane)) {
-      const unsigned pair = TURNS ? k.image * k.p.heads + k.head : k.turn;
-      query = k.first + thread / 32 * ROWS + lane / 4 + lane % 2 * 8;
-      is_query = query < k.p.queries;
-      log_sum_exp = k.p.log_sum_exp + (uint64_t(pair) * unsigned(k.p.queries) + query);
-      words += Tile::at(lane / 4, 0) + lane % 4 * 4;
+          rows(rows_of(k, thread, words, thread % 32)) {
+      words += Tile::at(thread % 32 / 4, 0) + thread % 4 * 4;
     }
 
     static __device__ Rows rows_of(const ForwardKernel& k, unsigned thread, uint32_t words, unsigned lane) {
@@ -244,11 +252,12 @@ struct ForwardKernel {
   // Rows of the labels: ones, parts, and of windows what says where there are labels.
   __device__ int label_rows() const { return 1 + p.sources * PARTS + (WINDOWS && p.sources > 0); }
 
-  __device__ void load_labels(int step) const {
+  __device__ void load_labels(int step) const { load_labels(stage(step).label, step); }
+  __device__ void load_labels(uint32_t to, int step) const {
     // Warps take rows in turn, a thread 8 keys of each.
     const int rows = label_rows(), row_length = padded(p.keys), key = step * KEYS + 8 * lane;
     if (lane >= LABEL_CHUNKS) return;
-    const uint32_t to_row = stage(step).label + lane * 16;
+    const uint32_t to_row = to + lane * 16;
     if (warp == 0) {
       const uint32_t ones = pack<T>(1.0f, 1.0f), one = ones & 0xffff;
       uint32_t words[4];
@@ -371,7 +380,7 @@ struct ForwardKernel {
     wait_for_copies<1>();
     __syncthreads();
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile += 2) read_labels(labels, tile, 0);
+    for (int tile = 0; tile < TILES; tile += 2) read_labels(labels, tile, stage(0).label);
     for (int more = min(p.heads_of_block, p.heads - int(head)) - 1;; --more) {
       read_queries(query, from_query);
       multiply_keys(query, scores, 0, from_key);
@@ -410,13 +419,13 @@ struct ForwardKernel {
   }
   __device__ uint32_t value_address(int step) const { return stage(step).value + Tile::at(lane % 16, lane / 16); }
 
-  __device__ void read_labels(Labels& labels, int tile, int step) const {
+  __device__ void read_labels(Labels& labels, int tile, uint32_t from) const {
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) {
       // Columns that nobody asks for have what other ones have.
       const int column = 8 * n + lane % 8, last = label_rows() - 1;
       const int row = WINDOWS && column == 4 ? last : min(column - column / 4, last);
-      labels[tile / 2][n] = load_matrices(stage(step).label + row * LABEL_PITCH + lane / 8 * 16 + 32 * tile);
+      labels[tile / 2][n] = load_matrices(from + row * LABEL_PITCH + lane / 8 * 16 + 32 * tile);
     }
   }
 
@@ -507,9 +516,9 @@ struct ForwardKernel {
   // Without offsets the factor, if it is positive, waits for the exponential.
   __device__ float unit() const { return OFFSETS ? 1.0f : WINDOWS ? p.windows.unit : p.scale * LOG2_E; }
 
-  // Scores become weights, of 16 bits.
-  __device__ void exponentiate(float (&scores)[2 * TILES][4], Fragment (&weights)[TILES], float (&highest)[2],
-                               float (&output)[D / 8][4], float (&label)[LABEL_BLOCKS][4], int step) const {
+  // Of two rows, and what to subtract from their scores.
+  __device__ void find_highest(const float (&scores)[2 * TILES][4], float (&highest)[2], float (&shift)[2],
+                               int step) const {
     float now[2] = {scores[0][0], scores[0][2]};
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
@@ -521,10 +530,16 @@ struct ForwardKernel {
     for (int i = 0; i < 2; ++i) {
       now[i] = fmaxf(now[i], __shfl_xor_sync(0xffffffffu, now[i], 1));
       now[i] = fmaxf(now[i], __shfl_xor_sync(0xffffffffu, now[i], 2)) * unit();
-      if (STREAMS) now[i] = fmaxf(now[i], highest[i]);
+      highest[i] = STREAMS ? fmaxf(now[i], highest[i]) : now[i];
+      shift[i] = MASKED && highest[i] == -INFINITY ? 0.0f : highest[i];
     }
-    const float shift[2] = {MASKED && now[0] == -INFINITY ? 0.0f : now[0],
-                            MASKED && now[1] == -INFINITY ? 0.0f : now[1]};
+  }
+
+  // Scores become weights, of 16 bits.
+  __device__ void exponentiate(float (&scores)[2 * TILES][4], Fragment (&weights)[TILES], float (&highest)[2],
+                               float (&output)[D / 8][4], float (&label)[LABEL_BLOCKS][4], int step) const {
+    float now[2] = {highest[0], highest[1]}, shift[2];
+    find_highest(scores, now, shift, step);
     if (STREAMS && step == 0) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -546,15 +561,18 @@ struct ForwardKernel {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       if (ends_before(tile, step)) break;
-      float (&l)[4] = scores[2 * tile], (&r)[4] = scores[2 * tile + 1];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        l[i] = exp2_of(fmaf(l[i], unit(), -shift[i / 2]));
-        r[i] = exp2_of(fmaf(r[i], unit(), -shift[i / 2]));
-      }
-      weights[tile] = {pack<T>(l[0], l[1]), pack<T>(l[2], l[3]), pack<T>(r[0], r[1]), pack<T>(r[2], r[3])};
+      weights[tile] = weights_of(scores[2 * tile], scores[2 * tile + 1], shift);
     }
     highest[0] = now[0], highest[1] = now[1];
+  }
+  // Of 16 keys, 8 and 8.
+  __device__ Fragment weights_of(float (&l)[4], float (&r)[4], const float (&shift)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      l[i] = exp2_of(fmaf(l[i], unit(), -shift[i / 2]));
+      r[i] = exp2_of(fmaf(r[i], unit(), -shift[i / 2]));
+    }
+    return {pack<T>(l[0], l[1]), pack<T>(l[2], l[3]), pack<T>(r[0], r[1]), pack<T>(r[2], r[3])};
   }
 
   __device__ void multiply_values(const Fragment (&weights)[TILES], float (&output)[D / 8][4],
@@ -573,16 +591,20 @@ struct ForwardKernel {
           multiply_add<T>(output[2 * n + 1], weights[tile], value.z, value.w);
         }
       }
-      if (!TURNS && tile % 2 == 0) read_labels(labels, tile, step);
+      if (!TURNS && tile % 2 == 0) read_labels(labels, tile, stage(step).label);
+      multiply_labels(weights[tile], label, labels, tile);
+    }
+  }
+  __device__ void multiply_labels(const Fragment& weights, float (&label)[LABEL_BLOCKS][4], const Labels& labels,
+                                  int tile) const {
 #pragma unroll
-      for (int n = 0; n < LABEL_BLOCKS; ++n) {
-        const Fragment& l = labels[tile / 2][n];
-        const uint32_t upper = tile % 2 == 0 ? l.x : l.z, lower = tile % 2 == 0 ? l.y : l.w;
-        if (tile == 0 && !STREAMS) {
-          multiply<T>(label[n], weights[tile], upper, lower);
-        } else {
-          multiply_add<T>(label[n], weights[tile], upper, lower);
-        }
+    for (int n = 0; n < LABEL_BLOCKS; ++n) {
+      const Fragment& l = labels[tile / 2][n];
+      const uint32_t upper = tile % 2 == 0 ? l.x : l.z, lower = tile % 2 == 0 ? l.y : l.w;
+      if (tile == 0 && !STREAMS) {
+        multiply<T>(label[n], weights, upper, lower);
+      } else {
+        multiply_add<T>(label[n], weights, upper, lower);
       }
     }
   }
@@ -590,6 +612,24 @@ struct ForwardKernel {
   // `label`: the sum of P [1, share], which divided by the row sum is added to `shares`, the sum over the heads.
   __device__ void write(const float (&output)[D / 8][4], const float (&label)[LABEL_BLOCKS][4],
                         const float (&highest)[2], float (&shares)[LABEL_BLOCKS][4], const Destination& to) const {
+    const float2 factor = write_log_sum(label, highest, shares, to);
+    const float inverse[2] = {factor.x, factor.y};
+    // Through shared memory that only this warp uses, so that a thread writes 16 bytes.
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t word = pack<T>(output[n][2 * i] * inverse[i], output[n][2 * i + 1] * inverse[i]);
+        store_shared(Tile::beside(to.words, n) + 8 * i * Tile::PITCH, word);
+      }
+    }
+    __syncwarp();
+    to.rows.write(to.lane);
+  }
+
+  // Returns what the two rows of a thread are to be multiplied by.
+  __device__ float2 write_log_sum(const float (&label)[LABEL_BLOCKS][4], const float (&highest)[2],
+                                  float (&shares)[LABEL_BLOCKS][4], const Numbers& to) const {
     // Of the four threads that share a row the first has columns 0 and 1, the next 2 and 3, ...
     const float total[2] = {__shfl_sync(0xffffffffu, label[0][0], to.lane & ~3),
                             __shfl_sync(0xffffffffu, label[0][2], to.lane & ~3)};
@@ -605,22 +645,11 @@ struct ForwardKernel {
     const bool is_odd = to.lane % 2 != 0;
     const float log_sum = (is_odd ? highest[1] : highest[0]) + log2_of(is_odd ? total[1] : total[0]);
     if (to.is_query && to.lane % 4 < 2) *to.log_sum_exp = log_sum * LN_2;
-
-    // Through shared memory that only this warp uses, so that a thread writes 16 bytes.
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t word = pack<T>(output[n][2 * i] * inverse[i], output[n][2 * i + 1] * inverse[i]);
-        store_shared(Tile::beside(to.words, n) + 8 * i * Tile::PITCH, word);
-      }
-    }
-    __syncwarp();
-    to.rows.write(to.lane);
+    return make_float2(inverse[0], inverse[1]);
   }
 
   // The label of a source is the sum of its parts: the first of them has an even thread, the others its neighbour.
-  __device__ void write_shares(const float (&shares)[LABEL_BLOCKS][4], const Destination& to) const {
+  __device__ void write_shares(const float (&shares)[LABEL_BLOCKS][4], const Numbers& to) const {
     const bool is_odd = to.lane % 2 != 0;
     const unsigned rows = p.sources + WINDOWS;
     if (WINDOWS && p.sources > 0 && to.lane % 4 == 2) {
@@ -646,6 +675,205 @@ struct ForwardKernel {
   }
 };
 
+// The same on Hopper, for heads of 64 with 193 to 200 keys and 193 to 208 queries. A block has a multiprocessor for
+// itself and takes whole heads in turn, of which shared memory holds two: one warpgroup copies the next one, while the
+// others multiply 64 queries each.
+template <class T>
+struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
+  using Base = ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1>;
+  using typename Base::Labels;
+  using typename Base::Numbers;
+  using typename Base::Tile;
+  using Base::p, Base::shared, Base::lane, Base::warp, Base::turn, Base::image, Base::head;
+  static constexpr int D = 64, TILES = 13, ROWS = 16 * TILES, LEAST_ROWS = Base::CERTAIN_KEYS + 1, MOST_KEYS = 200;
+  // Warpgroups that multiply, and all threads.
+  static constexpr int GROUPS = 3, THREADS = 128 * (GROUPS + 1);
+  static constexpr int COPYING_REGISTERS = 32, MULTIPLYING_REGISTERS = 160;
+  static constexpr int PART_BYTES = Tile::bytes(ROWS), STAGE_BYTES = 3 * PART_BYTES + Base::LABEL_BYTES;
+  static constexpr int PAST_LABELS = STAGE_BYTES % 1024 == 0 ? 0 : 1024 - STAGE_BYTES % 1024;
+  static constexpr int STAGE_PITCH = STAGE_BYTES + PAST_LABELS, SHARED_BYTES = 2 * STAGE_PITCH;
+  // Tiles of weights that are multiplied together, while the next exponentials are taken.
+  static constexpr int AT_ONCE = 4;
+  using Queries = typename Tile::template Source<ROWS, 128, false, Base::CERTAIN_KEYS>;
+
+  static bool takes(const Forward& p) {
+    return p.queries >= LEAST_ROWS && p.queries <= ROWS && p.keys >= LEAST_ROWS && p.keys <= MOST_KEYS;
+  }
+
+  // What lies in a stage.
+  __device__ uint32_t queries_of(unsigned stage) const { return shared + stage * STAGE_PITCH; }
+  __device__ uint32_t keys_of(unsigned stage) const { return queries_of(stage) + PART_BYTES; }
+  __device__ uint32_t values_of(unsigned stage) const { return queries_of(stage) + 2 * PART_BYTES; }
+  __device__ uint32_t labels_of(unsigned stage) const { return queries_of(stage) + 3 * PART_BYTES; }
+
+  // Barriers. Q and K, or V and the labels, of a stage are there for a warpgroup: it waits, those who copy arrive. Nobody
+  // needs them any more: all warpgroups arrive, those who copy wait.
+  static __device__ unsigned scores_can_begin(unsigned stage, unsigned group) { return GROUPS * stage + group; }
+  static __device__ unsigned values_are_there(unsigned stage, unsigned group) { return GROUPS * (2 + stage) + group; }
+  static __device__ unsigned scores_are_done(unsigned stage) { return 4 * GROUPS + stage; }
+  static __device__ unsigned values_are_done(unsigned stage) { return 4 * GROUPS + 2 + stage; }
+  static constexpr int OF_A_GROUP = 128 + 128, OF_ALL = THREADS;
+
+  __device__ void find(unsigned number) {
+    turn = number;
+    image = p.turns.quotient(turn);
+    head = turn - image * p.turns.divisor;
+  }
+
+  __device__ void run() {
+    const unsigned heads = unsigned(p.batch) * unsigned(p.heads);
+    if (warp < 4) {
+      hopper::take_fewer_registers<COPYING_REGISTERS>();
+#pragma unroll 1
+      for (unsigned number = 0, now = blockIdx.x; now < heads; ++number, now += gridDim.x) {
+        find(now);
+        copy_head(number % 2, number >= 2);
+      }
+    } else {
+      hopper::take_more_registers<MULTIPLYING_REGISTERS>();
+      const unsigned group = unsigned(warp) / 4 - 1;
+#pragma unroll 1
+      for (unsigned number = 0, now = blockIdx.x; now < heads; ++number, now += gridDim.x) {
+        find(now);
+        // Of 13 tiles of queries a warpgroup has 4. One is left, which they take in turn: one of its warps has it, in
+        // turn, the others multiply something.
+        const unsigned stage = number % 2, alone = number / GROUPS % 4;
+        const unsigned parts = number % GROUPS == group ? 2 : 1;
+        hopper::wait_at(scores_can_begin(stage, group), OF_A_GROUP);
+#pragma unroll 1
+        for (unsigned part = 0; part < parts; ++part) {
+          const unsigned row = part == 1 ? 64 - 16 * alone : group == 0 ? 0 : 16 + 64 * group;
+          take_queries(stage, group, row, part == 0 || warp % 4 == alone, part == 0, part + 1 == parts);
+        }
+      }
+    }
+  }
+
+  __device__ void copy_head(unsigned stage, bool was_in_use) {
+    if (was_in_use) hopper::wait_at(scores_are_done(stage), OF_ALL);
+    this->template source<Queries>(p.query, 0, 0, p.queries).copy(queries_of(stage));
+    this->keys(0).copy(keys_of(stage));
+    commit_copies();
+    if (was_in_use) hopper::wait_at(values_are_done(stage), OF_ALL);
+    this->values(0).copy(values_of(stage));
+    this->load_labels(labels_of(stage), 0);
+    commit_copies();
+    wait_for_copies<1>();
+    hopper::show_to_products();
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) hopper::arrive_at(scores_can_begin(stage, group), OF_A_GROUP);
+    wait_for_copies<0>();
+    hopper::show_to_products();
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) hopper::arrive_at(values_are_there(stage, group), OF_A_GROUP);
+  }
+
+  __device__ void take_queries(unsigned stage, unsigned group, unsigned row, bool works, bool is_first, bool is_last) {
+    Fragment weights[TILES];
+    Labels labels;
+    float scores[2 * TILES][4], output[D / 8][4], label[1][4], highest[2], shift[2];
+    multiply_keys(scores, hopper::descriptor(queries_of(stage) + row * Tile::PITCH),
+                  hopper::descriptor(keys_of(stage)));
+    if (is_last) hopper::arrive_at(scores_are_done(stage), OF_ALL);
+    this->find_highest(scores, highest, shift, 0);
+    if (is_first) hopper::wait_at(values_are_there(stage, group), OF_A_GROUP);
+    const uint64_t values = hopper::descriptor(values_of(stage));
+    const uint32_t label_rows = find_labels(labels_of(stage));
+#pragma unroll
+    for (int first = 0; first < TILES; first += AT_ONCE) {
+#pragma unroll
+      for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) {
+        weights[tile] = this->weights_of(scores[2 * tile], scores[2 * tile + 1], shift);
+        if (tile == TILES - 1) weights[tile].z = weights[tile].w = 0;
+        if (tile % 2 == 0) labels[tile / 2][0] = load_matrices(label_rows + 32 * tile);
+        this->multiply_labels(weights[tile], label, labels, tile);
+      }
+      hopper::begin_products();
+#pragma unroll
+      for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) {
+        const uint64_t right = values + tile * (16 * Tile::PITCH / 16);
+        if (tile == 0) {
+          hopper::multiply_columns<T, false>(output, weights[tile], right);
+        } else {
+          hopper::multiply_columns<T, true>(output, weights[tile], right);
+        }
+      }
+      hopper::commit_products();
+    }
+    hopper::wait_for_products(output);
+    if (is_last) hopper::arrive_at(values_are_done(stage), OF_ALL);
+    if (works) write(output, label, highest, row + warp % 4 * 16);
+  }
+
+  static __device__ void multiply_keys(float (&all)[2 * TILES][4], uint64_t queries, uint64_t keys) {
+    float(&scores)[2 * TILES - 1][4] = reinterpret_cast<float(&)[2 * TILES - 1][4]>(all);
+    hopper::begin_products();
+    hopper::multiply_rows<T, false>(scores, queries, keys);
+#pragma unroll
+    for (int i = 1; i < D / 16; ++i) hopper::multiply_rows<T, true>(scores, queries + 2 * i, keys + 2 * i);
+    hopper::commit_products();
+    hopper::wait_for_products(scores);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) all[2 * TILES - 1][i] = -INFINITY;
+  }
+
+  __device__ uint32_t find_labels(uint32_t from) const {
+    const int column = lane % 8, row = min(column - column / 4, this->label_rows() - 1);
+    return from + row * Base::LABEL_PITCH + lane / 8 * 16;
+  }
+
+  __device__ void write(const float (&output)[D / 8][4], const float (&label)[1][4], const float (&highest)[2],
+                        unsigned row) const {
+    const Numbers numbers(p, turn, row, lane);
+    float shares[1][4];
+    const float2 factor = this->write_log_sum(label, highest, shares, numbers);
+    this->write_shares(shares, numbers);
+    char* to = static_cast<char*>(p.output) + lane % 4 * 16;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const unsigned query = row + lane / 4 + 8 * i;
+      char* to_row = to + ((uint64_t(image) * unsigned(p.queries) + query) * unsigned(p.heads) + head) * (D * sizeof(T));
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        uint32_t words[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const float(&sums)[4] = output[4 * j + n];
+          const float inverse = i == 0 ? factor.x : factor.y;
+          words[n] = pack<T>(sums[2 * i] * inverse, sums[2 * i + 1] * inverse);
+        }
+        transpose(words, lane);
+        if (query < p.queries) store_global(to_row + 64 * j, make_uint4(words[0], words[1], words[2], words[3]));
+      }
+    }
+  }
+
+  // Word i of thread k of four becomes word k of thread i.
+  static __device__ void transpose(uint32_t (&words)[4], int lane) {
+#pragma unroll
+    for (int step = 1; step <= 2; step *= 2) {
+      const bool is_upper = (lane & step) != 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if ((i & step) != 0) continue;
+        uint32_t &low = words[i], &high = words[i + step];
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, is_upper ? low : high, step);
+        low = is_upper ? other : low;
+        high = is_upper ? high : other;
+      }
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(HopperKernel<T>::THREADS, 1)
+    attention_forward_hopper(const __grid_constant__ Forward p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) unsigned char stages[];
+  HopperKernel<T>{{p, uint32_t(__cvta_generic_to_shared(stages))}}.run();
+#endif
+}
+
 template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>::BLOCKS)
     attention_forward(const __grid_constant__ Forward p) {
@@ -653,8 +881,69 @@ __global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, TILES, WARPS, 
   ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
 }
 
+template <class T>
+void count_in_bytes(Forward& p) {
+  for (Rows* rows : {&p.query, &p.key, &p.value}) {
+    rows->image *= sizeof(T), rows->head *= sizeof(T), rows->row *= sizeof(T);
+  }
+}
+
+template <Kind KIND>
+void average(const Forward& p, cudaStream_t stream) {
+  if (p.sources == 0) return;
+  const auto kernel = KIND == Kind::windows   ? average_heads_of_windows
+                      : KIND == Kind::offsets ? average_heads<true>
+                                              : average_heads<false>;
+  kernel<<<unsigned(p.batch * blocks_of(p.queries, SMALL)), SMALL, 0, stream>>>(p);
+  check(cudaGetLastError(), "average_heads", p);
+}
+
+// Multiprocessors of the current device if it is a Hopper that there is code for, else 0.
+int multiprocessors_of_hopper() {
+#if defined(TLALIGN_HOPPER)
+  static const std::vector<int> of_devices = [] {
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;
+    std::vector<int> counts(devices);
+    for (int device = 0; device < devices; ++device) {
+      int major = 0, minor = 0;
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+      if (major == 9 && minor == 0) {
+        cudaDeviceGetAttribute(&counts[device], cudaDevAttrMultiProcessorCount, device);
+      }
+    }
+    return counts;
+  }();
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess && device < int(of_devices.size())) return of_devices[device];
+#endif
+  return 0;
+}
+
+template <class T>
+void launch_on_hopper(Forward p, int multiprocessors, cudaStream_t stream) {
+  using Kernel = HopperKernel<T>;
+  const auto kernel = attention_forward_hopper<T>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
+        "attention_forward_hopper", p);
+  p.heads_of_block = 1;
+  p.turns = Divisor(p.heads);
+  count_in_bytes<T>(p);
+  const auto blocks = std::min<int64_t>(p.batch * p.heads, multiprocessors);
+  kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
+  check(cudaGetLastError(), "attention_forward_hopper", p);
+  average<Kind::plain>(p, stream);
+}
+
 template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
 void launch(Forward p, cudaStream_t stream) {
+  if constexpr (D == 64 && TILES == 13) {
+    const int multiprocessors = multiprocessors_of_hopper();
+    if (multiprocessors > 0 && HopperKernel<T>::takes(p)) {
+      return launch_on_hopper<T>(p, multiprocessors, stream);
+    }
+  }
   using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
   const auto kernel = attention_forward<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
@@ -664,18 +953,10 @@ void launch(Forward p, cudaStream_t stream) {
   p.heads_of_block = Kernel::TURNS ? int(std::clamp<int64_t>(pairs / FEW_BLOCKS, 1, p.heads)) : 1;
   p.turns = Divisor(blocks_of(p.heads, p.heads_of_block));
   const int64_t blocks = p.blocks.divisor * p.batch * p.turns.divisor;
-  for (Rows* rows : {&p.query, &p.key, &p.value}) {
-    rows->image *= sizeof(T), rows->head *= sizeof(T), rows->row *= sizeof(T);
-  }
+  count_in_bytes<T>(p);
   kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
   check(cudaGetLastError(), "attention_forward", p);
-  if (p.sources > 0) {
-    const auto average = KIND == Kind::windows   ? average_heads_of_windows
-                         : KIND == Kind::offsets ? average_heads<true>
-                                                 : average_heads<false>;
-    average<<<unsigned(p.batch * blocks_of(p.queries, SMALL)), SMALL, 0, stream>>>(p);
-    check(cudaGetLastError(), "average_heads", p);
-  }
+  average<KIND>(p, stream);
 }
 
 // All keys in one step where registers hold their scores: up to 64, or up to 208 of heads of at most 64.

@@ -41,7 +41,7 @@ class Launch:
 
 
 def _nvcc(*options):
-    return ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *options]
+    return ["nvcc", "-std=c++17", "-O3", "-DTLALIGN_HOPPER", f"-I{ROOT / 'csrc'}", *options]
 
 
 @functools.cache

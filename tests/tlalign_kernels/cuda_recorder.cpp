@@ -27,6 +27,8 @@ std::map<const void*, std::string>& names() {
 std::map<const void*, int> shared_limits;
 Configuration configuration;
 py::list* launches;
+// Device 0 is an A100, device 1 a Hopper, of which a test wants few multiprocessors.
+int device = 0;
 
 }  // namespace
 
@@ -73,6 +75,20 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int va
   shared_limits[function] = value;
   return cudaSuccess;
 }
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 2;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* current) {
+  *current = device;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int of_device) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 + of_device
+           : attribute == cudaDevAttrMultiProcessorCount  ? 3
+                                                          : 0;
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "refused by the recorder"; }
 
@@ -81,5 +97,6 @@ const char* cudaGetErrorString(cudaError_t) { return "refused by the recorder"; 
 PYBIND11_MODULE(cuda_recorder, module) {
   launches = new py::list;
   module.attr("launches") = *launches;
+  module.def("set_device", [](int number) { device = number; });
   tlalign::cuda::bind(module);
 }
