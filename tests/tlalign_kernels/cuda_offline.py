@@ -26,6 +26,7 @@ from tlalign_kernels.backends import cuda as backend
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.c*")), Path(__file__).with_name("cuda_recorder.cpp")]
+HOPPER = ROOT / "csrc" / "cuda" / "hopper.cu"
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,14 @@ def _nvcc(*options):
 
 @functools.cache
 def build():
-    """The recorder as a Python module, and PTX for sm_80 of each source of kernels."""
+    """The recorder as a Python module, and PTX of each source of kernels, for sm_80 but where it is for Hopper only."""
     folder = Path(tempfile.mkdtemp())
     target = folder / f"cuda_recorder{sysconfig.get_config_var('EXT_SUFFIX')}"
     running = []
     for source in SOURCES:
+        virtual = "compute_90a" if source == HOPPER else "compute_80"
         command = _nvcc(
-            "-c", "-gencode", "arch=compute_80,code=compute_80", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+            "-c", "-gencode", f"arch={virtual},code={virtual}", "-Xcompiler", "-fPIC,-fvisibility=hidden",
             f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "--keep", "--keep-dir", folder,
             source, "-o", folder / f"{source.stem}_{source.suffix[1:]}.o",
         )  # fmt: skip
@@ -77,7 +79,7 @@ def ptx(arch):
     texts = []
     with tempfile.TemporaryDirectory() as folder:
         for source in SOURCES:
-            if source.suffix == ".cu":
+            if source.suffix == ".cu" and source != HOPPER:
                 target = Path(folder) / f"{source.stem}.ptx"
                 subprocess.run(_nvcc(f"-arch=sm_{arch}", "-ptx", source, "-o", target), check=True)
                 texts.append(target.read_text())

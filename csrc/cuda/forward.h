@@ -1,0 +1,593 @@
+// The kernel of the forward, of which `hopper.cu` has another one.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "cuda/attention.h"
+#include "cuda/scores.h"
+#include "cuda/tiles.h"
+#include "cuda/windows.h"
+
+namespace tlalign::cuda {
+
+constexpr int QUERIES_OF_WARP = 16;
+
+// Keys that there are at least where one step has all of them in so many tiles of 16: see launch_for_keys.
+constexpr int least_keys(int tiles) {
+  return tiles == 13 ? 193 : tiles == 12 ? 129 : tiles == 8 ? 65 : tiles == 4 ? 33 : 1;
+}
+
+// output = softmax(scale Q K^T + bias + mask) V: a block has 16 queries of a head for each of its WARPS, and all keys
+// pass by in steps of TILES x 16. If one step has them all (STREAMS is false) the softmax is exact in one pass, else
+// online. Where there are few, a block goes on to the next head, whose Q, K and V come while it is busy with this one.
+// Registers hold Q, the scores of a step, and the sums of P V and P [1, share]; shared memory holds K, V and
+// the labels of a step, of two if steps pass by. Reads Q once, K and V once a block; writes O, the log-sum-exp and the
+// shares of the head. = reference.forward, but for the mean over heads.
+template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
+struct ForwardKernel {
+  using Tile = SharedRows<T, D>;
+  static constexpr bool OFFSETS = KIND == Kind::offsets, WINDOWS = KIND == Kind::windows;
+  // Whether a query may see no key. Windows have a bias, too.
+  static constexpr bool MASKED = KIND != Kind::plain;
+  static constexpr int THREADS = 32 * WARPS, QUERIES = QUERIES_OF_WARP * WARPS;
+  static constexpr int KEYS = 16 * TILES;
+  static constexpr int STAGES = STREAMS ? 2 : 1;
+  // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels. Not with offsets,
+  // beside which these are little: rather have more warps to wait for them.
+  static constexpr bool TURNS = !STREAMS && !OFFSETS && TILES <= 4;
+  // Rows that are known to be there, and tiles that are not asked whether they have keys.
+  static constexpr int CERTAIN_KEYS = STREAMS ? 0 : least_keys(TILES) - 1;
+  static constexpr int CERTAIN_TILES = STREAMS ? 1 : TURNS ? TILES : CERTAIN_KEYS / 16 + 1;
+  // Labels lie in shared memory as rows of a column each, ones and the parts of the shares: 16-byte chunks of 8 keys,
+  // an odd number of them, so that 8 rows begin in different banks.
+  static constexpr int LABEL_ROWS = 1 + PARTS * 2 * LABEL_BLOCKS + WINDOWS;
+  static constexpr int LABEL_CHUNKS = 2 * ((TILES + 1) / 2 * 2);
+  static constexpr int LABEL_PITCH = 16 * (LABEL_CHUNKS + 1);
+  static_assert(LABEL_CHUNKS <= 32, "a warp has a row in one go");
+  static constexpr int LABEL_BYTES =
+      (LABEL_ROWS * LABEL_PITCH + Tile::ALIGNMENT - 1) / Tile::ALIGNMENT * Tile::ALIGNMENT;
+  static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + LABEL_BYTES;
+  // Blocks that the registers of a multiprocessor are to hold at once.
+  static constexpr bool IS_WIDE = D > 64 || (WINDOWS && D > 32);
+  static constexpr int BLOCKS = WARPS > 4 || D > 64 || (STREAMS && (OFFSETS || LABEL_BLOCKS > 1 || IS_WIDE)) ? 2
+                                : STREAMS || TILES > 8 || IS_WIDE                                            ? 3
+                                : TURNS && D <= 32 && !WINDOWS                                               ? 5
+                                                                                                             : 4;
+  // The output passes through shared memory: that of the queries, unless the next ones are already coming.
+  static constexpr int END_OF_STAGES = Tile::bytes(QUERIES) + STAGES * STAGE_BYTES;
+  static constexpr int OUTPUT_AT = TURNS ? END_OF_STAGES : 0;
+  static constexpr int SHARED_BYTES = END_OF_STAGES + (TURNS ? Tile::bytes(QUERIES) : sizeof(uint4));
+
+  // Labels as the right factors of products, for two tiles each. Column 0 is that of the ones, column 4 s + i that of
+  // part i = 1, 2, 3 of source s. Of windows column 4 says which keys have labels.
+  using Labels = Fragment[(TILES + 1) / 2][LABEL_BLOCKS];
+  struct Stage {
+    uint32_t key, value, label;
+  };
+  template <int ROWS, bool REPEATS, int CERTAIN, bool PADS>
+  using Source = std::conditional_t<WINDOWS, WindowSource<Tile, ROWS, THREADS, PADS>,
+                                    typename Tile::template Source<ROWS, THREADS, REPEATS, CERTAIN>>;
+  using Queries = Source<QUERIES, false, 0, false>;
+  // Rows of K from key Nk on repeat the last one, so that the maxima are those of the real keys; V, and the column of
+  // ones, are zero there. So no score needs a mask. In windows scores begin with -inf there.
+  using Keys = Source<KEYS, true, CERTAIN_KEYS, true>;
+  using Values = Source<KEYS, false, CERTAIN_KEYS, true>;
+
+  // Where a thread writes what there is one number of for each query: even threads for the first of their rows, odd ones
+  // for the second.
+  struct Numbers {
+    unsigned lane, query;
+    bool is_query;
+    float* log_sum_exp;
+
+    // `row`: the first query of the warp. `pair`: the number of the head among those of all images.
+    __device__ Numbers(const Forward& p, unsigned pair, unsigned row, unsigned lane)
+        : lane(lane), query(row + lane / 4 + lane % 2 * 8) {
+      is_query = query < p.queries;
+      log_sum_exp = p.log_sum_exp + (uint64_t(pair) * unsigned(p.queries) + query);
+    }
+  };
+
+  // Where a warp writes to.
+  struct Destination : Numbers {
+    using Rows = std::conditional_t<WINDOWS, WindowTarget<Tile, QUERIES_OF_WARP>,
+                                    typename Tile::template Target<QUERIES_OF_WARP>>;
+    static constexpr int ROWS = QUERIES_OF_WARP;
+
+    uint32_t words;  // in shared memory: the first of this thread's
+    Rows rows;       // of the output
+
+    __device__ Destination(const ForwardKernel& k, unsigned thread)
+        : Numbers(k.p, TURNS ? k.image * k.p.heads + k.head : k.turn, k.first + thread / 32 * ROWS, thread % 32),
+          words(k.shared + OUTPUT_AT + thread / 32 * Tile::bytes(ROWS)),
+          rows(rows_of(k, thread, words, thread % 32)) {
+      words += Tile::at(thread % 32 / 4, 0) + thread % 4 * 4;
+    }
+
+    static __device__ Rows rows_of(const ForwardKernel& k, unsigned thread, uint32_t words, unsigned lane) {
+      char* output = static_cast<char*>(k.p.output);
+      const int row_bytes = k.p.heads * int(D * sizeof(T));
+      if constexpr (WINDOWS) {
+        const Window window = k.window();
+        output += (window.first_token() * unsigned(k.p.heads) + k.head) * (D * sizeof(T));
+        return Rows(window, k.first + thread / 32 * ROWS, output, row_bytes, words, lane);
+      } else {
+        output += ((uint64_t(k.image) * unsigned(k.p.queries) + k.first + thread / 32 * ROWS) * unsigned(k.p.heads) +
+                   k.head) *
+                  (D * sizeof(T));
+        return Rows(output, row_bytes, k.p.queries - k.first - int(thread / 32 * ROWS), words, lane);
+      }
+    }
+  };
+
+  const Forward& p;
+  const uint32_t shared;
+  const int lane = threadIdx.x % 32;
+  // The same in all threads of a warp, as the compiler sees now.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  int first;  // query of the block
+  unsigned turn, image, head;
+
+  __device__ Stage stage(int number) const {
+    const uint32_t at = shared + Tile::bytes(QUERIES) + number % STAGES * STAGE_BYTES;
+    return {at, at + Tile::bytes(KEYS), at + 2 * Tile::bytes(KEYS)};
+  }
+
+  __device__ Window window() const { return Window(p.windows, image); }
+  __device__ const char* start(const Rows& rows) const {
+    return rows.data + (WINDOWS ? window().image : image) * rows.image + head * rows.head;
+  }
+  // `number`: 0, 1 and 2 of query, key and value.
+  template <class Source>
+  __device__ Source source(const Rows& rows, int number, int row, int end) const {
+    if constexpr (WINDOWS) {
+      const char* padding = p.windows.padding + uint64_t(number * p.heads + head) * unsigned(D * sizeof(T));
+      return Source(window(), row, start(rows), int(rows.row), padding);
+    } else {
+      return Source(start(rows), int(rows.row), row, end);
+    }
+  }
+  __device__ Queries queries() const { return source<Queries>(p.query, 0, first, p.queries); }
+  __device__ Keys keys(int step) const { return source<Keys>(p.key, 1, step * KEYS, p.keys); }
+  __device__ Values values(int step) const { return source<Values>(p.value, 2, step * KEYS, p.keys); }
+  // Rows of the labels: ones, parts, and of windows what says where there are labels.
+  __device__ int label_rows() const { return 1 + p.sources * PARTS + (WINDOWS && p.sources > 0); }
+
+  __device__ void load_labels(int step) const { load_labels(stage(step).label, step); }
+  __device__ void load_labels(uint32_t to, int step) const {
+    // Warps take rows in turn, a thread 8 keys of each.
+    const int rows = label_rows(), row_length = padded(p.keys), key = step * KEYS + 8 * lane;
+    if (lane >= LABEL_CHUNKS) return;
+    const uint32_t to_row = to + lane * 16;
+    if (warp == 0) {
+      const uint32_t ones = pack<T>(1.0f, 1.0f), one = ones & 0xffff;
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = p.keys > key + 2 * i + 1 ? ones : p.keys > key + 2 * i ? one : 0;
+      store_shared(to_row, make_uint4(words[0], words[1], words[2], words[3]));
+    }
+    const T* parts = static_cast<const T*>(p.parts) + key;
+#pragma unroll 1
+    for (int row = warp > 0 ? warp : WARPS; row < rows; row += WARPS) {
+      copy_async(to_row + row * LABEL_PITCH, parts + uint64_t(image * (rows - 1) + row - 1) * unsigned(row_length),
+                 key < row_length);
+    }
+  }
+
+  __device__ void run() {
+    turn = p.blocks.quotient(blockIdx.x);
+    first = (blockIdx.x - turn * p.blocks.divisor) * QUERIES;
+    image = p.turns.quotient(turn);
+    head = (turn - image * p.turns.divisor) * (TURNS ? p.heads_of_block : 1);
+    const Queries query_rows = queries();
+    const Keys key_rows = keys(0);
+    const Values value_rows = values(0);
+    query_rows.copy(shared);
+    key_rows.copy(stage(0).key);
+    if (TURNS) load_labels(0);
+    commit_copies();
+    value_rows.copy(stage(0).value);
+    if (!TURNS) load_labels(0);
+    commit_copies();
+    if constexpr (STREAMS) {
+      take_steps();
+    } else if constexpr (TURNS) {
+      take_heads(query_rows, key_rows, value_rows);
+    } else {
+      take_head();
+    }
+  }
+
+  // A warp without queries helps to load, no more.
+  __device__ bool works() const { return first + warp * QUERIES_OF_WARP < p.queries; }
+
+  __device__ void take_steps() const {
+    Fragment query[D / 16], weights[TILES];
+    Labels labels;
+    float scores[2 * TILES][4], output[D / 8][4], label[LABEL_BLOCKS][4];
+    float highest[2] = {-INFINITY, -INFINITY};
+    const int steps = (p.keys + KEYS - 1) / KEYS;
+    for (int step = 0; step < steps; ++step) {
+      if (WINDOWS && works()) read_starts(scores, find_starts(step), step);
+      wait_for_copies<1>();
+      __syncthreads();
+      if (works()) {
+        if (step == 0) read_queries(query, query_address());
+        multiply_keys(query, scores, step, key_address(step));
+        if (WINDOWS) add_regions(scores, find_regions(step), step);
+      }
+      if (step + 1 < steps) keys(step + 1).copy(stage(step + 1).key);
+      commit_copies();
+      if (works()) exponentiate(scores, weights, highest, output, label, step);
+      wait_for_copies<1>();
+      __syncthreads();
+      if (works()) multiply_values(weights, output, label, labels, step, value_address(step));
+      if (step + 1 < steps) {
+        values(step + 1).copy(stage(step + 1).value);
+        load_labels(step + 1);
+      }
+      commit_copies();
+    }
+    if (works()) write_all(output, label, highest, Destination(*this, threadIdx.x));
+  }
+
+  __device__ void take_head() {
+    Fragment query[D / 16], weights[TILES];
+    Labels labels;
+    float scores[2 * TILES][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
+    const bool works = this->works();
+    // Where the block is, so that no registers keep it where most of them are needed.
+    if (threadIdx.x == 0) store_shared(shared + END_OF_STAGES, make_uint4(turn, first, image, head));
+    wait_for_copies<1>();
+    __syncthreads();
+    if (works) {
+      read_queries(query, query_address());
+      multiply_keys(query, scores, 0, key_address(0));
+      exponentiate(scores, weights, highest, output, label, 0);
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    if (!works) return;
+    multiply_values(weights, output, label, labels, 0, value_address(0));
+    const uint4 place = load_shared(shared + END_OF_STAGES);
+    turn = place.x, first = int(place.y), image = place.z, head = place.w;
+    // Hides from the compiler what registers could keep.
+    unsigned thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));
+    write_all(output, label, highest, Destination(*this, thread));
+  }
+
+  __device__ void write_all(const float (&output)[D / 8][4], const float (&label)[LABEL_BLOCKS][4],
+                            const float (&highest)[2], const Destination& to) const {
+    float shares[LABEL_BLOCKS][4];
+    write(output, label, highest, shares, to);
+    write_shares(shares, to);
+  }
+
+  __device__ void take_heads(Queries query_rows, Keys key_rows, Values value_rows) const {
+    Fragment query[D / 16], weights[TILES];
+    Labels labels;
+    float scores[2 * TILES][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
+    const uint32_t from_query = kept(query_address()), from_key = kept(key_address(0));
+    const uint32_t from_value = kept(value_address(0));
+    Destination destination(*this, threadIdx.x);
+    query_rows.own = key_rows.own = value_rows.own = kept(value_rows.own);
+    destination.lane = kept(destination.lane);
+    destination.rows.from = kept(destination.rows.from);
+    float shares[LABEL_BLOCKS][4] = {};
+    const float* starts = WINDOWS ? find_starts(0) : nullptr;
+    if (WINDOWS) read_starts(scores, starts, 0);
+    const Differing differing = find_regions(0);
+    wait_for_copies<1>();
+    __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile += 2) read_labels(labels, tile, stage(0).label);
+    for (int more = min(p.heads_of_block, p.heads - int(head)) - 1;; --more) {
+      read_queries(query, from_query);
+      multiply_keys(query, scores, 0, from_key);
+      if (WINDOWS) add_regions(scores, differing, 0);
+      exponentiate(scores, weights, highest, output, label, 0);
+      // V is there, and nobody needs Q and K any more.
+      wait_for_copies<0>();
+      __syncthreads();
+      if (more > 0) {
+        query_rows.next_head(p.query.head);
+        key_rows.next_head(p.key.head);
+        query_rows.copy(shared);
+        key_rows.copy(stage(0).key);
+        commit_copies();
+      }
+      multiply_values(weights, output, label, labels, 0, from_value);
+      if (WINDOWS && more > 0) read_starts(scores, starts += p.windows.start_head, 0);
+      write(output, label, highest, shares, destination);
+      if (more == 0) break;
+      value_rows.next_head(p.value.head);
+      destination.rows.to += D * sizeof(T);
+      destination.log_sum_exp += p.queries;
+      // The next Q and K are there, and nobody needs V any more.
+      wait_for_copies<0>();
+      __syncthreads();
+      value_rows.copy(stage(0).value);
+      commit_copies();
+    }
+    write_shares(shares, destination);
+  }
+
+  // Where the first of the matrices are that this thread loads.
+  __device__ uint32_t query_address() const { return shared + Tile::at(warp * QUERIES_OF_WARP + lane % 16, lane / 16); }
+  __device__ uint32_t key_address(int step) const {
+    return stage(step).key + Tile::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+  __device__ uint32_t value_address(int step) const { return stage(step).value + Tile::at(lane % 16, lane / 16); }
+
+  __device__ void read_labels(Labels& labels, int tile, uint32_t from) const {
+#pragma unroll
+    for (int n = 0; n < LABEL_BLOCKS; ++n) {
+      // Columns that nobody asks for have what other ones have.
+      const int column = 8 * n + lane % 8, last = label_rows() - 1;
+      const int row = WINDOWS && column == 4 ? last : min(column - column / 4, last);
+      labels[tile / 2][n] = load_matrices(from + row * LABEL_PITCH + lane / 8 * 16 + 32 * tile);
+    }
+  }
+
+  // Hides from the compiler how to compute it, which it would do anew for each head.
+  static __device__ uint32_t kept(uint32_t address) {
+    asm volatile("" : "+r"(address));
+    return address;
+  }
+
+  __device__ void read_queries(Fragment (&query)[D / 16], uint32_t from) const {
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) query[i] = load_matrices(Tile::beside(from, 2 * i));
+    if (WINDOWS) flip(reinterpret_cast<Fragment(&)[1][D / 16]>(query), p.windows.flipped);
+  }
+
+  // Whether the keys of a step end before a tile; in one pass asked for every other tile.
+  __device__ bool ends_before(int tile, int step) const {
+    return tile >= CERTAIN_TILES && (STREAMS || (tile - CERTAIN_TILES) % 2 == 0) && step * KEYS + 16 * tile >= p.keys;
+  }
+
+  __device__ void multiply_keys(const Fragment (&query)[D / 16], float (&scores)[2 * TILES][4], int step,
+                                uint32_t from) const {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i) {
+        const Fragment key = load_matrices(Tile::beside(from, 2 * i) + 16 * tile * Tile::PITCH);
+        if (i == 0 && !WINDOWS) {
+          multiply<T>(scores[2 * tile], query[i], key.x, key.y);
+          multiply<T>(scores[2 * tile + 1], query[i], key.z, key.w);
+        } else {
+          multiply_add<T>(scores[2 * tile], query[i], key.x, key.y);
+          multiply_add<T>(scores[2 * tile + 1], query[i], key.z, key.w);
+        }
+      }
+      if (OFFSETS) add_offsets(scores[2 * tile], scores[2 * tile + 1], step * KEYS + 16 * tile);
+    }
+  }
+
+  __device__ const float* find_starts(int step) const {
+    return cuda::find_starts(p.windows, head, first + warp * QUERIES_OF_WARP, step * KEYS, p.keys);
+  }
+  __device__ void read_starts(float (&scores)[2 * TILES][4], const float* from, int step) const {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
+      cuda::read_starts(reinterpret_cast<Scores<1>&>(scores[2 * tile]), from + 256 * tile, p.keys, lane);
+    }
+  }
+
+  // Of the keys of a step.
+  struct Differing {
+    bool is_needed;
+    Regions regions[(TILES + 1) / 2];
+  };
+  __device__ Differing find_regions(int step) const {
+    Differing d;
+    d.is_needed = WINDOWS && window().has_regions();
+    if (d.is_needed) {
+#pragma unroll
+      for (int i = 0; i < (TILES + 1) / 2; ++i) {
+        d.regions[i] = Regions(window(), first + warp * QUERIES_OF_WARP, step * KEYS + 32 * i, lane);
+      }
+    }
+    return d;
+  }
+  __device__ void add_regions(float (&scores)[2 * TILES][4], const Differing& differing, int step) const {
+    if (!differing.is_needed) return;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
+      cuda::add_regions(reinterpret_cast<Scores<1>&>(scores[2 * tile]), p.windows, differing.regions[tile / 2],
+                        tile % 2 * 16);
+    }
+  }
+
+  // Scores in units of ln 2, with what is added to them.
+  __device__ void add_offsets(float (&left)[4], float (&right)[4], int key) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float& score = i < 4 ? left[i] : right[i - 4];
+      const int query = first + warp * QUERIES_OF_WARP + lane / 4 + i / 2 % 2 * 8;
+      score = with_offsets(p, score, image, head, query, key + i / 4 * 8 + lane % 4 * 2 + i % 2);
+    }
+  }
+
+  // Without offsets the factor, if it is positive, waits for the exponential.
+  __device__ float unit() const { return OFFSETS ? 1.0f : WINDOWS ? p.windows.unit : p.scale * LOG2_E; }
+
+  // Of two rows, and what to subtract from their scores.
+  __device__ void find_highest(const float (&scores)[2 * TILES][4], float (&highest)[2], float (&shift)[2],
+                               int step) const {
+    float now[2] = {scores[0][0], scores[0][2]};
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) now[i / 2 % 2] = fmaxf(now[i / 2 % 2], scores[2 * tile + i / 4][i % 4]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      now[i] = fmaxf(now[i], __shfl_xor_sync(0xffffffffu, now[i], 1));
+      now[i] = fmaxf(now[i], __shfl_xor_sync(0xffffffffu, now[i], 2)) * unit();
+      highest[i] = STREAMS ? fmaxf(now[i], highest[i]) : now[i];
+      shift[i] = MASKED && highest[i] == -INFINITY ? 0.0f : highest[i];
+    }
+  }
+
+  // Scores become weights, of 16 bits.
+  __device__ void exponentiate(float (&scores)[2 * TILES][4], Fragment (&weights)[TILES], float (&highest)[2],
+                               float (&output)[D / 8][4], float (&label)[LABEL_BLOCKS][4], int step) const {
+    float now[2] = {highest[0], highest[1]}, shift[2];
+    find_highest(scores, now, shift, step);
+    if (STREAMS && step == 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) output[n][i] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < LABEL_BLOCKS; ++n) label[n][i] = 0.0f;
+      }
+    } else if (STREAMS) {
+      const float kept[2] = {exp2_of(highest[0] - shift[0]), exp2_of(highest[1] - shift[1])};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) output[n][i] *= kept[i / 2];
+#pragma unroll
+        for (int n = 0; n < LABEL_BLOCKS; ++n) label[n][i] *= kept[i / 2];
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
+      weights[tile] = weights_of(scores[2 * tile], scores[2 * tile + 1], shift);
+    }
+    highest[0] = now[0], highest[1] = now[1];
+  }
+  // Of 16 keys, 8 and 8.
+  __device__ Fragment weights_of(float (&l)[4], float (&r)[4], const float (&shift)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      l[i] = exp2_of(fmaf(l[i], unit(), -shift[i / 2]));
+      r[i] = exp2_of(fmaf(r[i], unit(), -shift[i / 2]));
+    }
+    return {pack<T>(l[0], l[1]), pack<T>(l[2], l[3]), pack<T>(r[0], r[1]), pack<T>(r[2], r[3])};
+  }
+
+  __device__ void multiply_values(const Fragment (&weights)[TILES], float (&output)[D / 8][4],
+                                  float (&label)[LABEL_BLOCKS][4], Labels& labels, int step, uint32_t from) const {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (ends_before(tile, step)) break;
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n) {
+        const Fragment value = load_matrices_transposed(Tile::beside(from, 2 * n) + 16 * tile * Tile::PITCH);
+        if (tile == 0 && !STREAMS) {
+          multiply<T>(output[2 * n], weights[tile], value.x, value.y);
+          multiply<T>(output[2 * n + 1], weights[tile], value.z, value.w);
+        } else {
+          multiply_add<T>(output[2 * n], weights[tile], value.x, value.y);
+          multiply_add<T>(output[2 * n + 1], weights[tile], value.z, value.w);
+        }
+      }
+      if (!TURNS && tile % 2 == 0) read_labels(labels, tile, stage(step).label);
+      multiply_labels(weights[tile], label, labels, tile);
+    }
+  }
+  __device__ void multiply_labels(const Fragment& weights, float (&label)[LABEL_BLOCKS][4], const Labels& labels,
+                                  int tile) const {
+#pragma unroll
+    for (int n = 0; n < LABEL_BLOCKS; ++n) {
+      const Fragment& l = labels[tile / 2][n];
+      const uint32_t upper = tile % 2 == 0 ? l.x : l.z, lower = tile % 2 == 0 ? l.y : l.w;
+      if (tile == 0 && !STREAMS) {
+        multiply<T>(label[n], weights, upper, lower);
+      } else {
+        multiply_add<T>(label[n], weights, upper, lower);
+      }
+    }
+  }
+
+  // `label`: the sum of P [1, share], which divided by the row sum is added to `shares`, the sum over the heads.
+  __device__ void write(const float (&output)[D / 8][4], const float (&label)[LABEL_BLOCKS][4],
+                        const float (&highest)[2], float (&shares)[LABEL_BLOCKS][4], const Destination& to) const {
+    const float2 factor = write_log_sum(label, highest, shares, to);
+    const float inverse[2] = {factor.x, factor.y};
+    // Through shared memory that only this warp uses, so that a thread writes 16 bytes.
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t word = pack<T>(output[n][2 * i] * inverse[i], output[n][2 * i + 1] * inverse[i]);
+        store_shared(Tile::beside(to.words, n) + 8 * i * Tile::PITCH, word);
+      }
+    }
+    __syncwarp();
+    to.rows.write(to.lane);
+  }
+
+  // Returns what the two rows of a thread are to be multiplied by.
+  __device__ float2 write_log_sum(const float (&label)[LABEL_BLOCKS][4], const float (&highest)[2],
+                                  float (&shares)[LABEL_BLOCKS][4], const Numbers& to) const {
+    // Of the four threads that share a row the first has columns 0 and 1, the next 2 and 3, ...
+    const float total[2] = {__shfl_sync(0xffffffffu, label[0][0], to.lane & ~3),
+                            __shfl_sync(0xffffffffu, label[0][2], to.lane & ~3)};
+    // Else a query sees every key.
+    const float inverse[2] = {MASKED && total[0] == 0.0f ? 0.0f : inverse_of(total[0]),
+                              MASKED && total[1] == 0.0f ? 0.0f : inverse_of(total[1])};
+#pragma unroll
+    for (int n = 0; n < LABEL_BLOCKS; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) shares[n][i] = fmaf(label[n][i], inverse[i / 2], TURNS ? shares[n][i] : 0.0f);
+    }
+    // log2(0) plus the maximum, -inf, is -inf: a query that sees no key.
+    const bool is_odd = to.lane % 2 != 0;
+    const float log_sum = (is_odd ? highest[1] : highest[0]) + log2_of(is_odd ? total[1] : total[0]);
+    if (to.is_query && to.lane % 4 < 2) *to.log_sum_exp = log_sum * LN_2;
+    return make_float2(inverse[0], inverse[1]);
+  }
+
+  // The label of a source is the sum of its parts: the first of them has an even thread, the others its neighbour.
+  __device__ void write_shares(const float (&shares)[LABEL_BLOCKS][4], const Numbers& to) const {
+    const bool is_odd = to.lane % 2 != 0;
+    const unsigned rows = p.sources + WINDOWS;
+    if (WINDOWS && p.sources > 0 && to.lane % 4 == 2) {
+      // Column 4, the last row: the part of the attention that goes to labels.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const unsigned query = to.query + 8 * i;
+        if (query < p.queries) {
+          p.head_share[(uint64_t(turn) * rows + rows - 1) * unsigned(p.queries) + query] = shares[0][2 * i];
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < LABEL_BLOCKS; ++n) {
+      const float (&s)[4] = shares[n];
+      const float own[2] = {is_odd ? s[0] + s[1] : s[1], is_odd ? s[2] + s[3] : s[3]};
+      const float share = (is_odd ? own[1] : own[0]) + __shfl_xor_sync(0xffffffffu, is_odd ? own[0] : own[1], 1);
+      const unsigned source = 2 * n + to.lane % 4 / 2;
+      if (to.is_query && source < p.sources) {
+        p.head_share[(uint64_t(turn) * rows + source) * unsigned(p.queries) + to.query] = share;
+      }
+    }
+  }
+};
+
+template <class T>
+void count_in_bytes(Forward& p) {
+  for (Rows* rows : {&p.query, &p.key, &p.value}) {
+    rows->image *= sizeof(T), rows->head *= sizeof(T), rows->row *= sizeof(T);
+  }
+}
+
+// Launches a kernel for Hopper, if the device is one and there is one for the problem; else says no. Sets what divides an
+// image into heads.
+bool launch_on_hopper(Forward& p, cudaStream_t stream);
+
+}  // namespace tlalign::cuda

@@ -1,0 +1,268 @@
+// The forward on Hopper where its tensor cores, of which a warpgroup of four warps has all at once, beat those that older
+// GPUs have too: they read K and V from shared memory themselves. Compiled for sm_90a.
+#include <algorithm>
+#include <vector>
+
+#include "cuda/forward.h"
+#include "cuda/hopper.h"
+#include "cuda/launch.h"
+
+namespace tlalign::cuda {
+namespace {
+
+// As ForwardKernel, for heads of 64 with 193 to 200 keys and 193 to 208 queries. A block has a multiprocessor for itself
+// and takes whole heads in turn, of which shared memory holds two: one warpgroup copies the next one, while the others
+// multiply 64 queries each. They wait for each other only through the copies.
+template <class T>
+struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
+  using Base = ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1>;
+  using typename Base::Labels;
+  using typename Base::Numbers;
+  using typename Base::Tile;
+  using Base::p, Base::shared, Base::lane, Base::warp, Base::turn, Base::image, Base::head;
+  static constexpr int D = 64, TILES = 13, ROWS = 16 * TILES, LEAST_ROWS = Base::CERTAIN_KEYS + 1, MOST_KEYS = 200;
+  // Warpgroups that multiply, and all threads.
+  static constexpr int GROUPS = 3, THREADS = 128 * (GROUPS + 1);
+  static constexpr int COPYING_REGISTERS = 32, MULTIPLYING_REGISTERS = 160;
+  static constexpr int PART_BYTES = Tile::bytes(ROWS), STAGE_BYTES = 3 * PART_BYTES + Base::LABEL_BYTES;
+  static constexpr int PAST_LABELS = STAGE_BYTES % 1024 == 0 ? 0 : 1024 - STAGE_BYTES % 1024;
+  static constexpr int STAGE_PITCH = STAGE_BYTES + PAST_LABELS, SHARED_BYTES = 2 * STAGE_PITCH;
+  // Tiles of weights that are multiplied together, while the next exponentials are taken.
+  static constexpr int AT_ONCE = 4;
+  using Queries = typename Tile::template Source<ROWS, 128, false, Base::CERTAIN_KEYS>;
+
+  static bool takes(const Forward& p) {
+    return p.queries >= LEAST_ROWS && p.queries <= ROWS && p.keys >= LEAST_ROWS && p.keys <= MOST_KEYS;
+  }
+
+  // What lies in a stage.
+  __device__ uint32_t queries_of(unsigned stage) const { return shared + stage * STAGE_PITCH; }
+  __device__ uint32_t keys_of(unsigned stage) const { return queries_of(stage) + PART_BYTES; }
+  __device__ uint32_t values_of(unsigned stage) const { return queries_of(stage) + 2 * PART_BYTES; }
+  __device__ uint32_t labels_of(unsigned stage) const { return queries_of(stage) + 3 * PART_BYTES; }
+
+  // Barriers. Q and K, or V and the labels, of a stage are there for a warpgroup: it waits, those who copy arrive. Nobody
+  // needs them any more: all warpgroups arrive, those who copy wait.
+  static __device__ unsigned scores_can_begin(unsigned stage, unsigned group) { return GROUPS * stage + group; }
+  static __device__ unsigned values_are_there(unsigned stage, unsigned group) { return GROUPS * (2 + stage) + group; }
+  static __device__ unsigned scores_are_done(unsigned stage) { return 4 * GROUPS + stage; }
+  static __device__ unsigned values_are_done(unsigned stage) { return 4 * GROUPS + 2 + stage; }
+  static constexpr int OF_A_GROUP = 128 + 128, OF_ALL = THREADS;
+
+  __device__ void find(unsigned number) {
+    turn = number;
+    image = p.turns.quotient(turn);
+    head = turn - image * p.turns.divisor;
+  }
+
+  __device__ void run() {
+    const unsigned heads = unsigned(p.batch) * unsigned(p.heads);
+    if (warp < 4) {
+      hopper::take_fewer_registers<COPYING_REGISTERS>();
+      copy_heads(heads);
+    } else {
+      hopper::take_more_registers<MULTIPLYING_REGISTERS>();
+      const unsigned group = unsigned(warp) / 4 - 1;
+#pragma unroll 1
+      for (unsigned number = 0, now = blockIdx.x; now < heads; ++number, now += gridDim.x) {
+        find(now);
+        // Of 13 tiles of queries a warpgroup has 4. One is left, which they take in turn: one of its warps has it, in
+        // turn, the others multiply something.
+        const unsigned stage = number % 2, alone = number / GROUPS % 4;
+        const unsigned parts = number % GROUPS == group ? 2 : 1;
+        hopper::wait_at(scores_can_begin(stage, group), OF_A_GROUP);
+#pragma unroll 1
+        for (unsigned part = 0; part < parts; ++part) {
+          const unsigned row = part == 1 ? 64 - 16 * alone : group == 0 ? 0 : 16 + 64 * group;
+          take_queries(stage, group, row, part == 0 || warp % 4 == alone, part == 0, part + 1 == parts);
+        }
+      }
+    }
+  }
+
+  // Q and K of a head come while V of the last one does.
+  __device__ void copy_heads(unsigned heads) {
+    unsigned number = 0;
+#pragma unroll 1
+    for (unsigned now = blockIdx.x; now < heads; ++number, now += gridDim.x) {
+      const unsigned stage = number % 2;
+      find(now);
+      if (number >= 2) hopper::wait_at(scores_are_done(stage), OF_ALL);
+      this->template source<Queries>(p.query, 0, 0, p.queries).copy(queries_of(stage));
+      this->keys(0).copy(keys_of(stage));
+      commit_copies();
+      if (number > 0) say_that_values_are_there<1>(number - 1);
+      if (number >= 2) hopper::wait_at(values_are_done(stage), OF_ALL);
+      this->values(0).copy(values_of(stage));
+      this->load_labels(labels_of(stage), 0);
+      commit_copies();
+      wait_for_copies<1>();
+      hopper::show_to_products();
+#pragma unroll
+      for (int group = 0; group < GROUPS; ++group) hopper::arrive_at(scores_can_begin(stage, group), OF_A_GROUP);
+    }
+    say_that_values_are_there<0>(number - 1);
+  }
+  template <int PENDING>
+  __device__ void say_that_values_are_there(unsigned number) const {
+    wait_for_copies<PENDING>();
+    hopper::show_to_products();
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) hopper::arrive_at(values_are_there(number % 2, group), OF_A_GROUP);
+  }
+
+  __device__ void take_queries(unsigned stage, unsigned group, unsigned row, bool works, bool is_first, bool is_last) {
+    Fragment weights[TILES];
+    Labels labels;
+    float scores[2 * TILES][4], output[D / 8][4], label[1][4], highest[2], shift[2];
+    multiply_keys(scores, hopper::descriptor(queries_of(stage) + row * Tile::PITCH),
+                  hopper::descriptor(keys_of(stage)));
+    if (is_last) hopper::arrive_at(scores_are_done(stage), OF_ALL);
+    if (works) this->find_highest(scores, highest, shift, 0);
+    if (is_first) hopper::wait_at(values_are_there(stage, group), OF_A_GROUP);
+    const uint64_t values = hopper::descriptor(values_of(stage));
+    const uint32_t label_rows = find_labels(labels_of(stage));
+#pragma unroll
+    for (int first = 0; first < TILES; first += AT_ONCE) {
+#pragma unroll
+      for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) weights[tile] = {};
+      if (works) {
+#pragma unroll
+        for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) {
+          weights[tile] = this->weights_of(scores[2 * tile], scores[2 * tile + 1], shift);
+          if (tile == TILES - 1) weights[tile].z = weights[tile].w = 0;
+          if (tile % 2 == 0) labels[tile / 2][0] = load_matrices(label_rows + 32 * tile);
+          this->multiply_labels(weights[tile], label, labels, tile);
+        }
+      }
+      hopper::begin_products();
+#pragma unroll
+      for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) {
+        const uint64_t right = values + tile * (16 * Tile::PITCH / 16);
+        if (tile == 0) {
+          hopper::multiply_columns<T, false>(output, weights[tile], right);
+        } else {
+          hopper::multiply_columns<T, true>(output, weights[tile], right);
+        }
+      }
+      hopper::commit_products();
+    }
+    hopper::wait_for_products(output);
+    if (is_last) hopper::arrive_at(values_are_done(stage), OF_ALL);
+    if (works) write(output, label, highest, row + warp % 4 * 16);
+  }
+
+  static __device__ void multiply_keys(float (&all)[2 * TILES][4], uint64_t queries, uint64_t keys) {
+    float(&scores)[2 * TILES - 1][4] = reinterpret_cast<float(&)[2 * TILES - 1][4]>(all);
+    hopper::begin_products();
+    hopper::multiply_rows<T, false>(scores, queries, keys);
+#pragma unroll
+    for (int i = 1; i < D / 16; ++i) hopper::multiply_rows<T, true>(scores, queries + 2 * i, keys + 2 * i);
+    hopper::commit_products();
+    hopper::wait_for_products(scores);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) all[2 * TILES - 1][i] = -INFINITY;
+  }
+
+  __device__ uint32_t find_labels(uint32_t from) const {
+    const int column = lane % 8, row = min(column - column / 4, this->label_rows() - 1);
+    return from + row * Base::LABEL_PITCH + lane / 8 * 16;
+  }
+
+  __device__ void write(const float (&output)[D / 8][4], const float (&label)[1][4], const float (&highest)[2],
+                        unsigned row) const {
+    const Numbers numbers(p, turn, row, lane);
+    float shares[1][4];
+    const float2 factor = this->write_log_sum(label, highest, shares, numbers);
+    this->write_shares(shares, numbers);
+    char* to = static_cast<char*>(p.output) + lane % 4 * 16;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const unsigned query = row + lane / 4 + 8 * i;
+      char* to_row = to + ((uint64_t(image) * unsigned(p.queries) + query) * unsigned(p.heads) + head) * (D * sizeof(T));
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        uint32_t words[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const float(&sums)[4] = output[4 * j + n];
+          const float inverse = i == 0 ? factor.x : factor.y;
+          words[n] = pack<T>(sums[2 * i] * inverse, sums[2 * i + 1] * inverse);
+        }
+        transpose(words, lane);
+        if (query < p.queries) store_global(to_row + 64 * j, make_uint4(words[0], words[1], words[2], words[3]));
+      }
+    }
+  }
+
+  // Word i of thread k of four becomes word k of thread i.
+  static __device__ void transpose(uint32_t (&words)[4], int lane) {
+#pragma unroll
+    for (int step = 1; step <= 2; step *= 2) {
+      const bool is_upper = (lane & step) != 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if ((i & step) != 0) continue;
+        uint32_t &low = words[i], &high = words[i + step];
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, is_upper ? low : high, step);
+        low = is_upper ? other : low;
+        high = is_upper ? high : other;
+      }
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(HopperKernel<T>::THREADS, 1)
+    attention_forward_hopper(const __grid_constant__ Forward p) {
+  extern __shared__ __align__(1024) unsigned char stages[];
+  HopperKernel<T>{{p, uint32_t(__cvta_generic_to_shared(stages))}}.run();
+}
+
+// Multiprocessors of the current device if it is a Hopper, else 0.
+int multiprocessors() {
+  static const std::vector<int> of_devices = [] {
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;
+    std::vector<int> counts(devices);
+    for (int device = 0; device < devices; ++device) {
+      int major = 0, minor = 0;
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+      if (major == 9 && minor == 0) {
+        cudaDeviceGetAttribute(&counts[device], cudaDevAttrMultiProcessorCount, device);
+      }
+    }
+    return counts;
+  }();
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && device < int(of_devices.size()) ? of_devices[device] : 0;
+}
+
+template <class T>
+void launch(Forward p, int blocks, cudaStream_t stream) {
+  const auto kernel = attention_forward_hopper<T>;
+  constexpr int BYTES = HopperKernel<T>::SHARED_BYTES;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), "attention_forward", p);
+  count_in_bytes<T>(p);
+  kernel<<<blocks, HopperKernel<T>::THREADS, BYTES, stream>>>(p);
+  check(cudaGetLastError(), "attention_forward", p);
+}
+
+}  // namespace
+
+bool launch_on_hopper(Forward& p, cudaStream_t stream) {
+  if (p.head_dim != 64 || !HopperKernel<__half>::takes(p)) return false;
+  const int blocks = int(std::min<int64_t>(p.batch * p.heads, multiprocessors()));
+  if (blocks == 0) return false;
+  p.heads_of_block = 1;
+  p.turns = Divisor(p.heads);
+  if (p.dtype == DType::bfloat16) {
+    launch<__nv_bfloat16>(p, blocks, stream);
+  } else {
+    launch<__half>(p, blocks, stream);
+  }
+  return true;
+}
+
+}  // namespace tlalign::cuda
