@@ -54,7 +54,10 @@ def record(patch, kernels=None, blocks=None):
 
 
 def check(monkeypatch, case, dtype, change=lambda inputs: None):
-    """Compares output, share and gradients with the reference; `change` changes the inputs in place."""
+    """Compares output, share and gradients with the reference; `change` changes the inputs in place.
+
+    Returns the kernels that were executed here.
+    """
     kernels = []
 
     def make_changed(*arguments):
@@ -68,7 +71,7 @@ def check(monkeypatch, case, dtype, change=lambda inputs: None):
         checks = selftest.compare(case, dtype, "cuda", DEVICE)
     assert [check for check in checks if not check.passed] == []
     if ON_GPU:
-        return
+        return kernels
     is_small = (max(case.queries, case.keys) if case.windows is None else case.windows.tokens) <= 64
     if is_small:
         names = {"attention_forward", "attention_backward_head"}
@@ -79,6 +82,7 @@ def check(monkeypatch, case, dtype, change=lambda inputs: None):
     if has_gradient and not (is_small and case.windows):
         names |= {"attention_backward_bias"}
     assert {name for name in NAMES if any(name in kernel for kernel in kernels)} == names
+    return kernels
 
 
 ONE = Case("one", batch=1, heads=1)
@@ -99,6 +103,29 @@ def test_head_dims_are_within_the_bound(monkeypatch, dtype, head_dim, queries, k
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_lengths_are_within_the_bound(monkeypatch, tokens, head_dim):
     check(monkeypatch, replace(ONE, queries=tokens, keys=tokens, head_dim=head_dim, packed=True), BFLOAT16)
+
+
+@offline
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        # More heads than two stages of three blocks.
+        (BFLOAT16, dict(heads=7, queries=197, keys=197, packed=True)),
+        (FLOAT16, dict(batch=2, queries=208, keys=193, sources=2)),
+        (FLOAT16, dict(queries=193, keys=200, sources=2)),
+    ],
+    ids=str,
+)
+def test_heads_on_hopper_are_within_the_bound(monkeypatch, dtype, sizes):
+    import cuda_offline
+
+    recorder, _ = cuda_offline.build()
+    recorder.set_device(1)
+    try:
+        kernels = check(monkeypatch, replace(ONE, head_dim=64, **sizes), dtype)
+    finally:
+        recorder.set_device(0)
+    assert any("attention_forward_hopper" in kernel for kernel in kernels)
 
 
 @executed
