@@ -20,7 +20,7 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
   using typename Base::Numbers;
   using typename Base::Tile;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::turn, Base::image, Base::head;
-  static constexpr int D = 64, TILES = 13, ROWS = 16 * TILES, LEAST_ROWS = Base::CERTAIN_KEYS + 1, MOST_KEYS = 200;
+  static constexpr int D = 64, TILES = 13, ROWS = 16 * TILES;
   // Warpgroups that multiply, and all threads.
   static constexpr int GROUPS = 3, THREADS = 128 * (GROUPS + 1);
   static constexpr int COPYING_REGISTERS = 32, MULTIPLYING_REGISTERS = 160;
@@ -30,10 +30,6 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
   // Tiles of weights that are multiplied together, while the next exponentials are taken.
   static constexpr int AT_ONCE = 4;
   using Queries = typename Tile::template Source<ROWS, 128, false, Base::CERTAIN_KEYS>;
-
-  static bool takes(const Forward& p) {
-    return p.queries >= LEAST_ROWS && p.queries <= ROWS && p.keys >= LEAST_ROWS && p.keys <= MOST_KEYS;
-  }
 
   // What lies in a stage.
   __device__ uint32_t queries_of(unsigned stage) const { return shared + stage * STAGE_PITCH; }
@@ -131,9 +127,12 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
         for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) {
           weights[tile] = this->weights_of(scores[2 * tile], scores[2 * tile + 1], shift);
           if (tile == TILES - 1) weights[tile].z = weights[tile].w = 0;
-          if (tile % 2 == 0) labels[tile / 2][0] = load_matrices(label_rows + 32 * tile);
-          this->multiply_labels(weights[tile], label, labels, tile);
         }
+      }
+#pragma unroll
+      for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) {
+        if (tile % 2 == 0) labels[tile / 2][0] = load_matrices(label_rows + 32 * tile);
+        this->multiply_labels(weights[tile], label, labels, tile);
       }
       hopper::begin_products();
 #pragma unroll
@@ -252,7 +251,8 @@ void launch(Forward p, int blocks, cudaStream_t stream) {
 }  // namespace
 
 bool launch_on_hopper(Forward& p, cudaStream_t stream) {
-  if (p.head_dim != 64 || !HopperKernel<__half>::takes(p)) return false;
+  const bool fits = p.queries > 192 && p.queries <= 208 && p.keys > 192 && p.keys <= 200;
+  if (p.head_dim != 64 || !fits) return false;
   const int blocks = int(std::min<int64_t>(p.batch * p.heads, multiprocessors()));
   if (blocks == 0) return false;
   p.heads_of_block = 1;
