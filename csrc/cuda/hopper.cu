@@ -24,15 +24,16 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
   // Warpgroups that multiply, and all threads.
   static constexpr int GROUPS = 3, THREADS = 128 * (GROUPS + 1);
   static constexpr int COPYING_REGISTERS = 32, MULTIPLYING_REGISTERS = 160;
-  static constexpr int PART_BYTES = Tile::bytes(ROWS), STAGE_BYTES = 3 * PART_BYTES + Base::LABEL_BYTES;
-  static constexpr int PAST_LABELS = STAGE_BYTES % 1024 == 0 ? 0 : 1024 - STAGE_BYTES % 1024;
-  static constexpr int STAGE_PITCH = STAGE_BYTES + PAST_LABELS, SHARED_BYTES = 2 * STAGE_PITCH;
+  // A stage has Q, K, V and the labels.
+  static constexpr int PART_BYTES = Tile::bytes(ROWS);
+  static constexpr int STAGE_BYTES = (3 * PART_BYTES + Base::LABEL_BYTES + 1023) / 1024 * 1024;
+  static constexpr int SHARED_BYTES = 2 * STAGE_BYTES;
   // Tiles of weights that are multiplied together, while the next exponentials are taken.
   static constexpr int AT_ONCE = 4;
   using Queries = typename Tile::template Source<ROWS, 128, false, Base::CERTAIN_KEYS>;
 
   // What lies in a stage.
-  __device__ uint32_t queries_of(unsigned stage) const { return shared + stage * STAGE_PITCH; }
+  __device__ uint32_t queries_of(unsigned stage) const { return shared + stage * STAGE_BYTES; }
   __device__ uint32_t keys_of(unsigned stage) const { return queries_of(stage) + PART_BYTES; }
   __device__ uint32_t values_of(unsigned stage) const { return queries_of(stage) + 2 * PART_BYTES; }
   __device__ uint32_t labels_of(unsigned stage) const { return queries_of(stage) + 3 * PART_BYTES; }
