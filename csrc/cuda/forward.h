@@ -76,8 +76,8 @@ struct ForwardKernel {
   using Keys = Source<KEYS, true, CERTAIN_KEYS, true>;
   using Values = Source<KEYS, false, CERTAIN_KEYS, true>;
 
-  // Where a thread writes what there is one number of for each query: even threads for the first of their rows, odd ones
-  // for the second.
+  // Where a thread writes what there is one number of for each query: even threads for the first of their rows, odd
+  // ones for the second.
   struct Numbers {
     unsigned lane, query;
     bool is_query;
@@ -586,8 +586,8 @@ void count_in_bytes(Forward& p) {
   }
 }
 
-// Launches a kernel for Hopper, if the device is one and there is one for the problem; else says no. Sets what divides an
-// image into heads.
+// Launches a kernel for Hopper, if the device is one and there is one for the problem; else says no. Sets what divides
+// an image into heads.
 bool launch_on_hopper(Forward& p, cudaStream_t stream);
 
 }  // namespace tlalign::cuda

@@ -1,5 +1,5 @@
-// The forward on Hopper where its tensor cores, of which a warpgroup of four warps has all at once, beat those that older
-// GPUs have too: they read K and V from shared memory themselves. Compiled for sm_90a.
+// The forward on Hopper where its tensor cores, of which a warpgroup of four warps has all at once, beat those that
+// older GPUs have too: they read K and V from shared memory themselves. Compiled for sm_90a.
 #include <algorithm>
 #include <vector>
 
@@ -10,9 +10,9 @@
 namespace tlalign::cuda {
 namespace {
 
-// As ForwardKernel, for heads of 64 with 193 to 200 keys and 193 to 208 queries. A block has a multiprocessor for itself
-// and takes whole heads in turn, of which shared memory holds two: one warpgroup copies the next one, while the others
-// multiply 64 queries each. They wait for each other only through the copies.
+// As ForwardKernel, for heads of 64 with 193 to 200 keys and 193 to 208 queries. A block has a multiprocessor for
+// itself and takes whole heads in turn, of which shared memory holds two: one warpgroup copies the next one, while the
+// others multiply 64 queries each. They wait for each other only through the copies.
 template <class T>
 struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
   using Base = ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1>;
@@ -38,8 +38,8 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
   __device__ uint32_t values_of(unsigned stage) const { return queries_of(stage) + 2 * PART_BYTES; }
   __device__ uint32_t labels_of(unsigned stage) const { return queries_of(stage) + 3 * PART_BYTES; }
 
-  // Barriers. Q and K, or V and the labels, of a stage are there for a warpgroup: it waits, those who copy arrive. Nobody
-  // needs them any more: all warpgroups arrive, those who copy wait.
+  // Barriers. Q and K, or V and the labels, of a stage are there for a warpgroup: it waits, those who copy arrive.
+  // Nobody needs them any more: all warpgroups arrive, those who copy wait.
   static __device__ unsigned scores_can_begin(unsigned stage, unsigned group) { return GROUPS * stage + group; }
   static __device__ unsigned values_are_there(unsigned stage, unsigned group) { return GROUPS * (2 + stage) + group; }
   static __device__ unsigned scores_are_done(unsigned stage) { return 4 * GROUPS + stage; }
@@ -179,7 +179,8 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const unsigned query = row + lane / 4 + 8 * i;
-      char* to_row = to + ((uint64_t(image) * unsigned(p.queries) + query) * unsigned(p.heads) + head) * (D * sizeof(T));
+      char* to_row =
+          to + ((uint64_t(image) * unsigned(p.queries) + query) * unsigned(p.heads) + head) * (D * sizeof(T));
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         uint32_t words[4];

@@ -1,5 +1,5 @@
-// Products of a warpgroup, four warps, on the tensor cores of Hopper: its right factor, and the left one of scores, stay
-// in shared memory (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"; only of sm_90a).
+// Products of a warpgroup, four warps, on the tensor cores of Hopper: its right factor, and the left one of scores,
+// stay in shared memory (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"; only of sm_90a).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,8 +11,8 @@
 
 namespace tlalign::cuda::hopper {
 
-// Rows of 128 bytes as SharedRows has them, which is the swizzle of 128 bytes: where they begin, over 16, and 1024 bytes
-// from 8 rows to the next 8. They begin at a multiple of 1024 bytes.
+// Rows of 128 bytes as SharedRows has them, which is the swizzle of 128 bytes: where they begin, over 16, and 1024
+// bytes from 8 rows to the next 8. They begin at a multiple of 1024 bytes.
 __device__ inline uint64_t descriptor(uint32_t rows) {
   return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 | rows >> 4;
 }
