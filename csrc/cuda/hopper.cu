@@ -1,6 +1,5 @@
 // The forward on Hopper where its tensor cores, of which a warpgroup of four warps has all at once, beat those that
 // older GPUs have too: they read K and V from shared memory themselves. Compiled for sm_90a.
-#include <algorithm>
 #include <vector>
 
 #include "cuda/forward.h"
@@ -64,7 +63,7 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
       for (unsigned number = 0, now = blockIdx.x; now < heads; ++number, now += gridDim.x) {
         find(now);
         // Of 13 tiles of queries a warpgroup has 4. One is left, which they take in turn: one of its warps has it, in
-        // turn, the others multiply something.
+        // turn, the others compute something: to spare them that takes longer.
         const unsigned stage = number % 2, alone = number / GROUPS % 4;
         const unsigned parts = number % GROUPS == group ? 2 : 1;
         hopper::wait_at(scores_can_begin(stage, group), OF_A_GROUP);
@@ -115,23 +114,16 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
     multiply_keys(scores, hopper::descriptor(queries_of(stage) + row * Tile::PITCH),
                   hopper::descriptor(keys_of(stage)));
     if (is_last) hopper::arrive_at(scores_are_done(stage), OF_ALL);
-    if (works) this->find_highest(scores, highest, shift, 0);
+    this->find_highest(scores, highest, shift, 0);
     if (is_first) hopper::wait_at(values_are_there(stage, group), OF_A_GROUP);
     const uint64_t values = hopper::descriptor(values_of(stage));
     const uint32_t label_rows = find_labels(labels_of(stage));
 #pragma unroll
     for (int first = 0; first < TILES; first += AT_ONCE) {
 #pragma unroll
-      for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) weights[tile] = {};
-      if (works) {
-#pragma unroll
-        for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) {
-          weights[tile] = this->weights_of(scores[2 * tile], scores[2 * tile + 1], shift);
-          if (tile == TILES - 1) weights[tile].z = weights[tile].w = 0;
-        }
-      }
-#pragma unroll
       for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) {
+        weights[tile] = this->weights_of(scores[2 * tile], scores[2 * tile + 1], shift);
+        if (tile == TILES - 1) weights[tile].z = weights[tile].w = 0;
         if (tile % 2 == 0) labels[tile / 2][0] = load_matrices(label_rows + 32 * tile);
         this->multiply_labels(weights[tile], label, labels, tile);
       }
@@ -255,8 +247,9 @@ void launch(Forward p, int blocks, cudaStream_t stream) {
 bool launch_on_hopper(Forward& p, cudaStream_t stream) {
   const bool fits = p.queries > 192 && p.queries <= 208 && p.keys > 192 && p.keys <= 200;
   if (p.head_dim != 64 || !fits) return false;
-  const int blocks = int(std::min<int64_t>(p.batch * p.heads, multiprocessors()));
-  if (blocks == 0) return false;
+  // So few heads are done sooner by more blocks than one a multiprocessor.
+  const int blocks = multiprocessors();
+  if (blocks == 0 || int64_t(p.batch) * p.heads < 2 * blocks) return false;
   p.heads_of_block = 1;
   p.turns = Divisor(p.heads);
   if (p.dtype == DType::bfloat16) {

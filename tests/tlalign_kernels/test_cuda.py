@@ -111,8 +111,8 @@ def test_lengths_are_within_the_bound(monkeypatch, tokens, head_dim):
     [
         # More heads than two stages of three blocks.
         (BFLOAT16, dict(heads=7, queries=197, keys=197, packed=True)),
-        (FLOAT16, dict(batch=2, queries=208, keys=193, sources=2)),
-        (FLOAT16, dict(queries=193, keys=200, sources=2)),
+        (FLOAT16, dict(batch=2, heads=3, queries=208, keys=193, sources=2)),
+        (FLOAT16, dict(heads=6, queries=193, keys=200, sources=2)),
     ],
     ids=str,
 )
