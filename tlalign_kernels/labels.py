@@ -206,7 +206,7 @@ class MixedTarget:
             height, width = self.image_size
             if self.boxes.shape[1] == 1:
                 sides = self.boxes[..., 2:] - self.boxes[..., :2]
-                return sides.prod(dim=-1, dtype=dtype) / (height * width)
+                return (sides.prod(dim=-1, dtype=torch.float64) / (height * width)).to(dtype)
             return self._box_masks(dtype).mean(dim=(2, 3))
         if self.masks is not None:
             return self.masks.to(dtype).mean(dim=(2, 3))
@@ -404,10 +404,11 @@ def check_smoothing(smoothing: float) -> None:
 
 def _covered(ends: Tensor, tokens: int, step: int, pixels: int, dtype: torch.dtype) -> Tensor:
     """Part of each of `tokens` cells of `step` pixels between `ends` (..., 2) along an axis: (..., tokens)."""
-    first = torch.arange(0, tokens * step, step, dtype=dtype, device=ends.device)
+    # A GPU divides by a number by multiplying with its inverse: in float64, whole cells are 1 and bits those of a CPU.
+    first = torch.arange(0, tokens * step, step, dtype=torch.float64, device=ends.device)
     before = (ends[..., None] - first).clamp(0, step)
     covered = before[..., 1, :] - before[..., 0, :]
-    return covered / (step if tokens * step <= pixels else (pixels - first).clamp(max=step))
+    return (covered / (step if tokens * step <= pixels else (pixels - first).clamp(max=step))).to(dtype)
 
 
 def _check_classes(classes: Tensor) -> int:

@@ -83,9 +83,13 @@ struct ForwardKernel {
     bool is_query;
     float* log_sum_exp;
 
+    __device__ explicit Numbers(unsigned lane) : lane(lane) {}
     // `row`: the first query of the warp. `pair`: the number of the head among those of all images.
-    __device__ Numbers(const Forward& p, unsigned pair, unsigned row, unsigned lane)
-        : lane(lane), query(row + lane / 4 + lane % 2 * 8) {
+    __device__ Numbers(const Forward& p, unsigned pair, unsigned row, unsigned lane) : lane(lane) {
+      find(p, pair, row);
+    }
+    __device__ void find(const Forward& p, unsigned pair, unsigned row) {
+      query = row + lane / 4 + lane % 2 * 8;
       is_query = query < p.queries;
       log_sum_exp = p.log_sum_exp + (uint64_t(pair) * unsigned(p.queries) + query);
     }
@@ -101,10 +105,11 @@ struct ForwardKernel {
     Rows rows;       // of the output
 
     __device__ Destination(const ForwardKernel& k, unsigned thread)
-        : Numbers(k.p, TURNS ? k.image * k.p.heads + k.head : k.turn, k.first + thread / 32 * ROWS, thread % 32),
+        : Numbers(thread % 32),
           words(k.shared + OUTPUT_AT + thread / 32 * Tile::bytes(ROWS)),
-          rows(rows_of(k, thread, words, thread % 32)) {
-      words += Tile::at(thread % 32 / 4, 0) + thread % 4 * 4;
+          rows(rows_of(k, thread, words, this->lane)) {
+      this->find(k.p, TURNS ? k.image * k.p.heads + k.head : k.turn, k.first + thread / 32 * ROWS);
+      words += Tile::at(this->lane / 4, 0) + this->lane % 4 * 4;
     }
 
     static __device__ Rows rows_of(const ForwardKernel& k, unsigned thread, uint32_t words, unsigned lane) {

@@ -15,10 +15,10 @@ namespace {
 template <class T>
 struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
   using Base = ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1>;
+  using Base::p, Base::shared, Base::lane, Base::warp, Base::turn, Base::image, Base::head;
   using typename Base::Labels;
   using typename Base::Numbers;
   using typename Base::Tile;
-  using Base::p, Base::shared, Base::lane, Base::warp, Base::turn, Base::image, Base::head;
   static constexpr int D = 64, TILES = 13, ROWS = 16 * TILES;
   // Warpgroups that multiply, and all threads.
   static constexpr int GROUPS = 3, THREADS = 128 * (GROUPS + 1);
@@ -145,7 +145,7 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
   }
 
   static __device__ void multiply_keys(float (&all)[2 * TILES][4], uint64_t queries, uint64_t keys) {
-    float(&scores)[2 * TILES - 1][4] = reinterpret_cast<float(&)[2 * TILES - 1][4]>(all);
+    float (&scores)[2 * TILES - 1][4] = reinterpret_cast<float (&)[2 * TILES - 1][4]>(all);
     hopper::begin_products();
     hopper::multiply_rows<T, false>(scores, queries, keys);
 #pragma unroll
@@ -178,7 +178,7 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
         uint32_t words[4];
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          const float(&sums)[4] = output[4 * j + n];
+          const float (&sums)[4] = output[4 * j + n];
           const float inverse = i == 0 ? factor.x : factor.y;
           words[n] = pack<T>(sums[2 * i] * inverse, sums[2 * i + 1] * inverse);
         }

@@ -62,31 +62,35 @@ __device__ void multiply_columns(float (&sum)[8][4], const Fragment& left, uint6
 #define TLALIGN_100(is, sum) \
   TLALIGN_32(is, sum, 0), TLALIGN_32(is, sum, 8), TLALIGN_32(is, sum, 16), TLALIGN_4(is, sum, 24)
 
-#define TLALIGN_PRODUCTS(type, name, adds, is)                                                                         \
-  template <>                                                                                                          \
-  __device__ inline void multiply_rows<type, adds>(float (&sum)[25][4], uint64_t left, uint64_t right) {               \
-    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %102, 0; "                                                      \
-                 "wgmma.mma_async.sync.aligned.m64n200k16.f32." name "." name " {"                                     \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                              \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                    \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                    \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                    \
-                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                    \
-                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                    \
-                 "%96, %97, %98, %99"                                                                                  \
-                 "}, %100, %101, adds, 1, 1, 0, 0; }"                                                                  \
-                 : TLALIGN_100(is, sum)                                                                                \
-                 : "l"(left), "l"(right), "r"(int(adds)));                                                             \
-  }                                                                                                                    \
-  template <>                                                                                                          \
-  __device__ inline void multiply_columns<type, adds>(float (&sum)[8][4], const Fragment& left, uint64_t right) {      \
-    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %37, 0; "                                                       \
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {"                                      \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                              \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                      \
-                 "}, {%32, %33, %34, %35}, %36, adds, 1, 1, 1; }"                                                      \
-                 : TLALIGN_32(is, sum, 0)                                                                              \
-                 : "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w), "l"(right), "r"(int(adds)));                    \
+#define TLALIGN_PRODUCTS(type, name, adds, is)                                                                    \
+  template <>                                                                                                     \
+  __device__ inline void multiply_rows<type, adds>(float (&sum)[25][4], uint64_t left, uint64_t right) {          \
+    asm volatile(                                                                                                 \
+        "{ .reg .pred adds; setp.ne.b32 adds, %102, 0; "                                                          \
+        "wgmma.mma_async.sync.aligned.m64n200k16.f32." name "." name                                              \
+        " {"                                                                                                      \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                        \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                        \
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                        \
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                        \
+        "%96, %97, %98, %99"                                                                                      \
+        "}, %100, %101, adds, 1, 1, 0, 0; }"                                                                      \
+        : TLALIGN_100(is, sum)                                                                                    \
+        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  __device__ inline void multiply_columns<type, adds>(float (&sum)[8][4], const Fragment& left, uint64_t right) { \
+    asm volatile(                                                                                                 \
+        "{ .reg .pred adds; setp.ne.b32 adds, %37, 0; "                                                           \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                                               \
+        " {"                                                                                                      \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                          \
+        "}, {%32, %33, %34, %35}, %36, adds, 1, 1, 1; }"                                                          \
+        : TLALIGN_32(is, sum, 0)                                                                                  \
+        : "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w), "l"(right), "r"(int(adds)));                        \
   }
 TLALIGN_PRODUCTS(__nv_bfloat16, "bf16", false, "=f")
 TLALIGN_PRODUCTS(__nv_bfloat16, "bf16", true, "+f")

@@ -95,6 +95,19 @@ def test_bfloat16_and_no_average_train(tmp_path):
     assert "state_dict_ema" not in torch.load(folder.last_checkpoint, weights_only=False)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_gpu_learns_what_the_cpu_does(tmp_path, precision):
+    (on_cpu, _, (expected,)), (on_gpu, _, (record,)) = (
+        fit(tiny(tmp_path / device, device=device, precision=precision if device == "cuda" else "float32"))
+        for device in ("cpu", "cuda")
+    )
+    assert record.loss == pytest.approx(expected.loss, rel=0.01)
+    assert record.ratio_change == pytest.approx(expected.ratio_change, rel=0.2)
+    assert next(on_gpu.model.parameters()).is_cuda
+    assert on_gpu.step == on_cpu.step
+
+
 @pytest.mark.parametrize("values", [{"channels_last": True}, {"grad_checkpointing": True}, {"accumulate": 4}])
 def test_what_saves_time_or_memory_changes_nothing_else(tmp_path, monkeypatch, values):
     monkeypatch.setattr("tlalign.readers.Digits", FewDigits)

@@ -23,6 +23,8 @@ TINY = {
     "batch_size": 128,
     "epochs": 1,
     "warmup_epochs": 0,
+    # Also where there is a GPU, which is asked more rarely whether to stop, and adds in another order.
+    "device": "cpu",
 }
 
 
@@ -51,7 +53,16 @@ def small(output: Path, **values) -> TrainConfig:
 def options(folder: Path, **values) -> list[str]:
     """Flags of `tlalign train` for a `small` run."""
     values = dataclasses.asdict(small(folder, **values))
-    names = ("model_kwargs", "img_size", "batch_size", "epochs", "warmup_epochs", "output", "checkpoint_steps")
+    names = (
+        "model_kwargs",
+        "img_size",
+        "batch_size",
+        "epochs",
+        "warmup_epochs",
+        "device",
+        "output",
+        "checkpoint_steps",
+    )
     return [f"--{name}={'null' if values[name] is None else values[name]}" for name in names]
 
 
