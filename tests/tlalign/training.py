@@ -53,16 +53,7 @@ def small(output: Path, **values) -> TrainConfig:
 def options(folder: Path, **values) -> list[str]:
     """Flags of `tlalign train` for a `small` run."""
     values = dataclasses.asdict(small(folder, **values))
-    names = (
-        "model_kwargs",
-        "img_size",
-        "batch_size",
-        "epochs",
-        "warmup_epochs",
-        "device",
-        "output",
-        "checkpoint_steps",
-    )
+    names = (*TINY, "output", "checkpoint_steps")
     return [f"--{name}={'null' if values[name] is None else values[name]}" for name in names]
 
 
