@@ -182,24 +182,8 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
           const float inverse = i == 0 ? factor.x : factor.y;
           words[n] = pack<T>(sums[2 * i] * inverse, sums[2 * i + 1] * inverse);
         }
-        transpose(words, lane);
+        hopper::transpose(words, lane);
         if (query < p.queries) store_global(to_row + 64 * j, make_uint4(words[0], words[1], words[2], words[3]));
-      }
-    }
-  }
-
-  // Word i of thread k of four becomes word k of thread i.
-  static __device__ void transpose(uint32_t (&words)[4], int lane) {
-#pragma unroll
-    for (int step = 1; step <= 2; step *= 2) {
-      const bool is_upper = (lane & step) != 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if ((i & step) != 0) continue;
-        uint32_t &low = words[i], &high = words[i + step];
-        const uint32_t other = __shfl_xor_sync(0xffffffffu, is_upper ? low : high, step);
-        low = is_upper ? other : low;
-        high = is_upper ? high : other;
       }
     }
   }
@@ -212,8 +196,19 @@ __global__ void __launch_bounds__(HopperKernel<T>::THREADS, 1)
   HopperKernel<T>{{p, uint32_t(__cvta_generic_to_shared(stages))}}.run();
 }
 
-// Multiprocessors of the current device if it is a Hopper, else 0.
-int multiprocessors() {
+template <class T>
+void launch(Forward p, int blocks, cudaStream_t stream) {
+  const auto kernel = attention_forward_hopper<T>;
+  constexpr int BYTES = HopperKernel<T>::SHARED_BYTES;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), "attention_forward", p);
+  count_in_bytes<T>(p);
+  kernel<<<blocks, HopperKernel<T>::THREADS, BYTES, stream>>>(p);
+  check(cudaGetLastError(), "attention_forward", p);
+}
+
+}  // namespace
+
+int multiprocessors_of_hopper() {
   static const std::vector<int> of_devices = [] {
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;
@@ -232,23 +227,11 @@ int multiprocessors() {
   return cudaGetDevice(&device) == cudaSuccess && device < int(of_devices.size()) ? of_devices[device] : 0;
 }
 
-template <class T>
-void launch(Forward p, int blocks, cudaStream_t stream) {
-  const auto kernel = attention_forward_hopper<T>;
-  constexpr int BYTES = HopperKernel<T>::SHARED_BYTES;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), "attention_forward", p);
-  count_in_bytes<T>(p);
-  kernel<<<blocks, HopperKernel<T>::THREADS, BYTES, stream>>>(p);
-  check(cudaGetLastError(), "attention_forward", p);
-}
-
-}  // namespace
-
 bool launch_on_hopper(Forward& p, cudaStream_t stream) {
   const bool fits = p.queries > 192 && p.queries <= 208 && p.keys > 192 && p.keys <= 200;
   if (p.head_dim != 64 || !fits) return false;
   // So few heads are done sooner by more blocks than one a multiprocessor.
-  const int blocks = multiprocessors();
+  const int blocks = multiprocessors_of_hopper();
   if (blocks == 0 || int64_t(p.batch) * p.heads < 2 * blocks) return false;
   p.heads_of_block = 1;
   p.turns = Divisor(p.heads);

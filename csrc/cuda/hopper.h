@@ -22,12 +22,17 @@ __device__ inline void show_to_products() { asm volatile("fence.proxy.async.shar
 // Registers of products that are begun now were written before.
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all of them are done. The compiler is not to read the sums before.
+// The compiler is not to read the sums before.
 template <int N>
-__device__ void wait_for_products(float (&sums)[N][4]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+__device__ void hold(float (&sums)[N][4]) {
 #pragma unroll
   for (int i = 0; i < 4 * N; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4])::"memory");
+}
+// Until all of them are done.
+template <class... Sums>
+__device__ void wait_for_products(Sums&... sums) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  (hold(sums), ...);
 }
 
 // Barrier `number` of a block, at which so many threads are to arrive, in whole warps.
@@ -47,16 +52,41 @@ __device__ void take_more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
+// Word i of thread k of four becomes word k of thread i.
+__device__ inline void transpose(uint32_t (&words)[4], int lane) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool is_upper = (lane & step) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & step) != 0) continue;
+      uint32_t &low = words[i], &high = words[i + step];
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, is_upper ? low : high, step);
+      low = is_upper ? other : low;
+      high = is_upper ? high : other;
+    }
+  }
+}
+
 // sum (64 x 200, or += if it ADDS) = left (64 x 16) right^T (200 x 16), of which a warp has 16 rows as in
 // `multiply_add`.
 template <class T, bool ADDS>
 __device__ void multiply_rows(float (&sum)[25][4], uint64_t left, uint64_t right);
+// The same for 32 or 16 columns.
+template <class T, bool ADDS>
+__device__ void multiply_rows(float (&sum)[4][4], uint64_t left, uint64_t right);
+template <class T, bool ADDS>
+__device__ void multiply_rows(float (&sum)[2][4], uint64_t left, uint64_t right);
 // sum (64 x 64) = or += left (64 x 16) right (16 x 64): a warp has 16 rows of sum and left.
 template <class T, bool ADDS>
 __device__ void multiply_columns(float (&sum)[8][4], const Fragment& left, uint64_t right);
+// The same with the left factor transposed, (16 x 64), in shared memory.
+template <class T, bool ADDS>
+__device__ void multiply_columns(float (&sum)[8][4], uint64_t left, uint64_t right);
 
 #define TLALIGN_4(is, sum, i) is(sum[i][0]), is(sum[i][1]), is(sum[i][2]), is(sum[i][3])
 #define TLALIGN_8(is, sum, i) TLALIGN_4(is, sum, i), TLALIGN_4(is, sum, i + 1)
+#define TLALIGN_16(is, sum) TLALIGN_8(is, sum, 0), TLALIGN_8(is, sum, 2)
 #define TLALIGN_32(is, sum, i) \
   TLALIGN_8(is, sum, i), TLALIGN_8(is, sum, i + 2), TLALIGN_8(is, sum, i + 4), TLALIGN_8(is, sum, i + 6)
 #define TLALIGN_100(is, sum) \
@@ -81,6 +111,39 @@ __device__ void multiply_columns(float (&sum)[8][4], const Fragment& left, uint6
         : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
   }                                                                                                               \
   template <>                                                                                                     \
+  __device__ inline void multiply_rows<type, adds>(float (&sum)[4][4], uint64_t left, uint64_t right) {           \
+    asm volatile(                                                                                                 \
+        "{ .reg .pred adds; setp.ne.b32 adds, %18, 0; "                                                           \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name                                               \
+        " {"                                                                                                      \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"                                    \
+        "}, %16, %17, adds, 1, 1, 0, 0; }"                                                                        \
+        : TLALIGN_16(is, sum)                                                                                     \
+        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  __device__ inline void multiply_rows<type, adds>(float (&sum)[2][4], uint64_t left, uint64_t right) {           \
+    asm volatile(                                                                                                 \
+        "{ .reg .pred adds; setp.ne.b32 adds, %10, 0; "                                                           \
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." name "." name                                               \
+        " {"                                                                                                      \
+        "%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, adds, 1, 1, 0, 0; }"                                            \
+        : TLALIGN_8(is, sum, 0)                                                                                   \
+        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  __device__ inline void multiply_columns<type, adds>(float (&sum)[8][4], uint64_t left, uint64_t right) {        \
+    asm volatile(                                                                                                 \
+        "{ .reg .pred adds; setp.ne.b32 adds, %34, 0; "                                                           \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                                               \
+        " {"                                                                                                      \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                          \
+        "}, %32, %33, adds, 1, 1, 1, 1; }"                                                                        \
+        : TLALIGN_32(is, sum, 0)                                                                                  \
+        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
+  }                                                                                                               \
+  template <>                                                                                                     \
   __device__ inline void multiply_columns<type, adds>(float (&sum)[8][4], const Fragment& left, uint64_t right) { \
     asm volatile(                                                                                                 \
         "{ .reg .pred adds; setp.ne.b32 adds, %37, 0; "                                                           \
@@ -99,6 +162,7 @@ TLALIGN_PRODUCTS(__half, "f16", true, "+f")
 #undef TLALIGN_PRODUCTS
 #undef TLALIGN_100
 #undef TLALIGN_32
+#undef TLALIGN_16
 #undef TLALIGN_8
 #undef TLALIGN_4
 

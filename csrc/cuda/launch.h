@@ -47,4 +47,10 @@ void with_types(const Problem& p, Call call) {
   with_head_dim<__half>(p, call);
 }
 
+// Multiprocessors of the current device if it is a Hopper, else 0.
+int multiprocessors_of_hopper();
+// Launches a kernel for Hopper, if the device is one and there is one for the problem; else says no. Strides are in
+// bytes.
+bool launch_on_hopper(const Backward& p, cudaStream_t stream);
+
 }  // namespace tlalign::cuda

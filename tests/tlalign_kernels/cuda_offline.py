@@ -26,7 +26,7 @@ from tlalign_kernels.backends import cuda as backend
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.c*")), Path(__file__).with_name("cuda_recorder.cpp")]
-HOPPER = ROOT / "csrc" / "cuda" / "hopper.cu"
+HOPPER = sorted((ROOT / "csrc" / "cuda").glob("hopper*.cu"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def build():
     target = folder / f"cuda_recorder{sysconfig.get_config_var('EXT_SUFFIX')}"
     running = []
     for source in SOURCES:
-        virtual = "compute_90a" if source == HOPPER else "compute_80"
+        virtual = "compute_90a" if source in HOPPER else "compute_80"
         command = _nvcc(
             "-c", "-gencode", f"arch={virtual},code={virtual}", "-Xcompiler", "-fPIC,-fvisibility=hidden",
             f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "--keep", "--keep-dir", folder,
@@ -79,7 +79,7 @@ def ptx(arch):
     texts = []
     with tempfile.TemporaryDirectory() as folder:
         for source in SOURCES:
-            if source.suffix == ".cu" and source != HOPPER:
+            if source.suffix == ".cu" and source not in HOPPER:
                 target = Path(folder) / f"{source.stem}.ptx"
                 subprocess.run(_nvcc(f"-arch=sm_{arch}", "-ptx", source, "-o", target), check=True)
                 texts.append(target.read_text())
