@@ -17,7 +17,7 @@ GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.me
 
 
 def pytest_addoption(parser):
-    parser.addoption("--race-seconds", type=float, default=2.5, help="time that the rounds of a row take")
+    parser.addoption("--race-seconds", type=float, default=1.5, help="time that the rounds of a row take")
 
 
 def pytest_itemcollected(item):
