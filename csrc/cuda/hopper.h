@@ -28,10 +28,10 @@ __device__ void hold(float (&sums)[N][4]) {
 #pragma unroll
   for (int i = 0; i < 4 * N; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4])::"memory");
 }
-// Until all of them are done.
-template <class... Sums>
+// Until all of them are done, but the last PENDING that were committed.
+template <int PENDING = 0, class... Sums>
 __device__ void wait_for_products(Sums&... sums) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
   (hold(sums), ...);
 }
 
@@ -72,21 +72,25 @@ __device__ inline void transpose(uint32_t (&words)[4], int lane) {
 // `multiply_add`.
 template <class T, bool ADDS>
 __device__ void multiply_rows(float (&sum)[25][4], uint64_t left, uint64_t right);
-// The same for 32 or 16 columns.
+// The same for 32, 16 or 8 columns.
 template <class T, bool ADDS>
 __device__ void multiply_rows(float (&sum)[4][4], uint64_t left, uint64_t right);
 template <class T, bool ADDS>
 __device__ void multiply_rows(float (&sum)[2][4], uint64_t left, uint64_t right);
+template <class T, bool ADDS>
+__device__ void multiply_rows(float (&sum)[1][4], uint64_t left, uint64_t right);
 // sum (64 x 64) = or += left (64 x 16) right (16 x 64): a warp has 16 rows of sum and left.
 template <class T, bool ADDS>
 __device__ void multiply_columns(float (&sum)[8][4], const Fragment& left, uint64_t right);
-// The same with the left factor transposed, (16 x 64), in shared memory.
+// The same with left^T (16 x 64) in shared memory, too.
 template <class T, bool ADDS>
 __device__ void multiply_columns(float (&sum)[8][4], uint64_t left, uint64_t right);
+// sum (64 x 8) = or += left^T (16 x 64) times right^T (8 x 16).
+template <class T, bool ADDS>
+__device__ void multiply_transposed(float (&sum)[1][4], uint64_t left, uint64_t right);
 
 #define TLALIGN_4(is, sum, i) is(sum[i][0]), is(sum[i][1]), is(sum[i][2]), is(sum[i][3])
 #define TLALIGN_8(is, sum, i) TLALIGN_4(is, sum, i), TLALIGN_4(is, sum, i + 1)
-#define TLALIGN_16(is, sum) TLALIGN_8(is, sum, 0), TLALIGN_8(is, sum, 2)
 #define TLALIGN_32(is, sum, i) \
   TLALIGN_8(is, sum, i), TLALIGN_8(is, sum, i + 2), TLALIGN_8(is, sum, i + 4), TLALIGN_8(is, sum, i + 6)
 #define TLALIGN_100(is, sum) \
@@ -118,7 +122,7 @@ __device__ void multiply_columns(float (&sum)[8][4], uint64_t left, uint64_t rig
         " {"                                                                                                      \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"                                    \
         "}, %16, %17, adds, 1, 1, 0, 0; }"                                                                        \
-        : TLALIGN_16(is, sum)                                                                                     \
+        : TLALIGN_8(is, sum, 0), TLALIGN_8(is, sum, 2)                                                            \
         : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
   }                                                                                                               \
   template <>                                                                                                     \
@@ -132,6 +136,16 @@ __device__ void multiply_columns(float (&sum)[8][4], uint64_t left, uint64_t rig
         : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
   }                                                                                                               \
   template <>                                                                                                     \
+  __device__ inline void multiply_rows<type, adds>(float (&sum)[1][4], uint64_t left, uint64_t right) {           \
+    asm volatile(                                                                                                 \
+        "{ .reg .pred adds; setp.ne.b32 adds, %6, 0; "                                                            \
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32." name "." name                                                \
+        " {"                                                                                                      \
+        "%0, %1, %2, %3}, %4, %5, adds, 1, 1, 0, 0; }"                                                            \
+        : TLALIGN_4(is, sum, 0)                                                                                   \
+        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
+  }                                                                                                               \
+  template <>                                                                                                     \
   __device__ inline void multiply_columns<type, adds>(float (&sum)[8][4], uint64_t left, uint64_t right) {        \
     asm volatile(                                                                                                 \
         "{ .reg .pred adds; setp.ne.b32 adds, %34, 0; "                                                           \
@@ -141,6 +155,16 @@ __device__ void multiply_columns(float (&sum)[8][4], uint64_t left, uint64_t rig
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                          \
         "}, %32, %33, adds, 1, 1, 1, 1; }"                                                                        \
         : TLALIGN_32(is, sum, 0)                                                                                  \
+        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  __device__ inline void multiply_transposed<type, adds>(float (&sum)[1][4], uint64_t left, uint64_t right) {     \
+    asm volatile(                                                                                                 \
+        "{ .reg .pred adds; setp.ne.b32 adds, %6, 0; "                                                            \
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32." name "." name                                                \
+        " {"                                                                                                      \
+        "%0, %1, %2, %3}, %4, %5, adds, 1, 1, 1, 0; }"                                                            \
+        : TLALIGN_4(is, sum, 0)                                                                                   \
         : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
   }                                                                                                               \
   template <>                                                                                                     \
@@ -162,7 +186,6 @@ TLALIGN_PRODUCTS(__half, "f16", true, "+f")
 #undef TLALIGN_PRODUCTS
 #undef TLALIGN_100
 #undef TLALIGN_32
-#undef TLALIGN_16
 #undef TLALIGN_8
 #undef TLALIGN_4
 

@@ -12,25 +12,28 @@ namespace tlalign::cuda {
 namespace {
 
 // For heads of 64 with 193 to 200 keys and 193 to 208 queries. A block has a multiprocessor for itself and takes whole
-// heads in turn. Each of four warpgroups has 64 keys, of which the last has 8 in one warp, and sums dK and dV in
-// registers, while the queries pass by in steps of 64. It forms P and dS transposed, keys as rows, so that both are
-// left factors of products as they are; dS goes through shared memory, too, for dQ, the product of the last warpgroup,
-// which computes least, while others are at the next step.
+// heads in turn, whose queries pass by in steps of 64. Three of four warpgroups have 64 keys each, and sum dK and dV in
+// registers. They form P and dS transposed, keys as rows, so that both are left factors of products as they are; dS
+// goes through shared memory, too. The last warpgroup has the last 8 keys, as columns, and multiplies dS of all keys
+// for dQ, while the others are at the next step.
 //
 // Rows of the next head come meanwhile: K and V to a place of their own, Q and dO in place of those of the last step.
 template <class T>
 struct HopperKernel {
   using Tile = SharedRows<T, 64>;
   static constexpr int D = 64, STEP = 64, STEPS = 4, TILES = 13, ROWS = 16 * TILES, LAST_STEP = ROWS - 3 * STEP;
-  static constexpr int GROUPS = 4, THREADS = 128 * GROUPS;
+  // Warpgroups that have 64 keys, what they have together, and all threads.
+  static constexpr int GROUPS = 3, CERTAIN_KEYS = 64 * GROUPS, THREADS = 128 * (GROUPS + 1);
+  static constexpr int REGISTERS = 144, LAST_REGISTERS = 80;
+  static constexpr int PART_BYTES = Tile::bytes(ROWS), STEP_BYTES = Tile::bytes(STEP);
+  // Twice K and V, of this head and the next one; Q and dO; twice dS of a step, keys as rows; twice the output of a
+  // step; P of the last keys; twice the row terms of a step.
+  static constexpr int QUERIES_AT = 4 * PART_BYTES, GRADS_AT = 5 * PART_BYTES, GRAD_SCORES_AT = 6 * PART_BYTES;
+  static constexpr int OUTPUT_AT = 8 * PART_BYTES, LAST_KEYS_AT = OUTPUT_AT + 2 * STEP_BYTES;
+  static constexpr int TERMS_AT = LAST_KEYS_AT + Tile::bytes(8), TERMS_BYTES = STEP * sizeof(float);
+  static constexpr int SHARED_BYTES = TERMS_AT + 4 * TERMS_BYTES;
   // Queries whose scores registers hold at once.
   static constexpr int AT_ONCE = 32;
-  static constexpr int PART_BYTES = Tile::bytes(ROWS), STEP_BYTES = Tile::bytes(STEP), TERM_BYTES = sizeof(RowTerm);
-  // Twice K and V, of this head and the next one; Q and dO; twice dS of a step, keys as rows; twice the output and the
-  // row terms of a step.
-  static constexpr int QUERIES_AT = 4 * PART_BYTES, GRADS_AT = 5 * PART_BYTES, GRAD_SCORES_AT = 6 * PART_BYTES;
-  static constexpr int OUTPUT_AT = 8 * PART_BYTES, TERMS_AT = OUTPUT_AT + 2 * STEP_BYTES;
-  static constexpr int SHARED_BYTES = TERMS_AT + 2 * STEP * TERM_BYTES;
   // From 16 rows to the next ones, in a descriptor.
   static constexpr int TILE_STRIDE = Tile::bytes(16) / 16;
 
@@ -40,12 +43,18 @@ struct HopperKernel {
   // The same in all threads of a warp, as the compiler sees now.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 
+  // What follows from such a number is found anew where it is needed: registers are scarcer than instructions.
+  static __device__ unsigned anew(unsigned number) {
+    asm volatile("" : "+r"(number));
+    return number;
+  }
+
+  __device__ unsigned heads() const { return unsigned(p.batch) * anew(p.heads); }
+
   struct Head {
     unsigned pair, image, head;
 
-    // Found anew where it is needed: registers are scarcer than instructions.
-    __device__ Head(const Backward& p, unsigned of_pair) : pair(of_pair) {
-      asm volatile("" : "+r"(pair));
+    __device__ Head(const Backward& p, unsigned of_pair) : pair(anew(of_pair)) {
       image = p.heads_of_image.quotient(pair);
       head = pair - image * p.heads;
     }
@@ -57,17 +66,18 @@ struct HopperKernel {
 
   __device__ uint32_t keys_of(unsigned number) const { return shared + number % 2 * (2 * PART_BYTES); }
   __device__ uint32_t grad_scores_of(int step) const { return shared + GRAD_SCORES_AT + step % 2 * PART_BYTES; }
-  __device__ uint32_t terms_of(int step) const { return shared + TERMS_AT + step % 2 * (STEP * TERM_BYTES); }
+  // Log-sum-exp in units of ln 2, and TERMS_BYTES further on the row sum of dO * O.
+  __device__ uint32_t terms_of(int step) const { return shared + TERMS_AT + step % 2 * (2 * TERMS_BYTES); }
 
   __device__ void copy_keys(uint32_t to, const Rows& rows, unsigned pair) const {
     const Head head(p, pair);
-    using Source = typename Tile::template Source<ROWS, THREADS, false, 192>;
-    Source(head.start(rows), int(rows.row), 0, p.keys).copy(to);
+    using Source = typename Tile::template Source<ROWS, THREADS, false, CERTAIN_KEYS>;
+    Source(head.start(rows), anew(rows.row), 0, anew(p.keys)).copy(to);
   }
   template <int COUNT>
   __device__ void copy_rows(uint32_t to, const char* data, int row_bytes, int step) const {
     using Source = typename Tile::template Source<COUNT, THREADS, false, COUNT == STEP ? STEP : 0>;
-    Source(data, row_bytes, step * STEP, p.queries).copy(to);
+    Source(data, anew(row_bytes), step * STEP, anew(p.queries)).copy(to);
   }
   __device__ void copy_step(uint32_t to, const char* data, int row_bytes, int step) const {
     if (step < STEPS - 1) return copy_rows<STEP>(to, data, row_bytes, step);
@@ -88,15 +98,16 @@ struct HopperKernel {
 
   // Eight threads have a row of a step, and the first of them its log-sum-exp.
   __device__ float load_log_sum(unsigned pair, int step) const {
-    const int query = step * STEP + threadIdx.x / 8;
-    if (threadIdx.x % 8 != 0 || query >= p.queries) return -INFINITY;
+    const unsigned thread = anew(threadIdx.x);
+    const int query = step * STEP + thread / 8;
+    if (thread % 8 != 0 || query >= p.queries) return -INFINITY;
     return p.log_sum_exp[int64_t(pair) * p.queries + query];
   }
   // Those of rows that a thread has copied parts of itself.
   __device__ void write_terms(int step, float log_sum) const {
-    const int row = threadIdx.x / 8;
+    const unsigned thread = anew(threadIdx.x), row = thread / 8;
     if (step == STEPS - 1 && row >= LAST_STEP) return;
-    const uint32_t own = Tile::at(row, threadIdx.x % 8);
+    const uint32_t own = Tile::at(row, thread % 8);
     const uint4 output = load_shared(shared + OUTPUT_AT + step % 2 * STEP_BYTES + own);
     const uint4 grad = load_shared(shared + GRADS_AT + step * STEP_BYTES + own);
     const T(&left)[8] = reinterpret_cast<const T(&)[8]>(output);
@@ -105,131 +116,153 @@ struct HopperKernel {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum = fmaf(to_float(left[i]), to_float(right[i]), sum);
 #pragma unroll
-    for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % 8 != 0) return;
+    for (int i = 1; i < 8; i *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    if (thread % 8 != 0) return;
     const float known = log_sum == -INFINITY ? INFINITY : log_sum * LOG2_E;
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(terms_of(step) + row * TERM_BYTES), "f"(known), "f"(sum)
-                 : "memory");
+    const uint32_t to = terms_of(step) + row * sizeof(float);
+    store_shared(to, __float_as_uint(known));
+    store_shared(to + TERMS_BYTES, __float_as_uint(sum));
   }
 
   __device__ void run() const {
-    const unsigned heads = unsigned(p.batch) * unsigned(p.heads);
-    const int group = warp / 4;
-    // The last rows are those of the last warp.
-    const int first = group < 3 ? 64 * group : ROWS - 64, row = first + warp % 4 * 16;
-    const bool works = group < 3 || warp % 4 == 3;
-    float grad_key[D / 8][4], grad_value[D / 8][4];
-
     clear_missing_keys();
-    {
-      const unsigned head = blockIdx.x;
-      copy_keys(keys_of(0), p.key, head);
-      copy_keys(keys_of(0) + PART_BYTES, p.value, head);
-      for (int step = 0; step < STEPS; ++step) copy_queries(head, step);
-      for (int step = 0; step < 2; ++step) copy_output(head, step);
-      commit_copies();
-      const float log_sum = load_log_sum(head, 0);
-      wait_for_copies<0>();
-      write_terms(0, log_sum);
-      hopper::show_to_products();
-      __syncthreads();
+    copy_keys(keys_of(0), p.key, blockIdx.x);
+    copy_keys(keys_of(0) + PART_BYTES, p.value, blockIdx.x);
+#pragma unroll 1
+    for (int step = 0; step < STEPS; ++step) {
+      copy_queries(blockIdx.x, step);
+      if (step < 2) copy_output(blockIdx.x, step);
     }
+    commit_copies();
+    const float log_sum = load_log_sum(blockIdx.x, 0);
+    wait_for_copies<0>();
+    write_terms(0, log_sum);
+    hopper::show_to_products();
+    __syncthreads();
+    if (warp < 4 * GROUPS) {
+      hopper::take_more_registers<REGISTERS>();
 #pragma unroll 1
-    for (unsigned number = 0, now = blockIdx.x; now < heads; ++number, now += gridDim.x) {
-      const uint32_t keys = keys_of(number);
-      const bool is_last = now + gridDim.x >= heads;
-      const unsigned next = is_last ? now : now + gridDim.x;
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) grad_key[i / 4][i % 4] = grad_value[i / 4][i % 4] = 0.0f;
+      for (unsigned number = 0, now = blockIdx.x; now < heads(); ++number, now += gridDim.x) take_keys(number, now);
+    } else {
+      hopper::take_fewer_registers<LAST_REGISTERS>();
 #pragma unroll 1
-      for (int step = 0; step < STEPS; ++step) {
-        // What lay there before has been read. All of this is there one step later.
-        if (step == 0) {
-          if (number > 0) copy_queries(now, STEPS - 1);
-        } else if (!is_last) {
-          copy_queries(next, step - 1);
-          if (step == 1) copy_keys(keys_of(number + 1), p.key, next);
-          if (step == 2) copy_keys(keys_of(number + 1) + PART_BYTES, p.value, next);
-        }
-        if (step < 2) {
-          copy_output(now, step + 2);
-        } else if (!is_last) {
-          copy_output(next, step - 2);
-        }
-        commit_copies();
-        const int following = (step + 1) % STEPS;
-        const float log_sum = load_log_sum(step + 1 < STEPS ? now : next, following);
+      for (unsigned number = 0, now = blockIdx.x; now < heads(); ++number, now += gridDim.x) {
+        take_last_keys(number, now);
+      }
+    }
+  }
 
-        if (step < STEPS - 1) {
-#pragma unroll 1
-          for (int part = 0; part < STEP; part += AT_ONCE) {
-            add_queries<AT_ONCE>(keys + Tile::bytes(first), step, part, row, works, grad_key, grad_value);
-          }
-        } else {
-          add_queries<LAST_STEP>(keys + Tile::bytes(first), step, 0, row, works, grad_key, grad_value);
-        }
-        wait_for_copies<1>();
-        if (following != 0 || !is_last) write_terms(following, log_sum);
-        hopper::show_to_products();
-        __syncthreads();
-        if (group == GROUPS - 1) write_grad_query(now, keys, step);
-      }
-      if (works) {
-        const Head head(p, now);
-        write(grad_key, p.scale, head.start(p.grad_key), int(p.grad_key.row), row, p.keys);
-        write(grad_value, 1.0f, head.start(p.grad_value), int(p.grad_value.row), row, p.keys);
-      }
+  // Begins copies of what takes the place of rows that have been read, and is there one step later. Returns the
+  // log-sum-exp of the next step.
+  __device__ float begin_step(unsigned number, unsigned now, int step) const {
+    const unsigned next = now + gridDim.x;
+    if (step == 0) {
+      if (number > 0) copy_queries(now, STEPS - 1);
+    } else if (next < heads()) {
+      copy_queries(next, step - 1);
+      if (step == 1) copy_keys(keys_of(number + 1), p.key, next);
+      if (step == 2) copy_keys(keys_of(number + 1) + PART_BYTES, p.value, next);
     }
+    if (step < 2) {
+      copy_output(now, step + 2);
+    } else if (next < heads()) {
+      copy_output(next, step - 2);
+    }
+    commit_copies();
+    return step + 1 < STEPS ? load_log_sum(now, step + 1) : next < heads() ? load_log_sum(next, 0) : 0.0f;
+  }
+  // When products are done that read what copies overwrite next.
+  template <class... Sums>
+  __device__ void end_step(unsigned now, int step, float log_sum, Sums&... sums) const {
+    wait_for_copies<1>();
+    if (step + 1 < STEPS || now + gridDim.x < heads()) write_terms((step + 1) % STEPS, log_sum);
+    hopper::wait_for_products(sums...);
+    hopper::show_to_products();
+    __syncthreads();
   }
 
   // Of keys that there are not dS is 0, and stays so.
   __device__ void clear_missing_keys() const {
-    const int row = p.keys + threadIdx.x / 8;
+    const unsigned thread = anew(threadIdx.x), row = CERTAIN_KEYS + thread / 8;
     if (row >= ROWS) return;
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      store_shared(grad_scores_of(step) + Tile::at(row, threadIdx.x % 8), make_uint4(0, 0, 0, 0));
+      store_shared(grad_scores_of(step) + Tile::at(row, thread % 8), make_uint4(0, 0, 0, 0));
     }
   }
 
-  // The products of this warpgroup's `keys` with COUNT queries of a step from `first` on.
+  // A head, for a warpgroup with 64 keys.
+  __device__ void take_keys(unsigned number, unsigned now) const {
+    const int first = warp / 4 * 64;
+    float grad_key[D / 8][4], grad_value[D / 8][4];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) grad_key[i / 4][i % 4] = grad_value[i / 4][i % 4] = 0.0f;
+#pragma unroll 1
+    for (int step = 0; step < STEPS; ++step) {
+      const float log_sum = begin_step(number, now, step);
+      const uint32_t keys = keys_of(anew(number)) + Tile::bytes(first);
+      if (step < STEPS - 1) {
+#pragma unroll
+        for (int part = 0; part < STEP; part += AT_ONCE) add_queries<AT_ONCE>(keys, step, part, grad_key, grad_value);
+      } else {
+        add_queries<LAST_STEP>(keys, step, 0, grad_key, grad_value);
+      }
+      end_step(now, step, log_sum, grad_key, grad_value);
+    }
+    const Head head(p, now);
+    const int row = anew(warp) * 16;
+    write(grad_key, p.scale, head.start(p.grad_key), int(p.grad_key.row), row, p.keys);
+    write(grad_value, 1.0f, head.start(p.grad_value), int(p.grad_value.row), row, p.keys);
+  }
+
+  // The products with COUNT queries of a step, from `first` on. Those that add to dK and dV are begun only.
   template <int COUNT>
-  __device__ void add_queries(uint32_t keys, int step, int first, int row, bool works, float (&grad_key)[D / 8][4],
+  __device__ void add_queries(uint32_t keys, int step, int first, float (&grad_key)[D / 8][4],
                               float (&grad_value)[D / 8][4]) const {
     const uint32_t at = step * STEP_BYTES + Tile::bytes(first);
-    const uint64_t key = hopper::descriptor(keys), value = hopper::descriptor(keys + PART_BYTES);
     const uint64_t query = hopper::descriptor(shared + QUERIES_AT + at);
     const uint64_t grad = hopper::descriptor(shared + GRADS_AT + at);
     float scores[COUNT / 8][4], grad_scores[COUNT / 8][4];
     hopper::begin_products();
-    hopper::multiply_rows<T, false>(scores, key, query);
-#pragma unroll
-    for (int i = 1; i < D / 16; ++i) hopper::multiply_rows<T, true>(scores, key + 2 * i, query + 2 * i);
-    hopper::multiply_rows<T, false>(grad_scores, value, grad);
-#pragma unroll
-    for (int i = 1; i < D / 16; ++i) hopper::multiply_rows<T, true>(grad_scores, value + 2 * i, grad + 2 * i);
-    hopper::commit_products();
-    hopper::wait_for_products(scores, grad_scores);
+    multiply_rows(scores, hopper::descriptor(keys), query);
+    // Those begun for queries before are done, and their factors are not kept in registers any longer.
+    hopper::wait_for_products<1>(grad_key, grad_value);
+    hopper::begin_products();
+    multiply_rows(grad_scores, hopper::descriptor(keys + PART_BYTES), grad);
 
+    // Keys as rows, queries as columns: P.
+    const uint32_t terms = terms_of(step) + first * sizeof(float) + lane % 4 * 8;
+    const float unit = p.scale * LOG2_E;
+    hopper::wait_for_products<1>(scores);
+#pragma unroll
+    for (int n = 0; n < COUNT / 8; ++n) {
+      const float2 log_sum = load_pair(terms + 8 * n * sizeof(float));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[n][i] = exp2_of(fmaf(scores[n][i], unit, i % 2 == 0 ? -log_sum.x : -log_sum.y));
+      }
+    }
+    // dS = P * (dP - rowsum(dO * O))
     Fragment left[COUNT / 16], grad_left[COUNT / 16];
-    if (works) {
-      find_grad_scores<COUNT>(scores, grad_scores, terms_of(step) + first * TERM_BYTES, left, grad_left);
-      uint32_t to = grad_scores_of(step) + Tile::at(row + lane / 4, first / 8) + lane % 4 * 4;
+    hopper::wait_for_products(grad_scores);
 #pragma unroll
-      for (int n = 0; n < COUNT / 8; ++n) {
-        const Fragment& words = grad_left[n / 2];
-        if (row + lane / 4 < p.keys) store_shared(Tile::beside(to, n), n % 2 == 0 ? words.x : words.z);
-        if (row + lane / 4 + 8 < p.keys) {
-          store_shared(Tile::beside(to, n) + Tile::bytes(8), n % 2 == 0 ? words.y : words.w);
-        }
-      }
-    } else {
-      // Anything: nobody reads their sums.
+    for (int n = 0; n < COUNT / 8; ++n) {
+      const float2 row_sum = load_pair(terms + TERMS_BYTES + 8 * n * sizeof(float));
 #pragma unroll
-      for (int i = 0; i < COUNT / 16; ++i) {
-        left[i] = reinterpret_cast<const Fragment&>(scores[2 * i]);
-        grad_left[i] = reinterpret_cast<const Fragment&>(grad_scores[2 * i]);
+      for (int i = 0; i < 4; ++i) {
+        grad_scores[n][i] = scores[n][i] * (grad_scores[n][i] - (i % 2 == 0 ? row_sum.x : row_sum.y));
       }
+    }
+    const int row = anew(warp) * 16 + lane / 4;
+    const uint32_t to = grad_scores_of(step) + Tile::at(row, first / 8) + lane % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < COUNT / 16; ++i) {
+      left[i] = pack_scores<T>(reinterpret_cast<const float (&)[2][4]>(scores[2 * i]));
+      grad_left[i] = pack_scores<T>(reinterpret_cast<const float (&)[2][4]>(grad_scores[2 * i]));
+      store_shared(Tile::beside(to, 2 * i), grad_left[i].x);
+      store_shared(Tile::beside(to, 2 * i) + Tile::bytes(8), grad_left[i].y);
+      store_shared(Tile::beside(to, 2 * i + 1), grad_left[i].z);
+      store_shared(Tile::beside(to, 2 * i + 1) + Tile::bytes(8), grad_left[i].w);
     }
     hopper::begin_products();
 #pragma unroll
@@ -238,31 +271,95 @@ struct HopperKernel {
       hopper::multiply_columns<T, true>(grad_key, grad_left[i], query + i * TILE_STRIDE);
     }
     hopper::commit_products();
+  }
+
+  // sum = left right^T, of rows of D.
+  template <int N>
+  static __device__ void multiply_rows(float (&sum)[N][4], uint64_t left, uint64_t right) {
+    hopper::multiply_rows<T, false>(sum, left, right);
+#pragma unroll
+    for (int i = 1; i < D / 16; ++i) hopper::multiply_rows<T, true>(sum, left + 2 * i, right + 2 * i);
+    hopper::commit_products();
+  }
+
+  static __device__ float2 load_pair(uint32_t from) {
+    float2 pair;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(from) : "memory");
+    return pair;
+  }
+  static __device__ float load_number(uint32_t from) {
+    float number;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(number) : "r"(from) : "memory");
+    return number;
+  }
+  static __device__ void store_number(uint32_t to, float number) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(uint16_t(pack<T>(number, 0.0f))) : "memory");
+  }
+
+  // A head, for the warpgroup with the last keys. Its sums are transposed.
+  __device__ void take_last_keys(unsigned number, unsigned now) const {
+    float grad_key[1][4] = {}, grad_value[1][4] = {};
+#pragma unroll 1
+    for (int step = 0; step < STEPS; ++step) {
+      const float log_sum = begin_step(number, now, step);
+      add_last_keys(keys_of(anew(number)), step, grad_key, grad_value);
+      end_step(now, step, log_sum);
+      write_grad_query(now, keys_of(anew(number)), step);
+    }
+    const Head head(p, now);
+    write_last_keys(grad_key, p.scale, head.start(p.grad_key), int(p.grad_key.row));
+    write_last_keys(grad_value, 1.0f, head.start(p.grad_value), int(p.grad_value.row));
+  }
+
+  __device__ void add_last_keys(uint32_t keys, int step, float (&grad_key)[1][4], float (&grad_value)[1][4]) const {
+    // In the last step only one warp has queries. What the others read there instead, nobody writes at that time: the
+    // first rows of dO, of the next head already, and dS of the step before.
+    const bool is_last = step == STEPS - 1;
+    const uint32_t at = step * STEP_BYTES;
+    const uint32_t last_keys = keys + Tile::bytes(CERTAIN_KEYS), grad_scores_at = grad_scores_of(step);
+    float scores[1][4], grad_scores[1][4];
+    hopper::begin_products();
+    multiply_rows(scores, hopper::descriptor(shared + QUERIES_AT + at), hopper::descriptor(last_keys));
+    multiply_rows(grad_scores, hopper::descriptor(shared + GRADS_AT + at), hopper::descriptor(last_keys + PART_BYTES));
+    hopper::wait_for_products(scores, grad_scores);
+    if (!is_last || warp % 4 == 0) {
+      const float unit = p.scale * LOG2_E;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int query = warp % 4 * 16 + lane / 4 + i / 2 * 8, key = lane % 4 * 2 + i % 2;
+        const uint32_t terms = terms_of(step) + query * sizeof(float);
+        float probability = exp2_of(fmaf(scores[0][i], unit, -load_number(terms)));
+        if (CERTAIN_KEYS + key >= p.keys) probability = 0.0f;
+        const uint32_t to = Tile::at(key, query / 8) + query % 8 * sizeof(T);
+        store_number(shared + LAST_KEYS_AT + to, probability);
+        store_number(grad_scores_at + Tile::bytes(CERTAIN_KEYS) + to,
+                     probability * (grad_scores[0][i] - load_number(terms + TERMS_BYTES)));
+      }
+    }
+    hopper::show_to_products();
+    hopper::wait_at(1, 128);
+    const uint64_t query = hopper::descriptor(shared + QUERIES_AT + at);
+    const uint64_t grad = hopper::descriptor(shared + GRADS_AT + at);
+    const uint64_t right = hopper::descriptor(shared + LAST_KEYS_AT);
+    const uint64_t grad_right = hopper::descriptor(grad_scores_at + Tile::bytes(CERTAIN_KEYS));
+    hopper::begin_products();
+#pragma unroll
+    for (int i = 0; i < STEP / 16; ++i) {
+      if (i > 0 && is_last) break;
+      hopper::multiply_transposed<T, true>(grad_value, grad + i * TILE_STRIDE, right + 2 * i);
+      hopper::multiply_transposed<T, true>(grad_key, query + i * TILE_STRIDE, grad_right + 2 * i);
+    }
+    hopper::commit_products();
     hopper::wait_for_products(grad_key, grad_value);
   }
 
-  // P and dS = P * (dP - rowsum(dO * O)) as left factors.
-  template <int COUNT>
-  __device__ void find_grad_scores(const float (&scores)[COUNT / 8][4], const float (&grads)[COUNT / 8][4],
-                                   uint32_t terms, Fragment (&left)[COUNT / 16],
-                                   Fragment (&grad_left)[COUNT / 16]) const {
-    const float unit = p.scale * LOG2_E;
+  __device__ void write_last_keys(const float (&sum)[1][4], float factor, char* data, int row_bytes) const {
 #pragma unroll
-    for (int i = 0; i < COUNT / 16; ++i) {
-      float probability[2][4], grad[2][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int n = 2 * i + half;
-        const uint4 words = load_shared(terms + (8 * n + lane % 4 * 2) * TERM_BYTES);
-        const RowTerm(&term)[2] = reinterpret_cast<const RowTerm(&)[2]>(words);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          probability[half][j] = exp2_of(fmaf(scores[n][j], unit, -term[j % 2].log_sum_exp));
-          grad[half][j] = probability[half][j] * (grads[n][j] - term[j % 2].row_sum);
-        }
-      }
-      left[i] = pack_scores<T>(probability);
-      grad_left[i] = pack_scores<T>(grad);
+    for (int i = 0; i < 4; ++i) {
+      const int column = warp % 4 * 16 + lane / 4 + i / 2 * 8, key = CERTAIN_KEYS + lane % 4 * 2 + i % 2;
+      if (key >= p.keys) continue;
+      reinterpret_cast<T*>(data + uint64_t(unsigned(key)) * unsigned(row_bytes))[column] =
+          from_float<T>(sum[0][i] * factor);
     }
   }
 
@@ -284,6 +381,7 @@ struct HopperKernel {
 
   // 16 rows of a sum, of which a thread has two, from `row` on.
   __device__ void write(const float (&sum)[D / 8][4], float factor, char* data, int row_bytes, int row, int end) const {
+    row_bytes = anew(row_bytes);
     char* to = data + lane % 4 * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
