@@ -393,7 +393,7 @@ def draw_steps(rows: list[Row]) -> Figure:
         axis.axhline(1, color="black", linewidth=1)
         # A model's name without its sizes, and the batch.
         names = [
-            "\n".join((row.name.partition(":")[0].partition("_patch")[0], row.name.rpartition(": ")[2]))
+            "\n".join((row.name.partition(":")[0].partition("_patch")[0], *row.name.rpartition(": ")[2].split(", ")))
             for row in of_level
         ]
         axis.set_xticks(range(len(of_level)), names, fontsize=8)

@@ -416,8 +416,9 @@ bool launch_on_hopper(const Backward& p, cudaStream_t stream) {
   const bool is_plain = p.windows.starts == nullptr && p.bias.data == nullptr && p.mask.data == nullptr;
   // float16 needs what normalises before anything else.
   if (p.dtype != DType::bfloat16 || p.head_dim != 64 || !fits || !is_plain) return false;
+  // Fewer heads leave multiprocessors idle.
   const int blocks = multiprocessors_of_hopper();
-  if (blocks == 0 || p.batch * p.heads < 2 * blocks) return false;
+  if (blocks == 0 || int64_t(p.batch) * p.heads < blocks) return false;
   const auto kernel = attention_backward_hopper<__nv_bfloat16>;
   constexpr int BYTES = HopperKernel<__nv_bfloat16>::SHARED_BYTES;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), "attention_backward", p);
