@@ -55,8 +55,8 @@ def test_two_processes_learn_what_one_does_and_continue_when_stopped(tmp_path, w
             assert json.loads(file.read_text()) == pytest.approx(expected, rel=0.02)
             continue
         assert json.loads(file.read_text()) == pytest.approx(expected, rel=1e-5), file.stem
-        # Adam makes much of small differences in small gradients (that of a key's bias is nothing but rounding): here 10
-        # steps of about 1e-3 each.
+        # Adam makes much of small differences in small gradients (a key's bias has nothing but rounding): here 10 steps
+        # of about 1e-3 each.
         tolerance = {"rtol": 1e-4, "atol": 1e-4 if "compiled" in file.stem else 1e-5}
         checkpoint = torch.load(tmp_path / file.stem / "last.pth.tar", weights_only=False)
         for key, of in (("state_dict", trainer.model), ("state_dict_ema", trainer.task.trainable_module_ema.module)):
