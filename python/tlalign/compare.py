@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from tlalign.config import CONFIG_FILE, MAY_CHANGE, Mixing, Target, TrainConfig, UsageError, suggestion
+from tlalign.config import ALIGNED_TARGETS, CONFIG_FILE, MAY_CHANGE, Mixing, Target, TrainConfig, UsageError, suggestion
 from tlalign.listing import Run, read_run
 from tlalign.progress import ComparisonProgress
 from tlalign.runs import RunFolder, written_whole
@@ -48,8 +48,8 @@ def plan_runs(config: TrainConfig, methods: Sequence[str], seeds: int, output: P
     It goes seed by seed, so that all methods have their share of what else the machine does meanwhile.
 
     Args:
-        config: What is common to them; its options of `tl-align` go to the methods with that target only, and its seed
-            is the first.
+        config: What is common to them; its options of alignment go to the methods that align layer by layer only, and
+            its seed is the first.
         methods: MIXING or MIXING+TARGET.
         seeds: Number of seeds.
         output: Folder of the comparison.
@@ -305,7 +305,7 @@ def _with_method(config: TrainConfig, name: str) -> TrainConfig:
             near = suggestion(word, list(known))
             raise UsageError(f"methods: expected one of {', '.join(known)} in {name}, got {word}{near}")
     values: dict[str, Any] = {"mixing": mixing, "target": target}
-    if target != "tl-align":
+    if target not in ALIGNED_TARGETS:
         values |= {"layers": None, "residual": True, "stochastic_depth": False}
     try:
         config = dataclasses.replace(config, **values)

@@ -17,7 +17,9 @@ Mixing = Literal[
     "none", "cutmix", "mixup", "mixup-cutmix", "random", "block", "fmix", "resizemix", "saliencymix",
     "attentive-cutmix", "puzzlemix", "tokenmix",
 ]  # fmt: skip
-Target = Literal["ratio", "tl-align", "transmix", "teacher"]
+Target = Literal["ratio", "tl-align", "token-labels", "transmix", "teacher"]
+# Targets for which labels are propagated from layer to layer.
+ALIGNED_TARGETS = ("tl-align", "token-labels")
 
 # Strategies whose masks consist of patches.
 PATCH_MIXING = ("random", "block", "tokenmix")
@@ -141,21 +143,24 @@ class TrainConfig(EvalConfig):
             A head for another number of classes is left out.
         mixing: How images are mixed, see tlalign.mixing; `none` does not mix, whatever the target.
         target: What mixed images are trained on: the plain mixing `ratio`; the aligned target of `tl-align` or of
-            `transmix`; or of a `teacher` how much of each image's class activation is seen (TokenMix).
-        layers: Blocks in which `tl-align` aligns labels, counted from 0, negative from the end; null: all.
-        residual: Let `tl-align` average labels over residual connections.
-        stochastic_depth: Let `tl-align` leave the labels of an image as they are in blocks that drop its attention (of
-            models with a drop_path_rate); the paper aligns them there too.
-        teacher_checkpoint: Weights of a trained network, for the target `teacher` and the mixing `attentive-cutmix`.
-            Where a config.yaml lies beside them, that says what they are of. It is shown the images that the model is
-            trained on, with their size and normalisation.
+            `transmix`; as `tl-align`, but of `token-labels`, a teacher's class probabilities of each token; or of a
+            `teacher` how much of each image's class activation is seen (TokenMix).
+        layers: Blocks in which `tl-align` or `token-labels` aligns labels, counted from 0, negative from the end; null:
+            all.
+        residual: Let them average labels over residual connections.
+        stochastic_depth: Let them leave the labels of an image as they are in blocks that drop its attention (of models
+            with a drop_path_rate); the paper aligns them there too.
+        teacher_checkpoint: Weights of a trained network, for the targets `teacher` and `token-labels` and the mixing
+            `attentive-cutmix`. Where a config.yaml lies beside them, that says what they are of. It is shown the images
+            that the model is trained on, with their size and normalisation.
         teacher_model: Name of the teacher's timm model, if no config.yaml says it.
         cutmix_alpha: CutMix, random, block, fmix, saliencymix and puzzlemix draw their ratio from Beta(cutmix_alpha,
             cutmix_alpha).
         mixup_alpha: MixUp draws its ratio from Beta(mixup_alpha, mixup_alpha).
         mix_prob: Probability that images are mixed.
         mix_switch_prob: Probability of CutMix in `mixup-cutmix`.
-        mix_patch_size: Side in pixels of the patches that random, block and tokenmix mix; best the model's own.
+        mix_patch_size: Side in pixels of the patches that random, block and tokenmix mix, best the model's own, and
+            that `token-labels` labels: the model's own or a divisor of it.
         mix_mode: What one draw is for: the whole batch, a pair of images, or one image (elem).
         box_grid: Side in pixels of the cells that boxes of CutMix consist of; null: boxes of any pixels.
         loss: Cross entropy (ce), or binary cross entropy of each class (bce).
@@ -257,12 +262,15 @@ class TrainConfig(EvalConfig):
             self._check(name, "more than 0", lambda value: value > 0)
         if self.pretrained and self.initial_checkpoint is not None:
             raise UsageError("pretrained, initial_checkpoint: expected one of the two, got both")
-        if self.target != "tl-align" and (self.layers is not None or not self.residual or self.stochastic_depth):
+        if self.target not in ALIGNED_TARGETS and (
+            self.layers is not None or not self.residual or self.stochastic_depth
+        ):
             raise UsageError(
-                f"layers, residual, stochastic_depth: expected none with the target {self.target}, only with tl-align"
+                f"layers, residual, stochastic_depth: expected none with the target {self.target}, only with "
+                f"{' or '.join(ALIGNED_TARGETS)}"
             )
         if self.needs_teacher and self.teacher_checkpoint is None:
-            what = "the target teacher" if self.target == "teacher" else "attentive-cutmix"
+            what = f"the target {self.target}" if self.teacher_labels else "attentive-cutmix"
             raise UsageError(f"teacher_checkpoint: expected weights of a trained network for {what}, got none")
 
     @property
@@ -273,12 +281,17 @@ class TrainConfig(EvalConfig):
     @property
     def aligns(self) -> bool:
         """Whether the model aligns the target that it is trained on."""
-        return self.mixing != "none" and self.target in ("tl-align", "transmix")
+        return self.mixing != "none" and self.target in (*ALIGNED_TARGETS, "transmix")
+
+    @property
+    def teacher_labels(self) -> bool:
+        """Whether a trained network labels the images."""
+        return self.mixing != "none" and self.target in ("token-labels", "teacher")
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the run needs a trained network."""
-        return self.mixing == "attentive-cutmix" or (self.mixing != "none" and self.target == "teacher")
+        return self.mixing == "attentive-cutmix" or self.teacher_labels
 
 
 def recipe_names() -> list[str]:

@@ -33,6 +33,7 @@ from tlalign.progress import TrainingProgress
 from tlalign.runs import EpochRecord, RunFolder
 from tlalign.signals import StopSignals
 from tlalign.task import AlignedClassificationTask, create_mixing
+from tlalign_kernels import MixedTarget
 
 # Reading the loss waits for an accelerator, so it is read every so many steps there.
 _STEPS_BETWEEN_READS = 20
@@ -100,6 +101,8 @@ class Trainer:
         self.steps_per_epoch = len(self.train_loader) // config.accumulate
         if config.aligns:
             align_targets(self.model, config)
+        if config.target == "token-labels" and config.aligns:
+            self._check_token_labels(data.num_classes)
         if config.grad_checkpointing:
             self._checkpoint_activations()
         if config.channels_last:
@@ -109,7 +112,7 @@ class Trainer:
             self.model,
             create_mixing(config, self.model, teacher),
             align=config.aligns,
-            teacher=teacher if config.target == "teacher" else None,
+            teacher=teacher if config.teacher_labels else None,
             loss=config.loss,
             smoothing=config.smoothing,
             seed=config.seed,
@@ -245,11 +248,30 @@ class Trainer:
         side, config = self.image_config["input_size"][-1], self.config
         if config.box_grid is not None and side % config.box_grid:
             raise UsageError(f"box_grid: expected a divisor of the {side} pixels of an image, got {config.box_grid}")
-        if config.mixing in PATCH_MIXING and (side % config.mix_patch_size or side == config.mix_patch_size):
+        patches = config.mixing in PATCH_MIXING or config.target == "token-labels"
+        if patches and (side % config.mix_patch_size or side == config.mix_patch_size):
             raise UsageError(
                 f"mix_patch_size: expected a divisor of the {side} pixels of an image that gives several patches, got "
                 f"{config.mix_patch_size}"
             )
+
+    def _check_token_labels(self, num_classes: int) -> None:
+        """Shows the model an image labelled as the teacher will, since only the model knows where its tokens lie."""
+        channels, *sides = self.image_config["input_size"]
+        patches = [side // self.config.mix_patch_size for side in sides]
+        labels = torch.full((1, num_classes, *patches), 1 / num_classes, device=self.device)
+        training = self.model.training
+        try:
+            with torch.no_grad():
+                images = torch.zeros(1, channels, *sides, device=self.device)
+                self.model.eval()(images, target=MixedTarget.from_dense(labels))
+        except ValueError as error:
+            raise UsageError(
+                f"mix_patch_size: expected for token-labels the side of {self.config.model}'s tokens or a divisor of "
+                f"it, got {self.config.mix_patch_size}: {error}"
+            ) from error
+        finally:
+            self.model.train(training)
 
     def _checkpoint_activations(self) -> None:
         try:

@@ -97,7 +97,7 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
     set_weights(
         "teacher_checkpoint", path, load_weights("teacher_checkpoint", path, use_ema=True), model, values["model"]
     )
-    return Teacher(model.to(device))
+    return Teacher(model.to(device), config.mix_patch_size)
 
 
 def load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ def align_targets(model: nn.Module, config: TrainConfig) -> None:
             model,
             layers=config.layers,
             residual=config.residual,
-            method=config.target,
+            method="transmix" if config.target == "transmix" else "tl-align",
             stochastic_depth=config.stochastic_depth,
         )
     except NotImplementedError as error:

@@ -41,7 +41,8 @@ class EpochRecord:
         data_seconds: Mean time of a step that the process waits for images.
         forward_seconds: Mean time of a step for mixing, the model and the loss.
         backward_seconds: Mean time of a step for the gradient and the update of the weights.
-        ratio_change: Mean of |aligned - original| mixing ratio, or of |the teacher's - original|.
+        ratio_change: Mean of |aligned - original| mixing ratio, or of |the teacher's - original|; of dense labels half
+            the sum of |aligned - original| over the classes.
         peak_memory: Bytes that were in use at most since the process started: on an accelerator by tensors, on the CPU
             by the process.
     """

@@ -54,7 +54,8 @@ class AlignedClassificationTask(ClassificationTask):
         model: The model to train; with `align` one that `tlalign_kernels.patch_model` has patched.
         mixing: Strategy that mixes each batch of class ids, or None.
         align: Train on the target that the model aligned; if not, on the plain mixing ratio or the teacher's target.
-        teacher: Network by whose activation maps the target of images that `mixing` mixes is formed, or None.
+        teacher: Network that labels the images that `mixing` mixes, or None: with `align` each token, for the model to
+            align; else each image, by what is seen of its activation map.
         loss: Cross entropy (`ce`), or binary cross entropy of each class (`bce`).
         smoothing: Label smoothing in [0, 1].
         rank: Rank of this process; each mixes differently.
@@ -76,8 +77,6 @@ class AlignedClassificationTask(ClassificationTask):
     ) -> None:
         if loss not in _MIXED_LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(_MIXED_LOSSES)}, got {loss!r}")
-        if teacher is not None and align:
-            raise ValueError("teacher: expected None with align=True, got a teacher, whose target takes its place")
         super().__init__(model, criterion_kwargs={"loss_type": loss, "smoothing": smoothing}, **options)
         self.sharded = False
         self.mixing = mixing
@@ -109,7 +108,9 @@ class AlignedClassificationTask(ClassificationTask):
             loss: Scalar to call backward on.
             output: Logits (B, C); of the class token in distilled training.
             ratio_change: float32 (B, S), aligned or the teacher's minus original mixing ratio; in distilled training
-                those of the class tokens, then those of the distillation tokens; with `align` or a teacher only.
+                those of the class tokens, then those of the distillation tokens; with `align` or a teacher only. Of
+                dense labels (B, 1), half the sum of |aligned - original| over the classes, which for two classes is
+                the change of their ratio.
         """
         changes = {}
         if not isinstance(target, MixedTarget):
@@ -117,7 +118,9 @@ class AlignedClassificationTask(ClassificationTask):
                 return super().forward(input, target)
             images = input
             input, target = self.mixing(images, target)
-            if self.teacher is not None:
+            if self.teacher is not None and self.align:
+                target = self.teacher.token_labels(self.mixing, images, target)
+            elif self.teacher is not None:
                 original, target = target, self.teacher.target(self.mixing, images, target)
                 changes = {"ratio_change": target.image_share() - original.image_share()}
         if not self.align:
@@ -126,6 +129,8 @@ class AlignedClassificationTask(ClassificationTask):
         logits, aligned = self.trainable_module(input, target=target)
         outputs, targets = _as_tuple(logits), _as_tuple(aligned)
         change = torch.cat([each.image_share() for each in targets]) - target.image_share().repeat(len(targets), 1)
+        if target.token_labels is not None:
+            change = change.abs().sum(dim=1, keepdim=True) / 2
         return {"loss": self._mean_loss(outputs, targets), "output": outputs[0], "ratio_change": change}
 
     def shard(self, precision: str, compile: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What a trained network finds in images: activation maps to mix by, and targets by what of them is seen."""
+"""What a trained network finds in images: activation maps to mix by, and targets by what is seen of what it finds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tlalign.mixing import MixingStrategy
+from tlalign.mixing.patches import check_patch_size, patch_grid
 from tlalign_kernels import MixedTarget
 
 
@@ -17,10 +18,13 @@ class Teacher:
     Args:
         model: A trained timm model, which is set to evaluation and frozen. Its features must form a map: a
             convolutional network, a vision transformer with its tokens on a grid, or a hierarchical one.
+        patch_size: Side in pixels of the patches that `token_labels` labels: that of the tokens of the model that
+            learns from them, or a divisor of it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, patch_size: int = 16) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.patch_size = check_patch_size(patch_size)
 
     def activation(self, images: Tensor) -> Tensor:
         """Mean over channels of the last feature map, as `AttentiveCutMix` takes it.
@@ -34,15 +38,14 @@ class Teacher:
         return self._features(images).float().mean(dim=-1)
 
     @torch.no_grad()
-    def class_activation(self, images: Tensor, classes: Tensor) -> Tensor:
-        """How the probability of an image's class is spread over its map: the head applied to each cell alone.
+    def class_scores(self, images: Tensor) -> Tensor:
+        """Probabilities of the classes in each cell of the last feature map: the head applied to each cell alone.
 
         Args:
             images: (B, C, Hi, Wi).
-            classes: int64 (B,).
 
         Returns:
-            (B, h, w) float32, each map of sum 1.
+            (B, h, w, classes) float32, each cell of sum 1.
         """
         features = self._features(images)
         batch, rows, columns, channels = features.shape
@@ -54,10 +57,22 @@ class Teacher:
             cells = cells[:, None, None]
         else:
             cells = cells[:, :, None, None]
-        scores = self.model.forward_head(cells).float().softmax(dim=1).view(batch, rows * columns, -1)
-        if int(classes.max()) >= scores.shape[2]:
-            raise ValueError(f"classes: expected ids below the teacher's {scores.shape[2]}, got {int(classes.max())}")
-        chosen = scores.gather(2, classes[:, None, None].expand(-1, rows * columns, 1)).view(batch, rows, columns)
+        return self.model.forward_head(cells).float().softmax(dim=1).view(batch, rows, columns, -1)
+
+    def class_activation(self, images: Tensor, classes: Tensor) -> Tensor:
+        """How the probability of an image's class is spread over its map.
+
+        Args:
+            images: (B, C, Hi, Wi).
+            classes: int64 (B,).
+
+        Returns:
+            (B, h, w) float32, each map of sum 1.
+        """
+        scores = self.class_scores(images)
+        if int(classes.max()) >= scores.shape[3]:
+            raise ValueError(f"classes: expected ids below the teacher's {scores.shape[3]}, got {int(classes.max())}")
+        chosen = scores.take_along_dim(classes[:, None, None, None], dim=3)[..., 0]
         return chosen / chosen.sum(dim=(1, 2), keepdim=True)
 
     def target(self, mixing: MixingStrategy, images: Tensor, target: MixedTarget) -> MixedTarget:
@@ -75,8 +90,31 @@ class Teacher:
             A target without a place in space.
         """
         maps = self.class_activation(images, target.classes[:, 0])
-        own, partner = mixing.visible_parts(maps, target)
+        own, partner = mixing.visible_parts(maps, target, tuple(images.shape[-2:]))
         return MixedTarget.from_ratio(target.classes, (partner / (own + partner))[:, None])
+
+    def token_labels(self, mixing: MixingStrategy, images: Tensor, target: MixedTarget) -> MixedTarget:
+        """Labels of all classes for each token (Token Labeling, arXiv 2104.10858), mixed as the pixels were.
+
+        A patch has the mean, over its pixels, of the class probabilities in the cell of the teacher's map that each
+        pixel came from. (The paper keeps the five most probable classes of maps made beforehand.)
+
+        Args:
+            mixing: The strategy that mixed the images.
+            images: (B, C, Hi, Wi) before they were mixed; `patch_size` divides their sides.
+            target: What `mixing` made of them.
+
+        Returns:
+            A dense target.
+        """
+        scores, image_size = self.class_scores(images), tuple(images.shape[-2:])
+        patches = patch_grid(image_size, self.patch_size)
+        own, partner = mixing.shown_pixels(tuple(scores.shape[1:3]), target, image_size, patches)
+        scores = scores.flatten(1, 2)
+        # In half precision the labels of a token would not sum to 1.
+        with torch.autocast(images.device.type, enabled=False):
+            labels = (own @ scores + partner @ scores.flip(0)) / self.patch_size**2
+        return MixedTarget.from_dense(labels.mT.unflatten(2, patches))
 
     @property
     def _has_tokens(self) -> bool:

@@ -96,6 +96,10 @@ def test_every_field_is_explained_in_the_help(capsys):
         ),
         (["--target", "transmix", "--residual", "false"], "expected none with the target transmix, only with tl-align"),
         (["--target", "ratio", "--stochastic_depth", "true"], "layers, residual, stochastic_depth: expected none"),
+        (
+            ["--target", "token-labels"],
+            "teacher_checkpoint: expected weights of a trained network for the target to",
+        ),
         (["--target", "teacher"], "teacher_checkpoint: expected weights of a trained network for the target teacher"),
         (["--mixing", "attentive-cutmix"], "teacher_checkpoint: expected weights of a trained network for attentive"),
         (["--lr", "fast"], "lr"),

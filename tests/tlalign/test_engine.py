@@ -64,7 +64,9 @@ def test_options_of_the_alignment_are_those_of_the_model(tmp_path):
     assert (blocks[0].label_residual, blocks[0].label_stochastic_depth) == (False, True)
 
 
-@pytest.mark.parametrize(("mixing", "target"), [("tokenmix", "teacher"), ("attentive-cutmix", "tl-align")])
+@pytest.mark.parametrize(
+    ("mixing", "target"), [("tokenmix", "teacher"), ("attentive-cutmix", "tl-align"), ("cutmix", "token-labels")]
+)
 def test_a_run_s_checkpoint_teaches_another(tmp_path, mixing, target):
     (tmp_path / "teacher").mkdir()
     # What a run leaves: its configuration, and weights of the model and of its average.
@@ -82,7 +84,7 @@ def test_a_run_s_checkpoint_teaches_another(tmp_path, mixing, target):
     trainer.task.start_step(0)
     loss = trainer.task(*next(trainer.train_loader.epoch(1)))["loss"]
     assert torch.isfinite(loss)
-    teacher = trainer.task.teacher if target == "teacher" else trainer.task.mixing.activation.__self__
+    teacher = trainer.task.mixing.activation.__self__ if target == "tl-align" else trainer.task.teacher
     assert all(torch.equal(value, averaged[key]) for key, value in teacher.model.state_dict().items())
     # Its model can be given by name instead, but this name has other weights.
     with pytest.raises(UsageError, match=r"teacher_checkpoint: .* is not of this resnet10t"):
@@ -171,6 +173,15 @@ def test_weights_broken_by_the_last_step_are_not_saved(tmp_path, monkeypatch):
         ({"layers": (1,)}, "layers: expected block indices from -1 to 0, got"),
         ({"mixing": "random", "mix_patch_size": 5}, "mix_patch_size: expected a divisor of the 16 pixels"),
         ({"mixing": "block", "mix_patch_size": 16}, "mix_patch_size: expected a divisor of the 16 pixels"),
+        (
+            {
+                "target": "token-labels",
+                "teacher_checkpoint": "nowhere.pth",
+                "model_kwargs": {**TINY["model_kwargs"], "patch_size": 4},
+                "mix_patch_size": 8,
+            },
+            "mix_patch_size: expected for token-labels the side of vit_tiny.*'s tokens .* got 8: token_labels",
+        ),
         ({"target": "teacher", "teacher_checkpoint": "nowhere.pth"}, "teacher_model: expected the timm model of nowhe"),
         (
             {"target": "teacher", "teacher_checkpoint": "nowhere.pth", "teacher_model": "resnet10t"},

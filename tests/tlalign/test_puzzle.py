@@ -150,7 +150,7 @@ def test_transport_shows_more_unless_it_costs_too_much():
         strategy = PuzzleMix(given(maps), beta=0.0, eta=0.0, xi=xi, mode="elem", seed=6)
         target = strategy(images, torch.arange(8))[1]
         return strategy._moves, sum(
-            part.sum() for part in strategy.visible_parts(maps / maps.sum((1, 2), True), target)
+            part.sum() for part in strategy.visible_parts(maps / maps.sum((1, 2), True), target, (16, 16))
         )
 
     (_, still), (free_moves, free), (dear_moves, dear) = (seen(xi) for xi in (None, 0.0, 1e3))

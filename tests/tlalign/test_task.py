@@ -12,6 +12,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 import tlalign_kernels as tlk
 from tlalign.config import PATCH_MIXING, TrainConfig, UsageError, load_recipe
 from tlalign.mixing import CutMix
+from tlalign.networks import align_targets
 from tlalign.task import AlignedClassificationTask, create_mixing
 from tlalign.teacher import Teacher
 
@@ -170,20 +171,20 @@ def test_each_mixing_mixes_as_its_name_says(mixing, kinds):
     assert found == kinds
 
 
-@pytest.mark.parametrize("target", ["ratio", "tl-align", "transmix", "teacher"])
+@pytest.mark.parametrize("target", ["ratio", "tl-align", "token-labels", "transmix", "teacher"])
 @pytest.mark.parametrize(
     "mixing", ["cutmix", "random", "block", "fmix", "resizemix", "tokenmix", "attentive-cutmix", "puzzlemix"]
 )
 def test_every_spatial_mixing_combines_with_every_target(mixing, target):
     images, classes = make_batch(8)
-    teacher = Teacher(make_model())
+    teacher = Teacher(make_model(), patch_size=4)
     config = digits(mixing=mixing, target=target, teacher_checkpoint="somewhere")
     model = make_model()
     if config.aligns:
-        tlk.patch_model(model, method=target)
+        align_targets(model, config)
     strategy = create_mixing(config, model, teacher)
     task = AlignedClassificationTask(
-        model, strategy, align=config.aligns, teacher=teacher if target == "teacher" else None, seed=7
+        model, strategy, align=config.aligns, teacher=teacher if config.teacher_labels else None, seed=7
     )
     task.start_step(3)
     loss = task(images, classes)["loss"]
@@ -235,5 +236,20 @@ def test_a_teacher_s_target_takes_the_place_of_the_ratio():
     assert set(task.state_dict()) == set(AlignedClassificationTask(model, align=False).state_dict())
     task.train()
     assert not teacher.model.training and not any(p.requires_grad for p in teacher.model.parameters())
-    with pytest.raises(ValueError, match="teacher: expected None with align=True"):
-        AlignedClassificationTask(model, CutMix(), teacher=teacher)
+
+
+def test_token_labels_of_a_teacher_are_aligned():
+    images, classes = make_batch()
+    model, teacher = tlk.patch_model(make_model()), Teacher(make_model(), patch_size=4)
+    task = AlignedClassificationTask(model, CutMix(mode="elem"), teacher=teacher, smoothing=0.1, seed=3)
+    task.start_step(5)
+    result = task(images, classes)
+    strategy = CutMix(mode="elem")
+    strategy.reseed(3, 5, 0)
+    mixed, target = strategy(images, classes)
+    labels = teacher.token_labels(strategy, images, target)
+    logits, aligned = model(mixed, target=labels)
+    torch.testing.assert_close(result["loss"], tlk.mixed_cross_entropy(logits, aligned, 0.1))
+    change = (aligned.to_dense(CLASSES) - labels.to_dense(CLASSES)).abs().sum(dim=1, keepdim=True) / 2
+    torch.testing.assert_close(result["ratio_change"], change)
+    assert change.max() > 1e-3

@@ -3,8 +3,9 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
-from tlalign.mixing import BlockWise, CutMix, FMix, MixUp, RandomPatches, ResizeMix, TokenMix
+from tlalign.mixing import BlockWise, CutMix, FMix, MixUp, PuzzleMix, RandomPatches, ResizeMix, TokenMix
 from tlalign.teacher import Teacher
 from tlalign_kernels import MixedTarget
 
@@ -29,6 +30,16 @@ class KnownMaps(Teacher):
 
     def class_activation(self, images, classes):
         return self.maps
+
+
+class KnownScores(Teacher):
+    """A teacher whose class probabilities (B, h, w, classes) are given."""
+
+    def __init__(self, scores, patch_size):
+        self.scores, self.patch_size = scores, patch_size
+
+    def class_scores(self, images):
+        return self.scores
 
 
 def head_of_cell(model, features, row, column):
@@ -96,6 +107,67 @@ def test_of_a_resized_partner_all_is_seen():
     expected = 1 / (1 + own)
     expected[2] = 0  # the image in the middle is not mixed
     torch.testing.assert_close(teacher.target(strategy, images, target).ratio[:, 0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+@pytest.mark.parametrize("cells", [(8, 4), (2, 4)])
+@pytest.mark.parametrize(
+    "make", [CutMix, MixUp, FMix, TokenMix, BlockWise, RandomPatches, PuzzleMix], ids=lambda make: make.__name__
+)
+def test_labels_of_tokens_are_mixed_as_pixels_that_show_them_would_be(make, cells, mode):
+    options = {"patch_size": 4} if make in (TokenMix, BlockWise, RandomPatches) else {}
+    if make is PuzzleMix:
+        saliency = torch.rand(5, 16, 16) ** 4
+        # Saliency alone decides: pixels don't (gamma), nor does the drawn ratio, which may be near 0 (eta).
+        options = {"saliency": lambda images, classes: saliency, "gamma": 0.0, "eta": 0.0}
+    first, second = (make(mode=mode, seed=5, **options) for _ in range(2))
+    images, classes = torch.randn(5, 3, 16, 16), torch.arange(5)
+    scores = torch.randn(5, *cells, 6).mul(3).softmax(dim=-1)
+    target = first(images, classes)[1]
+    labels = KnownScores(scores, 4).token_labels(first, images, target).token_labels
+    shown = scores.permute(0, 3, 1, 2).repeat_interleave(16 // cells[0], 2).repeat_interleave(16 // cells[1], 3)
+    expected = F.avg_pool2d(second(shown, classes)[0], 4)
+    torch.testing.assert_close(labels, expected, rtol=0, atol=1e-6)
+    assert (labels - F.avg_pool2d(shown, 4))[:2].abs().max() > 0.01
+
+
+def test_labels_of_a_resized_partner_are_those_of_where_its_pixels_came_from():
+    images, classes = torch.randn(4, 3, 16, 16), torch.arange(4)
+    strategy = ResizeMix(mode="elem", seed=3)
+    target = strategy(images, classes)[1]
+    scores = torch.randn(4, 4, 2, 3).softmax(dim=-1)
+    expected = torch.zeros(4, 3, 2, 2)
+    for index, (y0, x0, y1, x1) in enumerate(target.boxes[:, 0].tolist()):
+        for row in range(16):
+            for column in range(16):
+                if y0 <= row < y1 and x0 <= column < x1:
+                    down, right = (row + 0.5 - y0) / (y1 - y0), (column + 0.5 - x0) / (x1 - x0)
+                    label = scores[3 - index, int(down * 4), int(right * 2)]
+                else:
+                    label = scores[index, row // 4, column // 8]
+                expected[index, :, row // 8, column // 8] += label / 64
+    labels = KnownScores(scores, 8).token_labels(strategy, images, target).token_labels
+    torch.testing.assert_close(labels, expected, rtol=0, atol=1e-6)
+
+
+def test_labels_of_tokens_are_distributions_under_autocast():
+    images, strategy = torch.randn(4, 3, 16, 16), CutMix(seed=2)
+    target = strategy(images, torch.arange(4))[1]
+    teacher = KnownScores(torch.randn(4, 3, 3, 9).softmax(dim=-1), 4)
+    plain = teacher.token_labels(strategy, images, target).token_labels
+    with torch.autocast("cpu", torch.bfloat16):
+        labels = teacher.token_labels(strategy, images, target).token_labels
+    assert torch.equal(labels, plain)
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(4, 4, 4), rtol=0, atol=1e-6)
+
+
+def test_patches_that_do_not_fill_the_image_are_refused():
+    images, strategy = torch.randn(2, 3, 16, 16), CutMix()
+    target = strategy(images, torch.arange(2))[1]
+    with pytest.raises(ValueError, match="patch_size: expected a divisor of the sides"):
+        KnownScores(torch.full((2, 2, 2, 4), 0.25), 5).token_labels(strategy, images, target)
+    with pytest.raises(ValueError, match="patch_size: expected at least 1, got 0"):
+        Teacher(timm.create_model("test_resnet"), patch_size=0)
 
 
 def test_models_and_classes_that_do_not_fit_are_refused():

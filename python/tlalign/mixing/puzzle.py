@@ -120,17 +120,11 @@ class PuzzleMix(MixingStrategy):
         mixed.copy_(own.lerp(partner, masks.to(images.dtype)))  # every dtype has the weights 0, 1/2 and 1
         return mixed, MixedTarget.from_masks(classes, masks)
 
-    def visible_parts(self, maps: Tensor, target: MixedTarget) -> tuple[Tensor, Tensor]:
-        """As for every strategy, of the images of the last call, whose blocks were moved."""
-        height, width = target.image_size
-        rows = torch.arange(height, device=maps.device) * maps.shape[1] // height
-        columns = torch.arange(width, device=maps.device) * maps.shape[2] // width
-        density = maps[:, rows[:, None], columns[None, :]]
-        density = (density / density.sum(dim=(1, 2), keepdim=True))[:, None]
-        own, partner = (
-            move_blocks(part, move) for part, move in zip((density, density.flip(0)), self._moves, strict=True)
-        )
-        return (own * (1 - target.masks)).sum(dim=(1, 2, 3)), (partner * target.masks).sum(dim=(1, 2, 3))
+    def origins(self, target: MixedTarget, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """As for every strategy; blocks were moved."""
+        pixels = torch.arange(math.prod(image_size), device=target.device).view(1, 1, *image_size)
+        pixels = pixels.expand(target.batch_size, -1, -1, -1)
+        return tuple(move_blocks(pixels, move).flatten(1) for move in self._moves)
 
     def _block_saliency(self, images: Tensor, classes: Tensor, grid: int) -> np.ndarray:
         """Saliency of the blocks, (B, grid, grid) of sum 1."""

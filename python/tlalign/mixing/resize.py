@@ -40,9 +40,16 @@ class ResizeMix(MixingStrategy):
             raise ValueError(f"scale: expected (least, greatest) with 0 < least <= greatest <= 1, got {tuple(scale)}")
         self.scale = (float(scale[0]), float(scale[1]))
 
-    def visible_parts(self, maps: Tensor, target: MixedTarget) -> tuple[Tensor, Tensor]:
+    def origins(self, target: MixedTarget, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """As for every strategy; a pixel in the box shows what lies around its centre in the partner."""
+        own, _ = super().origins(target, image_size)
+        y0, x0, y1, x1 = target.boxes[:, 0].unbind(1)
+        rows, columns = _origins(y0, y1, image_size[0]), _origins(x0, x1, image_size[1])
+        return own, (rows[:, :, None] * image_size[1] + columns[:, None, :]).flatten(1)
+
+    def visible_parts(self, maps: Tensor, target: MixedTarget, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """As for every strategy; of a partner that was pasted all is seen."""
-        own, _ = super().visible_parts(maps, target)
+        own, _ = super().visible_parts(maps, target, image_size)
         return own, (target.ratio[:, 0] > 0).to(own.dtype)
 
     def _mix(
@@ -67,6 +74,13 @@ class ResizeMix(MixingStrategy):
         side = np.maximum(np.rint(limits * scale), 1).astype(np.int64)
         start = self.generator.integers(0, limits - side + 1)
         return np.concatenate((start, start + side), axis=1)
+
+
+def _origins(start: Tensor, end: Tensor, pixels: int) -> Tensor:
+    """Where in a side each pixel came from, (B, pixels), when all of it was resized to `start` to `end`, (B,) each."""
+    place = torch.arange(pixels, device=start.device) - start[:, None]
+    size = (end - start).clamp(min=1)[:, None]
+    return ((2 * place + 1) * pixels // (2 * size)).clamp(0, pixels - 1)
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:

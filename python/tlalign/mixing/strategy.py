@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tlalign_kernels.labels import MixedTarget
@@ -86,22 +85,65 @@ class MixingStrategy(ABC):
         pairs = torch.stack((classes, classes.flip(0)), dim=1)
         return self._mix(images, pairs, draw_index, chosen)
 
-    def visible_parts(self, maps: Tensor, target: MixedTarget) -> tuple[Tensor, Tensor]:
-        """How much of each image's map is seen in the mixed images.
+    def origins(self, target: MixedTarget, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Where in the image, and in its partner, lay what each pixel of the mixed images of the last call shows.
+
+        Args:
+            target: What the mixed images are labelled with.
+            image_size: (Hi, Wi) in pixels.
+
+        Returns:
+            Numbers of pixels of the image and of its partner, int64 (B, Hi * Wi) or, if all images have the same,
+            (1, Hi * Wi); any where nothing of it is seen.
+        """
+        pixels = torch.arange(math.prod(image_size), device=target.device)[None]
+        return pixels, pixels
+
+    def visible_parts(self, maps: Tensor, target: MixedTarget, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """How much of each image's map is seen in the mixed images of the last call.
 
         Args:
             maps: float32 (B, h, w) of sum 1, how something is spread over cells of equal size of each image before it
                 was mixed.
             target: What the mixed images are labelled with.
+            image_size: (Hi, Wi) in pixels.
 
         Returns:
             What is seen of the image's own map and of its partner's, (B,) each.
         """
-        cells = tuple(maps.shape[1:])
-        pixels = cells if target.image_size is None else target.image_size
-        share = target.token_share(pixels, (1, 1)).view(-1, 1, *pixels)
-        share = F.adaptive_avg_pool2d(share, cells)[:, 0]
-        return (maps * (1 - share)).sum(dim=(1, 2)), (maps.flip(0) * share).sum(dim=(1, 2))
+        density = maps.flatten(1)[:, _cell_of_pixel(tuple(maps.shape[1:]), image_size, maps.device)]
+        density = density / density.sum(dim=1, keepdim=True)
+        share = target.token_share(image_size, (1, 1))[..., 0]
+        own, partner = (
+            density.gather(1, origin.expand_as(density))
+            for density, origin in zip((density, density.flip(0)), self.origins(target, image_size), strict=True)
+        )
+        return (own * (1 - share)).sum(dim=1), (partner * share).sum(dim=1)
+
+    def shown_pixels(
+        self, cells: tuple[int, int], target: MixedTarget, image_size: tuple[int, int], patches: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """What each patch of the mixed images of the last call shows of each cell of the images that were mixed.
+
+        Args:
+            cells: (h, w), cells of equal size of the images before they were mixed.
+            target: What the mixed images are labelled with.
+            image_size: (Hi, Wi) in pixels.
+            patches: (Ht, Wt), patches of equal size of the mixed images.
+
+        Returns:
+            Pixels of the image's own cells and of its partner's, float32 (B, Ht * Wt, h * w) each; both sum to the
+            pixels of a patch.
+        """
+        cell = _cell_of_pixel(cells, image_size, target.device)
+        patch = _cell_of_pixel(patches, image_size, target.device)
+        share = target.token_share(image_size, (1, 1))[..., 0]
+        shown = []
+        for origin, weight in zip(self.origins(target, image_size), (1 - share, share), strict=True):
+            counts = weight.new_zeros(len(weight), math.prod(patches) * math.prod(cells))
+            place = (patch * math.prod(cells) + cell[origin]).expand_as(weight)
+            shown.append(counts.scatter_add_(1, place, weight).unflatten(1, (math.prod(patches), -1)))
+        return tuple(shown)
 
     @abstractmethod
     def _mix(
@@ -124,6 +166,14 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Takes what was drawn to a device without waiting for it: from other than pinned memory, a copy to a GPU waits."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _cell_of_pixel(cells: tuple[int, int], image_size: tuple[int, int], device: torch.device) -> Tensor:
+    """The cell of a grid that each pixel of an image lies in, int64 (Hi * Wi,)."""
+    rows, columns = (
+        torch.arange(pixels, device=device) * side // pixels for pixels, side in zip(image_size, cells, strict=True)
+    )
+    return (rows[:, None] * cells[1] + columns).flatten()
 
 
 def draw_ratios(generator: np.random.Generator, count: int, alpha: float) -> np.ndarray:
