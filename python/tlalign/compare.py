@@ -115,7 +115,8 @@ class MethodResult:
         top1: Top-1 (per cent) of each after its last epoch; of the averaged weights (EMA) where there are any.
         top1_mean: Mean of these.
         top1_std: Sample standard deviation of these.
-        images_per_second: Rate of training; this and all times are medians over runs of the medians over epochs.
+        images_per_second: Rate of training; this and all times are of the fastest epoch of all runs, since what else
+            the machine does only slows them.
         step_seconds: Time of a step.
         compute_seconds: Time of a step without the wait for images.
         relative_step: step_seconds relative to those of CutMix.
@@ -211,8 +212,9 @@ class Comparison:
         lines = [
             f"{config.model} on {config.data}, {config.epochs} epochs of batches of {config.batch_size}, seeds "
             f"{seeds[0]} to {seeds[-1]}. Top-1 is that of {averaged} on the held-out images after the last epoch: mean "
-            "and sample standard deviation over the seeds. Times are those of a step relative to CutMix, medians over "
-            "epochs and seeds; memory is the most that was in use, on the CPU by the process.",
+            "and sample standard deviation over the seeds. Rate and times are those of the fastest epoch of all seeds, "
+            "since what else the machine does only slows them; times are a step's, relative to CutMix. Memory is the "
+            "most that was in use, on the CPU by the process.",
             "",
             *_markdown(_HEADINGS, [_cells(result) for result in results]),
         ]
@@ -279,20 +281,15 @@ class Comparison:
         if not finished:
             return result
         changes = [records[-1].ratio_change for records in finished if records[-1].ratio_change is not None]
-        compute = [[each.forward_seconds + each.backward_seconds for each in records] for records in finished]
-        whole = [
-            [each.data_seconds + each.forward_seconds + each.backward_seconds for each in records]
-            for records in finished
-        ]
-        rates = [[each.images_per_second for each in records] for records in finished]
+        epochs = [record for records in finished for record in records]
         return dataclasses.replace(
             result,
             top1_mean=statistics.mean(top1),
             top1_std=statistics.stdev(top1) if len(top1) > 1 else None,
-            images_per_second=_median_of_medians(rates),
-            step_seconds=_median_of_medians(whole),
-            compute_seconds=_median_of_medians(compute),
-            peak_memory=max(each.peak_memory for records in finished for each in records),
+            images_per_second=max(each.images_per_second for each in epochs),
+            step_seconds=min(each.data_seconds + each.forward_seconds + each.backward_seconds for each in epochs),
+            compute_seconds=min(each.forward_seconds + each.backward_seconds for each in epochs),
+            peak_memory=max(each.peak_memory for each in epochs),
             ratio_change=statistics.mean(changes) if changes else None,
         )
 
@@ -336,10 +333,6 @@ def _reason(folder: Path, status: int) -> str:
     lines = (folder / PRINTED_FILE).read_text(errors="replace").splitlines()
     last = next((line.strip() for line in reversed(lines) if line.strip()), f"ended with status {status}")
     return last.removeprefix("tlalign: ").removeprefix("error: ")
-
-
-def _median_of_medians(runs: Sequence[Sequence[float]]) -> float:
-    return statistics.median(statistics.median(values) for values in runs)
 
 
 def _cells(result: MethodResult) -> list[str]:
