@@ -109,7 +109,7 @@ def draw_methods(top1: Mapping[str, Sequence[float]], relative_times: Mapping[st
     for row, name in enumerate(top1):
         if relative_times[name] is not None:
             bar = time.barh(row, relative_times[name], height=0.6, color=_COLOURS[6])
-            time.bar_label(bar, fmt="%.2f", padding=2)
+            time.bar_label(bar, fmt="%.2f", label_type="center")
     time.axvline(1.0, color=_COLOURS[2], linewidth=1, zorder=0)
     time.margins(x=0.2)
     time.set_xlabel("time of a step, relative to CutMix")
