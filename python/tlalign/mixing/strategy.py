@@ -132,8 +132,8 @@ class MixingStrategy(ABC):
             patches: (Ht, Wt), patches of equal size of the mixed images.
 
         Returns:
-            Pixels of the image's own cells and of its partner's, float32 (B, Ht * Wt, h * w) each; both sum to the
-            pixels of a patch.
+            Pixels of the image's own cells and of its partner's, float32 (B, Ht * Wt, h * w) each; together
+            they sum to the pixels of a patch.
         """
         cell = _cell_of_pixel(cells, image_size, target.device)
         patch = _cell_of_pixel(patches, image_size, target.device)
