@@ -167,24 +167,13 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
     float shares[1][4];
     const float2 factor = this->write_log_sum(label, highest, shares, numbers);
     this->write_shares(shares, numbers);
-    char* to = static_cast<char*>(p.output) + lane % 4 * 16;
+    char* to = static_cast<char*>(p.output);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const unsigned query = row + lane / 4 + 8 * i;
       char* to_row =
           to + ((uint64_t(image) * unsigned(p.queries) + query) * unsigned(p.heads) + head) * (D * sizeof(T));
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        uint32_t words[4];
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const float (&sums)[4] = output[4 * j + n];
-          const float inverse = i == 0 ? factor.x : factor.y;
-          words[n] = pack<T>(sums[2 * i] * inverse, sums[2 * i + 1] * inverse);
-        }
-        hopper::transpose(words, lane);
-        if (query < p.queries) store_global(to_row + 64 * j, make_uint4(words[0], words[1], words[2], words[3]));
-      }
+      hopper::store_row<T>(to_row, output, i, i == 0 ? factor.x : factor.y, query < p.queries, lane);
     }
   }
 };

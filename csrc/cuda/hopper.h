@@ -68,6 +68,24 @@ __device__ inline void transpose(uint32_t (&words)[4], int lane) {
   }
 }
 
+// Stores row lane / 4 + 8 * i of the 16 that a warp has of a sum of 64 columns, times a factor, if it `is_there`. Of
+// each 128 bytes a thread has two parts of 16, which four threads exchange for.
+template <class T>
+__device__ void store_row(char* to, const float (&sum)[8][4], int i, float factor, bool is_there, int lane) {
+  to += lane % 4 * 16;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    uint32_t words[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float (&own)[4] = sum[4 * j + n];
+      words[n] = pack<T>(own[2 * i] * factor, own[2 * i + 1] * factor);
+    }
+    transpose(words, lane);
+    if (is_there) store_global(to + 64 * j, make_uint4(words[0], words[1], words[2], words[3]));
+  }
+}
+
 // sum (64 x 200, or += if it ADDS) = left (64 x 16) right^T (200 x 16), of which a warp has 16 rows as in
 // `multiply_add`.
 template <class T, bool ADDS>

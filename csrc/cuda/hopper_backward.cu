@@ -382,22 +382,10 @@ struct HopperKernel {
   // 16 rows of a sum, of which a thread has two, from `row` on.
   __device__ void write(const float (&sum)[D / 8][4], float factor, char* data, int row_bytes, int row, int end) const {
     row_bytes = anew(row_bytes);
-    char* to = data + lane % 4 * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int own = row + lane / 4 + 8 * i;
-      char* to_row = to + uint64_t(unsigned(own)) * unsigned(row_bytes);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        uint32_t words[4];
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const float (&of_chunk)[4] = sum[4 * j + n];
-          words[n] = pack<T>(of_chunk[2 * i] * factor, of_chunk[2 * i + 1] * factor);
-        }
-        hopper::transpose(words, lane);
-        if (own < end) store_global(to_row + 64 * j, make_uint4(words[0], words[1], words[2], words[3]));
-      }
+      hopper::store_row<T>(data + uint64_t(unsigned(own)) * unsigned(row_bytes), sum, i, factor, own < end, lane);
     }
   }
 };
