@@ -74,9 +74,11 @@ struct Problem {
 struct Forward : Problem {
   const float* share;     // (B, Nk, S) or null
   const float* residual;  // (B, Nq, S) or null
-  // Scratch (B, S * PARTS, padded(keys)) of dtype, or null. Of windows a row more: 1 where a token has a label.
+  // Scratch (B, S * PARTS, padded(keys)) of dtype, or null; used for many keys. Of windows a row more: 1 where a token
+  // has a label.
   void* parts;
-  // Scratch (B, H, S, Nq), or null; used up to the number of blocks that share the heads. Of windows S + 1.
+  // Scratch (B, H, S, Nq), or null; used up to the number of blocks that share the heads, if several do. Of windows
+  // S + 1.
   float* head_share;
   void* output;        // (B, Nq, H, D)
   float* share_out;    // (B, Nq, S) or null

@@ -23,13 +23,13 @@ constexpr __host__ __device__ unsigned blocks_of(unsigned threads, unsigned of_b
   return (threads + of_block - 1) / of_block;
 }
 
-// share = hi + mid + lo: rows of parts, zeros from key Nk on. In windows zeros in the padding, too, and a last row with
-// ones elsewhere.
+// Splits shares for blocks that do not do it themselves: rows of parts, zeros from key Nk on. In windows zeros in the
+// padding, too, and a last row with ones elsewhere.
 template <class T, bool WINDOWS>
 __global__ void pack_labels(const __grid_constant__ Forward p) {
   const unsigned row = padded(p.keys), blocks = row / SMALL, image = blockIdx.x / blocks;
   const unsigned key = blockIdx.x % blocks * SMALL + threadIdx.x;
-  T* part = static_cast<T*>(p.parts) + uint64_t(image * (p.sources * PARTS + WINDOWS)) * row + key;
+  T* to = static_cast<T*>(p.parts) + uint64_t(image * (p.sources * PARTS + WINDOWS)) * row + key;
   bool is_real = key < p.keys;
   uint64_t token = uint64_t(image) * p.keys + key;
   if (WINDOWS) {
@@ -40,20 +40,16 @@ __global__ void pack_labels(const __grid_constant__ Forward p) {
   const float* share = p.share + token * p.sources;
 #pragma unroll 1
   for (int source = 0; source < p.sources; ++source) {
-    float rest = is_real ? share[source] : 0.0f;
+    T parts[PARTS];
+    split(is_real ? share[source] : 0.0f, parts);
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
-      const T rounded = from_float<T>(rest);
-      *part = rounded;
-      part += row;
-      rest -= to_float(rounded);
-    }
+    for (int i = 0; i < PARTS; ++i, to += row) *to = parts[i];
   }
-  if (WINDOWS) *part = from_float<T>(is_real ? 1.0f : 0.0f);
+  if (WINDOWS) *to = from_float<T>(is_real ? 1.0f : 0.0f);
 }
 
-// The mean over the heads in which a query sees a key, in fixed order, averaged with the residual. Each row of
-// head_share is the sum of the heads that a block had. `MASKED`: a query may see no key.
+// The mean over the heads in which a query sees a key, in fixed order, averaged with the residual, where no block had
+// all of them. Each row of head_share is the sum of the heads that a block had. `MASKED`: a query may see no key.
 template <bool MASKED>
 __global__ void average_heads(const __grid_constant__ Forward p) {
   const unsigned queries = p.queries, blocks = blocks_of(queries, SMALL), image = blockIdx.x / blocks;
@@ -65,8 +61,7 @@ __global__ void average_heads(const __grid_constant__ Forward p) {
     seeing = 0;
     for (int head = 0; head < p.heads; ++head, log_sum_exp += queries) seeing += *log_sum_exp != -INFINITY;
   }
-  const float own = p.residual == nullptr ? 0.0f : seeing > 0 ? 0.5f : 1.0f;
-  const float mixed = seeing > 0 ? __fdividef(1.0f - own, float(seeing)) : 0.0f;
+  const HeadMean mean(p, float(seeing));
   const uint64_t out = (uint64_t(image) * queries + query) * p.sources;
 #pragma unroll 1
   for (int source = 0; source < p.sources; ++source) {
@@ -74,9 +69,7 @@ __global__ void average_heads(const __grid_constant__ Forward p) {
     float sum = 0.0f;
 #pragma unroll 4
     for (unsigned turn = 0; turn < p.turns.divisor; ++turn, share += uint64_t(queries) * p.sources) sum += *share;
-    sum *= mixed;
-    if (p.residual != nullptr) sum = fmaf(p.residual[out + source], own, sum);
-    p.share_out[out + source] = sum;
+    mean.write(p, out + source, sum);
   }
 }
 
@@ -96,15 +89,9 @@ __global__ void average_heads_of_windows(const __grid_constant__ Forward p) {
     for (unsigned turn = 0; turn < turns; ++turn) sum += shares[(uint64_t(turn) * rows + source) * queries];
     return sum;
   };
-  const float real = sum_of(p.sources);
-  const float own = p.residual == nullptr ? 0.0f : real > 0.0f ? 0.5f : 1.0f;
-  const float mixed = real > 0.0f ? (1.0f - own) / real : 0.0f;
+  const HeadMean mean(p, sum_of(p.sources));
 #pragma unroll 1
-  for (int source = 0; source < p.sources; ++source) {
-    float sum = sum_of(source) * mixed;
-    if (p.residual != nullptr) sum = fmaf(p.residual[out + source], own, sum);
-    p.share_out[out + source] = sum;
-  }
+  for (int source = 0; source < p.sources; ++source) mean.write(p, out + source, sum_of(source));
 }
 
 template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
@@ -114,9 +101,16 @@ __global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, TILES, WARPS, 
   ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
 }
 
+template <class T, Kind KIND>
+void pack(const Forward& p, cudaStream_t stream) {
+  if (p.sources == 0) return;
+  pack_labels<T, KIND == Kind::windows><<<unsigned(p.batch * padded(p.keys) / SMALL), SMALL, 0, stream>>>(p);
+  check(cudaGetLastError(), "pack_labels", p);
+}
+
 template <Kind KIND>
 void average(const Forward& p, cudaStream_t stream) {
-  if (p.sources == 0) return;
+  if (p.sources == 0 || has_all_heads(p, KIND)) return;
   const auto kernel = KIND == Kind::windows   ? average_heads_of_windows
                       : KIND == Kind::offsets ? average_heads<true>
                                               : average_heads<false>;
@@ -126,10 +120,11 @@ void average(const Forward& p, cudaStream_t stream) {
 
 template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
 void launch(Forward p, cudaStream_t stream) {
+  using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
 #if defined(TLALIGN_HOPPER)
   if (TILES == 13 && KIND == Kind::plain && launch_on_hopper(p, stream)) return average<KIND>(p, stream);
 #endif
-  using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
+  if (!Kernel::TURNS) pack<T, KIND>(p, stream);
   const auto kernel = attention_forward<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
         "attention_forward", p);
@@ -169,11 +164,6 @@ void forward(const Forward& p, cudaStream_t stream) {
   if (in_windows) prepare_windows(p, stream);
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
-    if (p.sources > 0) {
-      const auto pack = in_windows ? pack_labels<T, true> : pack_labels<T, false>;
-      pack<<<unsigned(p.batch * padded(p.keys) / SMALL), SMALL, 0, stream>>>(p);
-      check(cudaGetLastError(), "pack_labels", p);
-    }
     if (in_windows) return launch_for_keys<T, head_dim(), Kind::windows>(p, stream);
     // A scale that is not positive can't wait for the exponential.
     if (p.bias.data != nullptr || p.mask.data != nullptr || !(p.scale > 0.0f)) {

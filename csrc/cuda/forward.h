@@ -20,6 +20,37 @@ constexpr int least_keys(int tiles) {
   return tiles == 13 ? 193 : tiles == 12 ? 129 : tiles == 8 ? 65 : tiles == 4 ? 33 : 1;
 }
 
+// share = hi + mid + lo
+template <class T>
+__device__ void split(float share, T (&parts)[PARTS]) {
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    parts[i] = from_float<T>(share);
+    share -= to_float(parts[i]);
+  }
+}
+
+// Whether a block has all heads of its queries and averages them itself. Where a query may see no key, `average_heads`
+// counts the heads in which it sees one.
+inline TLALIGN_BOTH bool has_all_heads(const Forward& p, Kind kind) {
+  return p.turns.divisor == 1 && kind != Kind::offsets;
+}
+
+// Makes a sum of shares over the heads their mean, by what their weights sum to, and averages it with the residual.
+struct HeadMean {
+  float of_residual, of_sum;
+
+  __device__ HeadMean(const Forward& p, float weight)
+      : of_residual(p.residual == nullptr ? 0.0f
+                    : weight > 0.0f       ? 0.5f
+                                          : 1.0f),
+        of_sum(weight > 0.0f ? (1.0f - of_residual) / weight : 0.0f) {}
+  __device__ void write(const Forward& p, uint64_t at, float sum) const {
+    sum *= of_sum;
+    p.share_out[at] = p.residual == nullptr ? sum : fmaf(p.residual[at], of_residual, sum);
+  }
+};
+
 // output = softmax(scale Q K^T + bias + mask) V: a block has 16 queries of a head for each of its WARPS, and all keys
 // pass by in steps of TILES x 16. If one step has them all (STREAMS is false) the softmax is exact in one pass, else
 // online. Where there are few, a block goes on to the next head, whose Q, K and V come while it is busy with this one.
@@ -41,6 +72,7 @@ struct ForwardKernel {
   // Rows that are known to be there, and tiles that are not asked whether they have keys.
   static constexpr int CERTAIN_KEYS = STREAMS ? 0 : least_keys(TILES) - 1;
   static constexpr int CERTAIN_TILES = STREAMS ? 1 : TURNS ? TILES : CERTAIN_KEYS / 16 + 1;
+  static_assert(!TURNS || (LABEL_BLOCKS == 1 && KEYS <= 64), "a warp splits the labels of a source");
   // Labels lie in shared memory as rows of a column each, ones and the parts of the shares: 16-byte chunks of 8 keys,
   // an odd number of them, so that 8 rows begin in different banks.
   static constexpr int LABEL_ROWS = 1 + PARTS * 2 * LABEL_BLOCKS + WINDOWS;
@@ -163,17 +195,52 @@ struct ForwardKernel {
 
   __device__ void load_labels(int step) const { load_labels(stage(step).label, step); }
   __device__ void load_labels(uint32_t to, int step) const {
+    if (warp == 0) store_ones(to, step);
+    if constexpr (TURNS) {
+      if (warp < p.sources) split_labels(to, warp, lane);
+    } else {
+      copy_labels(to, step);
+    }
+  }
+  __device__ void store_ones(uint32_t to, int step) const {
+    const int key = step * KEYS + 8 * lane;
+    if (lane >= LABEL_CHUNKS) return;
+    const uint32_t ones = pack<T>(1.0f, 1.0f), one = ones & 0xffff;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = p.keys > key + 2 * i + 1 ? ones : p.keys > key + 2 * i ? one : 0;
+    store_shared(to + lane * 16, make_uint4(words[0], words[1], words[2], words[3]));
+  }
+  // What `pack_labels` does for other blocks. So many threads as there are pairs of keys have one each.
+  __device__ void split_labels(uint32_t to, int source, int pair) const {
+    const int key = 2 * pair;
+    if (key >= 8 * LABEL_CHUNKS) return;
+    T parts[2][PARTS];
+    float is_real[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bool has_label = key + i < p.keys;
+      uint64_t token = uint64_t(image) * unsigned(p.keys) + key + i;
+      if (WINDOWS) {
+        has_label = window().has(key + i);
+        token = window().token_of_all(key + i);
+      }
+      split(has_label ? p.share[token * unsigned(p.sources) + source] : 0.0f, parts[i]);
+      is_real[i] = has_label ? 1.0f : 0.0f;
+    }
+    to += key * int(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+      alignas(4) const T both[2] = {parts[0][i], parts[1][i]};
+      store_shared(to + (1 + source * PARTS + i) * LABEL_PITCH, reinterpret_cast<const uint32_t&>(both));
+    }
+    if (WINDOWS && source == 0) store_shared(to + (label_rows() - 1) * LABEL_PITCH, pack<T>(is_real[0], is_real[1]));
+  }
+  __device__ void copy_labels(uint32_t to, int step) const {
     // Warps take rows in turn, a thread 8 keys of each.
     const int rows = label_rows(), row_length = padded(p.keys), key = step * KEYS + 8 * lane;
     if (lane >= LABEL_CHUNKS) return;
     const uint32_t to_row = to + lane * 16;
-    if (warp == 0) {
-      const uint32_t ones = pack<T>(1.0f, 1.0f), one = ones & 0xffff;
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = p.keys > key + 2 * i + 1 ? ones : p.keys > key + 2 * i ? one : 0;
-      store_shared(to_row, make_uint4(words[0], words[1], words[2], words[3]));
-    }
     const T* parts = static_cast<const T*>(p.parts) + key;
 #pragma unroll 1
     for (int row = warp > 0 ? warp : WARPS; row < rows; row += WARPS) {
@@ -192,10 +259,9 @@ struct ForwardKernel {
     const Values value_rows = values(0);
     query_rows.copy(shared);
     key_rows.copy(stage(0).key);
-    if (TURNS) load_labels(0);
     commit_copies();
     value_rows.copy(stage(0).value);
-    if (!TURNS) load_labels(0);
+    load_labels(0);
     commit_copies();
     if constexpr (STREAMS) {
       take_steps();
@@ -561,15 +627,23 @@ struct ForwardKernel {
   __device__ void write_shares(const float (&shares)[LABEL_BLOCKS][4], const Numbers& to) const {
     const bool is_odd = to.lane % 2 != 0;
     const unsigned rows = p.sources + WINDOWS;
-    if (WINDOWS && p.sources > 0 && to.lane % 4 == 2) {
-      // Column 4, the last row: the part of the attention that goes to labels.
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const unsigned query = to.query + 8 * i;
-        if (query < p.queries) {
-          p.head_share[(uint64_t(turn) * rows + rows - 1) * unsigned(p.queries) + query] = shares[0][2 * i];
-        }
-      }
+    float weight = float(p.heads);
+    if (WINDOWS) {
+      // Column 4: the part of the attention that goes to labels.
+      const int from = to.lane & ~3 | 2;
+      const float of_rows[2] = {__shfl_sync(0xffffffffu, shares[0][0], from),
+                                __shfl_sync(0xffffffffu, shares[0][2], from)};
+      weight = is_odd ? of_rows[1] : of_rows[0];
+    }
+    const bool has_all_heads = cuda::has_all_heads(p, KIND);
+    uint64_t out = (uint64_t(image) * unsigned(p.queries) + to.query) * unsigned(p.sources);
+    bool is_real = to.is_query;
+    if (WINDOWS && has_all_heads && is_real) {
+      is_real = window().has(to.query);
+      out = window().token_of_all(to.query) * unsigned(p.sources);
+    }
+    if (WINDOWS && !has_all_heads && is_real && to.lane % 4 < 2 && p.sources > 0) {
+      p.head_share[(uint64_t(turn) * rows + p.sources) * unsigned(p.queries) + to.query] = weight;
     }
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) {
@@ -577,7 +651,10 @@ struct ForwardKernel {
       const float own[2] = {is_odd ? s[0] + s[1] : s[1], is_odd ? s[2] + s[3] : s[3]};
       const float share = (is_odd ? own[1] : own[0]) + __shfl_xor_sync(0xffffffffu, is_odd ? own[0] : own[1], 1);
       const unsigned source = 2 * n + to.lane % 4 / 2;
-      if (to.is_query && source < p.sources) {
+      if (!is_real || source >= p.sources) continue;
+      if (has_all_heads) {
+        HeadMean(p, weight).write(p, out + source, share);
+      } else {
         p.head_share[(uint64_t(turn) * rows + source) * unsigned(p.queries) + to.query] = share;
       }
     }

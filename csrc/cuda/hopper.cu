@@ -90,8 +90,12 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
       if (number > 0) say_that_values_are_there<1>(number - 1);
       if (number >= 2) hopper::wait_at(values_are_done(stage), OF_ALL);
       this->values(0).copy(values_of(stage));
-      this->load_labels(labels_of(stage), 0);
       commit_copies();
+      if (warp == 0) this->store_ones(labels_of(stage), 0);
+#pragma unroll 1
+      for (int source = 0; source < p.sources; ++source) {
+        this->split_labels(labels_of(stage), source, int(threadIdx.x));
+      }
       wait_for_copies<1>();
       hopper::show_to_products();
 #pragma unroll

@@ -146,24 +146,33 @@ def test_sources_are_within_the_bound(monkeypatch, keys, sources, residual):
     check(monkeypatch, case, FLOAT16)
 
 
+def check_turns(launches, blocks, have_all_heads):
+    """Checks that so many blocks computed attention, and that they averaged the shares if each had all heads."""
+    if not ON_GPU:
+        assert [of_launch for kernel, of_launch in launches if "attention_forward" in kernel] == [blocks]
+        assert any("average_heads" in kernel for kernel, _ in launches) != have_all_heads
+        assert not any("pack_labels" in kernel for kernel, _ in launches)
+
+
 @executed
 @pytest.mark.parametrize("keys", [20, 40])
-def test_blocks_take_heads_in_turn(monkeypatch, keys):
-    # So many images that a block has two heads, but the last of an image one. The last two images are executed.
-    case = Case("turns", 820, 5, 20, keys, 32, sources=2)
+@pytest.mark.parametrize(("images", "heads"), [(820, 5), (2048, 2)])
+def test_blocks_take_heads_in_turn(monkeypatch, keys, images, heads):
+    # So many images that a block has two heads, or the last one of five. The last two images are executed.
+    case = Case("turns", images, heads, 20, keys, 32, sources=2)
     inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
-    grids = []
+    launches = []
 
     def blocks_of_last(launch):
         (blocks, _, _), of_image = launch.grid, launch.grid[0] // case.batch
-        grids.append(blocks)
+        launches.append((launch.kernel, blocks))
         return range(blocks - 2 * of_image, blocks)
 
     with monkeypatch.context() as patch:
         record(patch, blocks=blocks_of_last)
         tensors = [inputs[name] for name in ("query", "key", "value", "share", "residual")]
         output, share = tlk.attention(*tensors, backend="cuda")
-    assert ON_GPU or case.batch * 3 in grids
+    check_turns(launches, images * -(-heads // 2), heads == 2)
     exact = [tensor[-2:].double() for tensor in tensors]
     expected, expected_share = tlk.attention(*exact, backend="reference")
     plain = torch.softmax(tensors[0][-2:] @ tensors[1][-2:].mT * 32**-0.5, -1) @ tensors[2][-2:]
@@ -354,25 +363,27 @@ def test_maps_and_padding_of_any_strides(monkeypatch):
 
 
 @executed
-def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch):
-    # So many windows that a block has two heads, but the last of a window one. The last map is executed.
-    maps, windows = 205, Windows((8, 8), (4, 4), (1, 2))
-    case = Case("turns", maps, 5, head_dim=32, sources=2, bias_scale=1.0, windows=windows)
+@pytest.mark.parametrize(("maps", "heads"), [(205, 5), (512, 2)])
+def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch, maps, heads):
+    # So many windows that a block has two heads, or the last one of five. The last map is executed.
+    windows = Windows((8, 7), (4, 4), (1, 2))
+    case = Case("turns", maps, heads, head_dim=32, sources=2, bias_scale=1.0, windows=windows)
     inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
-    grids = []
+    launches = []
 
     def blocks_of_last(launch):
         (blocks, _, _), of_map = launch.grid, launch.grid[0] // maps
-        grids.append(blocks)
+        launches.append((launch.kernel, blocks))
         return range(0 if "pack_windows" in launch.kernel else blocks - of_map, blocks)
 
     options = dict(bias=inputs["bias"], window_size=windows.window_size, shift=windows.shift)
+    options["pad_qkv"] = inputs["pad_qkv"]
     tensors = [inputs[name] for name in ("qkv", "share", "residual")]
     with monkeypatch.context() as patch:
         record(patch, blocks=blocks_of_last)
         output, share = tlk.window_attention(*tensors, **options, backend="cuda")
-    assert ON_GPU or maps * windows.count * 3 in grids
-    options["bias"] = options["bias"].double()
+    check_turns(launches, maps * windows.count * -(-heads // 2), heads == 2)
+    options |= {name: options[name].double() for name in ("bias", "pad_qkv")}
     exact = [tensor[-1:].double() for tensor in tensors]
     expected, expected_share = tlk.window_attention(*exact, **options, backend="reference")
     assert (output[-1:] - expected).abs().max() <= 2 * selftest.ROUNDING[BFLOAT16] * expected.abs().max()
@@ -406,8 +417,8 @@ def test_windows_are_read_once_and_written_once():
     cuda_offline.record_windows(run, windows, dim, heads=heads, images=maps)
     rows = maps * windows.count * heads * tokens
     head = rows * dim * 2
-    # Q, K, V, and the parts of a share with what says where there are any; O, the log-sum-exp and the labels.
-    assert moved["attention_forward"] == (3 * head + 4 * rows * 2, head + rows * 4 + 2 * rows * 4)
+    # Q, K, V; O, the log-sum-exp, and of each head the labels with what says where there are any.
+    assert moved["attention_forward"] == (3 * head, head + rows * 4 + 2 * rows * 4)
     # Q, K, V, O and dO; dQ, dK, dV and the sum of dS.
     assert moved["attention_backward_head"] == (5 * head, 3 * head + maps * windows.count * heads * tokens**2 * 4)
 
