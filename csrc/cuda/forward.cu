@@ -110,7 +110,7 @@ void pack(const Forward& p, cudaStream_t stream) {
 
 template <Kind KIND>
 void average(const Forward& p, cudaStream_t stream) {
-  if (p.sources == 0 || has_all_heads(p, KIND)) return;
+  if (p.sources == 0) return;
   const auto kernel = KIND == Kind::windows   ? average_heads_of_windows
                       : KIND == Kind::offsets ? average_heads<true>
                                               : average_heads<false>;
@@ -136,7 +136,7 @@ void launch(Forward p, cudaStream_t stream) {
   count_in_bytes<T>(p);
   kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
   check(cudaGetLastError(), "attention_forward", p);
-  average<KIND>(p, stream);
+  if (!Kernel::has_all_heads(p)) average<KIND>(p, stream);
 }
 
 // All keys in one step where registers hold their scores: up to 64, or up to 208 of heads of at most 64.

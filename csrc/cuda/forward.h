@@ -30,12 +30,6 @@ __device__ void split(float share, T (&parts)[PARTS]) {
   }
 }
 
-// Whether a block has all heads of its queries and averages them itself. Where a query may see no key, `average_heads`
-// counts the heads in which it sees one.
-inline TLALIGN_BOTH bool has_all_heads(const Forward& p, Kind kind) {
-  return p.turns.divisor == 1 && kind != Kind::offsets;
-}
-
 // Makes a sum of shares over the heads their mean, by what their weights sum to, and averages it with the residual.
 struct HeadMean {
   float of_residual, of_sum;
@@ -69,6 +63,8 @@ struct ForwardKernel {
   // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels. Not with offsets,
   // beside which these are little: rather have more warps to wait for them.
   static constexpr bool TURNS = !STREAMS && !OFFSETS && TILES <= 4;
+  // Whether a block averages shares itself, since it has all heads of its queries.
+  static TLALIGN_BOTH bool has_all_heads(const Forward& p) { return TURNS && p.turns.divisor == 1; }
   // Rows that are known to be there, and tiles that are not asked whether they have keys.
   static constexpr int CERTAIN_KEYS = STREAMS ? 0 : least_keys(TILES) - 1;
   static constexpr int CERTAIN_TILES = STREAMS ? 1 : TURNS ? TILES : CERTAIN_KEYS / 16 + 1;
@@ -635,14 +631,14 @@ struct ForwardKernel {
                                 __shfl_sync(0xffffffffu, shares[0][2], from)};
       weight = is_odd ? of_rows[1] : of_rows[0];
     }
-    const bool has_all_heads = cuda::has_all_heads(p, KIND);
+    const bool averages = has_all_heads(p);
     uint64_t out = (uint64_t(image) * unsigned(p.queries) + to.query) * unsigned(p.sources);
     bool is_real = to.is_query;
-    if (WINDOWS && has_all_heads && is_real) {
+    if (WINDOWS && averages && is_real) {
       is_real = window().has(to.query);
       out = window().token_of_all(to.query) * unsigned(p.sources);
     }
-    if (WINDOWS && !has_all_heads && is_real && to.lane % 4 < 2 && p.sources > 0) {
+    if (WINDOWS && !averages && is_real && to.lane % 4 < 2 && p.sources > 0) {
       p.head_share[(uint64_t(turn) * rows + p.sources) * unsigned(p.queries) + to.query] = weight;
     }
 #pragma unroll
@@ -652,7 +648,7 @@ struct ForwardKernel {
       const float share = (is_odd ? own[1] : own[0]) + __shfl_xor_sync(0xffffffffu, is_odd ? own[0] : own[1], 1);
       const unsigned source = 2 * n + to.lane % 4 / 2;
       if (!is_real || source >= p.sources) continue;
-      if (has_all_heads) {
+      if (averages) {
         HeadMean(p, weight).write(p, out + source, share);
       } else {
         p.head_share[(uint64_t(turn) * rows + source) * unsigned(p.queries) + to.query] = share;
