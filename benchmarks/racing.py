@@ -34,7 +34,15 @@ CLOCK = Clock()
 
 
 def race(
-    benchmark: Any, seconds: float, runs: dict[str, Callable], left_out: dict[str, str], *, level: str, row: str, **more
+    benchmark: Any,
+    seconds: float,
+    runs: dict[str, Callable],
+    left_out: dict[str, str],
+    *,
+    level: str,
+    row: str,
+    worth: float = 1.0,
+    **more,
 ) -> None:
     """Times functions that have run once already, ours first, for about so many seconds, and keeps all times.
 
@@ -45,6 +53,7 @@ def race(
         left_out: Why others do not take part, by name.
         level: The table of the report.
         row: The row there.
+        worth: How many times `seconds` to spend on it.
         more: What else the report wants to know.
     """
     order, ours = random.Random(0), next(iter(runs))
@@ -73,7 +82,7 @@ def race(
 
     start = time.perf_counter()
     round_of_all()  # warms up and tells how long a round takes
-    rounds = int(seconds / (time.perf_counter() - start))
+    rounds = int(worth * seconds / (time.perf_counter() - start))
     times.update({name: [] for name in runs})
     benchmark.pedantic(round_of_all, rounds=min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))
     benchmark.extra_info.update(
