@@ -289,6 +289,11 @@ class TrainConfig(EvalConfig):
         return self.mixing != "none" and self.target in ("token-labels", "teacher")
 
     @property
+    def labels_tokens(self) -> bool:
+        """Whether it labels each token."""
+        return self.teacher_labels and self.target == "token-labels"
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the run needs a trained network."""
         return self.mixing == "attentive-cutmix" or self.teacher_labels

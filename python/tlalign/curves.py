@@ -111,8 +111,7 @@ def draw_methods(top1: Mapping[str, Sequence[float]], relative_times: Mapping[st
             bar = time.barh(row, relative_times[name], height=0.6, color=_COLOURS[6])
             time.bar_label(bar, fmt="%.2f", label_type="center")
     time.axvline(1.0, color=_COLOURS[2], linewidth=1, zorder=0)
-    time.margins(x=0.2)
-    time.set_xlabel("time of a step, relative to CutMix")
+    time.set_xlabel("time of a step without data,\nrelative to CutMix")
     for axis in (accuracy, time):
         axis.grid(alpha=0.3)
     handles, names = accuracy.get_legend_handles_labels()

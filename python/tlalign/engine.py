@@ -101,7 +101,7 @@ class Trainer:
         self.steps_per_epoch = len(self.train_loader) // config.accumulate
         if config.aligns:
             align_targets(self.model, config)
-        if config.target == "token-labels" and config.aligns:
+        if config.labels_tokens:
             self._check_token_labels(data.num_classes)
         if config.grad_checkpointing:
             self._checkpoint_activations()
@@ -248,7 +248,7 @@ class Trainer:
         side, config = self.image_config["input_size"][-1], self.config
         if config.box_grid is not None and side % config.box_grid:
             raise UsageError(f"box_grid: expected a divisor of the {side} pixels of an image, got {config.box_grid}")
-        patches = config.mixing in PATCH_MIXING or config.target == "token-labels"
+        patches = config.mixing in PATCH_MIXING or config.labels_tokens
         if patches and (side % config.mix_patch_size or side == config.mix_patch_size):
             raise UsageError(
                 f"mix_patch_size: expected a divisor of the {side} pixels of an image that gives several patches, got "

@@ -199,6 +199,11 @@ def test_what_cannot_be_run_is_a_usage_error(tmp_path, values, message):
         Trainer(tiny(tmp_path, **values))
 
 
+def test_without_mixing_patches_need_not_fit(tmp_path):
+    trainer = Trainer(tiny(tmp_path, mixing="none", target="token-labels", mix_patch_size=5))
+    assert trainer.task.teacher is None
+
+
 def test_a_run_is_never_written_over(tmp_path):
     RunFolder(tiny(tmp_path / "run"))
     with pytest.raises(UsageError, match="expected a new or empty folder"):

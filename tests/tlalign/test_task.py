@@ -219,16 +219,21 @@ def test_a_missing_package_is_a_usage_error(monkeypatch):
         create_mixing(digits(mixing="saliencymix"))
 
 
+def run_step(task, images, classes):
+    """Result of a step of seed 3; CutMix as it drew there, and what it made of the images."""
+    task.start_step(5)
+    result = task(images, classes)
+    strategy = CutMix(mode="elem")
+    strategy.reseed(3, 5, 0)
+    return result, strategy, *strategy(images, classes)
+
+
 def test_a_teacher_s_target_takes_the_place_of_the_ratio():
     images, classes = make_batch()
     model = make_model()
     teacher = Teacher(make_model())
     task = AlignedClassificationTask(model, CutMix(mode="elem"), align=False, teacher=teacher, seed=3)
-    task.start_step(5)
-    result = task(images, classes)
-    strategy = CutMix(mode="elem")
-    strategy.reseed(3, 5, 0)
-    mixed, target = strategy(images, classes)
+    result, strategy, mixed, target = run_step(task, images, classes)
     taught = teacher.target(strategy, images, target)
     torch.testing.assert_close(result["loss"], tlk.mixed_cross_entropy(model(mixed), taught))
     assert torch.equal(result["ratio_change"], taught.ratio - target.ratio)
@@ -242,11 +247,7 @@ def test_token_labels_of_a_teacher_are_aligned():
     images, classes = make_batch()
     model, teacher = tlk.patch_model(make_model()), Teacher(make_model(), patch_size=4)
     task = AlignedClassificationTask(model, CutMix(mode="elem"), teacher=teacher, smoothing=0.1, seed=3)
-    task.start_step(5)
-    result = task(images, classes)
-    strategy = CutMix(mode="elem")
-    strategy.reseed(3, 5, 0)
-    mixed, target = strategy(images, classes)
+    result, strategy, mixed, target = run_step(task, images, classes)
     labels = teacher.token_labels(strategy, images, target)
     logits, aligned = model(mixed, target=labels)
     torch.testing.assert_close(result["loss"], tlk.mixed_cross_entropy(logits, aligned, 0.1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tlalign.mixing.masks import mix_masked
-from tlalign.mixing.strategy import MixingStrategy, Mode, is_integer, to_device
+from tlalign.mixing.strategy import MixingStrategy, Mode, cell_of_pixel, is_integer, to_device
 from tlalign_kernels.labels import MixedTarget
 
 
@@ -70,8 +70,5 @@ class AttentiveCutMix(MixingStrategy):
         masks = torch.zeros_like(flat, dtype=torch.bool)
         masks.scatter_(1, flat.topk(self.count, dim=1).indices, True)
         masks = masks.view(-1, *cells) & to_device(chosen, images.device)[:, None, None]
-        rows, columns = (
-            torch.arange(pixels, device=images.device) * side // pixels
-            for pixels, side in zip(image_size, cells, strict=True)
-        )
-        return mix_masked(images, classes, masks[:, rows[:, None], columns[None, :]])
+        masks = masks.flatten(1)[:, cell_of_pixel(cells, image_size, images.device)]
+        return mix_masked(images, classes, masks.unflatten(1, image_size))

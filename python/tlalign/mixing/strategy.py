@@ -111,7 +111,7 @@ class MixingStrategy(ABC):
         Returns:
             What is seen of the image's own map and of its partner's, (B,) each.
         """
-        density = maps.flatten(1)[:, _cell_of_pixel(tuple(maps.shape[1:]), image_size, maps.device)]
+        density = maps.flatten(1)[:, cell_of_pixel(tuple(maps.shape[1:]), image_size, maps.device)]
         density = density / density.sum(dim=1, keepdim=True)
         share = target.token_share(image_size, (1, 1))[..., 0]
         own, partner = (
@@ -135,8 +135,8 @@ class MixingStrategy(ABC):
             Pixels of the image's own cells and of its partner's, float32 (B, Ht * Wt, h * w) each; together
             they sum to the pixels of a patch.
         """
-        cell = _cell_of_pixel(cells, image_size, target.device)
-        patch = _cell_of_pixel(patches, image_size, target.device)
+        cell = cell_of_pixel(cells, image_size, target.device)
+        patch = cell_of_pixel(patches, image_size, target.device)
         share = target.token_share(image_size, (1, 1))[..., 0]
         shown = []
         for origin, weight in zip(self.origins(target, image_size), (1 - share, share), strict=True):
@@ -168,8 +168,17 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _cell_of_pixel(cells: tuple[int, int], image_size: tuple[int, int], device: torch.device) -> Tensor:
-    """The cell of a grid that each pixel of an image lies in, int64 (Hi * Wi,)."""
+def cell_of_pixel(cells: tuple[int, int], image_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Finds the cell of a grid that each pixel of an image lies in.
+
+    Args:
+        cells: (h, w), of equal size up to a pixel.
+        image_size: (Hi, Wi) in pixels.
+        device: Device of the result.
+
+    Returns:
+        int64 (Hi * Wi,), numbers of cells row by row.
+    """
     rows, columns = (
         torch.arange(pixels, device=device) * side // pixels for pixels, side in zip(image_size, cells, strict=True)
     )
