@@ -122,7 +122,10 @@ template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LAB
 void launch(Forward p, cudaStream_t stream) {
   using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
 #if defined(TLALIGN_HOPPER)
-  if (TILES == 13 && KIND == Kind::plain && launch_on_hopper(p, stream)) return average<KIND>(p, stream);
+  if (KIND == Kind::plain && LABEL_BLOCKS == 1) {
+    if (TILES == 13 && launch_on_hopper(p, stream)) return average<KIND>(p, stream);
+    if (STREAMS && stream_on_hopper(p, stream)) return average<KIND>(p, stream);
+  }
 #endif
   if (!Kernel::TURNS) pack<T, KIND>(p, stream);
   const auto kernel = attention_forward<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;

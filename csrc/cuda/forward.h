@@ -664,8 +664,9 @@ void count_in_bytes(Forward& p) {
   }
 }
 
-// Launches a kernel for Hopper, if the device is one and there is one for the problem; else says no. Sets what divides
-// an image into heads.
+// Launch a kernel for Hopper, if the device is one and there is one for the problem, the latter for more keys than one
+// step takes; else say no. Set what divides an image into heads.
 bool launch_on_hopper(Forward& p, cudaStream_t stream);
+bool stream_on_hopper(Forward& p, cudaStream_t stream);
 
 }  // namespace tlalign::cuda

@@ -12,9 +12,10 @@
 namespace tlalign::cuda::hopper {
 
 // Rows of 128 bytes as SharedRows has them, which is the swizzle of 128 bytes: where they begin, over 16, and 1024
-// bytes from 8 rows to the next 8. They begin at a multiple of 1024 bytes.
-__device__ inline uint64_t descriptor(uint32_t rows) {
-  return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 | rows >> 4;
+// bytes from 8 rows to the next 8. They begin at a multiple of 1024 bytes. Of a right factor whose rows are longer the
+// next 128 bytes of them lie `beside` bytes further on.
+__device__ inline uint64_t descriptor(uint32_t rows, uint32_t beside = 16) {
+  return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(beside / 16) << 16 | rows >> 4;
 }
 
 // What threads stored or copied into shared memory before can be read by products, once a barrier was passed.
@@ -90,7 +91,11 @@ __device__ void store_row(char* to, const float (&sum)[8][4], int i, float facto
 // `multiply_add`.
 template <class T, bool ADDS>
 __device__ void multiply_rows(float (&sum)[25][4], uint64_t left, uint64_t right);
-// The same for 32, 16 or 8 columns.
+// The same for 128, 80, 32, 16 or 8 columns.
+template <class T, bool ADDS>
+__device__ void multiply_rows(float (&sum)[16][4], uint64_t left, uint64_t right);
+template <class T, bool ADDS>
+__device__ void multiply_rows(float (&sum)[10][4], uint64_t left, uint64_t right);
 template <class T, bool ADDS>
 __device__ void multiply_rows(float (&sum)[4][4], uint64_t left, uint64_t right);
 template <class T, bool ADDS>
@@ -100,6 +105,9 @@ __device__ void multiply_rows(float (&sum)[1][4], uint64_t left, uint64_t right)
 // sum (64 x 64) = or += left (64 x 16) right (16 x 64): a warp has 16 rows of sum and left.
 template <class T, bool ADDS>
 __device__ void multiply_columns(float (&sum)[8][4], const Fragment& left, uint64_t right);
+// The same for 72 columns.
+template <class T, bool ADDS>
+__device__ void multiply_columns(float (&sum)[9][4], const Fragment& left, uint64_t right);
 // The same with left^T (16 x 64) in shared memory, too.
 template <class T, bool ADDS>
 __device__ void multiply_columns(float (&sum)[8][4], uint64_t left, uint64_t right);
@@ -130,6 +138,33 @@ __device__ void multiply_transposed(float (&sum)[1][4], uint64_t left, uint64_t 
         "%96, %97, %98, %99"                                                                                      \
         "}, %100, %101, adds, 1, 1, 0, 0; }"                                                                      \
         : TLALIGN_100(is, sum)                                                                                    \
+        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  __device__ inline void multiply_rows<type, adds>(float (&sum)[16][4], uint64_t left, uint64_t right) {          \
+    asm volatile(                                                                                                 \
+        "{ .reg .pred adds; setp.ne.b32 adds, %66, 0; "                                                           \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name                                              \
+        " {"                                                                                                      \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                        \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                          \
+        "}, %64, %65, adds, 1, 1, 0, 0; }"                                                                        \
+        : TLALIGN_32(is, sum, 0), TLALIGN_32(is, sum, 8)                                                          \
+        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  __device__ inline void multiply_rows<type, adds>(float (&sum)[10][4], uint64_t left, uint64_t right) {          \
+    asm volatile(                                                                                                 \
+        "{ .reg .pred adds; setp.ne.b32 adds, %42, 0; "                                                           \
+        "wgmma.mma_async.sync.aligned.m64n80k16.f32." name "." name                                               \
+        " {"                                                                                                      \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
+        "%32, %33, %34, %35, %36, %37, %38, %39"                                                                  \
+        "}, %40, %41, adds, 1, 1, 0, 0; }"                                                                        \
+        : TLALIGN_32(is, sum, 0), TLALIGN_8(is, sum, 8)                                                           \
         : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
   }                                                                                                               \
   template <>                                                                                                     \
@@ -195,6 +230,19 @@ __device__ void multiply_transposed(float (&sum)[1][4], uint64_t left, uint64_t 
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                          \
         "}, {%32, %33, %34, %35}, %36, adds, 1, 1, 1; }"                                                          \
         : TLALIGN_32(is, sum, 0)                                                                                  \
+        : "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w), "l"(right), "r"(int(adds)));                        \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  __device__ inline void multiply_columns<type, adds>(float (&sum)[9][4], const Fragment& left, uint64_t right) { \
+    asm volatile(                                                                                                 \
+        "{ .reg .pred adds; setp.ne.b32 adds, %41, 0; "                                                           \
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32." name "." name                                               \
+        " {"                                                                                                      \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
+        "%32, %33, %34, %35"                                                                                      \
+        "}, {%36, %37, %38, %39}, %40, adds, 1, 1, 1; }"                                                          \
+        : TLALIGN_32(is, sum, 0), TLALIGN_4(is, sum, 8)                                                           \
         : "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w), "l"(right), "r"(int(adds)));                        \
   }
 TLALIGN_PRODUCTS(__nv_bfloat16, "bf16", false, "=f")
