@@ -199,8 +199,8 @@ struct HopperStreamingKernel : ForwardKernel<T, 64, 8, 4, true, Kind::plain, 1> 
     }
   };
 
-  // Tiles of the last step, if they are fewer than those of the others. So many ViTs have 1 or 17 keys more than a
-  // multiple of 128, those of 384 pixels and patches of 16 have 65.
+  // Tiles of the last step, if they are fewer than those of the others: many ViTs have 1 or 17 keys more than a
+  // multiple of 128, those of 384 pixels in patches of 16 have 65.
   static constexpr int FEW = 2, SOME = 5;
 
   __device__ void take_queries(uint32_t queries, unsigned group, unsigned step) const {
@@ -301,10 +301,10 @@ void launch(Forward p, unsigned blocks, cudaStream_t stream) {
 bool stream_on_hopper(Forward& p, cudaStream_t stream) {
   using Kernel = HopperStreamingKernel<__half>;
   const int multiprocessors = multiprocessors_of_hopper();
+  if (multiprocessors == 0 || p.head_dim != 64 || p.keys <= Kernel::KEYS) return false;
   p.heads_of_block = 1;
   p.turns = Divisor(p.heads);
   p.blocks = Divisor(unsigned(p.queries + Kernel::QUERIES - 1) / Kernel::QUERIES);
-  if (multiprocessors == 0 || p.head_dim != 64 || p.keys <= Kernel::KEYS) return false;
   const unsigned blocks = unsigned(std::min<int64_t>(multiprocessors, p.batch * p.heads * p.blocks.divisor));
   if (p.dtype == DType::bfloat16) {
     launch<__nv_bfloat16>(p, blocks, stream);

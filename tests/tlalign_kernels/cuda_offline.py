@@ -109,6 +109,17 @@ def usage_of(is_wanted, arch, folder):
     return usage
 
 
+def usage_on_hopper(folder):
+    """The same for kernels that are for Hopper only, and what the compiler said."""
+    usage, said = [], ""
+    for source in HOPPER:
+        cubin = folder / f"{source.stem}.cubin"
+        command = _nvcc("-gencode", "arch=compute_90a,code=sm_90a", "-cubin", source, "-o", cubin)
+        said += subprocess.run(command, check=True, text=True, capture_output=True).stderr
+        usage += resource_usage(cubin)
+    return usage, said
+
+
 @functools.cache
 def module_of(kernel, arch=80):
     """One kernel as ptxvm has it."""

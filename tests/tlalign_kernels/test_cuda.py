@@ -457,6 +457,17 @@ def test_no_kernel_of_windows_spills(arch, tmp_path):
     assert [name for name, resources in usage if resources["STACK"] or resources["LOCAL"]] == []
 
 
+@offline
+def test_kernels_of_hopper_do_not_spill(tmp_path):
+    import cuda_offline
+
+    usage, said = cuda_offline.usage_on_hopper(tmp_path)
+    assert len(usage) == 5
+    assert [name for name, resources in usage if resources["STACK"] or resources["LOCAL"]] == []
+    # Where ptxas can't tell that registers are free it lets products wait for each other.
+    assert "serialized" not in said
+
+
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="built without CUDA kernels")
 
 
