@@ -16,8 +16,8 @@ namespace {
 // Blocks take more than one head in turn if at least so many blocks remain: a few times what a GPU holds at once.
 constexpr int FEW_BLOCKS = 2048;
 
-// Threads of a block of the two small kernels; blocks_of(row, SMALL) of them have an image.
-constexpr unsigned SMALL = 64;
+// Keys or queries of a block of the two small kernels, whose threads have two each.
+constexpr unsigned KEYS_OF_PACKING = 64, QUERIES_OF_AVERAGING = 128;
 
 constexpr __host__ __device__ unsigned blocks_of(unsigned threads, unsigned of_block) {
   return (threads + of_block - 1) / of_block;
@@ -27,71 +27,95 @@ constexpr __host__ __device__ unsigned blocks_of(unsigned threads, unsigned of_b
 // padding, too, and a last row with ones elsewhere.
 template <class T, bool WINDOWS>
 __global__ void pack_labels(const __grid_constant__ Forward p) {
-  const unsigned row = padded(p.keys), blocks = row / SMALL, image = blockIdx.x / blocks;
-  const unsigned key = blockIdx.x % blocks * SMALL + threadIdx.x;
+  const unsigned row = padded(p.keys), blocks = row / KEYS_OF_PACKING, image = blockIdx.x / blocks;
+  const unsigned key = blockIdx.x % blocks * KEYS_OF_PACKING + 2 * threadIdx.x;
   T* to = static_cast<T*>(p.parts) + uint64_t(image * (p.sources * PARTS + WINDOWS)) * row + key;
-  bool is_real = key < p.keys;
-  uint64_t token = uint64_t(image) * p.keys + key;
-  if (WINDOWS) {
-    const Window window(p.windows, image);
-    is_real = window.has(key);
-    token = window.token_of_all(key);
+  const auto store = [&](const T& first, const T& second) {
+    alignas(4) const T both[2] = {first, second};
+    *reinterpret_cast<uint32_t*>(to) = reinterpret_cast<const uint32_t&>(both);
+    to += row;
+  };
+  bool is_real[2];
+  const float* share[2];
+#pragma unroll
+  for (unsigned i = 0; i < 2; ++i) {
+    is_real[i] = key + i < p.keys;
+    uint64_t token = uint64_t(image) * p.keys + key + i;
+    if (WINDOWS) {
+      const Window window(p.windows, image);
+      is_real[i] = window.has(key + i);
+      token = window.token_of_all(key + i);
+    }
+    share[i] = p.share + token * p.sources;
   }
-  const float* share = p.share + token * p.sources;
 #pragma unroll 1
   for (int source = 0; source < p.sources; ++source) {
-    T parts[PARTS];
-    split(is_real ? share[source] : 0.0f, parts);
+    T parts[2][PARTS];
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i, to += row) *to = parts[i];
+    for (int i = 0; i < 2; ++i) split(is_real[i] ? share[i][source] : 0.0f, parts[i]);
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) store(parts[0][i], parts[1][i]);
   }
-  if (WINDOWS) *to = from_float<T>(is_real ? 1.0f : 0.0f);
+  if (WINDOWS) store(from_float<T>(is_real[0] ? 1.0f : 0.0f), from_float<T>(is_real[1] ? 1.0f : 0.0f));
 }
 
 // The mean over the heads in which a query sees a key, in fixed order, averaged with the residual, where no block had
 // all of them. Each row of head_share is the sum of the heads that a block had. `MASKED`: a query may see no key.
 template <bool MASKED>
 __global__ void average_heads(const __grid_constant__ Forward p) {
-  const unsigned queries = p.queries, blocks = blocks_of(queries, SMALL), image = blockIdx.x / blocks;
-  const unsigned query = blockIdx.x % blocks * SMALL + threadIdx.x;
-  if (query >= queries) return;
-  int seeing = p.heads;
+  constexpr unsigned STEP = QUERIES_OF_AVERAGING / 2;
+  const unsigned queries = p.queries, blocks = blocks_of(queries, QUERIES_OF_AVERAGING), image = blockIdx.x / blocks;
+  const unsigned query = blockIdx.x % blocks * QUERIES_OF_AVERAGING + threadIdx.x;
+  const bool is_query[2] = {query < queries, query + STEP < queries};
+  int seeing[2] = {p.heads, p.heads};
   if (MASKED) {
     const float* log_sum_exp = p.log_sum_exp + uint64_t(image) * p.heads * queries + query;
-    seeing = 0;
-    for (int head = 0; head < p.heads; ++head, log_sum_exp += queries) seeing += *log_sum_exp != -INFINITY;
+    seeing[0] = seeing[1] = 0;
+    for (int head = 0; head < p.heads; ++head, log_sum_exp += queries) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) seeing[i] += is_query[i] && log_sum_exp[i * STEP] != -INFINITY;
+    }
   }
-  const HeadMean mean(p, float(seeing));
-  const uint64_t out = (uint64_t(image) * queries + query) * p.sources;
+  const HeadMean mean[2] = {HeadMean(p, float(seeing[0])), HeadMean(p, float(seeing[1]))};
 #pragma unroll 1
   for (int source = 0; source < p.sources; ++source) {
     const float* share = p.head_share + (uint64_t(image) * p.turns.divisor * p.sources + source) * queries + query;
-    float sum = 0.0f;
+    float sum[2] = {};
 #pragma unroll 4
-    for (unsigned turn = 0; turn < p.turns.divisor; ++turn, share += uint64_t(queries) * p.sources) sum += *share;
-    mean.write(p, out + source, sum);
+    for (unsigned turn = 0; turn < p.turns.divisor; ++turn, share += uint64_t(queries) * p.sources) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sum[i] += is_query[i] ? share[i * STEP] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint64_t out = (uint64_t(image) * queries + query + i * STEP) * p.sources + source;
+      if (is_query[i]) mean[i].write(p, out, sum[i]);
+    }
   }
 }
 
 // The same for windows, where the mean is over the labels that there are: divided by their part of the attention, which
 // is the last row of head_share.
 __global__ void average_heads_of_windows(const __grid_constant__ Forward p) {
-  const unsigned queries = p.queries, blocks = blocks_of(queries, SMALL), image = blockIdx.x / blocks;
-  const unsigned query = blockIdx.x % blocks * SMALL + threadIdx.x;
+  const unsigned queries = p.queries, blocks = blocks_of(queries, QUERIES_OF_AVERAGING), image = blockIdx.x / blocks;
+  const unsigned first = blockIdx.x % blocks * QUERIES_OF_AVERAGING + threadIdx.x;
   const Window window(p.windows, image);
-  if (!window.has(query)) return;
-  const uint64_t out = window.token_of_all(query) * p.sources;
   const unsigned turns = p.turns.divisor, rows = p.sources + 1;
-  const float* shares = p.head_share + uint64_t(image) * turns * rows * queries + query;
-  const auto sum_of = [&](unsigned source) {
-    float sum = 0.0f;
+#pragma unroll
+  for (unsigned query = first; query < first + QUERIES_OF_AVERAGING; query += QUERIES_OF_AVERAGING / 2) {
+    if (query >= queries || !window.has(query)) continue;
+    const uint64_t out = window.token_of_all(query) * p.sources;
+    const float* shares = p.head_share + uint64_t(image) * turns * rows * queries + query;
+    const auto sum_of = [&](unsigned source) {
+      float sum = 0.0f;
 #pragma unroll 4
-    for (unsigned turn = 0; turn < turns; ++turn) sum += shares[(uint64_t(turn) * rows + source) * queries];
-    return sum;
-  };
-  const HeadMean mean(p, sum_of(p.sources));
+      for (unsigned turn = 0; turn < turns; ++turn) sum += shares[(uint64_t(turn) * rows + source) * queries];
+      return sum;
+    };
+    const HeadMean mean(p, sum_of(p.sources));
 #pragma unroll 1
-  for (int source = 0; source < p.sources; ++source) mean.write(p, out + source, sum_of(source));
+    for (int source = 0; source < p.sources; ++source) mean.write(p, out + source, sum_of(source));
+  }
 }
 
 template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
@@ -104,7 +128,8 @@ __global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, TILES, WARPS, 
 template <class T, Kind KIND>
 void pack(const Forward& p, cudaStream_t stream) {
   if (p.sources == 0) return;
-  pack_labels<T, KIND == Kind::windows><<<unsigned(p.batch * padded(p.keys) / SMALL), SMALL, 0, stream>>>(p);
+  const int64_t blocks = p.batch * padded(p.keys) / KEYS_OF_PACKING;
+  pack_labels<T, KIND == Kind::windows><<<unsigned(blocks), KEYS_OF_PACKING / 2, 0, stream>>>(p);
   check(cudaGetLastError(), "pack_labels", p);
 }
 
@@ -114,7 +139,8 @@ void average(const Forward& p, cudaStream_t stream) {
   const auto kernel = KIND == Kind::windows   ? average_heads_of_windows
                       : KIND == Kind::offsets ? average_heads<true>
                                               : average_heads<false>;
-  kernel<<<unsigned(p.batch * blocks_of(p.queries, SMALL)), SMALL, 0, stream>>>(p);
+  const int64_t blocks = p.batch * blocks_of(p.queries, QUERIES_OF_AVERAGING);
+  kernel<<<unsigned(blocks), QUERIES_OF_AVERAGING / 2, 0, stream>>>(p);
   check(cudaGetLastError(), "average_heads", p);
 }
 
