@@ -16,8 +16,8 @@ namespace {
 // Blocks take more than one head in turn if at least so many blocks remain: a few times what a GPU holds at once.
 constexpr int FEW_BLOCKS = 2048;
 
-// Keys or queries of a block of the two small kernels, whose threads have two each.
-constexpr unsigned KEYS_OF_PACKING = 64, QUERIES_OF_AVERAGING = 128;
+// Keys of a block of the first of two small kernels, whose threads have two each, and threads of one of the second.
+constexpr unsigned KEYS_OF_PACKING = 64, THREADS_OF_AVERAGING = 64;
 
 constexpr __host__ __device__ unsigned blocks_of(unsigned threads, unsigned of_block) {
   return (threads + of_block - 1) / of_block;
@@ -60,36 +60,36 @@ __global__ void pack_labels(const __grid_constant__ Forward p) {
 }
 
 // The mean over the heads in which a query sees a key, in fixed order, averaged with the residual, where no block had
-// all of them. Each row of head_share is the sum of the heads that a block had. `MASKED`: a query may see no key.
+// all of them. Each row of head_share is the sum of the heads that a block had. `MASKED`: a query may see no key. Else
+// a thread has two queries.
 template <bool MASKED>
 __global__ void average_heads(const __grid_constant__ Forward p) {
-  constexpr unsigned STEP = QUERIES_OF_AVERAGING / 2;
-  const unsigned queries = p.queries, blocks = blocks_of(queries, QUERIES_OF_AVERAGING), image = blockIdx.x / blocks;
-  const unsigned query = blockIdx.x % blocks * QUERIES_OF_AVERAGING + threadIdx.x;
-  const bool is_query[2] = {query < queries, query + STEP < queries};
-  int seeing[2] = {p.heads, p.heads};
+  constexpr unsigned STEP = THREADS_OF_AVERAGING, COUNT = MASKED ? 1 : 2;
+  const unsigned queries = p.queries, blocks = blocks_of(queries, STEP * COUNT), image = blockIdx.x / blocks;
+  const unsigned query = blockIdx.x % blocks * (STEP * COUNT) + threadIdx.x;
+  if (query >= queries) return;
+  int seeing = p.heads;
   if (MASKED) {
     const float* log_sum_exp = p.log_sum_exp + uint64_t(image) * p.heads * queries + query;
-    seeing[0] = seeing[1] = 0;
-    for (int head = 0; head < p.heads; ++head, log_sum_exp += queries) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) seeing[i] += is_query[i] && log_sum_exp[i * STEP] != -INFINITY;
-    }
+    seeing = 0;
+    for (int head = 0; head < p.heads; ++head, log_sum_exp += queries) seeing += *log_sum_exp != -INFINITY;
   }
-  const HeadMean mean[2] = {HeadMean(p, float(seeing[0])), HeadMean(p, float(seeing[1]))};
+  const HeadMean mean(p, float(seeing));
 #pragma unroll 1
   for (int source = 0; source < p.sources; ++source) {
     const float* share = p.head_share + (uint64_t(image) * p.turns.divisor * p.sources + source) * queries + query;
-    float sum[2] = {};
+    float sum[COUNT] = {};
 #pragma unroll 4
     for (unsigned turn = 0; turn < p.turns.divisor; ++turn, share += uint64_t(queries) * p.sources) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) sum[i] += is_query[i] ? share[i * STEP] : 0.0f;
+      for (unsigned i = 0; i < COUNT; ++i) {
+        if (i == 0 || query + i * STEP < queries) sum[i] += share[i * STEP];
+      }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (unsigned i = 0; i < COUNT; ++i) {
       const uint64_t out = (uint64_t(image) * queries + query + i * STEP) * p.sources + source;
-      if (is_query[i]) mean[i].write(p, out, sum[i]);
+      if (i == 0 || query + i * STEP < queries) mean.write(p, out, sum[i]);
     }
   }
 }
@@ -97,25 +97,22 @@ __global__ void average_heads(const __grid_constant__ Forward p) {
 // The same for windows, where the mean is over the labels that there are: divided by their part of the attention, which
 // is the last row of head_share.
 __global__ void average_heads_of_windows(const __grid_constant__ Forward p) {
-  const unsigned queries = p.queries, blocks = blocks_of(queries, QUERIES_OF_AVERAGING), image = blockIdx.x / blocks;
-  const unsigned first = blockIdx.x % blocks * QUERIES_OF_AVERAGING + threadIdx.x;
+  const unsigned queries = p.queries, blocks = blocks_of(queries, THREADS_OF_AVERAGING), image = blockIdx.x / blocks;
+  const unsigned query = blockIdx.x % blocks * THREADS_OF_AVERAGING + threadIdx.x;
   const Window window(p.windows, image);
+  if (!window.has(query)) return;
+  const uint64_t out = window.token_of_all(query) * p.sources;
   const unsigned turns = p.turns.divisor, rows = p.sources + 1;
-#pragma unroll
-  for (unsigned query = first; query < first + QUERIES_OF_AVERAGING; query += QUERIES_OF_AVERAGING / 2) {
-    if (query >= queries || !window.has(query)) continue;
-    const uint64_t out = window.token_of_all(query) * p.sources;
-    const float* shares = p.head_share + uint64_t(image) * turns * rows * queries + query;
-    const auto sum_of = [&](unsigned source) {
-      float sum = 0.0f;
+  const float* shares = p.head_share + uint64_t(image) * turns * rows * queries + query;
+  const auto sum_of = [&](unsigned source) {
+    float sum = 0.0f;
 #pragma unroll 4
-      for (unsigned turn = 0; turn < turns; ++turn) sum += shares[(uint64_t(turn) * rows + source) * queries];
-      return sum;
-    };
-    const HeadMean mean(p, sum_of(p.sources));
+    for (unsigned turn = 0; turn < turns; ++turn) sum += shares[(uint64_t(turn) * rows + source) * queries];
+    return sum;
+  };
+  const HeadMean mean(p, sum_of(p.sources));
 #pragma unroll 1
-    for (int source = 0; source < p.sources; ++source) mean.write(p, out + source, sum_of(source));
-  }
+  for (int source = 0; source < p.sources; ++source) mean.write(p, out + source, sum_of(source));
 }
 
 template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
@@ -139,8 +136,8 @@ void average(const Forward& p, cudaStream_t stream) {
   const auto kernel = KIND == Kind::windows   ? average_heads_of_windows
                       : KIND == Kind::offsets ? average_heads<true>
                                               : average_heads<false>;
-  const int64_t blocks = p.batch * blocks_of(p.queries, QUERIES_OF_AVERAGING);
-  kernel<<<unsigned(blocks), QUERIES_OF_AVERAGING / 2, 0, stream>>>(p);
+  const int64_t blocks = p.batch * blocks_of(p.queries, THREADS_OF_AVERAGING * (KIND == Kind::plain ? 2 : 1));
+  kernel<<<unsigned(blocks), THREADS_OF_AVERAGING, 0, stream>>>(p);
   check(cudaGetLastError(), "average_heads", p);
 }
 
