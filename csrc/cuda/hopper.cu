@@ -2,9 +2,7 @@
 // older GPUs have too: they read K and V from shared memory themselves. Compiled for sm_90a.
 #include <vector>
 
-#include "cuda/forward.h"
-#include "cuda/hopper.h"
-#include "cuda/launch.h"
+#include "cuda/hopper_forward.h"
 
 namespace tlalign::cuda {
 namespace {
@@ -13,11 +11,10 @@ namespace {
 // itself and takes whole heads in turn, of which shared memory holds two: one warpgroup copies the next one, while the
 // others multiply 64 queries each. They wait for each other only through the copies.
 template <class T>
-struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
+struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1>> {
   using Base = ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1>;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::turn, Base::image, Base::head;
   using typename Base::Labels;
-  using typename Base::Numbers;
   using typename Base::Tile;
   static constexpr int D = 64, TILES = 13, ROWS = 16 * TILES;
   // Warpgroups that multiply, and all threads.
@@ -145,7 +142,7 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
     }
     hopper::wait_for_products(output);
     if (is_last) hopper::arrive_at(values_are_done(stage), OF_ALL);
-    if (works) write(output, label, highest, row + warp % 4 * 16);
+    if (works) this->write(output, label, highest, row + warp % 4 * 16);
   }
 
   static __device__ void multiply_keys(float (&all)[2 * TILES][4], uint64_t queries, uint64_t keys) {
@@ -164,39 +161,13 @@ struct HopperKernel : ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1> {
     const int column = lane % 8, row = min(column - column / 4, this->label_rows() - 1);
     return from + row * Base::LABEL_PITCH + lane / 8 * 16;
   }
-
-  __device__ void write(const float (&output)[D / 8][4], const float (&label)[1][4], const float (&highest)[2],
-                        unsigned row) const {
-    const Numbers numbers(p, turn, row, lane);
-    float shares[1][4];
-    const float2 factor = this->write_log_sum(label, highest, shares, numbers);
-    this->write_shares(shares, numbers);
-    char* to = static_cast<char*>(p.output);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const unsigned query = row + lane / 4 + 8 * i;
-      char* to_row =
-          to + ((uint64_t(image) * unsigned(p.queries) + query) * unsigned(p.heads) + head) * (D * sizeof(T));
-      hopper::store_row<T>(to_row, output, i, i == 0 ? factor.x : factor.y, query < p.queries, lane);
-    }
-  }
 };
 
 template <class T>
 __global__ void __launch_bounds__(HopperKernel<T>::THREADS, 1)
     attention_forward_hopper(const __grid_constant__ Forward p) {
   extern __shared__ __align__(1024) unsigned char stages[];
-  HopperKernel<T>{{p, uint32_t(__cvta_generic_to_shared(stages))}}.run();
-}
-
-template <class T>
-void launch(Forward p, int blocks, cudaStream_t stream) {
-  const auto kernel = attention_forward_hopper<T>;
-  constexpr int BYTES = HopperKernel<T>::SHARED_BYTES;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), "attention_forward", p);
-  count_in_bytes<T>(p);
-  kernel<<<blocks, HopperKernel<T>::THREADS, BYTES, stream>>>(p);
-  check(cudaGetLastError(), "attention_forward", p);
+  HopperKernel<T>{{{p, uint32_t(__cvta_generic_to_shared(stages))}}}.run();
 }
 
 }  // namespace
@@ -229,9 +200,9 @@ bool launch_on_hopper(Forward& p, cudaStream_t stream) {
   p.heads_of_block = 1;
   p.turns = Divisor(p.heads);
   if (p.dtype == DType::bfloat16) {
-    launch<__nv_bfloat16>(p, blocks, stream);
+    launch<__nv_bfloat16, HopperKernel<__nv_bfloat16>>(attention_forward_hopper<__nv_bfloat16>, p, blocks, stream);
   } else {
-    launch<__half>(p, blocks, stream);
+    launch<__half, HopperKernel<__half>>(attention_forward_hopper<__half>, p, blocks, stream);
   }
   return true;
 }

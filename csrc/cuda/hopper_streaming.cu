@@ -1,9 +1,7 @@
 // The forward on Hopper for more keys than one step takes. Compiled for sm_90a.
 #include <algorithm>
 
-#include "cuda/forward.h"
-#include "cuda/hopper.h"
-#include "cuda/launch.h"
+#include "cuda/hopper_forward.h"
 
 namespace tlalign::cuda {
 namespace {
@@ -13,10 +11,9 @@ namespace {
 // steps ahead. Labels are eight more columns of V. The two begin their products in turn, so that those of the one go on
 // beside the exponentials of the other.
 template <class T>
-struct HopperStreamingKernel : ForwardKernel<T, 64, 8, 4, true, Kind::plain, 1> {
+struct HopperStreamingKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 8, 4, true, Kind::plain, 1>> {
   using Base = ForwardKernel<T, 64, 8, 4, true, Kind::plain, 1>;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::turn, Base::image, Base::head;
-  using typename Base::Numbers;
   using typename Base::Tile;
   static constexpr int D = 64, TILES = 8, KEYS = 16 * TILES;
   // Warpgroups that multiply, and all threads.
@@ -228,7 +225,8 @@ struct HopperStreamingKernel : ForwardKernel<T, 64, 8, 4, true, Kind::plain, 1> 
     } else {
       take_last<TILES>(now, queries, group, last, output, highest);
     }
-    write(output, highest, first + 64 * group + warp % 4 * 16);
+    this->write(reinterpret_cast<const float (&)[D / 8][4]>(output),
+                reinterpret_cast<const float (&)[1][4]>(output[D / 8]), highest, first + 64 * group + warp % 4 * 16);
   }
   template <int COUNT>
   __device__ void take_last(const Step<TILES>& before, uint32_t queries, unsigned group, unsigned step, Output& output,
@@ -260,40 +258,13 @@ struct HopperStreamingKernel : ForwardKernel<T, 64, 8, 4, true, Kind::plain, 1> 
     for (int i = 0; i < COLUMNS / 2; ++i) output[i / 4][i % 4] *= kept[i / 2 % 2];
     now.pack();
   }
-
-  __device__ void write(const Output& output, const float (&highest)[2], unsigned row) const {
-    const Numbers numbers(p, turn, row, lane);
-    float shares[1][4];
-    const float2 factor =
-        this->write_log_sum(reinterpret_cast<const float (&)[1][4]>(output[D / 8]), highest, shares, numbers);
-    this->write_shares(shares, numbers);
-    char* to = static_cast<char*>(p.output);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const unsigned query = row + lane / 4 + 8 * i;
-      char* to_row =
-          to + ((uint64_t(image) * unsigned(p.queries) + query) * unsigned(p.heads) + head) * (D * sizeof(T));
-      hopper::store_row<T>(to_row, reinterpret_cast<const float (&)[D / 8][4]>(output), i, i == 0 ? factor.x : factor.y,
-                           query < p.queries, lane);
-    }
-  }
 };
 
 template <class T>
 __global__ void __launch_bounds__(HopperStreamingKernel<T>::THREADS, 1)
     attention_forward_hopper_streaming(const __grid_constant__ Forward p) {
   extern __shared__ __align__(1024) unsigned char stages[];
-  HopperStreamingKernel<T>{{p, uint32_t(__cvta_generic_to_shared(stages))}}.run();
-}
-
-template <class T>
-void launch(Forward p, unsigned blocks, cudaStream_t stream) {
-  const auto kernel = attention_forward_hopper_streaming<T>;
-  constexpr int BYTES = HopperStreamingKernel<T>::SHARED_BYTES;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), "attention_forward", p);
-  count_in_bytes<T>(p);
-  kernel<<<blocks, HopperStreamingKernel<T>::THREADS, BYTES, stream>>>(p);
-  check(cudaGetLastError(), "attention_forward", p);
+  HopperStreamingKernel<T>{{{p, uint32_t(__cvta_generic_to_shared(stages))}}}.run();
 }
 
 }  // namespace
@@ -307,9 +278,10 @@ bool stream_on_hopper(Forward& p, cudaStream_t stream) {
   p.blocks = Divisor(unsigned(p.queries + Kernel::QUERIES - 1) / Kernel::QUERIES);
   const unsigned blocks = unsigned(std::min<int64_t>(multiprocessors, p.batch * p.heads * p.blocks.divisor));
   if (p.dtype == DType::bfloat16) {
-    launch<__nv_bfloat16>(p, blocks, stream);
+    launch<__nv_bfloat16, HopperStreamingKernel<__nv_bfloat16>>(attention_forward_hopper_streaming<__nv_bfloat16>, p,
+                                                                blocks, stream);
   } else {
-    launch<__half>(p, blocks, stream);
+    launch<__half, HopperStreamingKernel<__half>>(attention_forward_hopper_streaming<__half>, p, blocks, stream);
   }
   return true;
 }
