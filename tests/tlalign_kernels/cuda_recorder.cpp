@@ -27,6 +27,16 @@ std::map<const void*, std::string>& names() {
 std::map<const void*, int> shared_limits;
 Configuration configuration;
 py::list* launches;
+
+// What a kernel is launched with. The gaps that alignment leaves in it hold what the stack held: beside a small number
+// that may look like an address in the memory of a tensor, and be replaced with it (`execute` of cuda_offline.py).
+template <class T>
+py::bytes bytes_of(const void* argument) {
+  T parameters = *static_cast<const T*>(argument);
+  __builtin_clear_padding(&parameters);
+  return py::bytes(reinterpret_cast<const char*>(&parameters), sizeof(T));
+}
+
 // Device 0 is an A100, device 1 a Hopper, of which a test wants few multiprocessors.
 int device = 0;
 
@@ -62,10 +72,9 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   if (shared > 48 * 1024 && shared_limits[kernel] < static_cast<int>(shared)) return cudaErrorInvalidValue;
   const std::string& name = names().at(kernel);
   const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
-  const size_t bytes = has("pack_windows")         ? sizeof(tlalign::cuda::Problem)
-                       : has("attention_backward") ? sizeof(tlalign::cuda::Backward)
-                                                   : sizeof(tlalign::cuda::Forward);
-  const py::bytes parameters(static_cast<const char*>(arguments[0]), bytes);
+  const py::bytes parameters = has("pack_windows")         ? bytes_of<tlalign::cuda::Problem>(arguments[0])
+                               : has("attention_backward") ? bytes_of<tlalign::cuda::Backward>(arguments[0])
+                                                           : bytes_of<tlalign::cuda::Forward>(arguments[0]);
   launches->append(py::make_tuple(name, py::make_tuple(grid.x, grid.y, grid.z),
                                   py::make_tuple(block.x, block.y, block.z), shared, parameters,
                                   reinterpret_cast<uintptr_t>(stream)));

@@ -408,6 +408,18 @@ def test_windows_without_labels_have_the_same_output(monkeypatch):
 
 
 @offline
+def test_recorded_launches_have_zeros_in_the_gaps_of_their_parameters():
+    import cuda_offline
+
+    launches = []
+    windows = Windows((8, 8), (4, 4), (0, 0))
+    cuda_offline.record_windows(lambda launch, _: launches.append(launch), windows, 32)
+    # Four bytes at the end of both structs that no number has.
+    ends = {launch.parameters[-4:] for launch in launches if "backward" not in launch.kernel}
+    assert ends == {bytes(4)}
+
+
+@offline
 def test_windows_are_read_once_and_written_once():
     import cuda_offline
 
