@@ -140,8 +140,10 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
 def _stream_config(shape: Shape, block: int, warps: int) -> Config:
     name, keys, head_dim = "attention_forward_stream", shape.keys, shape.head_dim
     if shape.dtype == torch.float32:
-        tiles = dict(BLOCK_Q=min(block, 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
-        return Config(name, tiles, 4 if block > 16 and head_dim <= 64 else 8 if head_dim > 64 else 2)
+        # A factor's two parts are kept for all tiles, and take the registers of two.
+        if shape.capability == 90 and head_dim <= 64 and block == 64:
+            return Config(name, dict(BLOCK_Q=64, TILE=16 if shape.has_offsets else 32, TAIL=0), 4)
+        return Config(name, dict(BLOCK_Q=min(block, 32), TILE=16, TAIL=0), 2)
     if shape.has_offsets:
         tiles = dict(BLOCK_Q=min(block, 64 if head_dim <= 128 else 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
         return Config(name, tiles, 8 if head_dim > 128 else warps)
@@ -205,26 +207,58 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
 
 
 def _split_backward_config(shape: Shape) -> tuple[Config, Config]:
-    head_dim = shape.head_dim
+    return _queries_config(shape), _keys_config(shape)
 
-    def config(kernel: str, block_q: int, block_k: int, warps: int, stages: int = 1) -> Config:
-        return Config(f"attention_backward_{kernel}", dict(BLOCK_Q=block_q, BLOCK_K=block_k), warps, stages)
+
+def _queries_config(shape: Shape) -> Config:
+    """Warps of 32 rows read from shared memory half as often as those of 16, where the registers suffice."""
+    head_dim, is_short = shape.head_dim, shape.queries <= 64
+
+    def config(block_q: int, block_k: int, warps: int, stages: int = 1) -> Config:
+        return Config("attention_backward_queries", dict(BLOCK_Q=block_q, BLOCK_K=block_k), warps, stages)
 
     if shape.dtype == torch.float32:
-        block, warps = 32 if head_dim <= 128 else 16, 4 if head_dim <= 64 else 8
-        return config("queries", block, block, warps), config("keys", block, block, warps)
+        if shape.capability == 90 and head_dim <= 64:
+            return config(64, 32, 4)
+        return config(32 if head_dim <= 32 else 16, 16, 2)
+    if shape.has_offsets:
+        if head_dim <= 64:
+            return config(64, 64 if shape.in_windows and head_dim <= 32 else 16 if shape.capability >= 120 else 32, 4)
+        return config(64 if _has_warp_groups(shape) and head_dim <= 128 else 32, 32, 4 if head_dim <= 128 else 8)
+    if head_dim > 128:
+        return config(32, 32, 8)
+    if head_dim > 64:
+        return config(64, 32, 4, 2) if is_short else config(128, 32, 8)
+    if _has_warp_groups(shape):
+        return config(64 if is_short else 128, 64, 4)
+    # The next tile, fetched ahead, takes more registers than most leave.
+    stages = 2 if head_dim <= 32 or shape.capability == 80 else 1
+    return config(64, 32, 2, stages) if is_short else config(128, 32, 4, stages)
+
+
+def _keys_config(shape: Shape) -> Config:
+    head_dim = shape.head_dim
+
+    def config(block_q: int, block_k: int, warps: int, stages: int = 1) -> Config:
+        return Config("attention_backward_keys", dict(BLOCK_Q=block_q, BLOCK_K=block_k), warps, stages)
+
+    if shape.dtype == torch.float32:
+        if head_dim > 64:
+            return config(16, 16, 4)
+        if shape.capability == 90:
+            return config(16, 64, 4)
+        if head_dim <= 32:
+            return config(16, 32, 2)
+        return config(32, 16, 4) if shape.has_offsets else config(16, 16, 2)
     if shape.has_offsets and shape.in_windows and head_dim <= 32:
         is_tight = shape.capability >= 120 and shape.dtype == torch.float16
-        return config("queries", 64, 64, 4), config("keys", 32 if is_tight else 64, 64, 4)
+        return config(32 if is_tight else 64, 64, 4)
     if head_dim > 64 or shape.has_offsets:
         block, warps = (64, 4) if head_dim <= 128 else (32, 8)
-        few = min(block, 32) if head_dim > 64 else block
-        return config("queries", 32, few, warps), config("keys", 32, few if shape.has_offsets else block, warps)
+        return config(32, min(block, 32) if head_dim > 64 and shape.has_offsets else block, warps)
     if _has_warp_groups(shape):
-        return config("queries", 64, 64, 4), config("keys", 32, 128, 4)
-    # Warps of 32 rows read from shared memory half as often as those of 16, where the registers suffice.
-    keys = 128 if head_dim <= 32 or shape.capability == 80 else 64
-    return config("queries", 64, 32, 2, 2), config("keys", 32, keys, 4, 2)
+        return config(32, 128, 4)
+    return config(32, 128 if head_dim <= 32 or shape.capability == 80 else 64, 4, 2)
 
 
 def _bias_config(shape: Shape) -> Config:
@@ -234,6 +268,8 @@ def _bias_config(shape: Shape) -> Config:
         block = 64 if shape.capability < 120 else 32
         is_tight = shape.dtype == torch.float16 and not _has_warp_groups(shape)
         return Config(name, dict(BLOCK_Q=block, BLOCK_K=block), 8 if is_tight else 4)
+    if shape.dtype == torch.float32 and head_dim <= 64:
+        return Config(name, dict(BLOCK_Q=16, BLOCK_K=32) if head_dim <= 32 else dict(BLOCK_Q=32, BLOCK_K=16), 4)
     warps = 8 if 32 < head_dim <= 64 or head_dim > 128 else 4
     return Config(name, dict(BLOCK_Q=32, BLOCK_K=32 if head_dim <= 64 else 16), warps)
 
@@ -330,7 +366,7 @@ def forward(
         **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask, windows),
         COLUMNS=max(8, triton.next_power_of_2(1 + fused * parts + padded)), SOURCES=fused, PARTS=parts,
         PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
-        PRECISION=_precision(query.dtype), WINDOWS=windows, **config.options,
+        PRECISION=_precision(query.device), WINDOWS=windows, **config.options,
     )  # fmt: skip
     with _device_of(query):
         packed = head_share = None
@@ -366,14 +402,18 @@ def forward(
                 )  # fmt: skip
         if sources > fused:
             inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
-            block = 16 if query.dtype == torch.float32 and head_dim > 64 else 32
+            is_wide = head_dim > 64
+            if query.dtype == torch.float32:
+                block, tile, labels, warps = 16 if is_wide else 32, 16, 16, 8 if is_wide else 4
+            else:
+                block, tile, labels, warps = 32, 32, 32, 8
             kernels.dense_share[(triton.cdiv(queries, block) * batch,)](
                 query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
                 *sizes, sources, factor, **_rows(query=query, key=key), **_width(head_dim),
-                **_kinds(bias, mask, windows), PRECISION=_precision(query.dtype),
+                **_kinds(bias, mask, windows), PRECISION=_precision(query.device),
                 NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
-                BLOCK_Q=block, TILE=block, LABELS=32, num_warps=8,
+                BLOCK_Q=block, TILE=tile, LABELS=labels, num_warps=warps,
             )  # fmt: skip
 
 
@@ -429,7 +469,7 @@ def backward(
         how = dict(
             **_rows(query=query, key=key, value=value, grad_output=grad_output), **_width(head_dim),
             **_kinds(bias, mask, windows), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
-            PRECISION=_precision(query.dtype), WINDOWS=windows,
+            PRECISION=_precision(query.device), WINDOWS=windows,
         )  # fmt: skip
         if is_head:
             gap = _gap(query, key, value)
@@ -463,6 +503,9 @@ def backward(
             images_of_part = images_of_sum(batch, bias_images, tiles)
             parts = triton.cdiv(batch, images_of_part)
             sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
+            if head_dim > 64:
+                # Four factors of which nothing may be kept: their parts leave no registers.
+                how["PRECISION"] = "ieee"
             kernels.attention_backward_bias[(tiles * parts,)](
                 *inputs, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
@@ -570,7 +613,7 @@ def _inverse(
         query, key, pad_qkv, bias, mask, log_sum_exp, inverse,
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys,
         _factor(scale, bias is not None or mask is not None), **_rows(query=query, key=key), **_width(head_dim),
-        **_kinds(bias, mask, windows), PRECISION=_precision(query.dtype), WINDOWS=windows, BLOCK_Q=block, TILE=block,
+        **_kinds(bias, mask, windows), PRECISION=_precision(query.device), WINDOWS=windows, BLOCK_Q=block, TILE=block,
         num_warps=4,
     )  # fmt: skip
     return inverse
@@ -665,5 +708,12 @@ def _dropout(dropout_p: float) -> tuple[int, float]:
     return min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def _precision(device: torch.device) -> str:
+    """How float32 is multiplied: where there is TF32, as three products of halves that keep 22 bits between them.
+
+    Tensor cores do these in a third to a half of the time of multiplications in float32, and errors stay those of
+    float32; PyTorch's attention has them as well. One TF32 product is enough if PyTorch's products may be such.
+    """
+    if _capability(device) < 80 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"

@@ -71,6 +71,12 @@ def _unit(bias, mask):
     return LOG2_E.value if bias != 0 or mask != 0 else 1.0
 
 
+@triton.constexpr_function
+def _precise(precision):
+    """How labels are multiplied: never as plain TF32, whatever the products of float32 are allowed to be."""
+    return "tf32x3" if precision == "tf32" else precision
+
+
 @triton.jit
 def _program(blocks, heads):
     """Block, head and image of this program; one dimension, since the others of a grid end at 65535."""
@@ -265,8 +271,8 @@ def _offset_base(data, image, head, image_stride, head_stride, HAS: tl.constexpr
 def _add_offsets(scores, row, row_end, row_stride, column, column_end, column_stride, data, KIND: tl.constexpr):
     """Scores plus a bias or mask there; KIND 0: none, 1: additive, 2: bool, True where a key is seen."""
     if KIND != 0:
-        inside = (row < row_end)[:, None] & (column < column_end)[None, :]
-        at = data + row[:, None] * row_stride + column[None, :] * column_stride
+        inside = (row < row_end) & (column < column_end)
+        at = data + row * row_stride + column * column_stride
         if KIND == 1:
             scores += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         else:
@@ -288,7 +294,7 @@ def _arranged(row, rows, row_stride, column, columns, data):
 @triton.jit
 def _kept(row, row_stride, column, column_stride, first, seed, threshold, factor):
     """What attention weights are multiplied with, 0 or `factor`: Philox at their index, as the reference has it."""
-    index = first + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    index = first + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
     word = tl.randint(seed, index).to(tl.uint32, bitcast=True)
     return tl.where(word >= threshold, factor, 0.0)
 
@@ -388,15 +394,16 @@ def _scores(
     MASK: tl.constexpr, PRECISION: tl.constexpr, place=None, pad_key=None, WINDOWS: tl.constexpr = None,
 ):  # fmt: skip
     """Scores of some queries and SIZE keys from `first` on; -inf from key `keys` on, if this tile ENDS them."""
-    column = first + tl.arange(0, SIZE)
+    row = row[:, None]
+    column = first + tl.arange(0, SIZE)[None, :]
     k = _load_columns(key, KEY_ROW, first, keys, SIZE, D, BLOCK_D, ENDS, place, pad_key, WINDOWS)
     scores = tl.dot(q, k, input_precision=PRECISION) * factor
     if BIAS == ARRANGED:
-        return scores + _arranged(row[:, None], queries, bias_query, column[None, :], keys, bias)
+        return scores + _arranged(row, queries, bias_query, column, keys, bias)
     scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
     scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
     if ENDS:
-        scores = tl.where((column < keys)[None, :], scores, float("-inf"))
+        scores = tl.where(column < keys, scores, float("-inf"))
     return scores
 
 
@@ -412,9 +419,11 @@ def _add_values(
     kept = p
     if DROPS:
         column = first + tl.arange(0, SIZE)
-        kept = p * _kept(row, keys, column, 1, pair * queries * keys, tl.load(seed), threshold, kept_factor)
+        kept = p * _kept(
+            row[:, None], keys, column[None, :], 1, pair * queries * keys, tl.load(seed), threshold, kept_factor
+        )
     accumulated = tl.dot(kept.to(v.dtype), v, accumulated, input_precision=PRECISION)
-    return accumulated, tl.dot(p.to(v.dtype), w, labels, input_precision="ieee")
+    return accumulated, tl.dot(p.to(v.dtype), w, labels, input_precision=_precise(PRECISION))
 
 
 @triton.jit
@@ -871,7 +880,7 @@ def dense_share(
                 sums = tl.load(residual + at, mask=cell, other=0.0) * own[:, None]
             else:
                 sums = tl.zeros((BLOCK_Q, LABELS), tl.float32)
-            sums = tl.dot(mean, of_keys, sums, input_precision="ieee")
+            sums = tl.dot(mean, of_keys, sums, input_precision=_precise(PRECISION))
             if PADDED:
                 is_last = start + TILE >= keys
                 if is_last:
@@ -889,34 +898,51 @@ def dense_share(
 
 
 @triton.jit
+def _of_queries(numbers, TRANSPOSED: tl.constexpr):
+    """One number a query, to go with a matrix (queries, keys) or, transposed, (keys, queries)."""
+    if TRANSPOSED:
+        return numbers[None, :]
+    else:
+        return numbers[:, None]
+
+
+@triton.jit
 def _grad_scores(
     q, k, v, d_o, row, queries, column, keys, factor, known, inverse, row_term,
     bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
     ENDS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = True,
 ):  # fmt: skip
     """(Dropped) probabilities and gradients of scores of some keys and queries, both (keys, queries) in float32.
 
-    Transposed, they are left factors of the products for keys and values as they lie in registers.
+    Transposed, they are left factors of the products for keys and values as they lie in registers; not transposed,
+    (queries, keys), of that for queries.
     """
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
-    if BIAS == ARRANGED:
-        scores += _arranged(row[None, :], queries, bias_query, column[:, None], keys, bias)
+    row, column = _of_queries(row, TRANSPOSED), _of_queries(column, not TRANSPOSED)
+    if TRANSPOSED:
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
     else:
-        scores = _add_offsets(scores, column, keys, bias_key, row, queries, bias_query, bias, BIAS)
-        scores = _add_offsets(scores, column, keys, mask_key, row, queries, mask_query, mask, MASK)
-    p = tl.exp2(scores * _unit(BIAS, MASK) - known[None, :])
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    if BIAS == ARRANGED:
+        scores += _arranged(row, queries, bias_query, column, keys, bias)
+    else:
+        scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
+        scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
+    p = tl.exp2(scores * _unit(BIAS, MASK) - _of_queries(known, TRANSPOSED))
     if NORMALISES:
-        p *= inverse[None, :]
+        p *= _of_queries(inverse, TRANSPOSED)
     if ENDS and BIAS != ARRANGED:
-        p = tl.where((column < keys)[:, None], p, 0.0)
-    grad = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
+        p = tl.where(column < keys, p, 0.0)
+    if TRANSPOSED:
+        grad = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
+    else:
+        grad = tl.dot(d_o, tl.trans(v), input_precision=PRECISION)
     kept = p
     if DROPS:
-        kept_or_not = _kept(column, 1, row, keys, pair * queries * keys, tl.load(seed), threshold, kept_factor)
+        kept_or_not = _kept(row, keys, column, 1, pair * queries * keys, tl.load(seed), threshold, kept_factor)
         kept = p * kept_or_not
         grad *= kept_or_not
-    return kept, p * (grad - row_term[None, :])
+    return kept, p * (grad - _of_queries(row_term, TRANSPOSED))
 
 
 @triton.jit
@@ -951,7 +977,8 @@ def _row_term(
 ):  # fmt: skip
     """sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135)."""
     o = _load_rows(output, output_row, first, end, ROWS, D, BLOCK_D, ENDS, place, None, WINDOWS)
-    return tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
+    # Not a mere product: its sum with another lane's would be fused in either lane, and so rounded otherwise in each.
+    return tl.sum(tl.fma(d_o.to(tl.float32), o.to(tl.float32), tl.zeros(o.shape, tl.float32)), 1)
 
 
 @triton.jit
@@ -1110,9 +1137,9 @@ def attention_backward_queries(
         _, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor, known, 1.0, row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-            True, BIAS, MASK, DROPS, False, PRECISION,
+            True, BIAS, MASK, DROPS, False, PRECISION, TRANSPOSED=False,
         )  # fmt: skip
-        d_q = tl.dot(tl.trans(d_s.to(k.dtype)), k, d_q, input_precision=PRECISION)
+        d_q = tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
     # What makes up for the rounding of the log-sum-exp is a factor of all of a query's probabilities.
     d_q *= _inverse(inverse, pair * queries, row, queries, NORMALISES)[:, None] * scale
     grad_query += of_map * grad_query_image + head * grad_query_head
