@@ -186,9 +186,9 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
 
     One program computes five products where two kernels need seven, and reads everything once. For up to 64 queries it
     is the default. For 197 it executes the fewest instructions as well (N = 197, D = 64: 46 k warp instructions a head
-    against 68 k on sm_80, 45 k against 58 k on sm_90), but with dQ in registers only few keys fit beside, and each warp
+    against 66 k on sm_80, 46 k against 53 k on sm_90), but with dQ in registers only few keys fit beside, and each warp
     reads for them what others read too: the traffic of shared memory, which bounds all of these kernels, takes 42 k
-    cycles a head on sm_80 and 40 k on sm_90, where that of the two kernels takes 33 k and 27 k. So it is for `tune` to
+    cycles a head on sm_80 and 40 k on sm_90, where that of the two kernels takes 28 k and 22 k. So it is for `tune` to
     try there. A bias leaves it no registers; sm_86, sm_89 and float16 on sm_90 have room for 16 keys, sm_120 for none.
     """
     queries, head_dim = shape.queries, shape.head_dim
@@ -227,12 +227,12 @@ def _queries_config(shape: Shape) -> Config:
         return config(64 if _has_warp_groups(shape) and head_dim <= 128 else 32, 32, 4 if head_dim <= 128 else 8)
     if head_dim > 128:
         return config(32, 32, 8)
-    if head_dim > 64:
-        return config(64, 32, 4, 2) if is_short else config(128, 32, 8)
-    if _has_warp_groups(shape):
-        return config(64 if is_short else 128, 64, 4)
     # The next tile, fetched ahead, takes more registers than most leave.
     stages = 2 if head_dim <= 32 or shape.capability == 80 else 1
+    if head_dim > 64:
+        return config(64, 32, 4, stages) if is_short else config(128, 32, 8)
+    if _has_warp_groups(shape):
+        return config(64 if is_short else 128, 64, 4)
     return config(64, 32, 2, stages) if is_short else config(128, 32, 4, stages)
 
 
