@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tlalign_kernels.backends import triton as backend
 from tlalign_kernels.windows import Windows
@@ -80,6 +81,26 @@ def test_counts(benchmark, arch, name):
         [*HEAD, "resident warps", "over the least"],
         table,
         f"{padded / tokens**2:.2f} scores are computed for one that is needed.",
+    )
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_counts_of_float32(benchmark, arch):
+    def measure():
+        launches = offline.record_packed(arch, 197, 64, torch.float32)
+        return {
+            name: offline.count_of_head(launch, arch)
+            for name, launch in launches.items()
+            if name in ("attention_forward_stream", *BACKWARDS)
+        }
+
+    rows = benchmark.pedantic(measure, rounds=1)
+    keep(
+        benchmark,
+        f"Triton, instructions and cycles of a head, sm_{arch}, N=197 D=64, float32",
+        HEAD,
+        [[row, *row_of(counts, arch, 197)] for row, counts in rows.items()],
+        "A product of float32 is three of TF32.",
     )
 
 

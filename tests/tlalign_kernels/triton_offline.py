@@ -220,12 +220,15 @@ def trips(launch):
     sizes = {**launch.arguments, **launch.constants}
     of_kernel = {
         "attention_forward_heads": ("HEADS", None),
+        "attention_forward_stream": ("keys", "TILE"),
         "attention_backward_head": ("KEYS", "BLOCK_K"),
         "attention_backward_keys": ("queries", "BLOCK_Q"),
         "attention_backward_queries": ("keys", "BLOCK_K"),
     }
     whole, step = of_kernel.get(launch.name, (None, None))
-    return -(-sizes.get(whole, 1) // sizes.get(step, 1))
+    trips = -(-sizes.get(whole, 1) // sizes.get(step, 1))
+    # The last tile of this one follows the loop if it has a size of its own.
+    return trips - 1 if launch.name == "attention_forward_stream" and sizes["TAIL"] else trips
 
 
 def count_of_head(launch, arch, heads=HEADS, images=IMAGES):
@@ -260,7 +263,8 @@ def pipe_cycles(counts, arch):
     Rates: CUDA C++ Best Practices Guide, "Throughput of Native Arithmetic Instructions" (results a cycle: 64 or 128
     float operations, 64 integer ones, 16 special functions, 32 shuffles), four instructions issued a cycle, 32 lanes of
     4 bytes loaded or stored, and the dense 16-bit tensor peak of 312 (A100, 1.41 GHz, 108 multiprocessors) or 989
-    TFLOPS (H100, 1.83 GHz, 132): 1024 or 2048 multiply-adds. What HGMMA reads of shared memory is part of the memory.
+    TFLOPS (H100, 1.83 GHz, 132): 1024 or 2048 multiply-adds, half as many of TF32. What HGMMA reads of shared memory is
+    part of the memory.
     """
     cycles = collections.Counter()
     for opcode, times in counts.items():
@@ -268,13 +272,14 @@ def pipe_cycles(counts, arch):
         cycles["issue"] += times / 4
         shape = re.match(r"(\d+)x(\d+)x(\d+)", rest)
         if name in ("HMMA", "HGMMA"):
+            size = 4 if "TF32" in rest else 2
             # A warp group's product is issued by each of its four warps.
-            products = math.prod(map(int, shape.groups())) / 4 if shape else 16 * 8 * 16
-            cycles["tensor"] += times * products / {80: 1024, 90: 2048}[arch]
+            products = math.prod(map(int, shape.groups())) / 4 if shape else 16 * 8 * 32 / size
+            cycles["tensor"] += times * products * size / {80: 2048, 90: 4096}[arch]
             if shape:
                 rows, columns, depth = map(int, shape.groups())
                 numbers = columns * depth + (rows * depth if opcode.endswith(SHARED_LEFT) else 0)
-                cycles["memory"] += times * numbers * 2 / 128 / 4
+                cycles["memory"] += times * numbers * size / 128 / 4
         elif name == "MUFU":
             cycles["special"] += times * 32 / 16
         elif name in ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "SHFL"):

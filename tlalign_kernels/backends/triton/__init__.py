@@ -709,10 +709,10 @@ def _dropout(dropout_p: float) -> tuple[int, float]:
 
 
 def _precision(device: torch.device) -> str:
-    """How float32 is multiplied: where there is TF32, as three products of halves that keep 22 bits between them.
+    """How float32 is multiplied: where there is TF32, as three products of parts that keep 22 bits between them.
 
-    Tensor cores do these in a third to a half of the time of multiplications in float32, and errors stay those of
-    float32; PyTorch's attention has them as well. One TF32 product is enough if PyTorch's products may be such.
+    Errors stay those of float32, and shared memory, which bounds the kernels, is read a third to a half as long as for
+    multiplications in float32. One product of TF32 has to do if PyTorch's own products may be such.
     """
     if _capability(device) < 80 or torch.version.hip:
         return "ieee"
