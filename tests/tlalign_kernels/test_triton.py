@@ -310,6 +310,41 @@ def test_what_tune_prefers_is_launched(monkeypatch):
         assert explained.configuration == tuple(map(str, configuration))
 
 
+def test_float32_is_multiplied_as_pytorch_may_multiply_it():
+    def precisions():
+        launches = offline.record_packed(80, 49, 32, torch.float32)
+        return {launch.constants["PRECISION"] for name, launch in launches.items() if name.startswith("attention")}
+
+    assert precisions() == {"tf32x3"}
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"
+        assert precisions() == {"tf32"}
+        products.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert precisions() == {"tf32"}
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        products.fp32_precision = before
+    assert precisions() == {"tf32x3"}
+
+
+@of_new_triton
+@needs_ptxvm
+@pytest.mark.parametrize("sources", [2, 20])
+def test_labels_are_never_multiplied_as_tf32(monkeypatch, sources):
+    offline.record(monkeypatch, offline.execute)
+    monkeypatch.setattr(backend, "_precision", lambda device: "tf32")
+    query, key, value = torch.randn(3, 1, 2, 33, 16).unbind(0)
+    # Ten bits are not enough for it.
+    share = torch.full((1, 33, sources), 0.3)
+    output, mixed = tlk.attention(query, key, value, share, backend="triton")
+    exact, _ = tlk.attention(query.double(), key.double(), value.double(), backend="reference")
+    assert float((output - exact).abs().max()) > 1e-5
+    torch.testing.assert_close(mixed, share, atol=2e-6, rtol=0)
+
+
 # Counted
 
 WINDOWS = dict(tokens=49, head_dim=32, heads=3, prefer=["attention_forward_heads"])

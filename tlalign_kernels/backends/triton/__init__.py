@@ -716,4 +716,5 @@ def _precision(device: torch.device) -> str:
     """
     if _capability(device) < 80 or torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    # Not `allow_tf32`, which raises where this was set.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
