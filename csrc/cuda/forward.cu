@@ -19,6 +19,10 @@ constexpr int FEW_BLOCKS = 2048;
 // Keys of a block of the first of two small kernels, whose threads have two each, and threads of one of the second.
 constexpr unsigned KEYS_OF_PACKING = 64, THREADS_OF_AVERAGING = 64;
 
+constexpr __host__ __device__ unsigned blocks_of(unsigned threads, unsigned of_block) {
+  return (threads + of_block - 1) / of_block;
+}
+
 // Splits shares for blocks that do not do it themselves: rows of parts, zeros from key Nk on. In windows zeros in the
 // padding, too, and a last row with ones elsewhere.
 template <class T, bool WINDOWS>
@@ -55,12 +59,39 @@ __global__ void pack_labels(const __grid_constant__ Forward p) {
   if (WINDOWS) store(from_float<T>(is_real[0] ? 1.0f : 0.0f), from_float<T>(is_real[1] ? 1.0f : 0.0f));
 }
 
-// The mean over the heads where no block had all of them. Where no query may see no key a thread has two.
+// The mean over the heads in which a query sees a key, in fixed order, averaged with the residual, where no block had
+// all of them. Each row of head_share is the sum of the heads that a block had. `MASKED`: a query may see no key. Else
+// a thread has two queries.
 template <bool MASKED>
 __global__ void average_heads(const __grid_constant__ Forward p) {
-  constexpr unsigned COUNT = MASKED ? 1 : 2, QUERIES = THREADS_OF_AVERAGING * COUNT;
-  const unsigned blocks = blocks_of(unsigned(p.queries), QUERIES), image = blockIdx.x / blocks;
-  average_heads_of<MASKED, THREADS_OF_AVERAGING, COUNT>(p, image, blockIdx.x % blocks * QUERIES + threadIdx.x);
+  constexpr unsigned STEP = THREADS_OF_AVERAGING, COUNT = MASKED ? 1 : 2;
+  const unsigned queries = p.queries, blocks = blocks_of(queries, STEP * COUNT), image = blockIdx.x / blocks;
+  const unsigned query = blockIdx.x % blocks * (STEP * COUNT) + threadIdx.x;
+  if (query >= queries) return;
+  int seeing = p.heads;
+  if (MASKED) {
+    const float* log_sum_exp = p.log_sum_exp + uint64_t(image) * p.heads * queries + query;
+    seeing = 0;
+    for (int head = 0; head < p.heads; ++head, log_sum_exp += queries) seeing += *log_sum_exp != -INFINITY;
+  }
+  const HeadMean mean(p, float(seeing));
+#pragma unroll 1
+  for (int source = 0; source < p.sources; ++source) {
+    const float* share = p.head_share + (uint64_t(image) * p.turns.divisor * p.sources + source) * queries + query;
+    float sum[COUNT] = {};
+#pragma unroll 4
+    for (unsigned turn = 0; turn < p.turns.divisor; ++turn, share += uint64_t(queries) * p.sources) {
+#pragma unroll
+      for (unsigned i = 0; i < COUNT; ++i) {
+        if (i == 0 || query + i * STEP < queries) sum[i] += share[i * STEP];
+      }
+    }
+#pragma unroll
+    for (unsigned i = 0; i < COUNT; ++i) {
+      const uint64_t out = (uint64_t(image) * queries + query + i * STEP) * p.sources + source;
+      if (i == 0 || query + i * STEP < queries) mean.write(p, out, sum[i]);
+    }
+  }
 }
 
 // The same for windows, where the mean is over the labels that there are: divided by their part of the attention, which
@@ -115,10 +146,8 @@ void launch(Forward p, cudaStream_t stream) {
   using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
 #if defined(TLALIGN_HOPPER)
   if (KIND == Kind::plain && LABEL_BLOCKS == 1) {
-    if ((TILES == 13 && launch_on_hopper(p, stream)) || (STREAMS && stream_on_hopper(p, stream))) {
-      if (p.heads_of_block < p.heads) average<KIND>(p, stream);
-      return;
-    }
+    if (TILES == 13 && launch_on_hopper(p, stream)) return average<KIND>(p, stream);
+    if (STREAMS && stream_on_hopper(p, stream)) return average<KIND>(p, stream);
   }
 #endif
   if (!Kernel::TURNS) pack<T, KIND>(p, stream);

@@ -30,10 +30,6 @@ __device__ void split(float share, T (&parts)[PARTS]) {
   }
 }
 
-constexpr TLALIGN_BOTH unsigned blocks_of(unsigned threads, unsigned of_block) {
-  return (threads + of_block - 1) / of_block;
-}
-
 // Makes a sum of shares over the heads their mean, by what their weights sum to, and averages it with the residual.
 struct HeadMean {
   float of_residual, of_sum;
@@ -48,40 +44,6 @@ struct HeadMean {
     p.share_out[at] = p.residual == nullptr ? sum : fmaf(p.residual[at], of_residual, sum);
   }
 };
-
-// The mean over the heads in which a query of an image sees a key, in fixed order, averaged with the residual: of COUNT
-// queries, STEP from one to the next, in a thread. Each row of head_share is the sum of the heads that a block had.
-// `MASKED`: a query may see no key.
-template <bool MASKED, unsigned STEP, unsigned COUNT>
-__device__ void average_heads_of(const Forward& p, unsigned image, unsigned query) {
-  static_assert(!MASKED || COUNT == 1, "queries of a thread have a weight in common");
-  const unsigned queries = p.queries;
-  if (query >= queries) return;
-  int seeing = p.heads;
-  if (MASKED) {
-    const float* log_sum_exp = p.log_sum_exp + uint64_t(image) * p.heads * queries + query;
-    seeing = 0;
-    for (int head = 0; head < p.heads; ++head, log_sum_exp += queries) seeing += *log_sum_exp != -INFINITY;
-  }
-  const HeadMean mean(p, float(seeing));
-#pragma unroll 1
-  for (int source = 0; source < p.sources; ++source) {
-    const float* share = p.head_share + (uint64_t(image) * p.turns.divisor * p.sources + source) * queries + query;
-    float sum[COUNT] = {};
-#pragma unroll 3
-    for (unsigned turn = 0; turn < p.turns.divisor; ++turn, share += uint64_t(queries) * p.sources) {
-#pragma unroll
-      for (unsigned i = 0; i < COUNT; ++i) {
-        if (i == 0 || query + i * STEP < queries) sum[i] += share[i * STEP];
-      }
-    }
-#pragma unroll
-    for (unsigned i = 0; i < COUNT; ++i) {
-      const uint64_t out = (uint64_t(image) * queries + query + i * STEP) * p.sources + source;
-      if (i == 0 || query + i * STEP < queries) mean.write(p, out, sum[i]);
-    }
-  }
-}
 
 // output = softmax(scale Q K^T + bias + mask) V: a block has 16 queries of a head for each of its WARPS, and all keys
 // pass by in steps of TILES x 16. If one step has them all (STREAMS is false) the softmax is exact in one pass, else
@@ -703,8 +665,7 @@ void count_in_bytes(Forward& p) {
 }
 
 // Launch a kernel for Hopper, if the device is one and there is one for the problem, the latter for more keys than one
-// step takes; else say no. Set what divides an image into heads, and how many of them a block has; if all, it averages
-// their shares.
+// step takes; else say no. Set what divides an image into heads.
 bool launch_on_hopper(Forward& p, cudaStream_t stream);
 bool stream_on_hopper(Forward& p, cudaStream_t stream);
 

@@ -9,8 +9,7 @@ namespace {
 
 // As ForwardKernel, for heads of 64 with 193 to 200 keys and 193 to 208 queries. A block has a multiprocessor for
 // itself and takes whole heads in turn, of which shared memory holds two: one warpgroup copies the next one, while the
-// others multiply 64 queries each. They wait for each other only through the copies. Where a block has all heads of its
-// images, those who copy average the shares of an image as well, once others have written them.
+// others multiply 64 queries each. They wait for each other only through the copies.
 template <class T>
 struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1>> {
   using Base = ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1>;
@@ -39,42 +38,27 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, 
   // Nobody needs them any more: all warpgroups arrive, those who copy wait.
   static __device__ unsigned scores_can_begin(unsigned stage, unsigned group) { return GROUPS * stage + group; }
   static __device__ unsigned values_are_there(unsigned stage, unsigned group) { return GROUPS * (2 + stage) + group; }
-  // After the last head: that of a head which does not come.
-  static __device__ unsigned all_is_written(unsigned heads, unsigned group) {
-    return scores_can_begin(heads % 2, group);
-  }
   static __device__ unsigned scores_are_done(unsigned stage) { return 4 * GROUPS + stage; }
   static __device__ unsigned values_are_done(unsigned stage) { return 4 * GROUPS + 2 + stage; }
   static constexpr int OF_A_GROUP = 128 + 128, OF_ALL = THREADS;
 
-  __device__ bool has_images() const { return p.heads_of_block == p.heads; }
-
-  // The head that this block takes as the number-th; says whether there is one.
-  __device__ bool find(unsigned number) {
-    const unsigned heads = p.turns.divisor;
-    if (has_images()) {
-      const unsigned images = p.turns.quotient(number);
-      image = blockIdx.x + images * gridDim.x;
-      head = number - images * heads;
-      turn = image * heads + head;
-    } else {
-      turn = blockIdx.x + number * gridDim.x;
-      image = p.turns.quotient(turn);
-      head = turn - image * heads;
-    }
-    return image < unsigned(p.batch);
+  __device__ void find(unsigned number) {
+    turn = number;
+    image = p.turns.quotient(turn);
+    head = turn - image * p.turns.divisor;
   }
 
   __device__ void run() {
+    const unsigned heads = unsigned(p.batch) * unsigned(p.heads);
     if (warp < 4) {
       hopper::take_fewer_registers<COPYING_REGISTERS>();
-      copy_heads();
+      copy_heads(heads);
     } else {
       hopper::take_more_registers<MULTIPLYING_REGISTERS>();
       const unsigned group = unsigned(warp) / 4 - 1;
-      unsigned number = 0;
 #pragma unroll 1
-      for (; find(number); ++number) {
+      for (unsigned number = 0, now = blockIdx.x; now < heads; ++number, now += gridDim.x) {
+        find(now);
         // Of 13 tiles of queries a warpgroup has 4. One is left, which they take in turn: one of its warps has it, in
         // turn, the others compute something: to spare them that takes longer.
         const unsigned stage = number % 2, alone = number / GROUPS % 4;
@@ -86,16 +70,16 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, 
           take_queries(stage, group, row, part == 0 || warp % 4 == alone, part == 0, part + 1 == parts);
         }
       }
-      hopper::arrive_at(all_is_written(number, group), OF_A_GROUP);
     }
   }
 
   // Q and K of a head come while V of the last one does.
-  __device__ void copy_heads() {
-    unsigned number = 0, averaged = 0;
+  __device__ void copy_heads(unsigned heads) {
+    unsigned number = 0;
 #pragma unroll 1
-    for (; find(number); ++number) {
+    for (unsigned now = blockIdx.x; now < heads; ++number, now += gridDim.x) {
       const unsigned stage = number % 2;
+      find(now);
       if (number >= 2) hopper::wait_at(scores_are_done(stage), OF_ALL);
       this->template source<Queries>(p.query, 0, 0, p.queries).copy(queries_of(stage));
       this->keys(0).copy(keys_of(stage));
@@ -109,25 +93,12 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, 
       for (int source = 0; source < p.sources; ++source) {
         this->split_labels(labels_of(stage), source, int(threadIdx.x));
       }
-      // The scores of a head are done when what came before it has been written.
-      if (has_images() && number == p.turns.divisor * (averaged + 1) + 2) average(averaged++);
       wait_for_copies<1>();
       hopper::show_to_products();
 #pragma unroll
       for (int group = 0; group < GROUPS; ++group) hopper::arrive_at(scores_can_begin(stage, group), OF_A_GROUP);
     }
     say_that_values_are_there<0>(number - 1);
-    // So that all have waited where they arrive now.
-    if (number >= 2) hopper::wait_at(scores_are_done(number % 2), OF_ALL);
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group) hopper::wait_at(all_is_written(number, group), OF_A_GROUP);
-    while (has_images() && p.turns.divisor * averaged < number) average(averaged++);
-  }
-  __device__ void average(unsigned number) const {
-#pragma unroll 1  // two at once, as elsewhere, take more registers than these threads have
-    for (unsigned query = threadIdx.x; query < unsigned(p.queries); query += 128) {
-      average_heads_of<false, 128, 1>(p, blockIdx.x + number * gridDim.x, query);
-    }
   }
   template <int PENDING>
   __device__ void say_that_values_are_there(unsigned number) const {
@@ -224,14 +195,10 @@ bool launch_on_hopper(Forward& p, cudaStream_t stream) {
   const bool fits = p.queries > 192 && p.queries <= 208 && p.keys > 192 && p.keys <= 200;
   if (p.head_dim != 64 || !fits) return false;
   // So few heads are done sooner by more blocks than one a multiprocessor.
-  unsigned blocks = multiprocessors_of_hopper();
-  if (blocks == 0 || p.batch * p.heads < 2 * int64_t(blocks)) return false;
-  // Blocks have whole images where none has more heads for it.
-  const unsigned images = blocks_of(p.batch, blocks);
-  const bool has_images = images * p.heads <= blocks_of(p.batch * p.heads, blocks);
-  p.heads_of_block = has_images ? p.heads : 1;
+  const int blocks = multiprocessors_of_hopper();
+  if (blocks == 0 || int64_t(p.batch) * p.heads < 2 * blocks) return false;
+  p.heads_of_block = 1;
   p.turns = Divisor(p.heads);
-  if (has_images) blocks = blocks_of(p.batch, images);
   if (p.dtype == DType::bfloat16) {
     launch<__nv_bfloat16, HopperKernel<__nv_bfloat16>>(attention_forward_hopper<__nv_bfloat16>, p, blocks, stream);
   } else {
