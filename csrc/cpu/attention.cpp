@@ -185,7 +185,7 @@ const char* instruction_set(const std::string& wanted) { return choose(wanted).n
 
 void forward(const Forward& f, const std::string& isa, int threads) {
   const Kernels& kernels = *choose(isa).kernels;
-  const bool dense = f.sources > MAX_FUSED_SOURCES;
+  const bool dense = f.sources > MAX_FUSED_SOURCES, averages = f.sources > 0 && !dense;
   const Floats head_share = allocate(f.batch * f.heads * head_sums(f) * f.queries + 1);
   const Tasks tasks(f, f.bias.data != nullptr && f.bias.image == 0, 0, kernels.forward_chunks(f), threads);
   // Heads of an image, times chunks, that are still to be done: whoever does the last one averages its shares.
@@ -195,7 +195,8 @@ void forward(const Forward& f, const std::string& isa, int threads) {
     const Task task = tasks[number];
     kernels.forward(f, task, head_share.get(), scratch);
     for (int64_t image = task.first_image; image < task.first_image + task.images; ++image)
-      if (left[image].fetch_sub(task.heads) == task.heads && !dense) kernels.average_heads(f, head_share.get(), image);
+      if (left[image].fetch_sub(task.heads) == task.heads && averages)
+        kernels.average_heads(f, head_share.get(), image);
   });
   if (dense) {
     const int64_t label_chunks = kernels.dense_share_chunks(f);
