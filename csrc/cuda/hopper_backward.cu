@@ -178,7 +178,8 @@ struct HopperKernel {
     if (step + 1 < STEPS || now + gridDim.x < heads()) write_terms((step + 1) % STEPS, log_sum);
     hopper::wait_for_products(sums...);
     hopper::show_to_products();
-    __syncthreads();
+    // Not __syncthreads: the warpgroups come here on two ways.
+    hopper::wait_at(0, THREADS);
   }
 
   // Of keys that there are not dS is 0, and stays so.

@@ -163,6 +163,8 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
         # Warps of 32 queries read K and V from shared memory half as often as those of 16.
         return Config(name, dict(BLOCK_Q=128, **_stream_tiles(keys, 64 if _has_warp_groups(shape) else 32)), 4, 2)
     if head_dim <= 128:
+        if shape.queries > 64 and shape.capability == 90:
+            return Config(name, dict(BLOCK_Q=64, **_stream_tiles(keys, 32)), 4, 3)
         if shape.queries > 64 and shape.capability < 120:
             return Config(name, dict(BLOCK_Q=128, **_stream_tiles(keys, 32)), 8, 2)
         return Config(name, dict(BLOCK_Q=block, **_stream_tiles(keys, 32)), 4)
@@ -196,9 +198,9 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
 
     One program computes five products where two kernels need seven, and reads everything once. For up to 64 queries it
     is the default. For 197 it executes the fewest instructions as well (N = 197, D = 64: 46 k warp instructions a head
-    against 66 k on sm_80, 46 k against 53 k on sm_90), but with dQ in registers only few keys fit beside, and each warp
-    reads for them what others read too: the traffic of shared memory, which bounds all of these kernels, takes 42 k
-    cycles a head on sm_80 and 40 k on sm_90, where that of the two kernels takes 28 k and 22 k. So it is for `tune` to
+    against 66 k on sm_80), but with dQ in registers only few keys fit beside, and each warp reads for them what others
+    read too: the traffic of shared memory, which bounds all of these kernels, takes 42 k cycles a head on sm_80, where
+    that of the two kernels takes 28 k. An H100 takes 251 us for what the two kernels do in 147. So it is for `tune` to
     try there. A bias leaves it no registers; sm_86, sm_89 and float16 on sm_90 have room for 16 keys, sm_120 for none.
     """
     queries, head_dim = shape.queries, shape.head_dim
@@ -238,12 +240,12 @@ def _queries_config(shape: Shape) -> Config:
         return config(64 if _has_warp_groups(shape) and head_dim <= 128 else 32, 32, 4 if head_dim <= 128 else 8)
     if head_dim > 128:
         return config(32, 32, 8)
+    if shape.capability == 90:
+        return config(64, 32, 4, 3 if head_dim <= 64 else 2)
     # The next tile, fetched ahead, takes more registers than most leave.
     stages = 2 if head_dim <= 32 or shape.capability == 80 else 1
     if head_dim > 64:
         return config(64, 32, 4, stages) if is_short else config(128, 32, 8)
-    if shape.capability == 90:
-        return config(64, 32, 4, 3)
     if _has_warp_groups(shape):
         return config(64 if is_short else 128, 64, 4)
     return config(64, 32, 2, stages) if is_short else config(128, 32, 4, stages)
@@ -264,11 +266,13 @@ def _keys_config(shape: Shape) -> Config:
     if shape.has_offsets and shape.in_windows and head_dim <= 32:
         is_tight = shape.capability >= 120 and shape.dtype == torch.float16
         return config(32 if is_tight else 64, 64, 4)
+    if shape.capability == 90 and head_dim <= 128 and not shape.has_offsets:
+        if head_dim > 64 or shape.keys <= 64:
+            return config(32, 64, 4, 3 if head_dim <= 64 else 2)
+        return config(32, 128, 8)
     if head_dim > 64 or shape.has_offsets:
         block, warps = (64, 4) if head_dim <= 128 else (32, 8)
         return config(32, min(block, 32) if head_dim > 64 and shape.has_offsets else block, warps)
-    if shape.capability == 90:
-        return config(32, 64, 4, 3) if shape.keys <= 64 else config(32, 128, 8)
     if _has_warp_groups(shape):
         return config(32, 128, 4)
     return config(32, 128 if head_dim <= 32 or shape.capability == 80 else 64, 4, 2)
