@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow  # compiles for minutes
 PIPES = ("issue", "tensor", "special", "float", "integer", "memory")
 BACKWARDS = ("attention_backward_head", "attention_backward_queries", "attention_backward_keys")
 SHAPES = {
-    "N=197 D=64": (dict(tokens=197, head_dim=64), "attention_forward_row"),
+    "N=197 D=64": (dict(tokens=197, head_dim=64, prefer=["attention_forward_row"]), "attention_forward_row"),
     "windows of 49 D=32 H=3": (
         dict(tokens=49, head_dim=32, heads=3, prefer=["attention_forward_heads"]),
         "attention_forward_heads",
@@ -58,6 +58,8 @@ def test_counts(benchmark, arch, name):
         rows = {"with labels": labels, "without": offline.record_packed(arch, sources=0, **options)[forward]}
         if forward == "attention_forward_row":
             rows["without, row sum by additions"] = offline.make_plain(labels)
+            streams = offline.record_packed(arch, **{**options, "prefer": ["attention_forward_stream"]})
+            rows["with labels, streaming"] = streams["attention_forward_stream"]
         for kernel in BACKWARDS:
             prefer = ["attention_backward_head" if "head" in kernel else "attention_backward_queries"]
             rows[kernel] = offline.record_packed(arch, **{**options, "prefer": prefer})[kernel]

@@ -347,6 +347,7 @@ def test_labels_are_never_multiplied_as_tf32(monkeypatch, sources):
 
 # Counted
 
+VIT = dict(tokens=197, head_dim=64, prefer=["attention_forward_row"])
 WINDOWS = dict(tokens=49, head_dim=32, heads=3, prefer=["attention_forward_heads"])
 
 
@@ -364,7 +365,7 @@ def test_few_scores_are_padding(tokens, head_dim, most):
 @of_new_triton
 @pytest.mark.parametrize(("arch", "most"), [(80, 16), (90, 13)])
 def test_instructions_of_a_score_of_the_forward(arch, most):
-    launch = offline.record_packed(arch, 197, 64)["attention_forward_row"]
+    launch = offline.record_packed(arch, **VIT)["attention_forward_row"]
     assert count(launch, arch) * 32 / 197**2 <= most
 
 
@@ -372,7 +373,7 @@ def test_instructions_of_a_score_of_the_forward(arch, most):
 @pytest.mark.parametrize("arch", [80, 90])
 def test_labels_cost_few_instructions(arch):
     # The leanest kernel without labels: its row sum, too, is a column of the product.
-    none, labels = (offline.record_packed(arch, 197, 64, sources=s)["attention_forward_row"] for s in (0, 1))
+    none, labels = (offline.record_packed(arch, sources=s, **VIT)["attention_forward_row"] for s in (0, 1))
     assert count(none, arch) < count(labels, arch) <= 1.06 * count(none, arch)
     assert count(labels, arch) <= count(offline.make_plain(labels), arch)
 
@@ -386,7 +387,7 @@ def test_labels_of_windows_cost_few_instructions(arch):
 
 @of_new_triton
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("options", [dict(tokens=197, head_dim=64), WINDOWS], ids=["ViT", "windows"])
+@pytest.mark.parametrize("options", [VIT, WINDOWS], ids=["ViT", "windows"])
 def test_labels_take_no_program_from_a_multiprocessor(arch, options):
     name = "attention_forward_heads" if options is WINDOWS else "attention_forward_row"
     none, labels = (offline.record_packed(arch, sources=sources, **options)[name] for sources in (0, 1))
@@ -395,9 +396,7 @@ def test_labels_take_no_program_from_a_multiprocessor(arch, options):
 
 @of_new_triton
 @needs_ptxvm
-@pytest.mark.parametrize(
-    "most, options", [(1.03, dict(tokens=197, head_dim=64)), (1.04, WINDOWS)], ids=["ViT", "windows"]
-)
+@pytest.mark.parametrize("most, options", [(1.03, VIT), (1.04, WINDOWS)], ids=["ViT", "windows"])
 def test_labels_cost_few_bytes(most, options):
     none, labels = (offline.forward_bytes(sources=sources, **options) for sources in (0, 1))
     assert none < labels <= most * none
