@@ -731,7 +731,7 @@ def _precision(device: torch.device) -> str:
     """How float32 is multiplied: where there is TF32, as three products of parts that keep 22 bits between them.
 
     Errors stay those of float32. At N = 197, D = 64 forward and backward of a head take 272 k cycles of the busiest
-    pipe on sm_80 and 194 k on sm_90, where multiplications in float32 took 659 k, by counts. One product of TF32 has
+    pipe on sm_80 and 155 k on sm_90, where multiplications in float32 took 659 k, by counts. One product of TF32 has
     to do if PyTorch's own products may be such.
     """
     if _capability(device) < 80 or torch.version.hip:
