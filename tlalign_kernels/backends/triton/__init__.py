@@ -106,6 +106,17 @@ class Shape(NamedTuple):
         return self.has_offsets and not self.in_windows
 
 
+# Triton's own functions for these take several microseconds a call.
+def _blocks(total: int, size: int) -> int:
+    """Blocks of `size` that hold `total`."""
+    return -(-total // size)
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not smaller than a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
 def forward_configs(shape: Shape) -> list[tuple[Config]]:
     """Kernels that can do a forward, and their tiles; the first is the default, the others are for `tune` to try.
 
@@ -133,8 +144,8 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
         if shape.has_offsets and block == 64:
             # Two would take all the registers that a thread may have.
             warps = 4
-        tiles = dict(BLOCK_Q=block, BLOCK_K=max(16, triton.next_power_of_2(keys)))
-        is_default = shape.batch * triton.cdiv(queries, block) >= MIN_PROGRAMS_OF_HEADS
+        tiles = dict(BLOCK_Q=block, BLOCK_K=max(16, _power_of_two(keys)))
+        is_default = shape.batch * _blocks(queries, block) >= MIN_PROGRAMS_OF_HEADS
         configs.insert(0 if is_default else 1, (Config("attention_forward_heads", tiles, warps),))
     return configs
 
@@ -174,7 +185,7 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
 def _stream_tiles(keys: int, tile: int) -> dict[str, int]:
     """Whole tiles and a tail, a power of two of at least 16."""
     rest = keys % tile
-    return dict(TILE=tile, TAIL=rest and max(16, triton.next_power_of_2(rest)))
+    return dict(TILE=tile, TAIL=rest and max(16, _power_of_two(rest)))
 
 
 def _row_tiles(tokens: int) -> dict[str, int]:
@@ -190,7 +201,7 @@ def _padded_keys(tiles: dict[str, int], keys: int) -> int:
         return tiles["TILE"] * tiles["TILES"] + tiles["TAIL"] + tiles["TAIL_2"]
     tile = tiles.get("BLOCK_K") or tiles["TILE"]
     tail = tiles.get("TAIL", 0)
-    return keys // tile * tile + tail if tail else triton.cdiv(keys, tile) * tile
+    return keys // tile * tile + tail if tail else _blocks(keys, tile) * tile
 
 
 def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
@@ -303,7 +314,12 @@ _preferred: dict[tuple[Callable[[Shape], list[tuple[Config, ...]]], Shape], tupl
 
 
 def _chosen(configs: Callable[[Shape], list[tuple[Config, ...]]], shape: Shape) -> tuple[Config, ...]:
-    return (_preferred and _preferred.get((configs, shape._replace(batch=0)))) or configs(shape)[0]
+    return (_preferred and _preferred.get((configs, shape._replace(batch=0)))) or _default(configs, shape)
+
+
+@functools.lru_cache(1024)
+def _default(configs: Callable[[Shape], list[tuple[Config, ...]]], shape: Shape) -> tuple[Config, ...]:
+    return configs(shape)[0]
 
 
 def _shape_and_directions(problem: Problem) -> tuple[Shape, tuple]:
@@ -372,7 +388,7 @@ def forward(
     # A label more than there are sources: whether a key is real.
     padded = int(pad_qkv is not None)
     (config,) = _chosen(forward_configs, _shape_of(query, key, has_offsets, windows))
-    grid = triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch
+    grid = _blocks(queries, config.tiles["BLOCK_Q"]) * batch
     parts_row = _padded_keys(config.tiles, keys)
     sizes = (heads, queries, keys)
     strides = (*_strides(query, key, value), *_offset_strides(bias, mask))
@@ -383,7 +399,7 @@ def forward(
     constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
     how = dict(
         **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask, windows),
-        COLUMNS=max(8, triton.next_power_of_2(1 + fused * parts + padded)), SOURCES=fused, PARTS=parts,
+        COLUMNS=max(8, _power_of_two(1 + fused * parts + padded)), SOURCES=fused, PARTS=parts,
         PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
         PRECISION=_precision(query.device), WINDOWS=windows, **config.options,
     )  # fmt: skip
@@ -391,8 +407,8 @@ def forward(
         packed = head_share = None
         if fused:
             packed = query.new_empty((batch, fused * parts + padded, parts_row))
-            block = min(256, triton.next_power_of_2(parts_row))
-            kernels.pack_labels[(triton.cdiv(parts_row, block) * batch,)](
+            block = min(256, _power_of_two(parts_row))
+            kernels.pack_labels[(_blocks(parts_row, block) * batch,)](
                 share, packed, keys, tokens, SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row, WINDOWS=windows,
                 BLOCK=block, num_warps=2,
             )  # fmt: skip
@@ -414,7 +430,7 @@ def forward(
                     *inputs, head_share, *strides, *sizes, *numbers, **how
                 )
             if fused:
-                kernels.average_heads[(triton.cdiv(queries, 64) * batch,)](
+                kernels.average_heads[(_blocks(queries, 64) * batch,)](
                     head_share, log_sum_exp, residual, share_out, heads, queries,
                     SOURCES=fused, HAS_RESIDUAL=residual is not None, MASKED=has_offsets, WINDOWS=windows, BLOCK=64,
                     num_warps=2,
@@ -426,7 +442,7 @@ def forward(
                 block, tile, labels, warps = 16 if is_wide else 32, 16, 16, 8 if is_wide else 4
             else:
                 block, tile, labels, warps = 32, 32, 32, 8
-            kernels.dense_share[(triton.cdiv(queries, block) * batch,)](
+            kernels.dense_share[(_blocks(queries, block) * batch,)](
                 query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
                 *sizes, sources, factor, **_rows(query=query, key=key), **_width(head_dim),
@@ -483,7 +499,7 @@ def backward(
         pad_sums = None
         if grad_pad_qkv is not None:
             # A sum for each block of keys of each window; added below, in fixed order.
-            blocks = triton.cdiv(keys, (config if is_head else of_keys[0]).tiles["BLOCK_K"])
+            blocks = _blocks(keys, (config if is_head else of_keys[0]).tiles["BLOCK_K"])
             pad_sums = query.new_zeros((batch * blocks, heads, 2, head_dim), dtype=torch.float32)
         how = dict(
             **_rows(query=query, key=key, value=value, grad_output=grad_output), **_width(head_dim),
@@ -501,11 +517,11 @@ def backward(
             )  # fmt: skip
         else:
             sizes = (heads, queries, keys, scale, factor, *dropout)
-            kernels.attention_backward_queries[(triton.cdiv(queries, config.tiles["BLOCK_Q"]) * batch * heads,)](
+            kernels.attention_backward_queries[(_blocks(queries, config.tiles["BLOCK_Q"]) * batch * heads,)](
                 *inputs, output, *constants, row_terms, grad_query, *strides, *_strides(grad_query),
                 *sizes, **_rows(grad_query=grad_query), **how, **config.options,
             )  # fmt: skip
-            kernels.attention_backward_keys[(triton.cdiv(keys, of_keys[0].tiles["BLOCK_K"]) * batch * heads,)](
+            kernels.attention_backward_keys[(_blocks(keys, of_keys[0].tiles["BLOCK_K"]) * batch * heads,)](
                 *inputs, *constants, row_terms, grad_key, grad_value, pad_sums, *strides,
                 *_strides(grad_key, grad_value), *sizes, **_rows(grad_key=grad_key, grad_value=grad_value), **how,
                 **of_keys[0].options,
@@ -518,9 +534,9 @@ def backward(
             of_bias = _bias_config(shape)
             block_q, block_k = of_bias.tiles["BLOCK_Q"], of_bias.tiles["BLOCK_K"]
             bias_images, bias_heads = grad_bias.shape[:2]
-            tiles = triton.cdiv(queries, block_q) * triton.cdiv(keys, block_k) * bias_heads
+            tiles = _blocks(queries, block_q) * _blocks(keys, block_k) * bias_heads
             images_of_part = images_of_sum(batch, bias_images, tiles)
-            parts = triton.cdiv(batch, images_of_part)
+            parts = _blocks(batch, images_of_part)
             sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
             if head_dim > 64 and how["PRECISION"] == "tf32x3":
                 # Of four wide factors the parts leave no registers.
@@ -605,7 +621,7 @@ def _arranged(bias: Tensor | None, query: Tensor, windows: Windows) -> Tensor | 
     dtype = query.dtype if bias is None else bias.dtype
     arranged = query.new_empty((4 if windows.has_regions else 1, heads, tokens, row), dtype=dtype)
     with _device_of(query):
-        kernels.arrange_bias[(triton.cdiv(arranged.numel(), 1024),)](
+        kernels.arrange_bias[(_blocks(arranged.numel(), 1024),)](
             bias, arranged, *_offset_strides(bias)[1:], heads, arranged.numel(), HAS_BIAS=bias is not None, N=tokens,
             ROW=row, WINDOWS=windows, BLOCK=1024, num_warps=4,
         )  # fmt: skip
@@ -628,7 +644,7 @@ def _inverse(
     batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
     inverse = torch.empty_like(log_sum_exp)
     block = 32 if head_dim <= 64 else 16
-    kernels.normalise[(triton.cdiv(queries, block) * batch * heads,)](
+    kernels.normalise[(_blocks(queries, block) * batch * heads,)](
         query, key, pad_qkv, bias, mask, log_sum_exp, inverse,
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys,
         _factor(scale, bias is not None or mask is not None), **_rows(query=query, key=key), **_width(head_dim),
@@ -665,9 +681,10 @@ def _readable(offsets: Tensor | None) -> Tensor | None:
     return offsets.float() if offsets.dtype == torch.float64 else offsets
 
 
+@functools.lru_cache(4096)  # asked for each tensor of a call, and for the same ones in each step
 def _check_extent(name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
     """Within an image and head the kernels count with 32 bits."""
-    if sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) >= 2**31:
+    if sum((size - 1) * stride for size, stride in zip(shape[2:], strides[2:], strict=True)) >= 2**31:
         raise NotImplementedError(f"{name}: expected less than 2**31 elements from the first to the last of a head")
 
 
@@ -678,9 +695,12 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 def _rows(**tensors: Tensor) -> dict[str, int]:
     """Strides of rows, which a model fixes: as constants they cost the kernels no multiplications."""
+    rows = {}
     for name, tensor in tensors.items():
-        _check_extent(name, tensor.shape[2:], tensor.stride()[2:])
-    return {f"{name.upper()}_ROW": tensor.stride(2) for name, tensor in tensors.items()}
+        strides = tensor.stride()
+        _check_extent(name, tensor.shape, strides)
+        rows[f"{name.upper()}_ROW"] = strides[2]
+    return rows
 
 
 def _gap(query: Tensor, key: Tensor, value: Tensor) -> int:
@@ -699,10 +719,11 @@ def _gap(query: Tensor, key: Tensor, value: Tensor) -> int:
 def _offset_strides(*offsets: Tensor | None) -> list[int]:
     strides = []
     for tensor in offsets:
-        if tensor is not None:
-            _check_extent("bias, mask", tensor.shape[2:], tensor.stride()[2:])
-        shape, given = ((0,) * 4, (0,) * 4) if tensor is None else (tensor.shape, tensor.stride())
-        strides += [0 if size == 1 else stride for size, stride in zip(shape, given, strict=True)]
+        if tensor is None:
+            strides += [0] * 4
+            continue
+        _check_extent("bias, mask", tensor.shape, tensor.stride())
+        strides += [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return strides
 
 
@@ -714,7 +735,7 @@ def _kinds(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) ->
 
 
 def _width(head_dim: int) -> dict[str, int]:
-    return {"D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+    return {"D": head_dim, "BLOCK_D": max(16, _power_of_two(head_dim))}
 
 
 def _factor(scale: float, has_offsets: bool) -> float:
