@@ -314,12 +314,7 @@ _preferred: dict[tuple[Callable[[Shape], list[tuple[Config, ...]]], Shape], tupl
 
 
 def _chosen(configs: Callable[[Shape], list[tuple[Config, ...]]], shape: Shape) -> tuple[Config, ...]:
-    return (_preferred and _preferred.get((configs, shape._replace(batch=0)))) or _default(configs, shape)
-
-
-@functools.lru_cache(1024)
-def _default(configs: Callable[[Shape], list[tuple[Config, ...]]], shape: Shape) -> tuple[Config, ...]:
-    return configs(shape)[0]
+    return (_preferred and _preferred.get((configs, shape._replace(batch=0)))) or configs(shape)[0]
 
 
 def _shape_and_directions(problem: Problem) -> tuple[Shape, tuple]:
