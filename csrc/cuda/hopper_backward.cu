@@ -178,7 +178,7 @@ struct HopperKernel {
     if (step + 1 < STEPS || now + gridDim.x < heads()) write_terms((step + 1) % STEPS, log_sum);
     hopper::wait_for_products(sums...);
     hopper::show_to_products();
-    // Not __syncthreads: the warpgroups come here on two ways.
+    // Not __syncthreads: the warpgroups come here from two places.
     hopper::wait_at(0, THREADS);
   }
 
