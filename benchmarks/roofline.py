@@ -62,7 +62,7 @@ CALLS = [(shape, direction) for shape in SHAPES for direction in ("forward", "ba
 
 HEAD = """# Roofline of the attention kernels
 
-**COMPUTED, NOT MEASURED.** No kernel of this repository has been timed on a GPU. These are sums, made by
+**COMPUTED, NOT MEASURED.** Times of a GPU are in `h200/report.md`. These are sums, made by
 `python -m benchmarks.roofline`, of public peak figures (data sheets of NVIDIA A100 40 GB SXM and H100 SXM) and of
 counts of compiled code. A floor is a time that nothing can beat; how far above it a kernel runs, only a GPU can tell.
 
