@@ -19,8 +19,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Has `pytest -n` keep the tests of a group on one worker."""
-    # Not by an option in pyproject.toml, which pytest-benchmark takes for workers that disturb its timings.
-    if getattr(config.option, "dist", "no") == "load":
+    # Not by an option in pyproject.toml, which pytest-benchmark takes for workers that disturb its timings. Workers do
+    # not learn what is changed here.
+    if hasattr(config, "workerinput"):
+        config.option.loadgroup = True
+    elif getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"
 
 

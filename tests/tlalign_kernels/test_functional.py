@@ -152,7 +152,7 @@ def test_one_share_equals_dense_labels_of_the_pair(backend):
 
 @backends
 def test_permuting_heads_leaves_labels_alone(backend):
-    inputs = cast_inputs(make_inputs(Case("heads", heads=5, bias_scale=1.0), "cpu"), torch.float32)
+    inputs = cast_inputs(make_inputs(Case("heads", heads=5, queries=50, keys=70, bias_scale=1.0), "cpu"), torch.float32)
     order = torch.randperm(5)
     output, share = call(inputs, backend=backend)
     heads = {name: inputs[name][:, order] for name in ("query", "key", "value")}
@@ -305,12 +305,12 @@ def test_a_bias_that_images_share_and_a_mask_add_up(backend, mask_shape):
 @backends
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_of_the_size_of_the_scores_is_saved(backend, packed):
-    case = Case("memory", batch=1, heads=2, queries=300, keys=300, head_dim=16, packed=packed)
+    case = Case("memory", batch=1, heads=2, queries=130, keys=130, head_dim=16, packed=packed)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         run_operator(case, cast_inputs(make_inputs(case, "cpu"), torch.float32), backend)
     assert saved
-    assert max(shape.numel() for shape in saved) < 300 * 300
+    assert max(shape.numel() for shape in saved) < 130 * 130
 
 
 def test_packed_gradient_has_the_layout_of_the_projection():
