@@ -252,9 +252,9 @@ def test_nothing_spills(arch, head_dim, dtype, offsets):
 @of_new_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("head_dim", "offsets"), [(32, False), (32, True), (64, False)])
+@pytest.mark.parametrize(("head_dim", "offsets"), [(32, False), (32, True), (64, False), (64, True), (80, False)])
 def test_nothing_spills_in_float32(arch, head_dim, offsets):
-    # Three products of TF32 take many registers: wider heads, and those of 64 with a bias, spill some.
+    # Three products of TF32 take many registers: wider heads spill some, and those of 80 with a bias on sm_100 and 120.
     for launch in every_launch(arch, 197, head_dim, torch.float32, offsets):
         check_compiled(launch, arch)
 
@@ -310,6 +310,17 @@ def test_what_tune_prefers_is_launched(monkeypatch):
         query = torch.zeros(1, 3, 50, 32, dtype=torch.bfloat16, requires_grad=True)
         explained = tlk.explain(query, query, query, backend="triton")
         assert explained.configuration == tuple(map(str, configuration))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_columns_hold_a_head_and_pad_little(dtype):
+    for head_dim in range(1, 257):
+        for has_offsets in (False, True):
+            width = backend._width(torch.empty(1, head_dim, dtype=dtype), has_offsets)
+            widths = width["WIDTHS"]
+            assert width["D"] == head_dim
+            assert all(size >= 16 and size.bit_count() == 1 for size in widths)
+            assert 0 <= sum(widths) - head_dim < max(16, head_dim / 3)
 
 
 def test_float32_is_multiplied_as_pytorch_may_multiply_it():

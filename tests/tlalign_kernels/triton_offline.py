@@ -177,29 +177,30 @@ def plain_forward_row(
     query += image * (QUERIES * ROW) + head * D
     key = query + GAP
     value = key + GAP
-    q = kernels._load_rows(query, ROW, first, QUERIES, BLOCK_Q, D, D, True)
+    q = kernels._load_rows(query, ROW, first, QUERIES, BLOCK_Q, D, (D,), True)
     row = first + tl.arange(0, BLOCK_Q)
     scores = ()
     for i in tl.static_range(TILES + 1):
         of_tile = kernels._scores(
             q, key, ROW, row, QUERIES, TILE * i, QUERIES, 1.0, None, 0, 0, None, 0, 0,
-            TILE if i < TILES else TAIL, i == TILES, D, D, 0, 0, "ieee",
+            TILE if i < TILES else TAIL, i == TILES, D, (D,), 0, 0, "ieee",
         )  # fmt: skip
         scores = scores + (of_tile,)  # noqa: RUF005 - Triton takes no unpacking
     lanes = kernels._max_of_lanes(scores[0])
     for i in tl.static_range(1, TILES + 1):
         lanes = tl.maximum(lanes, kernels._max_of_lanes(scores[i]))
     highest = tl.max(lanes, 1) * factor
-    accumulated = tl.zeros((BLOCK_Q, D), tl.float32)
+    accumulated = kernels._zeros(BLOCK_Q, (D,))
     sums = tl.zeros(lanes.shape, tl.float32)
     for i in tl.static_range(TILES + 1):
         p = tl.exp2(scores[i] * factor - highest[:, None])
         sums += tl.sum(tl.reshape(p, (BLOCK_Q, p.shape[1] // 8, 8)), 1)
-        v = kernels._load_rows(value, ROW, TILE * i, QUERIES, TILE if i < TILES else TAIL, D, D, i == TILES)
-        accumulated = tl.dot(p.to(v.dtype), v, accumulated)
+        v = kernels._load_rows(value, ROW, TILE * i, QUERIES, TILE if i < TILES else TAIL, D, (D,), i == TILES)
+        accumulated = kernels._add_mixed(p.to(v[0].dtype), v, accumulated, (D,), "ieee")
     total = tl.sum(sums, 1)
     start = output + (image * QUERIES * HEADS + head) * D
-    kernels._store_rows(start, HEADS * D, first, QUERIES, accumulated * (1.0 / total)[:, None], BLOCK_Q, D, D)
+    accumulated = kernels._times(accumulated, (1.0 / total)[:, None], (D,))
+    kernels._store_rows(start, HEADS * D, first, QUERIES, accumulated, BLOCK_Q, D, (D,))
     known = (highest + tl.log2(total)) * kernels.LN_2
     tl.store(log_sum_exp + (image * HEADS + head) * QUERIES + row, known, mask=row < QUERIES)
 

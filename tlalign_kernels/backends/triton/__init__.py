@@ -44,6 +44,8 @@ MAX_KEYS_OF_HEADS = 64
 MIN_PROGRAMS_OF_HEADS = 2048
 # So do the gradients of so many queries.
 MAX_GRADIENT_ROWS = 208
+# Unless these are granted, the assembler takes fewer in float32 on some architectures, and spills.
+MOST_REGISTERS = 255
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
@@ -162,7 +164,8 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
             return Config(name, dict(BLOCK_Q=128, TILE=64, TAIL=0), 8, 2)
         if shape.capability == 90 and head_dim <= 128 and shape.queries > 64 and not shape.has_offsets:
             return Config(name, dict(BLOCK_Q=128, TILE=32, TAIL=0), 8)
-        return Config(name, dict(BLOCK_Q=min(block, 32), TILE=16, TAIL=0), 2)
+        registers = None if shape.capability == 100 else MOST_REGISTERS
+        return Config(name, dict(BLOCK_Q=min(block, 32), TILE=16, TAIL=0), 2, registers=registers)
     if shape.has_offsets:
         tiles = dict(BLOCK_Q=min(block, 64 if head_dim <= 128 else 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
         return Config(name, tiles, 8 if head_dim > 128 else warps)
@@ -229,8 +232,11 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
     return [split, (head,)]
 
 
-def _backward_config(kernel: str, block_q: int, block_k: int, warps: int, stages: int = 1) -> Config:
-    return Config(f"attention_backward_{kernel}", dict(BLOCK_Q=block_q, BLOCK_K=block_k), warps, stages)
+def _backward_config(
+    kernel: str, block_q: int, block_k: int, warps: int, stages: int = 1, registers: int | None = None
+) -> Config:
+    tiles = dict(BLOCK_Q=block_q, BLOCK_K=block_k)
+    return Config(f"attention_backward_{kernel}", tiles, warps, stages, registers)
 
 
 def _queries_config(shape: Shape) -> Config:
@@ -242,7 +248,7 @@ def _queries_config(shape: Shape) -> Config:
             if is_short or shape.has_offsets:
                 return config(64, 32, 4)
             return config(128, 32 if head_dim <= 32 else 64, 8)
-        return config(32 if head_dim <= 32 else 16, 16, 2)
+        return config(32 if head_dim <= 32 else 16, 16, 2, registers=MOST_REGISTERS)
     if shape.has_offsets:
         if shape.in_windows and head_dim <= 32:
             return config(64, 64, 4)
@@ -266,7 +272,7 @@ def _keys_config(shape: Shape) -> Config:
     config, head_dim = functools.partial(_backward_config, "keys"), shape.head_dim
     if shape.dtype == torch.float32:
         if head_dim > 64:
-            return config(16, 16, 4)
+            return config(32, 16, 4, registers=MOST_REGISTERS)
         if shape.capability == 90:
             if shape.has_offsets and head_dim > 32:
                 return config(16, 64, 4)
@@ -393,7 +399,7 @@ def forward(
     # constants.
     constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
     how = dict(
-        **_rows(query=query, key=key, value=value), **_width(head_dim), **_kinds(bias, mask, windows),
+        **_rows(query=query, key=key, value=value), **_width(query, has_offsets), **_kinds(bias, mask, windows),
         COLUMNS=max(8, _power_of_two(1 + fused * parts + padded)), SOURCES=fused, PARTS=parts,
         PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
         PRECISION=_precision(query.device), WINDOWS=windows, **config.options,
@@ -440,7 +446,7 @@ def forward(
             kernels.dense_share[(_blocks(queries, block) * batch,)](
                 query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
-                *sizes, sources, factor, **_rows(query=query, key=key), **_width(head_dim),
+                *sizes, sources, factor, **_rows(query=query, key=key), **_width(query, has_offsets),
                 **_kinds(bias, mask, windows), PRECISION=_precision(query.device),
                 NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
                 BLOCK_Q=block, TILE=tile, LABELS=labels, num_warps=warps,
@@ -497,7 +503,7 @@ def backward(
             blocks = _blocks(keys, (config if is_head else of_keys[0]).tiles["BLOCK_K"])
             pad_sums = query.new_zeros((batch * blocks, heads, 2, head_dim), dtype=torch.float32)
         how = dict(
-            **_rows(query=query, key=key, value=value, grad_output=grad_output), **_width(head_dim),
+            **_rows(query=query, key=key, value=value, grad_output=grad_output), **_width(query, has_offsets, 32),
             **_kinds(bias, mask, windows), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
             PRECISION=_precision(query.device), WINDOWS=windows,
         )  # fmt: skip
@@ -637,12 +643,13 @@ def _inverse(
     if query.dtype == torch.bfloat16:
         return None
     batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
+    has_offsets = bias is not None or mask is not None
     inverse = torch.empty_like(log_sum_exp)
     block = 32 if head_dim <= 64 else 16
     kernels.normalise[(_blocks(queries, block) * batch * heads,)](
         query, key, pad_qkv, bias, mask, log_sum_exp, inverse,
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys,
-        _factor(scale, bias is not None or mask is not None), **_rows(query=query, key=key), **_width(head_dim),
+        _factor(scale, has_offsets), **_rows(query=query, key=key), **_width(query, has_offsets),
         **_kinds(bias, mask, windows), PRECISION=_precision(query.device), WINDOWS=windows, BLOCK_Q=block, TILE=block,
         num_warps=4,
     )  # fmt: skip
@@ -729,8 +736,18 @@ def _kinds(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) ->
     }
 
 
-def _width(head_dim: int) -> dict[str, int]:
-    return {"D": head_dim, "BLOCK_D": max(16, _power_of_two(head_dim))}
+def _width(query: Tensor, has_offsets: bool, narrow: int = 16) -> dict[str, int | tuple[int, ...]]:
+    """Columns of a head and the widths of the blocks they lie in, powers of two from 16 on.
+
+    Of float32, whose factors are kept as two parts, `narrow` blocks leave registers for the others.
+    """
+    head_dim = query.shape[-1]
+    if query.dtype == torch.float32 and head_dim > 32 and (head_dim > 64 or has_offsets):
+        return {"D": head_dim, "WIDTHS": (narrow,) * _blocks(head_dim, narrow)}
+    whole = max(16, _power_of_two(head_dim))
+    half = whole // 2
+    rest = max(16, _power_of_two(max(1, head_dim - half)))
+    return {"D": head_dim, "WIDTHS": (half, rest) if rest < half else (whole,)}
 
 
 def _factor(scale: float, has_offsets: bool) -> float:

@@ -6,6 +6,9 @@ which a plain kernel computes by additions, and the others the labels in this he
 bits of a result do not depend on the order in which programs run. Offsets of images and heads are 64 bits wide, those
 within one are 32.
 
+Triton's blocks are as wide as powers of two. What has the D columns of a head is a tuple of blocks as wide as WIDTHS
+says, so that a head of 80 is 64 and 16 wide, and not 128.
+
 WINDOWS, a constant, is None or says how a map is divided into windows. A window then counts as an image: its rows are
 looked up in the map, its `place` is where it begins in the rolled and padded map, and what belongs to the kernels alone
 (the log-sum-exp, packed labels, scratch) has N rows a window, window after window.
@@ -75,6 +78,17 @@ def _unit(bias, mask):
 def _precise(precision):
     """How labels are multiplied: never as plain TF32, whatever the products of float32 are allowed to be."""
     return "tf32x3" if precision == "tf32" else precision
+
+
+@triton.constexpr_function
+def _first_column(widths, block):
+    return sum(widths[:block])
+
+
+@triton.constexpr_function
+def _exceeds(widths, block, columns):
+    """Whether a block has more columns than are left for it."""
+    return sum(widths[: block + 1]) > columns
 
 
 @triton.jit
@@ -177,10 +191,10 @@ def _pad_row(pad, which, head, heads, D: tl.constexpr):
 
 @triton.jit
 def _load(
-    data, row, column, stride, first, end, place, pad, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr,
+    data, row, column, stride, first, end, place, pad, D: tl.constexpr, EXCEEDS: tl.constexpr, ENDS: tl.constexpr,
     WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of rows `first` + row, zeros from row `end` on (with ENDS) and from column D on.
+    """Columns of rows `first` + row, zeros from row `end` on (with ENDS) and from column D on (if some EXCEED it).
 
     In the padding of windows, `pad` or zeros; then what lies beyond the end is of no account.
     """
@@ -193,7 +207,7 @@ def _load(
         other = 0.0
         if pad is not None and _is_padded(WINDOWS):
             other = tl.load(pad + column, mask=column < D, other=0.0)
-        if BLOCK_D != D:
+        if EXCEEDS:
             return tl.load(at, mask=inside & (column < D), other=other)
         elif ENDS or _is_padded(WINDOWS):
             return tl.load(at, mask=inside, other=other)
@@ -202,60 +216,118 @@ def _load(
     # In this order tiles have their addresses in common, but for a constant.
     at = data + (row * stride + column) + first * stride
     if ENDS:
-        if BLOCK_D == D:
-            return tl.load(at, mask=first + row < end, other=0.0)
-        else:
+        if EXCEEDS:
             return tl.load(at, mask=(first + row < end) & (column < D), other=0.0)
-    else:
-        if BLOCK_D == D:
-            return tl.load(at)
         else:
+            return tl.load(at, mask=first + row < end, other=0.0)
+    else:
+        if EXCEEDS:
             return tl.load(at, mask=column < D, other=0.0)
+        else:
+            return tl.load(at)
 
 
 @triton.jit
 def _load_rows(
-    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr,
+    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, ENDS: tl.constexpr,
     place=None, pad=None, WINDOWS: tl.constexpr = None,
 ):  # fmt: skip
-    """ROWS rows of D numbers from `first` on, (ROWS, BLOCK_D)."""
-    return _load(
-        data, tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :], stride, first, end, place, pad,
-        D, BLOCK_D, ENDS, WINDOWS,
-    )  # fmt: skip
+    """ROWS rows of D numbers from `first` on, a matrix (ROWS, width) for each of the WIDTHS."""
+    blocks = ()
+    for i in tl.static_range(len(WIDTHS)):
+        column = _first_column(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        blocks = blocks + (
+            _load(
+                data, tl.arange(0, ROWS)[:, None], column[None, :], stride, first, end, place, pad,
+                D, _exceeds(WIDTHS, i, D), ENDS, WINDOWS,
+            ),
+        )  # fmt: skip
+    return blocks
 
 
 @triton.jit
 def _load_columns(
-    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENDS: tl.constexpr,
+    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, ENDS: tl.constexpr,
     place=None, pad=None, WINDOWS: tl.constexpr = None,
 ):  # fmt: skip
-    """The same transposed, (BLOCK_D, ROWS), without a way round through shared memory."""
-    return _load(
-        data, tl.arange(0, ROWS)[None, :], tl.arange(0, BLOCK_D)[:, None], stride, first, end, place, pad,
-        D, BLOCK_D, ENDS, WINDOWS,
-    )  # fmt: skip
+    """The same transposed, (width, ROWS), without a way round through shared memory."""
+    blocks = ()
+    for i in tl.static_range(len(WIDTHS)):
+        column = _first_column(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        blocks = blocks + (
+            _load(
+                data, tl.arange(0, ROWS)[None, :], column[:, None], stride, first, end, place, pad,
+                D, _exceeds(WIDTHS, i, D), ENDS, WINDOWS,
+            ),
+        )  # fmt: skip
+    return blocks
 
 
 @triton.jit
 def _store_rows(
-    data, stride, first, end, values, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    data, stride, first, end, values, ROWS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
     place=None, WINDOWS: tl.constexpr = None,
 ):  # fmt: skip
     """Writes ROWS rows of D numbers from `first` on; of windows, those that are not padding."""
     row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
-    inside = first + row < end
-    if BLOCK_D != D:
-        inside = inside & (column < D)
-    if WINDOWS is None:
-        at = data + (row * stride + column) + first * stride
-    else:
-        token, is_real = _token(first + row, place, WINDOWS)
-        at = data + (token * stride + column)
-        if _is_padded(WINDOWS):
-            inside = inside & is_real
-    tl.store(at, values.to(data.dtype.element_ty), mask=inside)
+    for i in tl.static_range(len(WIDTHS)):
+        column = (_first_column(WIDTHS, i) + tl.arange(0, WIDTHS[i]))[None, :]
+        inside = first + row < end
+        if _exceeds(WIDTHS, i, D):
+            inside = inside & (column < D)
+        if WINDOWS is None:
+            at = data + (row * stride + column) + first * stride
+        else:
+            token, is_real = _token(first + row, place, WINDOWS)
+            at = data + (token * stride + column)
+            if _is_padded(WINDOWS):
+                inside = inside & is_real
+        tl.store(at, values[i].to(data.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    """Sums to begin with, for rows of D numbers."""
+    blocks = ()
+    for i in tl.static_range(len(WIDTHS)):
+        blocks = blocks + (tl.zeros((ROWS, WIDTHS[i]), tl.float32),)
+    return blocks
+
+
+@triton.jit
+def _times(rows, factor, WIDTHS: tl.constexpr):
+    """Rows of D numbers, multiplied."""
+    blocks = ()
+    for i in tl.static_range(len(WIDTHS)):
+        blocks = blocks + (rows[i] * factor,)
+    return blocks
+
+
+@triton.jit
+def _products(rows, columns, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
+    """Products of rows of D numbers with such as are transposed."""
+    products = tl.dot(rows[0], columns[0], input_precision=PRECISION)
+    for i in tl.static_range(1, len(WIDTHS)):
+        products = tl.dot(rows[i], columns[i], products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def _transposed(rows, WIDTHS: tl.constexpr):
+    """Rows of D numbers as columns."""
+    blocks = ()
+    for i in tl.static_range(len(WIDTHS)):
+        blocks = blocks + (tl.trans(rows[i]),)
+    return blocks
+
+
+@triton.jit
+def _add_mixed(weights, rows, sums, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of rows of D numbers, plus weights times rows."""
+    blocks = ()
+    for i in tl.static_range(len(WIDTHS)):
+        blocks = blocks + (tl.dot(weights, rows[i], sums[i], input_precision=PRECISION),)
+    return blocks
 
 
 @triton.jit
@@ -349,7 +421,7 @@ def _label_columns(
 @triton.jit
 def _finish(
     output, log_sum_exp, image, head, heads, queries, first, accumulated, labels, highest, place,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
     WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Writes the output and the log-sum-exp of one head from the sums over all keys; returns 1 / row sum."""
@@ -359,7 +431,8 @@ def _finish(
         inverse = tl.where(total == 0.0, 0.0, inverse)
     of_map, _ = _place(image, WINDOWS)
     start = output + (of_map * _tokens_of_image(queries, WINDOWS) * heads + head) * D
-    _store_rows(start, heads * D, first, queries, accumulated * inverse[:, None], ROWS, D, BLOCK_D, place, WINDOWS)
+    accumulated = _times(accumulated, inverse[:, None], WIDTHS)
+    _store_rows(start, heads * D, first, queries, accumulated, ROWS, D, WIDTHS, place, WINDOWS)
     row = first + tl.arange(0, ROWS)
     # log2(0) + the maximum, -inf, is -inf: a query that sees no key.
     known = (highest + tl.log2(total)) * LN_2
@@ -390,14 +463,14 @@ def _store_head_share(
 def _scores(
     q, key, KEY_ROW: tl.constexpr, row, queries, first, keys, factor,
     bias, bias_query, bias_key, mask, mask_query, mask_key,
-    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr,
+    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, BIAS: tl.constexpr,
     MASK: tl.constexpr, PRECISION: tl.constexpr, place=None, pad_key=None, WINDOWS: tl.constexpr = None,
 ):  # fmt: skip
     """Scores of some queries and SIZE keys from `first` on; -inf from key `keys` on, if this tile ENDS them."""
     row = row[:, None]
     column = first + tl.arange(0, SIZE)[None, :]
-    k = _load_columns(key, KEY_ROW, first, keys, SIZE, D, BLOCK_D, ENDS, place, pad_key, WINDOWS)
-    scores = tl.dot(q, k, input_precision=PRECISION) * factor
+    k = _load_columns(key, KEY_ROW, first, keys, SIZE, D, WIDTHS, ENDS, place, pad_key, WINDOWS)
+    scores = _products(q, k, WIDTHS, PRECISION) * factor
     if BIAS == ARRANGED:
         return scores + _arranged(row, queries, bias_query, column, keys, bias)
     scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
@@ -411,19 +484,19 @@ def _scores(
 def _add_values(
     p, accumulated, labels, value, VALUE_ROW: tl.constexpr, w, row, queries, first, keys, pair,
     seed, threshold, kept_factor, place, pad_value,
-    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DROPS: tl.constexpr,
+    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, DROPS: tl.constexpr,
     PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Adds P V and P w, where w = [1, share], of SIZE keys from `first` on."""
-    v = _load_rows(value, VALUE_ROW, first, keys, SIZE, D, BLOCK_D, ENDS, place, pad_value, WINDOWS)
+    v = _load_rows(value, VALUE_ROW, first, keys, SIZE, D, WIDTHS, ENDS, place, pad_value, WINDOWS)
     kept = p
     if DROPS:
         column = first + tl.arange(0, SIZE)
         kept = p * _kept(
             row[:, None], keys, column[None, :], 1, pair * queries * keys, tl.load(seed), threshold, kept_factor
         )
-    accumulated = tl.dot(kept.to(v.dtype), v, accumulated, input_precision=PRECISION)
-    return accumulated, tl.dot(p.to(v.dtype), w, labels, input_precision=_precise(PRECISION))
+    accumulated = _add_mixed(kept.to(w.dtype), v, accumulated, WIDTHS, PRECISION)
+    return accumulated, tl.dot(p.to(w.dtype), w, labels, input_precision=_precise(PRECISION))
 
 
 @triton.jit
@@ -443,7 +516,7 @@ def attention_forward_row(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
     PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
@@ -474,7 +547,7 @@ def attention_forward_row(
     pad_query = _pad_row(pad, 0, head, HEADS, D)
     pad_key = _pad_row(pad, 1, head, HEADS, D)
     pad_value = _pad_row(pad, 2, head, HEADS, D)
-    q = _load_rows(query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
+    q = _load_rows(query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
 
     COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
     scores = ()
@@ -485,7 +558,7 @@ def attention_forward_row(
                 1.0 if FOLDS else factor,
                 bias, bias_query, bias_key, mask, mask_query, mask_key,
                 TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
-                D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
+                D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
             ),
         )  # fmt: skip
     lanes = _max_of_lanes(scores[0])
@@ -498,22 +571,22 @@ def attention_forward_row(
     if not FOLDS:
         shift = tl.where(highest == float("-inf"), 0.0, highest)
 
-    accumulated = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    accumulated = _zeros(BLOCK_Q, WIDTHS)
     labels = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
     for i in tl.static_range(COUNT):
         w = _label_columns(
             parts, TILE * i if i <= TILES else TILE * TILES + TAIL, PARTS_ROW,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), PACKED, COLUMNS, q.dtype,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), PACKED, COLUMNS, q[0].dtype,
         )  # fmt: skip
         accumulated, labels = _add_values(
             tl.exp2(scores[i] * unit - shift[:, None]), accumulated, labels, value, VALUE_ROW, w, row, QUERIES,
             TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS, image * HEADS + head, seed, threshold, kept_factor,
             place, pad_value, TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
-            D, BLOCK_D, DROPS, PRECISION, WINDOWS,
+            D, WIDTHS, DROPS, PRECISION, WINDOWS,
         )  # fmt: skip
     inverse = _finish(
         output, log_sum_exp, image, head, HEADS, QUERIES, first, accumulated, labels, highest, place,
-        BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS, WINDOWS,
+        BLOCK_Q, D, WIDTHS, COLUMNS, not FOLDS, WINDOWS,
     )  # fmt: skip
     _store_head_share(
         head_share, image * HEADS + head, QUERIES, first, labels, inverse,
@@ -527,14 +600,14 @@ def _stream_tile(
     parts, PARTS_ROW: tl.constexpr, row, queries, first, keys, factor,
     bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
     place, pad_key, pad_value,
-    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr,
     PACKED: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
     PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (FlashAttention, arXiv 2205.14135)."""
     scores = _scores(
         q, key, KEY_ROW, row, queries, first, keys, 1.0 if FOLDS else factor, bias, bias_query, bias_key, mask,
-        mask_query, mask_key, SIZE, ENDS, D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
+        mask_query, mask_key, SIZE, ENDS, D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
     )  # fmt: skip
     unit = factor if FOLDS else _unit(BIAS, MASK)
     now = tl.maximum(highest, tl.max(scores, 1) * unit)
@@ -542,11 +615,11 @@ def _stream_tile(
     if not FOLDS:
         shift = tl.where(now == float("-inf"), 0.0, now)
     kept = tl.exp2(highest - shift)
-    w = _label_columns(parts, first, PARTS_ROW, SIZE, PACKED, COLUMNS, q.dtype)
+    w = _label_columns(parts, first, PARTS_ROW, SIZE, PACKED, COLUMNS, q[0].dtype)
     accumulated, labels = _add_values(
-        tl.exp2(scores * unit - shift[:, None]), accumulated * kept[:, None], labels * kept[:, None], value, VALUE_ROW,
-        w, row, queries, first, keys, pair, seed, threshold, kept_factor, place, pad_value,
-        SIZE, ENDS, D, BLOCK_D, DROPS, PRECISION, WINDOWS,
+        tl.exp2(scores * unit - shift[:, None]), _times(accumulated, kept[:, None], WIDTHS), labels * kept[:, None],
+        value, VALUE_ROW, w, row, queries, first, keys, pair, seed, threshold, kept_factor, place, pad_value,
+        SIZE, ENDS, D, WIDTHS, DROPS, PRECISION, WINDOWS,
     )  # fmt: skip
     return now, accumulated, labels
 
@@ -559,7 +632,7 @@ def attention_forward_stream(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, factor, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
     PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
@@ -580,10 +653,10 @@ def attention_forward_stream(
     pad_query = _pad_row(pad, 0, head, heads, D)
     pad_key = _pad_row(pad, 1, head, heads, D)
     pad_value = _pad_row(pad, 2, head, heads, D)
-    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
+    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
 
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    accumulated = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    accumulated = _zeros(BLOCK_Q, WIDTHS)
     labels = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
     whole = keys
     if TAIL > 0:
@@ -592,19 +665,19 @@ def attention_forward_stream(
         highest, accumulated, labels = _stream_tile(
             q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, parts, PARTS_ROW, row, queries, start,
             keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head,
-            seed, threshold, kept_factor, place, pad_key, pad_value, TILE, TAIL == 0, D, BLOCK_D, COLUMNS, PACKED,
+            seed, threshold, kept_factor, place, pad_key, pad_value, TILE, TAIL == 0, D, WIDTHS, COLUMNS, PACKED,
             BIAS, MASK, DROPS, FOLDS, PRECISION, WINDOWS,
         )  # fmt: skip
     if TAIL > 0:
         highest, accumulated, labels = _stream_tile(
             q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, parts, PARTS_ROW, row, queries, whole,
             keys, factor, bias, bias_query, bias_key, mask, mask_query, mask_key, image * heads + head,
-            seed, threshold, kept_factor, place, pad_key, pad_value, TAIL, True, D, BLOCK_D, COLUMNS, PACKED,
+            seed, threshold, kept_factor, place, pad_key, pad_value, TAIL, True, D, WIDTHS, COLUMNS, PACKED,
             BIAS, MASK, DROPS, FOLDS, PRECISION, WINDOWS,
         )  # fmt: skip
     inverse = _finish(
         output, log_sum_exp, image, head, heads, queries, first, accumulated, labels, highest, place,
-        BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS, WINDOWS,
+        BLOCK_Q, D, WIDTHS, COLUMNS, not FOLDS, WINDOWS,
     )  # fmt: skip
     _store_head_share(
         head_share, image * heads + head, queries, first, labels, inverse,
@@ -622,7 +695,7 @@ def attention_forward_heads(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
     PRECISION: tl.constexpr, WINDOWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -655,13 +728,13 @@ def attention_forward_heads(
         pad_query = _pad_row(pad, 0, head, HEADS, D)
         pad_key = _pad_row(pad, 1, head, HEADS, D)
         pad_value = _pad_row(pad, 2, head, HEADS, D)
-        q = _load_rows(at_query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
+        q = _load_rows(at_query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
         scores = _scores(
             q, at_key, KEY_ROW, row, QUERIES, 0, KEYS, 1.0 if FOLDS else factor,
             _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0),
             bias_query, bias_key,
             _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
-            BLOCK_K, True, D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
+            BLOCK_K, True, D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
         )  # fmt: skip
         unit = factor if FOLDS else _unit(BIAS, MASK)
         highest = tl.max(scores, 1) * unit
@@ -670,14 +743,14 @@ def attention_forward_heads(
             shift = tl.where(highest == float("-inf"), 0.0, highest)
             seeing += tl.where(highest == float("-inf"), 0.0, 1.0)
         accumulated, labels = _add_values(
-            tl.exp2(scores * unit - shift[:, None]), tl.zeros((BLOCK_Q, BLOCK_D), tl.float32),
+            tl.exp2(scores * unit - shift[:, None]), _zeros(BLOCK_Q, WIDTHS),
             tl.zeros((BLOCK_Q, COLUMNS), tl.float32), at_value, VALUE_ROW, w, row, QUERIES, 0, KEYS,
             image * HEADS + head, seed, threshold, kept_factor, place, pad_value,
-            BLOCK_K, True, D, BLOCK_D, DROPS, PRECISION, WINDOWS,
+            BLOCK_K, True, D, WIDTHS, DROPS, PRECISION, WINDOWS,
         )  # fmt: skip
         inverse = _finish(
             output, log_sum_exp, image, head, HEADS, QUERIES, first, accumulated, labels, highest, place,
-            BLOCK_Q, D, BLOCK_D, COLUMNS, not FOLDS, WINDOWS,
+            BLOCK_Q, D, WIDTHS, COLUMNS, not FOLDS, WINDOWS,
         )  # fmt: skip
         mean += labels * inverse[:, None]
     if FOLDS:
@@ -769,7 +842,7 @@ def normalise(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (B, H, Nq) to its factor of the same shape."""
@@ -783,7 +856,7 @@ def normalise(
     query += of_map * query_image + head * query_head
     pad_key = _pad_row(pad, 1, head, heads, D)
     q = _load_rows(
-        query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, _pad_row(pad, 0, head, heads, D), WINDOWS
+        query, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, _pad_row(pad, 0, head, heads, D), WINDOWS
     )
     pair = image * heads + head
     known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
@@ -793,7 +866,7 @@ def normalise(
         for start in range(0, keys, TILE):
             scores = _scores(
                 q, key, KEY_ROW, row, queries, start, keys, factor, bias, bias_query, bias_key, mask, mask_query,
-                mask_key, TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
+                mask_key, TILE, True, D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
             )  # fmt: skip
             total += tl.sum(tl.exp2(scores * _unit(BIAS, MASK) - known[:, None]), 1)
     tl.store(inverse + pair * queries + row, tl.where(total == 0.0, 0.0, 1.0 / total), mask=row < queries)
@@ -817,7 +890,7 @@ def dense_share(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     heads, queries, keys, sources, factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     NORMALISES: tl.constexpr, WINDOWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_Q: tl.constexpr,
     TILE: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
@@ -847,13 +920,13 @@ def dense_share(
             head = tl.cast(number, tl.int64)
             at = query + of_map * query_image + head * query_head
             pad_query = _pad_row(pad, 0, head, heads, D)
-            q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
+            q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
             scores = _scores(
                 q, key + of_map * key_image + head * key_head, KEY_ROW, row, queries, start, keys, factor,
                 _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0),
                 bias_query, bias_key,
                 _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
-                TILE, True, D, BLOCK_D, BIAS, MASK, PRECISION, place, _pad_row(pad, 1, head, heads, D), WINDOWS,
+                TILE, True, D, WIDTHS, BIAS, MASK, PRECISION, place, _pad_row(pad, 1, head, heads, D), WINDOWS,
             )  # fmt: skip
             pair = (image * heads + head) * queries
             known = _log_sum_exp(log_sum_exp + pair, row, queries)
@@ -911,7 +984,7 @@ def _grad_scores(
     q, k, v, d_o, row, queries, column, keys, factor, known, inverse, row_term,
     bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
     ENDS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr,
-    PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = True,
+    PRECISION: tl.constexpr, WIDTHS: tl.constexpr, TRANSPOSED: tl.constexpr = True,
 ):  # fmt: skip
     """(Dropped) probabilities and gradients of scores of some keys and queries, both (keys, queries) in float32.
 
@@ -920,9 +993,9 @@ def _grad_scores(
     """
     row, column = _of_queries(row, TRANSPOSED), _of_queries(column, not TRANSPOSED)
     if TRANSPOSED:
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
+        scores = _products(k, _transposed(q, WIDTHS), WIDTHS, PRECISION) * factor
     else:
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        scores = _products(q, _transposed(k, WIDTHS), WIDTHS, PRECISION) * factor
     if BIAS == ARRANGED:
         scores += _arranged(row, queries, bias_query, column, keys, bias)
     else:
@@ -934,9 +1007,9 @@ def _grad_scores(
     if ENDS and BIAS != ARRANGED:
         p = tl.where(column < keys, p, 0.0)
     if TRANSPOSED:
-        grad = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
+        grad = _products(v, _transposed(d_o, WIDTHS), WIDTHS, PRECISION)
     else:
-        grad = tl.dot(d_o, tl.trans(v), input_precision=PRECISION)
+        grad = _products(d_o, _transposed(v, WIDTHS), WIDTHS, PRECISION)
     kept = p
     if DROPS:
         kept_or_not = _kept(row, keys, column, 1, pair * queries * keys, tl.load(seed), threshold, kept_factor)
@@ -950,41 +1023,44 @@ def _head_step(
     d_q, d_k, d_v, row_term, k, v, column, query, pad_query, grad_output, log_sum_exp, inverse, place, first, factor,
     bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    SIZE: tl.constexpr, ENDS: tl.constexpr, KEYS_END: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SIZE: tl.constexpr, ENDS: tl.constexpr, KEYS_END: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr, PRECISION: tl.constexpr,
     WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """What SIZE queries from `first` on and some keys give to the gradients of either."""
     row = first + tl.arange(0, SIZE)
-    q = _load_rows(query, QUERY_ROW, first, QUERIES, SIZE, D, BLOCK_D, ENDS, place, pad_query, WINDOWS)
-    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, QUERIES, SIZE, D, BLOCK_D, ENDS, place, None, WINDOWS)
+    q = _load_rows(query, QUERY_ROW, first, QUERIES, SIZE, D, WIDTHS, ENDS, place, pad_query, WINDOWS)
+    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, QUERIES, SIZE, D, WIDTHS, ENDS, place, None, WINDOWS)
     p, d_s = _grad_scores(
         q, k, v, d_o, row, QUERIES, column, KEYS, factor, _log_sum_exp(log_sum_exp + pair * QUERIES, row, QUERIES),
         _inverse(inverse, pair * QUERIES, row, QUERIES, NORMALISES), row_term,
         bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-        KEYS_END, BIAS, MASK, DROPS, NORMALISES, PRECISION,
+        KEYS_END, BIAS, MASK, DROPS, NORMALISES, PRECISION, WIDTHS,
     )  # fmt: skip
-    d_v = tl.dot(p.to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
-    d_s = d_s.to(q.dtype)
-    d_k = tl.dot(d_s, q, d_k, input_precision=PRECISION)
-    return tl.dot(tl.trans(d_s), k, d_q, input_precision=PRECISION), d_k, d_v
+    d_v = _add_mixed(p.to(d_o[0].dtype), d_o, d_v, WIDTHS, PRECISION)
+    d_s = d_s.to(q[0].dtype)
+    d_k = _add_mixed(d_s, q, d_k, WIDTHS, PRECISION)
+    return _add_mixed(tl.trans(d_s), k, d_q, WIDTHS, PRECISION), d_k, d_v
 
 
 @triton.jit
 def _row_term(
     d_o, output, first, end, output_row, place, ROWS: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, WINDOWS: tl.constexpr,
+    WIDTHS: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135)."""
-    o = _load_rows(output, output_row, first, end, ROWS, D, BLOCK_D, ENDS, place, None, WINDOWS)
+    o = _load_rows(output, output_row, first, end, ROWS, D, WIDTHS, ENDS, place, None, WINDOWS)
     # Not a mere product: its sum with another lane's would be fused in either lane, and so rounded otherwise in each.
-    return tl.sum(tl.fma(d_o.to(tl.float32), o.to(tl.float32), tl.zeros(o.shape, tl.float32)), 1)
+    term = tl.sum(tl.fma(d_o[0].to(tl.float32), o[0].to(tl.float32), tl.zeros(o[0].shape, tl.float32)), 1)
+    for i in tl.static_range(1, len(WIDTHS)):
+        term += tl.sum(tl.fma(d_o[i].to(tl.float32), o[i].to(tl.float32), tl.zeros(o[i].shape, tl.float32)), 1)
+    return term
 
 
 @triton.jit
 def _store_pad_sums(
     pad_sums, part, head, heads, column, d_k, d_v, place,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOWS: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Adds up the gradients of the keys and values in the padding, a part (H, 2, D) of zeros for each block of keys."""
     if _is_padded(WINDOWS):
@@ -992,10 +1068,11 @@ def _store_pad_sums(
         across = place[1] > _along(WINDOWS, "map_size", 1) - _along(WINDOWS, "window_size", 1)
         if down | across:
             _, is_real = _token(column, place, WINDOWS)
-            at = pad_sums + (part * heads + head) * 2 * D + tl.arange(0, BLOCK_D)
-            inside = tl.arange(0, BLOCK_D) < D
-            tl.store(at, tl.sum(tl.where(is_real[:, None], 0.0, d_k), 0), mask=inside)
-            tl.store(at + D, tl.sum(tl.where(is_real[:, None], 0.0, d_v), 0), mask=inside)
+            for i in tl.static_range(len(WIDTHS)):
+                dimension = _first_column(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+                at = pad_sums + (part * heads + head) * 2 * D + dimension
+                tl.store(at, tl.sum(tl.where(is_real[:, None], 0.0, d_k[i]), 0), mask=dimension < D)
+                tl.store(at + D, tl.sum(tl.where(is_real[:, None], 0.0, d_v[i]), 0), mask=dimension < D)
 
 
 # All gradients of one head in one program, for queries that are all on chip: registers hold dQ of all of them, blocks
@@ -1011,7 +1088,7 @@ def attention_backward_head(
     scale, factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
     GRAD_QUERY_ROW: tl.constexpr, GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
 ):  # fmt: skip
@@ -1051,24 +1128,24 @@ def attention_backward_head(
     for i in tl.static_range(COUNT):
         d_o = _load_rows(
             grad_output, GRAD_OUTPUT_ROW, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, BLOCK_D, i == COUNT - 1, place, None, WINDOWS,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, WIDTHS, i == COUNT - 1, place, None, WINDOWS,
         )  # fmt: skip
         term = _row_term(
             d_o, output, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES, HEADS * D, place,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, D, BLOCK_D, WINDOWS,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, D, WIDTHS, WINDOWS,
         )  # fmt: skip
         if row_terms is not None:
             row = (TILE * i if i <= TILES else TILE * TILES + TAIL) + tl.arange(0, term.shape[0])
             tl.store(row_terms + pair * QUERIES + row, term, mask=row < QUERIES)
         terms = terms + (term,)
-        d_q = d_q + (tl.zeros((term.shape[0], BLOCK_D), tl.float32),)
+        d_q = d_q + (_zeros(term.shape[0], WIDTHS),)
     for start in tl.range(0, KEYS, BLOCK_K, num_stages=1):
         column = start + tl.arange(0, BLOCK_K)
         ENDS: tl.constexpr = KEYS % BLOCK_K > 0
-        k = _load_rows(key, KEY_ROW, start, KEYS, BLOCK_K, D, BLOCK_D, ENDS, place, pad_key, WINDOWS)
-        v = _load_rows(value, VALUE_ROW, start, KEYS, BLOCK_K, D, BLOCK_D, ENDS, place, pad_value, WINDOWS)
-        d_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-        d_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+        k = _load_rows(key, KEY_ROW, start, KEYS, BLOCK_K, D, WIDTHS, ENDS, place, pad_key, WINDOWS)
+        v = _load_rows(value, VALUE_ROW, start, KEYS, BLOCK_K, D, WIDTHS, ENDS, place, pad_value, WINDOWS)
+        d_k = _zeros(BLOCK_K, WIDTHS)
+        d_v = _zeros(BLOCK_K, WIDTHS)
         sums = ()
         for i in tl.static_range(COUNT):
             d_q_of_tile, d_k, d_v = _head_step(
@@ -1077,18 +1154,20 @@ def attention_backward_head(
                 bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
                 QUERY_ROW, GRAD_OUTPUT_ROW, QUERIES, KEYS,
                 TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, KEYS % BLOCK_K > 0,
-                D, BLOCK_D, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS,
+                D, WIDTHS, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS,
             )  # fmt: skip
             sums = sums + (d_q_of_tile,)
         d_q = sums
-        _store_rows(grad_key, GRAD_KEY_ROW, start, KEYS, d_k * scale, BLOCK_K, D, BLOCK_D, place, WINDOWS)
-        _store_rows(grad_value, GRAD_VALUE_ROW, start, KEYS, d_v, BLOCK_K, D, BLOCK_D, place, WINDOWS)
+        d_k = _times(d_k, scale, WIDTHS)
+        _store_rows(grad_key, GRAD_KEY_ROW, start, KEYS, d_k, BLOCK_K, D, WIDTHS, place, WINDOWS)
+        _store_rows(grad_value, GRAD_VALUE_ROW, start, KEYS, d_v, BLOCK_K, D, WIDTHS, place, WINDOWS)
         part = image * ((KEYS + BLOCK_K - 1) // BLOCK_K) + start // BLOCK_K
-        _store_pad_sums(pad_sums, part, head, HEADS, column, d_k * scale, d_v, place, D, BLOCK_D, WINDOWS)
+        _store_pad_sums(pad_sums, part, head, HEADS, column, d_k, d_v, place, D, WIDTHS, WINDOWS)
     for i in tl.static_range(COUNT):
         _store_rows(
-            grad_query, GRAD_QUERY_ROW, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES, d_q[i] * scale,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, BLOCK_D, place, WINDOWS,
+            grad_query, GRAD_QUERY_ROW, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES,
+            _times(d_q[i], scale, WIDTHS), TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, WIDTHS, place,
+            WINDOWS,
         )  # fmt: skip
 
 
@@ -1104,7 +1183,7 @@ def attention_backward_queries(
     heads, queries, keys, scale, factor, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
     GRAD_QUERY_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -1123,27 +1202,27 @@ def attention_backward_queries(
     pad_query = _pad_row(pad, 0, head, heads, D)
     pad_key = _pad_row(pad, 1, head, heads, D)
     pad_value = _pad_row(pad, 2, head, heads, D)
-    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
-    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, None, WINDOWS)
+    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
+    d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, None, WINDOWS)
     known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
     output += (of_map * _tokens_of_image(queries, WINDOWS) * heads + head) * D
-    row_term = _row_term(d_o, output, first, queries, heads * D, place, BLOCK_Q, True, D, BLOCK_D, WINDOWS)
+    row_term = _row_term(d_o, output, first, queries, heads * D, place, BLOCK_Q, True, D, WIDTHS, WINDOWS)
     tl.store(row_terms + pair * queries + row, row_term, mask=row < queries)
-    d_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    d_q = _zeros(BLOCK_Q, WIDTHS)
     for start in range(0, keys, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
-        k = _load_rows(key, KEY_ROW, start, keys, BLOCK_K, D, BLOCK_D, True, place, pad_key, WINDOWS)
-        v = _load_rows(value, VALUE_ROW, start, keys, BLOCK_K, D, BLOCK_D, True, place, pad_value, WINDOWS)
+        k = _load_rows(key, KEY_ROW, start, keys, BLOCK_K, D, WIDTHS, True, place, pad_key, WINDOWS)
+        v = _load_rows(value, VALUE_ROW, start, keys, BLOCK_K, D, WIDTHS, True, place, pad_value, WINDOWS)
         _, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor, known, 1.0, row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-            True, BIAS, MASK, DROPS, False, PRECISION, TRANSPOSED=False,
+            True, BIAS, MASK, DROPS, False, PRECISION, WIDTHS, TRANSPOSED=False,
         )  # fmt: skip
-        d_q = tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
+        d_q = _add_mixed(d_s.to(k[0].dtype), k, d_q, WIDTHS, PRECISION)
     # What makes up for the rounding of the log-sum-exp is a factor of all of a query's probabilities.
-    d_q *= _inverse(inverse, pair * queries, row, queries, NORMALISES)[:, None] * scale
+    d_q = _times(d_q, _inverse(inverse, pair * queries, row, queries, NORMALISES)[:, None] * scale, WIDTHS)
     grad_query += of_map * grad_query_image + head * grad_query_head
-    _store_rows(grad_query, GRAD_QUERY_ROW, first, queries, d_q, BLOCK_Q, D, BLOCK_D, place, WINDOWS)
+    _store_rows(grad_query, GRAD_QUERY_ROW, first, queries, d_q, BLOCK_Q, D, WIDTHS, place, WINDOWS)
 
 
 # dK = scale dS^T Q, dV = P^T dO: a program has BLOCK_K keys of a head, and blocks of queries pass by.
@@ -1158,7 +1237,7 @@ def attention_backward_keys(
     heads, queries, keys, scale, factor, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
     GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -1177,30 +1256,31 @@ def attention_backward_keys(
     pad_query = _pad_row(pad, 0, head, heads, D)
     pad_key = _pad_row(pad, 1, head, heads, D)
     pad_value = _pad_row(pad, 2, head, heads, D)
-    k = _load_rows(key, KEY_ROW, first, keys, BLOCK_K, D, BLOCK_D, True, place, pad_key, WINDOWS)
-    v = _load_rows(value, VALUE_ROW, first, keys, BLOCK_K, D, BLOCK_D, True, place, pad_value, WINDOWS)
-    d_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    d_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    k = _load_rows(key, KEY_ROW, first, keys, BLOCK_K, D, WIDTHS, True, place, pad_key, WINDOWS)
+    v = _load_rows(value, VALUE_ROW, first, keys, BLOCK_K, D, WIDTHS, True, place, pad_value, WINDOWS)
+    d_k = _zeros(BLOCK_K, WIDTHS)
+    d_v = _zeros(BLOCK_K, WIDTHS)
     for start in range(0, queries, BLOCK_Q):
         row = start + tl.arange(0, BLOCK_Q)
-        q = _load_rows(query, QUERY_ROW, start, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
-        d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, start, queries, BLOCK_Q, D, BLOCK_D, True, place, None, WINDOWS)
+        q = _load_rows(query, QUERY_ROW, start, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
+        d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, start, queries, BLOCK_Q, D, WIDTHS, True, place, None, WINDOWS)
         known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
         row_term = tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0)
         p, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor, known,
             _inverse(inverse, pair * queries, row, queries, NORMALISES), row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-            True, BIAS, MASK, DROPS, NORMALISES, PRECISION,
+            True, BIAS, MASK, DROPS, NORMALISES, PRECISION, WIDTHS,
         )  # fmt: skip
-        d_v = tl.dot(p.to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
-        d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
+        d_v = _add_mixed(p.to(d_o[0].dtype), d_o, d_v, WIDTHS, PRECISION)
+        d_k = _add_mixed(d_s.to(q[0].dtype), q, d_k, WIDTHS, PRECISION)
     grad_key += of_map * grad_key_image + head * grad_key_head
     grad_value += of_map * grad_value_image + head * grad_value_head
-    _store_rows(grad_key, GRAD_KEY_ROW, first, keys, d_k * scale, BLOCK_K, D, BLOCK_D, place, WINDOWS)
-    _store_rows(grad_value, GRAD_VALUE_ROW, first, keys, d_v, BLOCK_K, D, BLOCK_D, place, WINDOWS)
+    d_k = _times(d_k, scale, WIDTHS)
+    _store_rows(grad_key, GRAD_KEY_ROW, first, keys, d_k, BLOCK_K, D, WIDTHS, place, WINDOWS)
+    _store_rows(grad_value, GRAD_VALUE_ROW, first, keys, d_v, BLOCK_K, D, WIDTHS, place, WINDOWS)
     part = image * ((keys + BLOCK_K - 1) // BLOCK_K) + block
-    _store_pad_sums(pad_sums, part, head, heads, column, d_k * scale, d_v, place, D, BLOCK_D, WINDOWS)
+    _store_pad_sums(pad_sums, part, head, heads, column, d_k, d_v, place, D, WIDTHS, WINDOWS)
 
 
 # dBias = dS, summed where the bias is broadcast: a program has one tile of one head of the bias and one part of the
@@ -1213,7 +1293,7 @@ def attention_backward_bias(
     bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
     images, heads, queries, keys, bias_heads, images_of_part, factor, threshold, kept_factor,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -1238,15 +1318,15 @@ def attention_backward_bias(
         pair = image * heads + head
         at = query + of_map * query_image + head * query_head
         pad_query = _pad_row(pad, 0, head, heads, D)
-        q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, pad_query, WINDOWS)
+        q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
         at = grad_output + of_map * grad_output_image + head * grad_output_head
-        d_o = _load_rows(at, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, BLOCK_D, True, place, None, WINDOWS)
+        d_o = _load_rows(at, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, None, WINDOWS)
         at = key + of_map * key_image + head * key_head
         pad_key = _pad_row(pad, 1, head, heads, D)
-        k = _load_rows(at, KEY_ROW, first_key, keys, BLOCK_K, D, BLOCK_D, True, place, pad_key, WINDOWS)
+        k = _load_rows(at, KEY_ROW, first_key, keys, BLOCK_K, D, WIDTHS, True, place, pad_key, WINDOWS)
         at = value + of_map * value_image + head * value_head
         pad_value = _pad_row(pad, 2, head, heads, D)
-        v = _load_rows(at, VALUE_ROW, first_key, keys, BLOCK_K, D, BLOCK_D, True, place, pad_value, WINDOWS)
+        v = _load_rows(at, VALUE_ROW, first_key, keys, BLOCK_K, D, WIDTHS, True, place, pad_value, WINDOWS)
         _, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor,
             _log_sum_exp(log_sum_exp + pair * queries, row, queries),
@@ -1255,7 +1335,7 @@ def attention_backward_bias(
             _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, True),
             bias_query, bias_key,
             _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
-            pair, seed, threshold, kept_factor, True, BIAS, MASK, DROPS, NORMALISES, PRECISION,
+            pair, seed, threshold, kept_factor, True, BIAS, MASK, DROPS, NORMALISES, PRECISION, WIDTHS,
         )  # fmt: skip
         total += d_s
     cells = parts + ((part * bias_heads + head_of_bias) * queries + row)[None, :] * keys + column[:, None]
