@@ -44,8 +44,6 @@ MAX_KEYS_OF_HEADS = 64
 MIN_PROGRAMS_OF_HEADS = 2048
 # So do the gradients of so many queries.
 MAX_GRADIENT_ROWS = 208
-# Unless these are granted, the assembler takes fewer in float32 on some architectures, and spills.
-MOST_REGISTERS = 255
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
@@ -164,7 +162,7 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
             return Config(name, dict(BLOCK_Q=128, TILE=64, TAIL=0), 8, 2)
         if shape.capability == 90 and head_dim <= 128 and shape.queries > 64 and not shape.has_offsets:
             return Config(name, dict(BLOCK_Q=128, TILE=32, TAIL=0), 8)
-        registers = None if shape.capability == 100 else MOST_REGISTERS
+        registers = None if shape.capability == 100 else _most_registers(shape)
         return Config(name, dict(BLOCK_Q=min(block, 32), TILE=16, TAIL=0), 2, registers=registers)
     if shape.has_offsets:
         tiles = dict(BLOCK_Q=min(block, 64 if head_dim <= 128 else 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
@@ -248,7 +246,7 @@ def _queries_config(shape: Shape) -> Config:
             if is_short or shape.has_offsets:
                 return config(64, 32, 4)
             return config(128, 32 if head_dim <= 32 else 64, 8)
-        return config(32 if head_dim <= 32 else 16, 16, 2, registers=MOST_REGISTERS)
+        return config(32 if head_dim <= 32 else 16, 16, 2, registers=_most_registers(shape))
     if shape.has_offsets:
         if shape.in_windows and head_dim <= 32:
             return config(64, 64, 4)
@@ -272,7 +270,7 @@ def _keys_config(shape: Shape) -> Config:
     config, head_dim = functools.partial(_backward_config, "keys"), shape.head_dim
     if shape.dtype == torch.float32:
         if head_dim > 64:
-            return config(32, 16, 4, registers=MOST_REGISTERS)
+            return config(32, 16, 4, registers=_most_registers(shape))
         if shape.capability == 90:
             if shape.has_offsets and head_dim > 32:
                 return config(16, 64, 4)
@@ -308,6 +306,16 @@ def _bias_config(shape: Shape) -> Config:
         return Config(name, dict(BLOCK_Q=16, BLOCK_K=32) if head_dim <= 32 else dict(BLOCK_Q=32, BLOCK_K=16), 4)
     warps = 8 if 32 < head_dim <= 64 or head_dim > 128 else 4
     return Config(name, dict(BLOCK_Q=32, BLOCK_K=32 if head_dim <= 64 else 16), warps)
+
+
+def _most_registers(shape: Shape) -> int | None:
+    """All that a thread may have, where the assembler else takes fewer on some architectures, and spills."""
+    return 255 if _takes_narrow_blocks(shape.dtype, shape.head_dim, shape.has_offsets) else None
+
+
+def _takes_narrow_blocks(dtype: torch.dtype, head_dim: int, has_offsets: bool) -> bool:
+    """Whether products of float32, of whose factors two parts are kept, are to leave registers for others."""
+    return dtype == torch.float32 and head_dim > 32 and (head_dim > 64 or has_offsets)
 
 
 def _has_warp_groups(shape: Shape) -> bool:
@@ -737,12 +745,9 @@ def _kinds(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) ->
 
 
 def _width(query: Tensor, has_offsets: bool, narrow: int = 16) -> dict[str, int | tuple[int, ...]]:
-    """Columns of a head and the widths of the blocks they lie in, powers of two from 16 on.
-
-    Of float32, whose factors are kept as two parts, `narrow` blocks leave registers for the others.
-    """
+    """Columns of a head and the widths of the blocks they lie in, powers of two from 16 on."""
     head_dim = query.shape[-1]
-    if query.dtype == torch.float32 and head_dim > 32 and (head_dim > 64 or has_offsets):
+    if _takes_narrow_blocks(query.dtype, head_dim, has_offsets):
         return {"D": head_dim, "WIDTHS": (narrow,) * _blocks(head_dim, narrow)}
     whole = max(16, _power_of_two(head_dim))
     half = whole // 2

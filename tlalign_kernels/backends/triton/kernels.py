@@ -81,6 +81,12 @@ def _precise(precision):
 
 
 @triton.constexpr_function
+def _width(widths, block):
+    """One of the widths, which older Triton takes for a number that is none of a kernel's."""
+    return widths[block]
+
+
+@triton.constexpr_function
 def _first_column(widths, block):
     return sum(widths[:block])
 
@@ -235,7 +241,7 @@ def _load_rows(
     """ROWS rows of D numbers from `first` on, a matrix (ROWS, width) for each of the WIDTHS."""
     blocks = ()
     for i in tl.static_range(len(WIDTHS)):
-        column = _first_column(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        column = _first_column(WIDTHS, i) + tl.arange(0, _width(WIDTHS, i))
         blocks = blocks + (
             _load(
                 data, tl.arange(0, ROWS)[:, None], column[None, :], stride, first, end, place, pad,
@@ -253,7 +259,7 @@ def _load_columns(
     """The same transposed, (width, ROWS), without a way round through shared memory."""
     blocks = ()
     for i in tl.static_range(len(WIDTHS)):
-        column = _first_column(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        column = _first_column(WIDTHS, i) + tl.arange(0, _width(WIDTHS, i))
         blocks = blocks + (
             _load(
                 data, tl.arange(0, ROWS)[None, :], column[:, None], stride, first, end, place, pad,
@@ -271,7 +277,7 @@ def _store_rows(
     """Writes ROWS rows of D numbers from `first` on; of windows, those that are not padding."""
     row = tl.arange(0, ROWS)[:, None]
     for i in tl.static_range(len(WIDTHS)):
-        column = (_first_column(WIDTHS, i) + tl.arange(0, WIDTHS[i]))[None, :]
+        column = (_first_column(WIDTHS, i) + tl.arange(0, _width(WIDTHS, i)))[None, :]
         inside = first + row < end
         if _exceeds(WIDTHS, i, D):
             inside = inside & (column < D)
@@ -290,7 +296,7 @@ def _zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
     """Sums to begin with, for rows of D numbers."""
     blocks = ()
     for i in tl.static_range(len(WIDTHS)):
-        blocks = blocks + (tl.zeros((ROWS, WIDTHS[i]), tl.float32),)
+        blocks = blocks + (tl.zeros((ROWS, _width(WIDTHS, i)), tl.float32),)
     return blocks
 
 
@@ -1069,7 +1075,7 @@ def _store_pad_sums(
         if down | across:
             _, is_real = _token(column, place, WINDOWS)
             for i in tl.static_range(len(WIDTHS)):
-                dimension = _first_column(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+                dimension = _first_column(WIDTHS, i) + tl.arange(0, _width(WIDTHS, i))
                 at = pad_sums + (part * heads + head) * 2 * D + dimension
                 tl.store(at, tl.sum(tl.where(is_real[:, None], 0.0, d_k[i]), 0), mask=dimension < D)
                 tl.store(at + D, tl.sum(tl.where(is_real[:, None], 0.0, d_v[i]), 0), mask=dimension < D)
