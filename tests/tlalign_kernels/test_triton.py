@@ -320,7 +320,7 @@ def test_blocks_of_columns_hold_a_head_and_pad_little(dtype):
             widths = width["WIDTHS"]
             assert width["D"] == head_dim
             assert all(size >= 16 and size.bit_count() == 1 for size in widths)
-            assert 0 <= sum(widths) - head_dim < max(16, head_dim / 3)
+            assert 0 <= sum(widths) - head_dim < max(16, head_dim / 2)
 
 
 def test_float32_is_multiplied_as_pytorch_may_multiply_it():

@@ -252,6 +252,8 @@ def _queries_config(shape: Shape) -> Config:
             return config(64, 64, 4)
         if head_dim <= 64:
             return config(64, 16 if shape.capability >= 120 else 32, 4)
+        if head_dim <= 96 and not _has_warp_groups(shape):
+            return config(64, 16, 4, registers=255)
         return config(64 if _has_warp_groups(shape) and head_dim <= 128 else 32, 32, 4 if head_dim <= 128 else 8)
     if head_dim > 128:
         return config(32, 32, 8)
@@ -285,6 +287,8 @@ def _keys_config(shape: Shape) -> Config:
         if head_dim > 64 or shape.keys <= 64:
             return config(32, 64, 4, 3 if head_dim <= 64 else 2)
         return config(32, 128, 8)
+    if shape.has_offsets and 64 < head_dim <= 96:
+        return config(16, 64, 4)
     if head_dim > 64 or shape.has_offsets:
         block, warps = (64, 4) if head_dim <= 128 else (32, 8)
         return config(32, min(block, 32) if head_dim > 64 and shape.has_offsets else block, warps)
@@ -751,7 +755,8 @@ def _width(query: Tensor, has_offsets: bool, narrow: int = 16) -> dict[str, int 
         return {"D": head_dim, "WIDTHS": (narrow,) * _blocks(head_dim, narrow)}
     whole = max(16, _power_of_two(head_dim))
     half = whole // 2
-    rest = max(16, _power_of_two(max(1, head_dim - half)))
+    # Eight warps, which heads wider than 128 take, would all do the same in a narrow block.
+    rest = max(64 if head_dim > 128 else 16, _power_of_two(max(1, head_dim - half)))
     return {"D": head_dim, "WIDTHS": (half, rest) if rest < half else (whole,)}
 
 
