@@ -60,6 +60,7 @@ EXECUTED = (
     Case("odd tokens, several sources", heads=2, batch=1, queries=33, keys=33, sources=3, packed=True),
     Case("streaming", heads=1, batch=1, queries=20, keys=330),
     Case("ViT-H heads", heads=1, batch=1, head_dim=80, queries=70, keys=50),
+    Case("two blocks of columns, and a bias", heads=1, batch=1, head_dim=72, queries=70, keys=50, bias_scale=1.0),
     Case("two sources of 8", heads=1, batch=2, queries=5, keys=7, head_dim=9, sources=8, residual=False),
     *(case for case in CASES if case.keys <= 65 and case.queries <= 784),
 )
@@ -87,7 +88,7 @@ def test_compiled_code_is_within_the_bound(monkeypatch, case, dtype):
 
 EXECUTED_IN_WINDOWS = (
     Case("shifted windows", batch=1, heads=1, head_dim=32, bias_scale=1.0, windows=Windows((14, 14), (7, 7), (3, 3))),
-    Case("padded windows", heads=2, head_dim=24, bias_scale=1.0, sources=2, windows=Windows((5, 9), (4, 4), (1, 2))),
+    Case("padded windows", heads=2, head_dim=40, bias_scale=1.0, sources=2, windows=Windows((5, 9), (4, 4), (1, 2))),
     Case("windows beyond the map", batch=1, heads=2, windows=Windows((3, 10), (8, 4), (4, 0)), residual=False),
     Case("windows of 144", batch=1, heads=1, head_dim=32, bias_scale=1.0, windows=Windows((13, 12), (12, 12), (6, 0))),
     Case("windows of 225", batch=1, heads=1, head_dim=16, bias_scale=1.0, windows=Windows((9, 15), (15, 15), (0, 7))),
