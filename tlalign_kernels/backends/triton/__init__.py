@@ -388,7 +388,7 @@ def forward(
 
     Within windows, query, key and value (B, H, Ht * Wt, D) are those of a map, as are the labels (B, Ht, Wt, S).
     """
-    batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
+    batch, heads, queries, keys, _ = _sizes(query, key, windows)
     tokens, sources = key.shape[2], 0 if share is None else share.shape[-1]
     bias, mask = _readable(bias), _readable(mask)
     if windows is not None:
@@ -450,11 +450,7 @@ def forward(
                 )  # fmt: skip
         if sources > fused:
             inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
-            is_wide = head_dim > 64
-            if query.dtype == torch.float32:
-                block, tile, labels, warps = 16 if is_wide else 32, 16, 16, 8 if is_wide else 4
-            else:
-                block, tile, labels, warps = 32, 32, 32, 8
+            block, tile, labels, warps = (32, 16, 16, 4) if query.dtype == torch.float32 else (32, 32, 32, 8)
             kernels.dense_share[(_blocks(queries, block) * batch,)](
                 query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
