@@ -71,7 +71,7 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def compiled_tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tree = copy_tree(tmp_path_factory.mktemp("compiled"))
-    # What is packaged need not be fast; unoptimised, it is compiled in a quarter of the time.
+    # What is packaged need not be fast; unoptimised, it is compiled in a third of the time.
     compiler = tree / "compiler"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
     compiler.chmod(0o755)

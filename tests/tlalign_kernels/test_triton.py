@@ -317,7 +317,7 @@ def test_what_tune_prefers_is_launched(monkeypatch):
 def test_blocks_of_columns_hold_a_head_and_pad_little(dtype):
     for head_dim in range(1, 257):
         for has_offsets in (False, True):
-            width = backend._width(torch.empty(1, head_dim, dtype=dtype), has_offsets)
+            width = backend._columns(torch.empty(1, head_dim, dtype=dtype), has_offsets)
             widths = width["WIDTHS"]
             assert width["D"] == head_dim
             assert all(size >= 16 and size.bit_count() == 1 for size in widths)

@@ -44,6 +44,8 @@ MAX_KEYS_OF_HEADS = 64
 MIN_PROGRAMS_OF_HEADS = 2048
 # So do the gradients of so many queries.
 MAX_GRADIENT_ROWS = 208
+# Unless a thread is granted all, the assembler takes fewer for some kernels, and spills.
+ALL_REGISTERS = 255
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
@@ -162,7 +164,8 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
             return Config(name, dict(BLOCK_Q=128, TILE=64, TAIL=0), 8, 2)
         if shape.capability == 90 and head_dim <= 128 and shape.queries > 64 and not shape.has_offsets:
             return Config(name, dict(BLOCK_Q=128, TILE=32, TAIL=0), 8)
-        registers = None if shape.capability == 100 else _most_registers(shape)
+        # With all registers it spills more on sm_100.
+        registers = None if shape.capability == 100 else _registers(shape)
         return Config(name, dict(BLOCK_Q=min(block, 32), TILE=16, TAIL=0), 2, registers=registers)
     if shape.has_offsets:
         tiles = dict(BLOCK_Q=min(block, 64 if head_dim <= 128 else 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
@@ -246,14 +249,14 @@ def _queries_config(shape: Shape) -> Config:
             if is_short or shape.has_offsets:
                 return config(64, 32, 4)
             return config(128, 32 if head_dim <= 32 else 64, 8)
-        return config(32 if head_dim <= 32 else 16, 16, 2, registers=_most_registers(shape))
+        return config(32 if head_dim <= 32 else 16, 16, 2, registers=_registers(shape))
     if shape.has_offsets:
         if shape.in_windows and head_dim <= 32:
             return config(64, 64, 4)
         if head_dim <= 64:
             return config(64, 16 if shape.capability >= 120 else 32, 4)
         if head_dim <= 96 and not _has_warp_groups(shape):
-            return config(64, 16, 4, registers=255)
+            return config(64, 16, 4, registers=ALL_REGISTERS)
         return config(64 if _has_warp_groups(shape) and head_dim <= 128 else 32, 32, 4 if head_dim <= 128 else 8)
     if head_dim > 128:
         return config(32, 32, 8)
@@ -272,7 +275,7 @@ def _keys_config(shape: Shape) -> Config:
     config, head_dim = functools.partial(_backward_config, "keys"), shape.head_dim
     if shape.dtype == torch.float32:
         if head_dim > 64:
-            return config(32, 16, 4, registers=_most_registers(shape))
+            return config(32, 16, 4, registers=_registers(shape))
         if shape.capability == 90:
             if shape.has_offsets and head_dim > 32:
                 return config(16, 64, 4)
@@ -312,9 +315,8 @@ def _bias_config(shape: Shape) -> Config:
     return Config(name, dict(BLOCK_Q=32, BLOCK_K=32 if head_dim <= 64 else 16), warps)
 
 
-def _most_registers(shape: Shape) -> int | None:
-    """All that a thread may have, where the assembler else takes fewer on some architectures, and spills."""
-    return 255 if _takes_narrow_blocks(shape.dtype, shape.head_dim, shape.has_offsets) else None
+def _registers(shape: Shape) -> int | None:
+    return ALL_REGISTERS if _takes_narrow_blocks(shape.dtype, shape.head_dim, shape.has_offsets) else None
 
 
 def _takes_narrow_blocks(dtype: torch.dtype, head_dim: int, has_offsets: bool) -> bool:
@@ -411,7 +413,7 @@ def forward(
     # constants.
     constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
     how = dict(
-        **_rows(query=query, key=key, value=value), **_width(query, has_offsets), **_kinds(bias, mask, windows),
+        **_rows(query=query, key=key, value=value), **_columns(query, has_offsets), **_kinds(bias, mask, windows),
         COLUMNS=max(8, _power_of_two(1 + fused * parts + padded)), SOURCES=fused, PARTS=parts,
         PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
         PRECISION=_precision(query.device), WINDOWS=windows, **config.options,
@@ -454,7 +456,7 @@ def forward(
             kernels.dense_share[(_blocks(queries, block) * batch,)](
                 query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
-                *sizes, sources, factor, **_rows(query=query, key=key), **_width(query, has_offsets),
+                *sizes, sources, factor, **_rows(query=query, key=key), **_columns(query, has_offsets),
                 **_kinds(bias, mask, windows), PRECISION=_precision(query.device),
                 NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
                 BLOCK_Q=block, TILE=tile, LABELS=labels, num_warps=warps,
@@ -511,7 +513,7 @@ def backward(
             blocks = _blocks(keys, (config if is_head else of_keys[0]).tiles["BLOCK_K"])
             pad_sums = query.new_zeros((batch * blocks, heads, 2, head_dim), dtype=torch.float32)
         how = dict(
-            **_rows(query=query, key=key, value=value, grad_output=grad_output), **_width(query, has_offsets, 32),
+            **_rows(query=query, key=key, value=value, grad_output=grad_output), **_columns(query, has_offsets, 32),
             **_kinds(bias, mask, windows), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
             PRECISION=_precision(query.device), WINDOWS=windows,
         )  # fmt: skip
@@ -657,7 +659,7 @@ def _inverse(
     kernels.normalise[(_blocks(queries, block) * batch * heads,)](
         query, key, pad_qkv, bias, mask, log_sum_exp, inverse,
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys,
-        _factor(scale, has_offsets), **_rows(query=query, key=key), **_width(query, has_offsets),
+        _factor(scale, has_offsets), **_rows(query=query, key=key), **_columns(query, has_offsets),
         **_kinds(bias, mask, windows), PRECISION=_precision(query.device), WINDOWS=windows, BLOCK_Q=block, TILE=block,
         num_warps=4,
     )  # fmt: skip
@@ -744,8 +746,8 @@ def _kinds(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) ->
     }
 
 
-def _width(query: Tensor, has_offsets: bool, narrow: int = 16) -> dict[str, int | tuple[int, ...]]:
-    """Columns of a head and the widths of the blocks they lie in, powers of two from 16 on."""
+def _columns(query: Tensor, has_offsets: bool, narrow: int = 16) -> dict[str, int | tuple[int, ...]]:
+    """Columns of a head, and the widths of the blocks they lie in: powers of two from 16 on, or `narrow` ones."""
     head_dim = query.shape[-1]
     if _takes_narrow_blocks(query.dtype, head_dim, has_offsets):
         return {"D": head_dim, "WIDTHS": (narrow,) * _blocks(head_dim, narrow)}
