@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Mixtures are checked to sum to one within this: float32 rounding of a few hundred addends stays far below it.
+# Mixtures are checked to sum to one within this, or within the rounding of their dtype if that is coarser: float32
+# rounding of a few hundred addends stays far below it.
 _SUM_TOLERANCE = 1e-4
 
 
@@ -272,7 +273,13 @@ class MixedTarget:
         return dense * (1 - smoothing) + smoothing / num_classes
 
     def source_weights(self) -> Tensor:
-        """Weights of all sources, the image's own first: (B, S + 1) of the dtype of `ratio`, rows of sum 1."""
+        """Weights of all sources, the image's own first: (B, S + 1) of the dtype of `ratio`, rows of sum 1.
+
+        Raises:
+            ValueError: If labels are dense, which have no sources.
+        """
+        if self.ratio is None:
+            raise ValueError("target: expected one of sources, got dense labels; see to_dense")
         extra = self.ratio if self.ratio.shape[1] == 1 else self.ratio.sum(dim=1, keepdim=True)
         return torch.cat((1 - extra, self.ratio), dim=1)
 
@@ -449,6 +456,7 @@ def _check_distribution(name: str, values: Tensor, dim: int, exactly_one: bool) 
         raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(values)).sum())} that are not")
     if lowest < 0:
         raise ValueError(f"{name}: expected values of at least 0, got {lowest:.6g}")
-    if most > 1 + _SUM_TOLERANCE or (exactly_one and least < 1 - _SUM_TOLERANCE):
+    tolerance = max(_SUM_TOLERANCE, torch.finfo(values.dtype).eps)
+    if most > 1 + tolerance or (exactly_one and least < 1 - tolerance):
         wanted = "1" if exactly_one else "at most 1"
         raise ValueError(f"{name}: expected sums of {wanted} along dimension {dim}, got {least:.6g} to {most:.6g}")

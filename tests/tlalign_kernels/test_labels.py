@@ -115,6 +115,21 @@ def test_to_dense_is_the_target_of_timm(smoothing):
     torch.testing.assert_close(target.to_dense(12, smoothing), expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_distributions_may_be_rounded_to_16_bits(dtype):
+    labels = torch.randn(2, 1000, 4, 4).mul(3).softmax(dim=1)
+    dense = MixedTarget.from_dense(labels.to(dtype)).to_dense(1000)
+    torch.testing.assert_close(dense, labels.mean(dim=(2, 3)), rtol=0, atol=float(torch.finfo(dtype).eps))
+    MixedTarget.from_masks(torch.zeros(2, 3, dtype=torch.int64), torch.rand(2, 3, 8, 8).softmax(dim=1)[:, :2].to(dtype))
+    with pytest.raises(ValueError, match="token_labels: expected sums of 1"):
+        MixedTarget.from_dense(labels.to(dtype) * 1.02)
+
+
+def test_dense_labels_have_no_sources():
+    with pytest.raises(ValueError, match="target: expected one of sources, got dense labels"):
+        MixedTarget.from_dense(torch.full((1, 4, 2, 2), 0.25)).source_weights()
+
+
 def test_to_dense_adds_up_a_class_that_comes_twice():
     target = MixedTarget.from_ratio(torch.tensor([[4, 4, 1]]), torch.tensor([[0.5, 0.125]]))
     assert target.to_dense(5).tolist() == [[0.0, 0.125, 0.0, 0.0, 0.875]]
