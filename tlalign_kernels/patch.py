@@ -161,7 +161,7 @@ def register(module_class: type[nn.Module], follower: type[LabelFollower] | None
             module acts on each token alone, so that labels pass unchanged (an MLP, a normalisation over channels).
 
     Raises:
-        TypeError: If `follower` is not such a class.
+        TypeError: If `follower` is not such a class, or is that of another module class already.
     """
     if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
         raise TypeError(f"module_class: expected a subclass of torch.nn.Module, got {module_class!r}")
@@ -171,7 +171,11 @@ def register(module_class: type[nn.Module], follower: type[LabelFollower] | None
             raise TypeError(
                 f"follower: expected a subclass of LabelFollower and {module_class.__name__}, or None, got {follower!r}"
             )
-        _originals[follower] = module_class
+        if _originals.setdefault(follower, module_class) is not module_class:
+            raise TypeError(
+                f"follower: expected one of its own for {module_class.__name__}, got {follower.__name__}, which is "
+                f"that of {_originals[follower].__name__}"
+            )
     _followers[module_class] = follower
 
 
@@ -207,7 +211,7 @@ def patch_model(
     Raises:
         NotImplementedError: If a module can't be followed, naming it, or its forward is not the one that was read; for
             "transmix" also if the logits are not those of a class token.
-        TypeError: If `model` is no module.
+        TypeError: If `model` is no module, or `layers` not iterable.
         ValueError: If `model` is compiled or wrapped already, or an option is out of range.
     """
     if backend != "auto" and backend not in BACKENDS:
@@ -301,6 +305,7 @@ def _plan(model: nn.Module, layers: Iterable[int] | None) -> Iterator[tuple[nn.M
         follower = _followers[module_class]
         if follower is not None:
             _check_source(module_class, follower)
+            _check_instance(module, follower, name or "model")
             follower.check(module, name or "model")
             yield module, follower
         for child_name, child in module.named_children():
@@ -320,8 +325,10 @@ def _describe(module: nn.Module) -> str:
 
 
 def _chosen(layers: Iterable[int], blocks: int) -> set[int]:
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers: expected an iterable of block indices, got {layers!r}")
     layers = list(layers)
-    if any(not isinstance(layer, int) or not -blocks <= layer < blocks for layer in layers):
+    if any(not hasattr(layer, "__index__") or not -blocks <= layer < blocks for layer in layers):
         raise ValueError(f"layers: expected block indices from {-blocks} to {blocks - 1}, got {layers}")
     return {layer % blocks for layer in layers}
 
@@ -334,6 +341,16 @@ def _check_source(module_class: type[nn.Module], follower: type[LabelFollower]) 
                 f"{module_class.__module__}.{module_class.__qualname__}.{method}: expected the source with digest "
                 f"{digest}, which {follower.__name__} follows, got {given}; install the timm version that "
                 "tlalign-kernels asks for"
+            )
+
+
+def _check_instance(module: nn.Module, follower: type[LabelFollower], name: str) -> None:
+    """Raises if a wrapper has put a method of its own before one that the follower repeats."""
+    for method in ("forward", *follower.mirrors):
+        if method in module.__dict__:
+            raise NotImplementedError(
+                f"{name}.{method}: expected that of {_describe(module)}, got one that was set on the module; patch the "
+                "model before it is wrapped"
             )
 
 

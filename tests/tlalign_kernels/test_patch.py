@@ -152,6 +152,15 @@ def test_a_changed_forward_is_noticed(monkeypatch):
         tlk.patch_model(vit_tiny())
 
 
+@pytest.mark.parametrize("where", ["", "blocks.1", "blocks.1.attn"])
+def test_a_forward_set_on_a_module_is_noticed(where):
+    model = vit_tiny()
+    module = model.get_submodule(where)
+    module.forward = module.forward
+    with pytest.raises(NotImplementedError, match=rf"{where or 'model'}\.forward: .* before it is wrapped"):
+        tlk.patch_model(model)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.parametrize("wrap", ["compile", "compile in place", "data parallel", "script", "compiled block"])
 def test_wrapped_models_are_refused(wrap):
@@ -180,6 +189,8 @@ def test_bad_arguments_are_refused():
         tlk.patch_model(vit_tiny(), backend="fast")
     with pytest.raises(ValueError, match="method: expected one of tl-align, transmix, got 'cutmix'"):
         tlk.patch_model(vit_tiny(), method="cutmix")
+    with pytest.raises(TypeError, match="layers: expected an iterable of block indices, got 1"):
+        tlk.patch_model(vit_tiny(), layers=1)
     for options in ({"layers": [1]}, {"residual": False}, {"stochastic_depth": True}):
         with pytest.raises(ValueError, match="layers, residual, stochastic_depth: expected none of them"):
             tlk.patch_model(vit_tiny(), method="transmix", **options)
@@ -249,3 +260,7 @@ def test_followers_are_checked(registry):
             tlk.register(RollingBlock, follower)
     with pytest.raises(TypeError, match=r"module_class: expected a subclass of torch\.nn\.Module"):
         tlk.register(int, None)
+    tlk.register(RollingBlock, AlignedRollingBlock)
+    tlk.register(RollingBlock, AlignedRollingBlock)
+    with pytest.raises(TypeError, match="follower: expected one of its own for Module, got AlignedRollingBlock"):
+        tlk.register(nn.Module, AlignedRollingBlock)

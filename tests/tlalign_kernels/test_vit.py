@@ -623,6 +623,8 @@ def test_bad_targets_are_refused():
             model(images, target=wrong)
     with pytest.raises(ValueError, match="images: expected 4 dimensions"):
         model(images[0], target=target)
+    with pytest.raises(TypeError, match="attn_mask: expected a tensor, got a MixedTarget; give it by its name"):
+        model(images, target)
     with pytest.raises(ValueError, match="collect_layers: expected False without a target"):
         model(images, collect_layers=True)
 

@@ -281,10 +281,12 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
             Logits (B, C), with a target also the aligned target; in distilled training a pair of each.
 
         Raises:
-            TypeError: If `target` is no MixedTarget.
+            TypeError: If `target` is no MixedTarget, or is not given by its name.
             ValueError: If `target` does not belong to the images, patches do not fit them, or `collect_layers` is set
                 without a target.
         """
+        if isinstance(attn_mask, MixedTarget):
+            raise TypeError("attn_mask: expected a tensor, got a MixedTarget; give it by its name, target=...")
         if target is None:
             if collect_layers:
                 raise ValueError("collect_layers: expected False without a target, got True")
