@@ -26,7 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     models.add_argument("pattern", nargs="?", default="*", help="names to list, such as 'vit_*'; default: all")
     options = parser.parse_args(arguments)
     if options.command == "selftest":
-        return _selftest(options.device or _devices()[-1])
+        device = options.device or _devices()[-1]
+        try:
+            torch.empty(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            parser.error(f"--device: expected one that computes, got {device!r}: {str(error).splitlines()[0]}")
+        return _selftest(device)
     if options.command == "models":
         return _models(options.pattern)
     return _report()

@@ -35,6 +35,14 @@ def test_selftest_passes(two_cases, capsys):
     assert sum("reference" in line and " ok," in line for line in lines) == 6
 
 
+@pytest.mark.parametrize("device", ["meta", "nothing"])
+def test_selftest_wants_a_device_that_computes(device, capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["selftest", "--device", device])
+    assert stop.value.code == 2
+    assert f"--device: expected one that computes, got '{device}'" in capsys.readouterr().err
+
+
 def test_selftest_fails_where_a_backend_is_wrong(two_cases, monkeypatch, capsys):
     class Wrong:
         unsupported_reasons, forward = staticmethod(reference.unsupported_reasons), staticmethod(reference.forward)
