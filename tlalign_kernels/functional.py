@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from tlalign_kernels.backends import Explanation, Problem, choose, explain_choic
 from tlalign_kernels.windows import Windows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What finite values of a mask are raised to: kernels multiply scores by log2(e), and what then overflows is -inf.
+_LOWEST_MASK = -2e38
 
 
 def attention(
@@ -185,8 +189,8 @@ def window_problem(
         raise ValueError(f"qkv: expected shape (B, Ht, Wt, 3, H, D), got {tuple(qkv.shape)}")
     batch, rows, columns, _, heads, head_dim = qkv.shape
     for name, sizes, most in (("window_size", window_size, None), ("shift", shift, window_size)):
-        if len(sizes) != 2 or any(size < (most is None) for size in sizes):
-            raise ValueError(f"{name}: expected two integers of at least {int(most is None)}, got {sizes}")
+        if not _are_integers(sizes) or any(size < (most is None) for size in sizes):
+            raise ValueError(f"{name}: expected two integers of at least {int(most is None)}, got {sizes!r}")
         if most is not None and any(size >= limit for size, limit in zip(sizes, most, strict=True)):
             raise ValueError(f"{name}: expected less than the window of {tuple(most)}, got {tuple(sizes)}")
     windows = Windows((rows, columns), tuple(window_size), tuple(shift))
@@ -194,7 +198,7 @@ def window_problem(
     for name, labels in (("share", share), ("residual", residual)):
         if isinstance(labels, Tensor) and (labels.dim() != 4 or labels.shape[:3] != (batch, rows, columns)):
             raise ValueError(f"{name}: expected shape ({batch}, {rows}, {columns}, S), got {tuple(labels.shape)}")
-    if isinstance(bias, Tensor) and bias.dim() == 2 and tuple(bias.shape) != (tokens, tokens):
+    if isinstance(bias, Tensor) and bias.dim() == 2 and not all(size in (1, tokens) for size in bias.shape):
         bias = _relative_position_bias(bias, windows, heads)
     if isinstance(bias, Tensor) and bias.dim() > 3:
         raise ValueError(f"bias: expected a table or a shape broadcastable to (H, N, N), got {tuple(bias.shape)}")
@@ -220,6 +224,10 @@ def window_problem(
         windows=windows,
     )
     return bias, pad_qkv, scale, problem
+
+
+def _are_integers(sizes: object) -> bool:
+    return isinstance(sizes, (tuple, list)) and len(sizes) == 2 and all(isinstance(size, int) for size in sizes)
 
 
 def _flat(labels: Tensor | None) -> Tensor | None:
@@ -264,7 +272,7 @@ def explain(
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Casts tensors to the dtype of the autocast region that is active on their device, if one is."""
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device_type)
     # float64 is left alone, as PyTorch's own autocast does.
@@ -313,6 +321,8 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
         _check_is_tensor("bias", bias)
         if not bias.is_floating_point():
             raise TypeError(f"bias: expected a floating dtype, got {bias.dtype}")
+        if query.dtype == torch.float32 and tuple(bias.shape[-2:]) != scores[2:]:
+            bias = bias.float()  # its gradient is summed over queries or keys, before it is rounded
         bias = _over_scores("bias", bias, scores, query.device)
     if mask is not None:
         _check_is_tensor("mask", mask)
@@ -320,7 +330,7 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
             raise TypeError(f"mask: expected bool or a floating dtype, got {mask.dtype}")
         if mask.requires_grad:
             raise ValueError("mask: expected a constant, got one that requires a gradient; pass it as bias")
-        mask = _over_scores("mask", mask, scores, query.device)
+        mask = _over_scores("mask", _seen_in_part(mask), scores, query.device)
     problem = Problem(
         device_type=query.device.type,
         dtype=query.dtype,
@@ -338,6 +348,13 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
         and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, bias)),
     )
     return bias, mask, head_dim**-0.5 if scale is None else float(scale), problem
+
+
+def _seen_in_part(mask: Tensor) -> Tensor:
+    """A mask in which no finite value becomes -inf within the kernels: rows of finfo.min alone see all keys alike."""
+    if mask.dtype not in (torch.float32, torch.bfloat16):
+        return mask
+    return torch.where(mask == -math.inf, mask, mask.clamp(min=_LOWEST_MASK))
 
 
 def _check_labels(

@@ -320,6 +320,7 @@ def call(name: str, *arguments) -> tuple[Tensor, ...]:
     """
     operator, kernel, function = _OPERATORS[name]
     is_plain = type(arguments[0]) in (Tensor, torch.nn.Parameter)
-    if torch.compiler.is_compiling() or not is_plain or torch._C._len_torch_dispatch_stack() > 0:
+    is_watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    if is_watched or not is_plain:
         return operator(*arguments)
     return function.apply(*arguments) if torch.is_grad_enabled() else kernel(*arguments)

@@ -194,6 +194,26 @@ def test_queries_that_see_no_key_give_zero_and_keep_their_label(backend):
 
 
 @backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_queries_masked_by_the_lowest_finite_number_see_all_keys_alike(backend, dtype):
+    case = Case("rows", queries=5, keys=7)
+    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    mask = torch.zeros(5, 7, dtype=dtype)
+    mask[1] = mask[2, 1:] = torch.finfo(dtype).min
+    mask[3] = float("-inf")
+    inputs["mask"] = mask
+    results = run_operator(case, inputs, backend)
+    torch.testing.assert_close(results["output"][:, :, 1], inputs["value"].mean(dim=2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results["output"][:, :, 2], inputs["value"][:, :, 0], rtol=1e-5, atol=1e-5)
+    assert not results["output"][:, :, 3].any()
+    only_these = {"query": inputs["query"][:, :, :3], "residual": None, "mask": mask[:3]}
+    share = call(inputs, **only_these, backend=backend)[1]
+    torch.testing.assert_close(share[:, 1], inputs["share"].mean(dim=1))
+    torch.testing.assert_close(share[:, 2], inputs["share"][:, 0])
+    assert all(torch.isfinite(tensor).all() for tensor in results.values())
+
+
+@backends
 def test_heads_that_see_no_key_do_not_count_in_the_mean(backend):
     inputs = cast_inputs(make_inputs(Case("heads", queries=6, keys=6, residual=False), "cpu"), torch.float32)
     mask = torch.ones(1, 3, 6, 6, dtype=torch.bool)
@@ -282,6 +302,18 @@ def test_bias_and_mask_broadcast(backend):
         added_output, added_share = call(inputs, mask=added, backend=backend)
         assert torch.equal(masked, added_output)
         assert torch.equal(masked_share, added_share)
+
+
+@backends
+@pytest.mark.parametrize("shape", [(), (7,), (60, 1)])
+def test_the_gradient_of_a_bias_of_fewer_bits_is_summed_before_it_is_rounded(backend, shape):
+    inputs = cast_inputs(make_inputs(Case("broadcast", queries=60, keys=7, head_dim=8), "cpu"), torch.float32)
+    bias = torch.randn(shape).bfloat16()
+    gradients = []
+    for leaf in (bias.requires_grad_(), bias.detach().float().requires_grad_()):
+        output, _ = call(inputs, bias=leaf, backend=backend)
+        gradients += torch.autograd.grad(output, leaf, inputs["grad_output"])
+    assert torch.equal(gradients[0], gradients[1].bfloat16())
 
 
 @backends
@@ -583,6 +615,22 @@ def test_bad_arguments_are_refused(changes, error, message):
 def test_bad_projections_are_refused(shape):
     with pytest.raises(ValueError, match=r"qkv: expected shape \(B, N, 3, H, D\), got"):
         tlk.attention_qkv(torch.randn(shape))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning", "ignore:.*TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traces_compute_what_the_function_does():
+    qkv, share = torch.randn(2, 9, 3, 2, 8), torch.rand(2, 9, 1)
+    with torch.no_grad():
+        traced = torch.jit.trace(tlk.attention_qkv, (qkv, share))
+        others = torch.randn_like(qkv), torch.rand_like(share)
+        for ours, plain in zip(traced(*others), tlk.attention_qkv(*others), strict=True):
+            assert torch.equal(ours, plain)
+
+
+def test_shapes_are_known_on_the_meta_device():
+    output, share = tlk.attention_qkv(torch.randn(2, 9, 3, 2, 8, device="meta"), torch.rand(2, 9, 1, device="meta"))
+    assert (output.shape, share.shape) == ((2, 9, 2, 8), (2, 9, 1))
 
 
 def test_selftest_has_a_case_of_each_option():

@@ -209,15 +209,16 @@ def test_a_table_of_relative_positions_is_a_bias(backend):
 
 
 @backends
-def test_a_bias_of_one_head_serves_all(backend):
+@pytest.mark.parametrize("queries", [1, 12])
+def test_a_bias_of_one_head_serves_all(backend, queries):
     inputs = inputs_of(PLAIN)
-    bias = torch.randn(12, 12, requires_grad=True)
+    bias = torch.randn(queries, 12, requires_grad=True)
     whole = bias.detach().expand(2, 12, 12).clone().requires_grad_()
     output, expected = (call(PLAIN, inputs, bias=each, backend=backend)[0] for each in (bias, whole))
     torch.testing.assert_close(output, expected)
     (gradient,) = torch.autograd.grad(output, bias, inputs["grad_output"])
     (parts,) = torch.autograd.grad(expected, whole, inputs["grad_output"])
-    torch.testing.assert_close(gradient, parts.sum(dim=0))
+    torch.testing.assert_close(gradient, parts.sum_to_size(queries, 12))
 
 
 # torch
@@ -288,6 +289,8 @@ BAD_CALLS = [
     ({"qkv": torch.randn(2, 7, 9, 3, 8)}, ValueError, r"qkv: expected shape \(B, Ht, Wt, 3, H, D\), got"),
     ({"qkv": [1.0]}, TypeError, "qkv: expected a tensor, got list"),
     ({"window_size": (4,)}, ValueError, r"window_size: expected two integers of at least 1, got \(4,\)"),
+    ({"window_size": 4}, ValueError, "window_size: expected two integers of at least 1, got 4"),
+    ({"window_size": (4.0, 4.0)}, ValueError, r"window_size: expected two integers of at least 1, got \(4.0, 4.0\)"),
     ({"window_size": (0, 4)}, ValueError, "window_size: expected two integers of at least 1"),
     ({"shift": (-1, 0)}, ValueError, "shift: expected two integers of at least 0"),
     ({"shift": (4, 0)}, ValueError, r"shift: expected less than the window of \(4, 4\), got \(4, 0\)"),

@@ -27,8 +27,11 @@ def _without_autocast(launcher: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(launcher)
     def launch(*tensors_and_options) -> None:
-        with torch.autocast(tensors_and_options[0].device.type, enabled=False):
-            launcher(*tensors_and_options)
+        device_type = tensors_and_options[0].device.type
+        if not torch.amp.is_autocast_available(device_type):  # the meta device
+            return launcher(*tensors_and_options)
+        with torch.autocast(device_type, enabled=False):
+            return launcher(*tensors_and_options)
 
     return launch
 
