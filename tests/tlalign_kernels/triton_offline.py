@@ -229,7 +229,8 @@ def trips(launch):
     whole, step = of_kernel.get(launch.name, (None, None))
     trips = -(-sizes.get(whole, 1) // sizes.get(step, 1))
     # The last tile of this one follows the loop if it has a size of its own.
-    return trips - 1 if launch.name == "attention_forward_stream" and sizes["TAIL"] else trips
+    tail = {"attention_forward_stream": "TAIL", "attention_backward_head": "TAIL_K"}.get(launch.name)
+    return trips - 1 if tail and sizes[tail] else trips
 
 
 def count_of_head(launch, arch, heads=HEADS, images=IMAGES):

@@ -212,11 +212,11 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
     """One program a head (which has `TILES` of queries), or one kernel for queries and one for keys; default first.
 
     One program computes five products where two kernels need seven, and reads everything once. For up to 64 queries it
-    is the default. For 197 it executes the fewest instructions as well (N = 197, D = 64: 46 k warp instructions a head
-    against 66 k on sm_80), but with dQ in registers only few keys fit beside, and each warp reads for them what others
-    read too: the traffic of shared memory, which bounds all of these kernels, takes 42 k cycles a head on sm_80, where
-    that of the two kernels takes 28 k. An H100 takes 286 us for what the two kernels do in 147. So it is for `tune` to
-    try there. A bias leaves it no registers; sm_86, sm_89 and float16 on sm_90 have room for 16 keys, sm_120 for none.
+    is the default. For 197 it executes the fewest instructions as well (N = 197, D = 64: 41 k warp instructions a head
+    against 63 k on sm_80), but with dQ in registers only few keys fit beside, and each warp reads for them what others
+    read too: the traffic of shared memory, which bounds all of these kernels, takes 41 k cycles a head on sm_80, where
+    that of the two kernels takes 28 k. An H100 took 286 us, with more instructions than now, for what the two kernels
+    did in 147. So it is for `tune` to try there. A bias leaves it no registers; sm_86, sm_89 and float16 on sm_90 have room for 16 keys, sm_120 for none.
     """
     queries, head_dim = shape.queries, shape.head_dim
     split = _queries_config(shape), _keys_config(shape)
@@ -224,13 +224,19 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
         return [split]
     if queries <= 64:
         warps = 2 if head_dim <= 32 and not _has_warp_groups(shape) and not shape.is_crowded else 4
-        head = Config("attention_backward_head", dict(BLOCK_K=64, **_row_tiles(queries)), warps)
+        head = Config("attention_backward_head", _head_tiles(shape, 64), warps)
         return [(head,), split]
     if shape.has_offsets or shape.capability >= 120:
         return [split]
     is_tight = shape.capability in (86, 89) or (shape.capability == 90 and shape.dtype == torch.float16)
-    head = Config("attention_backward_head", dict(BLOCK_K=16 if is_tight else 32, **_row_tiles(queries)), 8)
+    head = Config("attention_backward_head", _head_tiles(shape, 16 if is_tight else 32), 8)
     return [split, (head,)]
+
+
+def _head_tiles(shape: Shape, block: int) -> dict[str, int]:
+    """Tiles of all queries, and blocks of keys; the last one is a tail of its own where that is shorter."""
+    tail = _stream_tiles(shape.keys, block)["TAIL"]
+    return dict(BLOCK_K=block, TAIL_K=tail if tail < block else 0, **_row_tiles(shape.queries))
 
 
 def _backward_config(

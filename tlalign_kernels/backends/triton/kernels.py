@@ -1081,6 +1081,45 @@ def _store_pad_sums(
                 tl.store(at + D, tl.sum(tl.where(is_real[:, None], 0.0, d_v[i]), 0), mask=dimension < D)
 
 
+@triton.jit
+def _head_block(
+    d_q, terms, start, query, key, value, grad_output, pad_query, pad_key, pad_value, bias, mask, seed,
+    log_sum_exp, inverse, grad_key, grad_value, pad_sums, bias_query, bias_key, mask_query, mask_key,
+    image, head, place, scale, factor, threshold, kept_factor,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
+    GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOWS: tl.constexpr, BLOCK_K: tl.constexpr, SIZE: tl.constexpr, ENDS: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of SIZE keys and values from `start` on; returns those of queries, with what they add."""
+    COUNT: tl.constexpr = len(terms)
+    column = start + tl.arange(0, SIZE)
+    k = _load_rows(key, KEY_ROW, start, KEYS, SIZE, D, WIDTHS, ENDS, place, pad_key, WINDOWS)
+    v = _load_rows(value, VALUE_ROW, start, KEYS, SIZE, D, WIDTHS, ENDS, place, pad_value, WINDOWS)
+    d_k = _zeros(SIZE, WIDTHS)
+    d_v = _zeros(SIZE, WIDTHS)
+    pair = image * HEADS + head
+    sums = ()
+    for i in tl.static_range(COUNT):
+        d_q_of_tile, d_k, d_v = _head_step(
+            d_q[i], d_k, d_v, terms[i], k, v, column, query, pad_query, grad_output, log_sum_exp, inverse, place,
+            TILE * i if i <= TILES else TILE * TILES + TAIL, factor,
+            bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+            QUERY_ROW, GRAD_OUTPUT_ROW, QUERIES, KEYS,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, ENDS,
+            D, WIDTHS, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS,
+        )  # fmt: skip
+        sums = sums + (d_q_of_tile,)
+    d_k = _times(d_k, scale, WIDTHS)
+    _store_rows(grad_key, GRAD_KEY_ROW, start, KEYS, d_k, SIZE, D, WIDTHS, place, WINDOWS)
+    _store_rows(grad_value, GRAD_VALUE_ROW, start, KEYS, d_v, SIZE, D, WIDTHS, place, WINDOWS)
+    part = image * ((KEYS + BLOCK_K - 1) // BLOCK_K) + start // BLOCK_K
+    _store_pad_sums(pad_sums, part, head, HEADS, column, d_k, d_v, place, D, WIDTHS, WINDOWS)
+    return sums
+
+
 # All gradients of one head in one program, for queries that are all on chip: registers hold dQ of all of them, blocks
 # of keys pass by, and for each of them the tiles of queries. Five products where two kernels need seven.
 # Reads K and V once, Q and dO once a block of keys (from the caches); writes dQ, dK, dV once.
@@ -1096,7 +1135,7 @@ def attention_backward_head(
     GRAD_QUERY_ROW: tl.constexpr, GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
     D: tl.constexpr, WIDTHS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
+    TAIL_K: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
 ):  # fmt: skip
     """Queries lie in tiles as the keys of `attention_forward_row`; row_terms is written unless it is None.
 
@@ -1145,30 +1184,25 @@ def attention_backward_head(
             tl.store(row_terms + pair * QUERIES + row, term, mask=row < QUERIES)
         terms = terms + (term,)
         d_q = d_q + (_zeros(term.shape[0], WIDTHS),)
-    for start in tl.range(0, KEYS, BLOCK_K, num_stages=1):
-        column = start + tl.arange(0, BLOCK_K)
-        ENDS: tl.constexpr = KEYS % BLOCK_K > 0
-        k = _load_rows(key, KEY_ROW, start, KEYS, BLOCK_K, D, WIDTHS, ENDS, place, pad_key, WINDOWS)
-        v = _load_rows(value, VALUE_ROW, start, KEYS, BLOCK_K, D, WIDTHS, ENDS, place, pad_value, WINDOWS)
-        d_k = _zeros(BLOCK_K, WIDTHS)
-        d_v = _zeros(BLOCK_K, WIDTHS)
-        sums = ()
-        for i in tl.static_range(COUNT):
-            d_q_of_tile, d_k, d_v = _head_step(
-                d_q[i], d_k, d_v, terms[i], k, v, column, query, pad_query, grad_output, log_sum_exp, inverse, place,
-                TILE * i if i <= TILES else TILE * TILES + TAIL, factor,
-                bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-                QUERY_ROW, GRAD_OUTPUT_ROW, QUERIES, KEYS,
-                TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, KEYS % BLOCK_K > 0,
-                D, WIDTHS, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS,
-            )  # fmt: skip
-            sums = sums + (d_q_of_tile,)
-        d_q = sums
-        d_k = _times(d_k, scale, WIDTHS)
-        _store_rows(grad_key, GRAD_KEY_ROW, start, KEYS, d_k, BLOCK_K, D, WIDTHS, place, WINDOWS)
-        _store_rows(grad_value, GRAD_VALUE_ROW, start, KEYS, d_v, BLOCK_K, D, WIDTHS, place, WINDOWS)
-        part = image * ((KEYS + BLOCK_K - 1) // BLOCK_K) + start // BLOCK_K
-        _store_pad_sums(pad_sums, part, head, HEADS, column, d_k, d_v, place, D, WIDTHS, WINDOWS)
+    WHOLE: tl.constexpr = KEYS // BLOCK_K * BLOCK_K if TAIL_K > 0 else KEYS
+    for start in tl.range(0, WHOLE, BLOCK_K, num_stages=1):
+        d_q = _head_block(
+            d_q, terms, start, query, key, value, grad_output, pad_query, pad_key, pad_value, bias, mask, seed,
+            log_sum_exp, inverse, grad_key, grad_value, pad_sums, bias_query, bias_key, mask_query, mask_key,
+            image, head, place, scale, factor, threshold, kept_factor, HEADS, QUERIES, KEYS,
+            QUERY_ROW, KEY_ROW, VALUE_ROW, GRAD_OUTPUT_ROW, GRAD_KEY_ROW, GRAD_VALUE_ROW,
+            D, WIDTHS, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS, BLOCK_K, BLOCK_K,
+            WHOLE % BLOCK_K > 0, TILE, TILES, TAIL, TAIL_2,
+        )  # fmt: skip
+    if TAIL_K > 0:
+        d_q = _head_block(
+            d_q, terms, WHOLE, query, key, value, grad_output, pad_query, pad_key, pad_value, bias, mask, seed,
+            log_sum_exp, inverse, grad_key, grad_value, pad_sums, bias_query, bias_key, mask_query, mask_key,
+            image, head, place, scale, factor, threshold, kept_factor, HEADS, QUERIES, KEYS,
+            QUERY_ROW, KEY_ROW, VALUE_ROW, GRAD_OUTPUT_ROW, GRAD_KEY_ROW, GRAD_VALUE_ROW,
+            D, WIDTHS, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS, BLOCK_K, TAIL_K,
+            True, TILE, TILES, TAIL, TAIL_2,
+        )  # fmt: skip
     for i in tl.static_range(COUNT):
         _store_rows(
             grad_query, GRAD_QUERY_ROW, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES,
@@ -1276,7 +1310,7 @@ def attention_backward_keys(
             q, k, v, d_o, row, queries, column, keys, factor, known,
             _inverse(inverse, pair * queries, row, queries, NORMALISES), row_term,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-            True, BIAS, MASK, DROPS, NORMALISES, PRECISION, WIDTHS,
+            _is_padded(WINDOWS), BIAS, MASK, DROPS, NORMALISES, PRECISION, WIDTHS,
         )  # fmt: skip
         d_v = _add_mixed(p.to(d_o[0].dtype), d_o, d_v, WIDTHS, PRECISION)
         d_k = _add_mixed(d_s.to(q[0].dtype), q, d_k, WIDTHS, PRECISION)
