@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from timm.data.loader import fast_collate
 from torch import Tensor, nn
@@ -265,7 +268,17 @@ def _create_transform(image_config: dict[str, Any], **options: Any) -> Compose:
         std=image_config["std"],
         **options,
     )
+    for step in transform.transforms:
+        # RandAugment and AugMix have a list of operations, AutoAugment lists of them.
+        for operation in (*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
     return Compose([InMode("L" if channels == 1 else "RGB"), transform])
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """timm's; but of no bits, which policies ask for and Pillow 13 refuses, black as it was before."""
+    return posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 def _loader_options(config: EvalConfig, device: torch.device) -> dict[str, Any]:

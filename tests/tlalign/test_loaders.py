@@ -1,7 +1,9 @@
 """Loaders: what decides order and augmentation, shares of processes, and images that can't be read."""
 
+import itertools
 import logging
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data.auto_augment import AutoAugment
+from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
 from timm.task import evaluation_sample_limit
 from torchvision.transforms import ColorJitter
 
@@ -135,6 +137,37 @@ def test_repeats_do_not_round_the_images_of_an_epoch_down():
     loader = train_loader(train_config("", data="digits", batch_size=479, aug_repeats=3))
     keys = [key for batch in loader._keys for key in batch]
     assert len(keys) == len(set(keys)) == 1437  # timm's default would take 1280
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *["rand-m9-mstd0.5-inc1", "rand-m9", "rand-m15-mmax15-inc1", "rand-tweights", "rand-t3a", "rand-t3aw"],
+        *["v0", "v0r", "original", "originalr", "3a", "augmix"],
+    ],
+)
+def test_every_operation_of_a_policy_runs_at_every_level(policy, channels):
+    config = train_config("", data="digits", batch_size=2, auto_augment=policy)
+    grey = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,)}
+    image_config = IMAGE_CONFIG if channels == 3 else IMAGE_CONFIG | grey
+    loader = create_train_loader([None] * 2, config, image_config, CPU)
+    # As a worker gets it that is started anew.
+    augment = pickle.loads(pickle.dumps(loader._loader.dataset.augment))
+    steps = augment.transform.transforms[1].transforms
+    (chosen,) = (step for step in steps if isinstance(step, AutoAugment | RandAugment | AugMixAugment))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+    for operation in chosen.ops if hasattr(chosen, "ops") else itertools.chain(*chosen.policy):
+        operation.prob, operation.magnitude_std = 1.0, 0
+        for level in range(16):
+            operation.magnitude = level
+            result = operation(image)
+            assert (result.mode, result.size) == (image.mode, image.size)
+            if operation.name == "PosterizeIncreasing":
+                # timm keeps 4 bits at level 0, and none at level 10.
+                keeps = 0xFF << (4 + int(min(level, operation.magnitude_max or 10) * 0.4)) & 0xFF
+                assert np.array_equal(np.asarray(result), np.asarray(image) & keeps)
 
 
 def test_crop_mode_and_three_augment_are_timms(folder):
