@@ -58,7 +58,8 @@ class EvalConfig:
         in_chans: Channels of the images; null: the model's own.
         mean: Mean of each channel that images are normalised by; null: the model's own.
         std: Standard deviation of each channel that images are normalised by; null: the model's own.
-        interpolation: How images are resized: nearest, bilinear, bicubic or random; null: the model's own.
+        interpolation: How images are resized: nearest, bilinear, bicubic, or random, which is one of the last two for
+            each training image and bilinear in evaluation; null: the model's own.
         crop_pct: Side of the central crop that is evaluated, as a part of the resized image; null: the model's own.
         batch_size: Images in a batch; in training those of a step, over all processes and accumulated parts.
         workers: Processes that load images; 0 loads them in the training process.

@@ -185,6 +185,9 @@ def create_eval_loader(
         rank: Number of this process.
         world_size: Number of processes.
     """
+    if image_config["interpolation"] == "random":
+        # Evaluation draws nothing; timm takes bilinear where it can't draw one.
+        image_config = image_config | {"interpolation": "bilinear"}
     transform = _create_transform(image_config, crop_pct=image_config["crop_pct"], use_prefetcher=True)
     sampler = None
     if isinstance(data, ImageStream):

@@ -170,6 +170,17 @@ def test_every_operation_of_a_policy_runs_at_every_level(policy, channels):
                 assert np.array_equal(np.asarray(result), np.asarray(image) & keeps)
 
 
+@pytest.mark.parametrize("crop_mode", ["rrc", "rkrc", "rkrr"])
+def test_random_interpolation_trains_and_evaluates_by_bilinear(folder, crop_mode):
+    config = train_config(folder, crop_mode=crop_mode)
+    data = load_data_sets(config)
+    random_config, bilinear = (IMAGE_CONFIG | {"interpolation": name} for name in ("random", "bilinear"))
+    images, _ = next(create_train_loader(data.train, config, random_config, CPU).epoch(0))
+    assert images.shape == (8, 3, 16, 16)
+    evaluated = [collect(create_eval_loader(data.held_out, config, each, CPU)) for each in (random_config, bilinear)]
+    assert torch.equal(evaluated[0][0], evaluated[1][0])
+
+
 def test_crop_mode_and_three_augment_are_timms(folder):
     config = train_config(folder, auto_augment="3a", color_jitter=0.3, crop_mode="rkrr")
     _, transform = train_loader(config)._loader.dataset.augment.transform.transforms
