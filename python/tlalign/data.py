@@ -256,6 +256,8 @@ def _create_train_transform(config: TrainConfig, image_config: dict[str, Any]) -
             re_prob=config.random_erasing,
             re_mode="pixel",
         )
+    except UsageError:
+        raise
     except (AssertionError, ValueError) as error:
         raise UsageError(f"auto_augment: timm can't make {config.auto_augment!r} ({error})") from error
 

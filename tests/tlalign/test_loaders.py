@@ -217,7 +217,7 @@ def test_images_take_the_channels_of_the_model(folder, channels):
     images, _ = next(create_train_loader(data.train, config, image_config, CPU).epoch(0))
     held_out, _ = next(iter(create_eval_loader(data.held_out, config, image_config, CPU)))
     assert images.shape == held_out.shape == (8, channels, 16, 16)
-    with pytest.raises(UsageError, match="in_chans: expected 1 or 3"):
+    with pytest.raises(UsageError, match=r"^in_chans: expected 1 or 3"):
         create_train_loader(data.train, config, {**IMAGE_CONFIG, "input_size": (2, 16, 16)}, CPU)
 
 
