@@ -221,7 +221,7 @@ class Trainer:
         return sample_images(self.eval_loader.dataset, count, self.config, self.image_config, self.device)
 
     def dry_run(self) -> DryRun:
-        """Runs two steps and evaluates a batch, without writing anything."""
+        """Runs two steps and evaluates two batches, without writing anything."""
         parts = itertools.chain.from_iterable(self.train_loader.epoch(epoch) for epoch in itertools.count(1))
         stopwatch = _Stopwatch(self.device)
         self.task.train()
@@ -230,10 +230,13 @@ class Trainer:
             loss, _ = self._train_step(parts, stopwatch)
             _check_finite(loss.item(), f"of step {self.step}")
         seconds = stopwatch.read()
+        # Nor is the first batch, which starts workers and compiles. A last one, maybe smaller, would compile once more.
+        batches = itertools.chain.from_iterable(itertools.repeat(self.eval_loader))
+        images, _ = next(batches)
+        self._evaluate_batch(images)
         start = time.monotonic()
-        images, _ = next(iter(self.eval_loader))
-        with torch.no_grad(), autocast(self.device, self.config.precision):
-            self.task.get_eval_model()(images).sum().item()
+        next(batches)
+        self._evaluate_batch(images)
         evaluation = (time.monotonic() - start) * len(self.eval_loader) * (2 if self.task.has_ema() else 1)
         step = sum(seconds.values())
         return DryRun(
@@ -243,6 +246,11 @@ class Trainer:
             memory=_peak_memory(self.device),
             total_seconds=self.total_steps * step + self.config.epochs * evaluation,
         )
+
+    def _evaluate_batch(self, images: Tensor) -> None:
+        model = self.task.get_eval_model().eval()
+        with torch.no_grad(), autocast(self.device, self.config.precision):
+            model(images).sum().item()
 
     def _check_mixing(self) -> None:
         side, config = self.image_config["input_size"][-1], self.config

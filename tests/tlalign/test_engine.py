@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import time
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_every_mixing_and_target_trains_and_logs(tmp_path, mixing, target, metho
     assert trainer.step == trainer.steps_per_epoch
     patched = type(trainer.model).__name__
     assert patched == ("AlignedVisionTransformer" if aligned else "VisionTransformer")
+
+
+def test_what_takes_long_once_is_not_multiplied_in_the_estimate_of_a_dry_run(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "run", epochs=100))
+    slow_once = iter((2.0,))
+
+    def evaluate(module, inputs):
+        if not module.training:
+            time.sleep(next(slow_once, 0.0))
+
+    trainer.model.register_forward_pre_hook(evaluate)
+    result = trainer.dry_run()
+    assert next(slow_once, None) is None and len(trainer.eval_loader) > 1
+    assert result.total_seconds - result.steps * sum(result.step_seconds.values()) < 2 * 100
 
 
 def test_options_of_the_alignment_are_those_of_the_model(tmp_path):
