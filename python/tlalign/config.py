@@ -24,6 +24,9 @@ ALIGNED_TARGETS = ("tl-align", "token-labels")
 # Strategies whose masks consist of patches.
 PATCH_MIXING = ("random", "block", "tokenmix")
 
+# numpy takes no greater one.
+GREATEST_SEED = 2**32 - 1
+
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS_FOLDER = "checkpoints"
 
@@ -93,10 +96,13 @@ class EvalConfig:
         for name in ("workers", "max_unreadable"):
             self._check(name, "at least 0", lambda value: value >= 0)
         self._check("crop_pct", "more than 0 and at most 1", lambda value: 0 < value <= 1)
+        self._check("mean", "finite numbers", lambda values: True)
+        self._check("std", "numbers of more than 0", lambda values: all(value > 0 for value in values))
 
     def _check(self, name: str, expected: str, accepts: Any) -> None:
         value = getattr(self, name)
-        if value is not None and not (math.isfinite(value) and accepts(value)):
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        if value is not None and not (all(map(math.isfinite, numbers)) and accepts(value)):
             raise UsageError(f"{name}: expected {expected}, got {value}")
 
 
@@ -129,7 +135,7 @@ class AnalyzeConfig(EvalConfig):
         super().__post_init__()
         for name in ("images", "batch_size"):
             self._check(name, "at least 2, to mix them", lambda value: value >= 2)
-        self._check("seed", "at least 0", lambda value: value >= 0)
+        self._check("seed", f"0 to {GREATEST_SEED}", lambda value: 0 <= value <= GREATEST_SEED)
         if self.table1_weights is not None and not Path(self.table1_weights).is_dir():
             raise UsageError(f"table1_weights: expected a folder, got {self.table1_weights}")
 
@@ -257,10 +263,13 @@ class TrainConfig(EvalConfig):
         self._check("warmup_epochs", f"0 to epochs - 1 = {self.epochs - 1}", lambda value: 0 <= value < self.epochs)
         for name in ("smoothing", "hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay", "momentum"):
             self._check(name, "0 to 1", lambda value: 0 <= value <= 1)
-        for name in ("color_jitter", "weight_decay", "warmup_lr", "min_lr", "seed"):
+        for name in ("color_jitter", "weight_decay", "warmup_lr", "min_lr"):
             self._check(name, "at least 0", lambda value: value >= 0)
         for name in ("lr", "clip_grad", "cutmix_alpha", "mixup_alpha", "box_grid", "mix_patch_size", "opt_eps"):
             self._check(name, "more than 0", lambda value: value > 0)
+        for name in ("crop_scale", "crop_ratio"):
+            self._check(name, "two numbers, 0 < least <= greatest", lambda values: 0 < values[0] <= values[1])
+        self._check("seed", f"0 to {GREATEST_SEED}", lambda value: 0 <= value <= GREATEST_SEED)
         if self.pretrained and self.initial_checkpoint is not None:
             raise UsageError("pretrained, initial_checkpoint: expected one of the two, got both")
         if self.target not in ALIGNED_TARGETS and (

@@ -27,6 +27,7 @@ from tlalign.config import PATCH_MIXING, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config, sample_images
 from tlalign.evaluation import autocast, choose_device, evaluate
 from tlalign.log import RunLog
+from tlalign.mixing.puzzle import GRIDS
 from tlalign.networks import align_targets, create_initial_model, create_teacher
 from tlalign.processes import Processes
 from tlalign.progress import TrainingProgress
@@ -256,6 +257,8 @@ class Trainer:
         side, config = self.image_config["input_size"][-1], self.config
         if config.box_grid is not None and side % config.box_grid:
             raise UsageError(f"box_grid: expected a divisor of the {side} pixels of an image, got {config.box_grid}")
+        if config.mixing == "puzzlemix" and side % min(GRIDS):
+            raise UsageError(f"img_size: expected a multiple of {min(GRIDS)} for puzzlemix, got {side}")
         patches = config.mixing in PATCH_MIXING or config.labels_tokens
         if patches and (side % config.mix_patch_size or side == config.mix_patch_size):
             raise UsageError(
@@ -326,6 +329,8 @@ class Trainer:
             )
         except (TypeError, ValueError, AssertionError) as error:
             raise UsageError(f"opt, sched: {error}") from error
+        if getattr(optimizer, "is_second_order", False):
+            raise UsageError(f"opt: expected one that needs no second derivatives, got {config.opt}")
         return optimizer, scheduler
 
     def _train_epoch(

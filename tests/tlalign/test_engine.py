@@ -202,7 +202,13 @@ def test_weights_broken_by_the_last_step_are_not_saved(tmp_path, monkeypatch):
             {"target": "teacher", "teacher_checkpoint": "nowhere.pth", "teacher_model": "resnet10t"},
             "teacher_checkpoint: cannot read nowhere.pth",
         ),
+        (
+            {"mixing": "puzzlemix", "img_size": 25, "model_kwargs": {**TINY["model_kwargs"], "patch_size": 5}},
+            "img_size: expected a multiple of 2 for puzzlemix, got 25",
+        ),
         ({"opt": "adamm"}, "adamm"),
+        ({"opt": "adahessian"}, "opt: expected one that needs no second derivatives, got adahessian"),
+        ({"opt": "lookahead_adahessian"}, "opt: expected one that needs no second derivatives, got lookahead_adahess"),
         ({"sched": "cosinus"}, "cosinus"),
         ({"box_grid": 5}, "box_grid: expected a divisor of the 16 pixels"),
         ({"device": "cuda:99"}, "device: cannot use 'cuda:99'"),
