@@ -15,12 +15,13 @@ from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from timm.data.loader import fast_collate
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import Dataset, DistributedSampler, Subset
 from torchvision.transforms import Compose
 
 from tlalign.config import EvalConfig, TrainConfig, UsageError
 from tlalign.loaders import (
     Augmentation,
+    CheckedLoader,
     EvalImages,
     EvalLoader,
     EvalStream,
@@ -196,7 +197,7 @@ def create_eval_loader(
         images = EvalImages(data, transform)
         if world_size > 1:
             sampler = OrderedDistributedSampler(images, num_replicas=world_size, rank=rank)
-    loader = DataLoader(
+    loader = CheckedLoader(
         images,
         batch_size=_micro_batch_size(config, world_size) if isinstance(config, TrainConfig) else config.batch_size,
         sampler=sampler,
@@ -288,6 +289,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.I
 
 def _loader_options(config: EvalConfig, device: torch.device) -> dict[str, Any]:
     return {
+        "num_classes": config.num_classes,
         "num_workers": config.workers,
         "pin_memory": device.type not in ("cpu", "mps"),
         "worker_init_fn": leave_signals_to_the_main_process,

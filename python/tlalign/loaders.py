@@ -17,6 +17,7 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, get_worker_info
 
+from tlalign.config import UsageError
 from tlalign.readers import ImageStream
 from tlalign.unreadable import (
     NoUnreadableImages,
@@ -67,6 +68,33 @@ class InMode:
         return image if image.mode == self.mode else image.convert(self.mode)
 
 
+class CheckedLoader(DataLoader):
+    """Loader of batches whose class ids are known to be in range: a stream doesn't tell them before it is read.
+
+    Args:
+        dataset: Gives an image and its class id.
+        num_classes: Number of classes; None: as many as the data set has.
+        options: Further arguments of the DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset, num_classes: int | None = None, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.num_classes = num_classes
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images and class ids; raises UsageError where an id is that of no class."""
+        # Here and not in a worker, since the error would come out of that with its traceback in the message.
+        for images, classes in super().__iter__():
+            if self.num_classes is not None:
+                wrong = classes[(classes < 0) | (classes >= self.num_classes)]
+                if len(wrong):
+                    raise UsageError(
+                        f"num_classes: expected more than the greatest class id of the images, got {self.num_classes} "
+                        f"and an image of class {wrong[0]}"
+                    )
+            yield images, classes
+
+
 class TrainLoader:
     """Loader of shuffled, augmented, normalised micro-batches; `accumulate` of each process make up a step.
 
@@ -98,6 +126,7 @@ class TrainLoader:
 
         Raises:
             UnreadableImagesError: If more images can't be read than max_unreadable.
+            UsageError: If a class id is that of no class.
         """
         try:
             for images, classes in self._batches(epoch, start):
@@ -142,7 +171,7 @@ class TrainSetLoader(TrainLoader):
         images = _AugmentedImages(dataset, augment, unreadable)
         # Workers stay: an epoch is in the keys that they are given.
         persistent = options["num_workers"] > 0
-        self._loader = DataLoader(images, batch_sampler=self._keys, persistent_workers=persistent, **options)
+        self._loader = CheckedLoader(images, batch_sampler=self._keys, persistent_workers=persistent, **options)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._keys.epoch, self._keys.start = epoch, start
@@ -189,7 +218,7 @@ class TrainStreamLoader(TrainLoader):
         stream.reader.set_epoch(epoch)
         options = self._options | {"generator": torch.Generator().manual_seed(worker_seed)}
         # Workers are new in each epoch, and with them the shuffle buffers that they keep.
-        loader = DataLoader(
+        loader = CheckedLoader(
             _AugmentedStream(stream, self._augment, epoch, rank),
             batch_size=self._place["batch_size"],
             drop_last=True,

@@ -294,6 +294,14 @@ def test_shards_need_a_folder_a_number_of_classes_and_no_repeats(shards):
         train_loader(config(**given, aug_repeats=3))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_class_that_num_classes_leaves_no_room_for_is_refused(shards, workers):
+    given = config(data="wds/", data_dir=str(shards), num_classes=1, workers=workers)
+    for read in (lambda: epoch(train_loader(given), 0), lambda: evaluated(given)):
+        with pytest.raises(UsageError, match=r"^num_classes: expected more than .*, got 1 and an image of class 1$"):
+            read()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images_of_shards_are_counted_and_named(shards, workers):
     with tarfile.open(shards / "train-0001.tar", "w") as archive:
