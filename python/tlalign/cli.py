@@ -541,11 +541,10 @@ def _draw_picture(trainer: Trainer, folder: RunFolder) -> Path | str:
 
     if trainer.config.fsdp:
         return "none: the weights are in parts"
-    model = trainer.model
-    images, classes = trainer.sample_held_out(20)
     mean, std = trainer.image_config["mean"], trainer.image_config["std"]
     try:
-        draw_token_labels(model, images, classes, folder.picture, mean, std, trainer.class_names)
-    except (NotImplementedError, ValueError) as error:
+        images, classes = trainer.sample_held_out(20)
+        draw_token_labels(trainer.model, images, classes, folder.picture, mean, std, trainer.class_names)
+    except Exception as error:  # whatever it is, the run is finished
         return f"none: {error}"
     return folder.picture

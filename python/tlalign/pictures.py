@@ -108,9 +108,11 @@ def draw_token_labels(
             _frame(axis, "black", 0.6)
     if not class_names:
         class_names = [str(number) for number in range(int(classes.max()) + 1)]
+    # Names of folders need not be UTF-8, which matplotlib wants, and between dollars it would read a formula.
+    class_names = [str(name).encode(errors="replace").decode() for name in class_names]
     ratios = zip(target.ratio[:, 0].tolist(), aligned.ratio[:, 0].tolist(), strict=True)
     for column, (own, partner), (ratio, new_ratio) in zip(axes.T, pairs.tolist(), ratios, strict=True):
-        column[0].set_title(f"{class_names[own]} + {class_names[partner]}", fontsize=11)
+        column[0].set_title(f"{class_names[own]} + {class_names[partner]}", fontsize=11, parse_math=False)
         column[-1].set_xlabel(f"mixing ratio {ratio:.2f}\n$\\rightarrow$ aligned {new_ratio:.2f}", fontsize=10)
     bar = figure.colorbar(colours, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
     bar.set_label("share of the partner (dots: over a half)")

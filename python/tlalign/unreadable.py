@@ -63,7 +63,8 @@ class UnreadableImages:
         Raises:
             UnreadableImagesError: If there are more than the limit.
         """
-        seen = zlib.crc32(image.name.encode()) % _HASHES
+        # A file's name need not be UTF-8.
+        seen = zlib.crc32(image.name.encode(errors="backslashreplace")) % _HASHES
         if self._seen[seen]:
             return
         self._seen[seen] = True

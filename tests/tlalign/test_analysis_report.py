@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 
+from tlalign.analysis.figures import draw_rmse_by_model
 from tlalign.analysis.page import Picture, Section, Table, write_page
 from tlalign.analysis.subject import RANDOM, create_subject, create_subject_of_table_1
 from tlalign.cli import main
@@ -155,6 +157,20 @@ def test_labels_are_drawn_after_the_blocks_asked_for_and_the_last(tmp_path):
     row = heights[None] - heights[-1,]
     assert row > 100
     assert heights[0, 1, 2] == heights[None] + 2 * row
+
+
+@pytest.mark.parametrize("name", ["$x_{$", "\\$", os.fsdecode(b"\xfc")])
+def test_any_name_of_a_class_is_drawn(tmp_path, name):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, **MODEL)
+    draw_token_labels(
+        model, torch.randn(2, 3, 16, 16), torch.arange(2), tmp_path / "maps.png", (0.5,), (0.5,), [name, "b"]
+    )
+    assert (tmp_path / "maps.png").exists()
+
+
+def test_dollars_in_the_name_of_a_checkpoint_are_no_formula(tmp_path):
+    draw_rmse_by_model([("model", "$x_{$.pth", 0.1)], tmp_path / "rmse.png")
+    assert (tmp_path / "rmse.png").exists()
 
 
 def test_checkpoint_of_timm_on_an_image_folder(tmp_path):

@@ -5,6 +5,7 @@ import io
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tlalign.cli import main
+from tlalign.cli import _draw_picture, main
 from tlalign.config import CONFIG_FILE
 
 MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -58,6 +59,16 @@ def test_a_run_writes_its_files_and_prints_where(finished):
     assert re.search(r"epoch 2/2 .* images/s  loss [0-9.]+ .* left", printed)
     with Image.open(folder / "token_labels.png") as picture:
         assert min(picture.size) > 500
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), TypeError("text"), RuntimeError("expected {")])
+def test_a_picture_that_cannot_be_drawn_does_not_fail_a_finished_run(monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("tlalign.pictures.draw_token_labels", fail)
+    trainer = mock.MagicMock(**{"config.fsdp": False, "sample_held_out.return_value": (None, None)})
+    assert _draw_picture(trainer, mock.MagicMock()) == f"none: {error}"
 
 
 def test_eval_repeats_the_top1_that_training_printed(finished, capsys):

@@ -20,7 +20,7 @@ from torchvision.transforms import ColorJitter
 from tlalign.config import EvalConfig, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets
 from tlalign.engine import evaluate
-from tlalign.unreadable import UnreadableImagesError
+from tlalign.unreadable import UnreadableImage, UnreadableImages, UnreadableImagesError
 
 CPU = torch.device("cpu")
 IMAGE_CONFIG = {
@@ -269,6 +269,13 @@ def test_unreadable_images_are_counted_once_and_the_next_ones_taken(folder, capl
         warned = "\n".join(caplog.messages)
         assert len(caplog.messages) == 4 and all(str(file) in warned for file in broken)
         assert "image 4 of at most 4 that can't be read is left out" in warned
+
+
+def test_an_unreadable_image_may_have_a_name_that_is_not_utf_8():
+    unreadable = UnreadableImages(1)
+    for _ in range(2):
+        unreadable.add(UnreadableImage(os.fsdecode(b"\xfcbad.png"), OSError("no image")))
+    assert len(unreadable) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

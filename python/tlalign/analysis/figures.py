@@ -155,7 +155,8 @@ def draw_rmse_by_model(rows: Sequence[tuple[str, str, float]], path: Path) -> No
             edgecolor="black", linewidth=0.6,
         )  # fmt: skip
         axis.annotate(f" {value:.4f}", (value, place), va="center", fontsize=9)
-    axis.set_yticks(range(len(rows)), [f"{name}\n({weights})" for name, weights, _ in rows], fontsize=9)
+    labels = [f"{name}\n({weights})" for name, weights, _ in rows]
+    axis.set_yticks(range(len(rows)), labels, fontsize=9, parse_math=False)  # a dollar in a file's name is no formula
     axis.invert_yaxis()
     axis.set_xlim(0, max(max(values) * 1.25, 1e-6))
     axis.xaxis.set_major_locator(MaxNLocator(4))
