@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import io
 import os
+import posixpath
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,9 @@ import torchvision
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers import create_reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.reader_wds import ReaderWds
+from timm.utils.misc import natural_key
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
 from tlalign.config import EvalConfig, UsageError
@@ -122,6 +127,75 @@ class ReaderImages(Dataset):
         return path if os.path.isabs(path) else f"image {index} {path}".strip()
 
 
+class FolderImages(ReaderImages):
+    """Images at CLASS/IMAGE of a folder or an archive; hidden files and what is in hidden folders is left out.
+
+    Args:
+        place: The folder, or a .tar of it, whose images may lie deeper if all do.
+        classes: Names of the classes; None: of those with an image, in natural order.
+
+    Raises:
+        UsageError: If there are no images, or some lie elsewhere or are of other classes.
+    """
+
+    def __init__(self, place: Path, classes: list[str] | None = None) -> None:
+        try:
+            super().__init__(create_reader("", root=str(place)))
+        except (RuntimeError, ValueError, OSError, tarfile.TarError) as error:
+            raise UsageError(f"data: {error}; {_FOLDER_LAYOUT}") from error
+        folders = self._folders(place)
+        names = {folder: posixpath.basename(folder) for folder in folders}
+        # Sorted twice, since names may differ and be alike to the key.
+        self.classes = sorted(sorted(set(names.values())), key=natural_key) if classes is None else classes
+        unknown = sorted(set(names.values()) - set(self.classes))
+        if unknown:
+            raise UsageError(f"data: {place} has classes that the images to train on lack: {', '.join(unknown)}")
+        ids = {name: number for number, name in enumerate(self.classes)}
+        targets = np.full(len(self.reader), -1)
+        for folder, indices in folders.items():
+            targets[indices] = ids[names[folder]]
+        self.indices = np.flatnonzero(targets >= 0)
+        self.targets = targets[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, _ = super().__getitem__(self.indices[index])
+        return image, int(self.targets[index])
+
+    def _folders(self, place: Path) -> dict[str, list[int]]:
+        """The folders of the classes, and which images of the reader lie in each."""
+        folders: dict[str, list[int]] = collections.defaultdict(list)
+        for index in range(len(self.reader)):
+            path = self._path_within(index)
+            if "/." not in f"/{path}":
+                folders[posixpath.dirname(path)].append(index)
+        if not folders:
+            raise UsageError(f"data: no images in {place} but hidden ones; {_FOLDER_LAYOUT}")
+        # An archive may be of the folder itself, or of one above.
+        largest = max(folders, key=lambda folder: len(folders[folder]))
+        depth = max(1, _depth(largest)) if place.is_file() else 1
+        # Of any other folders timm would make classes too.
+        astray = [index for folder, indices in folders.items() if _depth(folder) != depth for index in indices]
+        if astray:
+            raise UsageError(
+                f"data: {len(astray)} images in {place} are not at CLASS/IMAGE, {self._path_within(astray[0])} first; "
+                f"{_FOLDER_LAYOUT}"
+            )
+        return folders
+
+    def _path_within(self, index: int) -> str:
+        """Path of an image within the folder or archive."""
+        sample = self.reader.samples[index]
+        if not isinstance(self.reader, ReaderImageInTar):
+            # os.path.relpath would take seconds for a million images.
+            return sample[0].removeprefix(self.reader.root).replace(os.sep, "/").lstrip("/")
+        image, _, archive = sample
+        # An archive within the archive is as a folder.
+        return posixpath.normpath(posixpath.join("" if archive is None else archive.path[: -len(".tar")], image.path))
+
+
 class ImageStream(IterableDataset):
     """Images of one of timm's streaming readers.
 
@@ -217,18 +291,10 @@ def open_folder(root: Path) -> Parts:
         # timm would fall back to all of PATH, and so evaluate on what was trained on.
         if place is None:
             raise UsageError(f"data: no folder {paths[0]}; {_FOLDER_LAYOUT}")
-        places.append(str(place))
-    try:
-        train, held_out = (create_reader("", root=place) for place in places)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"data: {error}; {_FOLDER_LAYOUT}") from error
-    class_map = _class_ids(train)
-    unknown = sorted(set(_class_ids(held_out)) - set(class_map))
-    if unknown:
-        raise UsageError(f"data: {places[1]} has classes that {places[0]} lacks: {', '.join(unknown)}")
-    # A class without held-out images would shift the ids of those after it.
-    held_out = create_reader("", root=places[1], class_map=class_map)
-    return ReaderImages(train), ReaderImages(held_out), list(class_map)
+        places.append(place)
+    train = FolderImages(places[0])
+    # A class without held-out images would else shift the ids of those after it.
+    return train, FolderImages(places[1], train.classes), train.classes
 
 
 def open_torchvision(config: EvalConfig) -> Parts:
@@ -343,9 +409,12 @@ def _require(package: str, extra: str) -> None:
         raise UsageError(f"data: {package} is not installed; pip install 'tlalign-kernels[{extra}]'") from error
 
 
+def _depth(folder: str) -> int:
+    return folder.count("/") + bool(folder)
+
+
 def _class_ids(reader: Any) -> dict[str, int]:
-    ids = reader.class_to_idx if hasattr(reader, "class_to_idx") else reader.class_name_to_idx
-    return dict(sorted(ids.items(), key=lambda item: item[1]))
+    return dict(sorted(reader.class_to_idx.items(), key=lambda item: item[1]))
 
 
 def _torchvision_part(config: EvalConfig, option: str) -> Dataset:

@@ -1,5 +1,8 @@
 """Data sets: splits, classes, loaders, and what is said when something is missing."""
 
+import shutil
+import tarfile
+
 import numpy as np
 import pytest
 import timm
@@ -84,8 +87,70 @@ def test_a_missing_folder_says_which_layout_is_expected(tmp_path, image_folder):
 
 def test_an_unknown_held_out_class_is_refused(image_folder):
     (image_folder / "val" / "a").rename(image_folder / "val" / "new")
-    with pytest.raises(UsageError, match="lacks: new"):
+    with pytest.raises(UsageError, match="lack: new"):
         load_data_sets(folder_config(image_folder))
+
+
+def archived(folder, prefix="."):
+    """Packs the parts of an image folder."""
+    for split in ("train", "val"):
+        with tarfile.open(folder / f"{split}.tar", "w") as archive:
+            archive.add(folder / split, prefix)
+        shutil.rmtree(folder / split)
+
+
+@pytest.mark.parametrize("prefix", [None, ".", "images/train"])
+def test_hidden_files_and_folders_are_left_out(image_folder, prefix):
+    image = image_folder / "train" / "a" / "0.png"
+    for place in (".hidden.png", "a/._0.png", ".cache/a/0.png", "a/.ipynb_checkpoints/0.png"):
+        for split in ("train", "val"):
+            (image_folder / split / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, image_folder / split / place)
+    if prefix is not None:
+        archived(image_folder, prefix)
+    data = load_data_sets(folder_config(image_folder))
+    assert data.class_names == ["a", "b", "c"]
+    colours = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
+    for part, names in ((data.train, "aaabbbccc"), (data.held_out, "aaaccc")):
+        assert [data.class_names[target] for _, target in (part[i] for i in range(len(part)))] == list(names)
+        assert [part[i][0].getpixel((0, 0)) for i in range(len(part))] == [colours[name] for name in names]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("place", ["train/stray.png", "train/a/more/stray.png", "val/stray.png", "val/new/b/stray.png"])
+def test_an_image_that_lies_elsewhere_makes_no_class_but_is_named(image_folder, place, packed):
+    (image_folder / place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(image_folder / "train" / "a" / "0.png", image_folder / place)
+    if packed:
+        archived(image_folder)
+    split, _, within = place.partition("/")
+    with pytest.raises(UsageError, match=rf"data: 1 images in .*{split}.* are not at CLASS/IMAGE, {within} first; exp"):
+        load_data_sets(folder_config(image_folder))
+
+
+def test_an_archive_may_hold_an_archive_of_each_class(image_folder):
+    for split, names in (("train", "abc"), ("val", "ac")):
+        for name in names:
+            with tarfile.open(image_folder / split / f"{name}.tar", "w") as archive:
+                archive.add(image_folder / split / name, ".")
+            shutil.rmtree(image_folder / split / name)
+    archived(image_folder)
+    data = load_data_sets(folder_config(image_folder))
+    assert data.class_names == ["a", "b", "c"]
+    assert sorted(data.held_out[i][1] for i in range(6)) == [0, 0, 0, 2, 2, 2]
+
+
+def test_a_damaged_archive_is_a_usage_error(image_folder):
+    archived(image_folder)
+    (image_folder / "train.tar").write_bytes(b"nothing of the kind")
+    with pytest.raises(UsageError, match=r"data: .*; expected PATH/train/CLASS/IMAGE"):
+        load_data_sets(folder_config(image_folder))
+
+
+def test_classes_are_numbered_in_natural_order_always_the_same(image_folder):
+    for name in ("10", "9", "09", "B"):
+        shutil.copytree(image_folder / "train" / "a", image_folder / "train" / name)
+    assert load_data_sets(folder_config(image_folder)).class_names == ["09", "9", "10", "a", "B", "b", "c"]
 
 
 @pytest.mark.parametrize(
