@@ -25,7 +25,14 @@ from timm.utils.misc import natural_key
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
 from tlalign.config import EvalConfig, UsageError
-from tlalign.unreadable import NoUnreadableImages, UnreadableImage, UnreadableImages, UnreadableImagesError, open_image
+from tlalign.unreadable import (
+    NoUnreadableImages,
+    UnreadableImage,
+    UnreadableImages,
+    UnreadableImagesError,
+    open_image,
+    to_rgb,
+)
 
 _FOLDER_LAYOUT = (
     "expected PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE (validation or test for val), or .tar of each"
@@ -200,7 +207,7 @@ class ImageStream(IterableDataset):
     """Images of one of timm's streaming readers.
 
     Args:
-        reader: Reader with `input_img_mode` '' (hfids), or a `ShardReader`.
+        reader: Reader with `input_img_mode` '', of hfids or a `ShardReader`.
     """
 
     def __init__(self, reader: Any) -> None:
@@ -237,7 +244,7 @@ class ImageStream(IterableDataset):
                 reader.ds = reader.ds.decode(False)
         for image, target in reader:
             try:
-                yield image if isinstance(image, Image.Image) else _decode_column(image), target
+                yield to_rgb(image) if isinstance(image, Image.Image) else _decode_column(image), target
             except UnreadableImage as error:
                 self.unreadable.add(error)
 
@@ -322,7 +329,9 @@ def open_shards(config: EvalConfig) -> Parts:
     parts = []
     for option, training in (("train_split", True), ("eval_split", False)):
         try:
-            reader = ShardReader(config.data_dir, split=getattr(config, option), is_training=training)
+            reader = ShardReader(
+                config.data_dir, split=getattr(config, option), is_training=training, input_img_mode=""
+            )
         except (RuntimeError, ValueError, KeyError) as error:
             raise UsageError(f"{option}: {error}; {_SHARD_LAYOUT}") from error
         local = "://" not in config.data_dir and not config.data_dir.startswith("pipe:")

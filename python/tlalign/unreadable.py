@@ -6,6 +6,7 @@ import logging
 import zlib
 from typing import IO
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -103,6 +104,13 @@ def open_image(file: str | IO[bytes]) -> Image.Image:
     # Decoders raise all kinds of exceptions on broken files, SyntaxError and struct.error among them.
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except Exception as error:
         raise UnreadableImage(str(file), error) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image to RGB; grey of 16 bits by its upper 8, as Pillow does colours, where it would cut grey off."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")

@@ -19,7 +19,7 @@ from PIL import Image
 from tlalign.config import EvalConfig, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, sample_images
 from tlalign.readers import Mnist5k
-from tlalign.unreadable import UnreadableImagesError
+from tlalign.unreadable import UnreadableImagesError, open_image
 
 CPU = torch.device("cpu")
 IMAGE_CONFIG = {
@@ -94,6 +94,29 @@ def test_a_missing_package_says_what_to_install(monkeypatch, data, package, extr
     message = rf"data: {package} is not installed; pip install 'tlalign-kernels\[{extra}\]'"
     with pytest.raises(UsageError, match=message):
         load_data_sets(EvalConfig(data=data, model=""))
+
+
+@pytest.mark.parametrize("end", ["png", "tiff", "pgm"])
+def test_grey_images_of_16_bits_keep_their_shades(end):
+    shades = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    file = io.BytesIO()
+    Image.fromarray(257 * shades).save(file, {"pgm": "ppm"}.get(end, end))
+    file.seek(0)
+    image = open_image(file)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.repeat(shades[..., None], 3, axis=2))
+
+
+def test_shards_keep_the_shades_of_grey_images_of_16_bits(tmp_path):
+    content = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 257 * 80, dtype=np.uint16)).save(content, "png")
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for end, part in (("png", content.getvalue()), ("cls", b"0")):
+            member = tarfile.TarInfo(f"0.{end}")
+            member.size = len(part)
+            archive.addfile(member, io.BytesIO(part))
+    given = {"data": "wds/", "data_dir": str(tmp_path), "train_split": "train.tar|1", "eval_split": "train.tar|1"}
+    assert evaluated(config(**given)) == [10]
 
 
 def test_archives_of_an_image_folder_are_read_like_the_folder(tmp_path):
