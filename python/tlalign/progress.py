@@ -1,4 +1,4 @@
-"""How far training is: a bar on a terminal, else a line now and then."""
+"""How far training is: a bar on a terminal that can draw one, else a line now and then."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TrainingProgress:
         self.start = self.last_line = time.monotonic()
         columns = (TextColumn("{task.fields[epoch]}"), BarColumn(None), TextColumn("{task.fields[status]}"))
         # A bar takes over what is written to the terminal; a quiet console would swallow that.
-        self.shows_bar = self.console.is_terminal and not self.console.quiet
+        self.shows_bar = _can_draw(self.console) and not self.console.quiet
         self.bar = Progress(*columns, console=self.console, expand=True, disable=not self.shows_bar)
         self.bar_task = self.bar.add_task("train", total=self.total_steps, completed=step, epoch="", status="")
 
@@ -82,7 +82,7 @@ class ComparisonProgress:
     def __init__(self, console: Console | None = None) -> None:
         self.console = Console() if console is None else console
         columns = TextColumn("run {task.completed} of {task.total}"), BarColumn(None), TextColumn("{task.fields[left]}")
-        self.bar = Progress(*columns, console=self.console, expand=True, disable=not self.console.is_terminal)
+        self.bar = Progress(*columns, console=self.console, expand=True, disable=not _can_draw(self.console))
         self.total = self.done = self.done_before = 0
         self.since = time.monotonic()
 
@@ -118,3 +118,8 @@ class ComparisonProgress:
         self.bar.update(self.bar_task, completed=self.done, left=left)
         line = f"{self.done}/{self.total}  {what}  in {timedelta(seconds=round(seconds))}, {left}"
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _can_draw(console: Console) -> bool:
+    """Whether a bar can be drawn anew; on a dumb terminal rich shows it at the end only."""
+    return console.is_terminal and not console.is_dumb_terminal

@@ -11,7 +11,7 @@ from training import TINY, FewDigits, fit, quiet, tiny
 
 from tlalign.config import TrainConfig, UsageError, load_recipe, save_config
 from tlalign.engine import NonFiniteLossError, Trainer
-from tlalign.progress import TrainingProgress
+from tlalign.progress import ComparisonProgress, TrainingProgress
 from tlalign.runs import RunFolder
 from tlalign_kernels import LabelFollower
 
@@ -248,3 +248,19 @@ def test_progress_on_a_terminal_is_a_bar_with_rates_and_the_time_left():
         progress.bar.refresh()
     for text in ("epoch 2/2", "320 images/s", "loss 1.250", "top-1 87.5 %", "left", "━"):
         assert text in written.getvalue()
+
+
+def test_progress_on_a_dumb_terminal_is_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    written = io.StringIO()
+    dumb = Console(file=written, force_terminal=True, width=80)
+    with TrainingProgress(2, 3, dumb) as progress:
+        progress.last_line -= 3600
+        progress.step_done(1, 2, 1.5, 321.0)
+        assert written.getvalue().startswith("epoch 1/2  step 2/6  321 images/s  loss 1.500")
+    assert written.getvalue().count("\n") == 1
+    with ComparisonProgress(dumb) as progress:
+        progress.start(2, 0)
+        progress.run_done("cutmix", 1.0)
+        assert "1/2  cutmix" in written.getvalue()
+    assert "━" not in written.getvalue()
