@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from tlalign.config import CHECKPOINTS_FOLDER
-from tlalign.runs import BEST_CHECKPOINT, LAST_CHECKPOINT
+from tlalign.runs import BEST_CHECKPOINT, LAST_CHECKPOINT, LOG_FILE
 
 _SUFFIX = ".pth.tar"
 _UNFINISHED = ".unfinished"
@@ -42,6 +42,7 @@ class Checkpoints:
         self.path = folder / CHECKPOINTS_FOLDER
         self.last = folder / LAST_CHECKPOINT
         self.best = folder / BEST_CHECKPOINT
+        self.log = folder / LOG_FILE
 
     def save(self, state: dict[str, Any], epoch: int, step: int, best: bool = False) -> Path:
         """Writes a checkpoint, and removes all but the newest two.
@@ -89,6 +90,12 @@ class Checkpoints:
             except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
                 report(f"{path} is damaged ({error}); taking the one before it")
         return None
+
+    def traces(self) -> list[Path]:
+        """Files that only a run that has trained leaves: checkpoints, damaged or not, and a log with rows."""
+        has_rows = self.log.is_file() and len(self.log.read_bytes().splitlines()) > 1
+        names = [name for name in (self.last, self.best) if name.exists()]
+        return [*names, *([self.log] if has_rows else []), *self._newest_first()]
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.path.glob(f"epoch-*{_SUFFIX}"), reverse=True)

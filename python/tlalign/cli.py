@@ -511,8 +511,15 @@ def _resume(trainer: Trainer, folder: Path) -> None:
     def report(message: str) -> None:
         print(f"tlalign: {message}", file=sys.stderr)
 
+    checkpoints, first = Checkpoints(folder), trainer.processes.first
     # All processes take the checkpoint that the first found good.
-    found = Checkpoints(folder).load_newest(report) if trainer.processes.first else None
+    found = checkpoints.load_newest(report) if first else None
+    # Without one, a run that was stopped before its first starts again; one that has more would be written over.
+    if first and found is None and (traces := checkpoints.traces()):
+        raise UsageError(
+            f"resume: expected a whole checkpoint in {checkpoints.path}, got none, though {traces[0]} says that it "
+            "has trained; nothing was changed. Weights that are left can start another run (--initial_checkpoint)"
+        )
     path = trainer.processes.share(None if found is None else found[0])
     if path is None:
         return

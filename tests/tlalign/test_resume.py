@@ -13,7 +13,7 @@ from training import PYTHONPATH, FewDigits, became, differences, fit, options, q
 
 from tlalign.cli import main
 from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
-from tlalign.runs import RunFolder
+from tlalign.runs import RunFolder, write_log
 
 # Everything that a step draws from or keeps: dropout and dropped paths, momentum, averages, a schedule, erasing.
 RANDOM = {
@@ -183,6 +183,28 @@ def test_what_cannot_be_continued_is_refused(tmp_path, capsys, arguments, messag
     RunFolder(small(folder))
     assert main(["train", *(argument.replace("RUN", str(folder)) for argument in arguments)]) == 2
     assert message.replace("RUN", str(folder)) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "left", ["last.pth.tar", "model_best.pth.tar", "log.csv", "checkpoints/epoch-1-step-5-0.pth.tar"]
+)
+def test_a_run_whose_checkpoints_are_gone_is_not_written_over(tmp_path, capsys, left):
+    config = small(tmp_path / "run")
+    file = RunFolder(config).path / left
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"epoch\r\n1\r\n")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert main(["train", "--resume", config.output]) == 2
+    message = f"resume: expected a whole checkpoint in {config.output}/checkpoints, got none, though {file} says"
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(tmp_path, capsys):
+    config = small(tmp_path / "run")
+    write_log(RunFolder(config).log, [])
+    assert main(["train", "--resume", config.output]) == 0
+    assert "continued after step 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(200, marks=pytest.mark.slow)])
