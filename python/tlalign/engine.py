@@ -156,12 +156,13 @@ class Trainer:
                 epoch = self.step // self.steps_per_epoch + 1
                 self._train_epoch(epoch, progress, log, checkpoints, signals)
                 record = self._end_epoch(epoch)
-                if log is not None:
-                    log.epoch(record, self._totals.ratio_changes.numpy())
-                self._totals = _Totals()
+                ratio_changes, self._totals = self._totals.ratio_changes, _Totals()
                 best = record.metric > max((each.metric for each in self.records), default=-math.inf)
                 self.records.append(record)
                 self._save(checkpoints, best)
+                # Only now, for by its rows a run counts as trained; one that is missing comes from the checkpoint.
+                if log is not None:
+                    log.epoch(record, ratio_changes.numpy())
                 progress.epoch_done(record.top1)
                 if self.step < self.total_steps and self._agree(signals):
                     raise TrainingInterrupted(signals.number or signal.SIGTERM)

@@ -11,9 +11,12 @@ import pytest
 import torch
 from training import PYTHONPATH, FewDigits, became, differences, fit, options, quiet, resume, small
 
+from tlalign.checkpoints import CheckpointError, Checkpoints
 from tlalign.cli import main
 from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
-from tlalign.runs import RunFolder, write_log
+from tlalign.listing import read_run
+from tlalign.log import RunLog
+from tlalign.runs import RunFolder, read_log, write_log
 
 # Everything that a step draws from or keeps: dropout and dropped paths, momentum, averages, a schedule, erasing.
 RANDOM = {
@@ -93,6 +96,39 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
     trainer, folder, records = fit(small(tmp_path / "run"))
     again, _ = resume(trainer.config)
     assert again.fit(folder, quiet(again)) == records
+
+
+def test_a_run_whose_last_checkpoint_failed_is_not_finished_until_it_continues(tmp_path, monkeypatch):
+    config = small(tmp_path / "run", checkpoint_steps=2)
+    trainer, folder = Trainer(config), RunFolder(config)
+
+    def fail(self, state, epoch, step, best=False):
+        raise CheckpointError("cannot write")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError):
+        save = Checkpoints.save
+        patch.setattr(Checkpoints, "save", lambda self, *values: (fail if values[2] == 5 else save)(self, *values))
+        trainer.fit(folder, quiet(trainer))
+    assert read_run(folder.path, "run").state == "no epoch yet"
+    continued, _ = resume(config)
+    assert continued.step == 4
+    continued.fit(folder, quiet(continued))
+    assert read_run(folder.path, "run").state == "finished"
+
+
+def test_a_row_that_was_not_logged_comes_from_the_checkpoint(tmp_path, monkeypatch):
+    config = small(tmp_path / "run")
+    trainer, folder = Trainer(config), RunFolder(config)
+
+    def fail(self, record, ratio_changes):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(RunLog, "epoch", fail)
+        trainer.fit(folder, quiet(trainer))
+    continued, _ = resume(config)
+    continued.fit(folder, quiet(continued))
+    assert read_log(folder.log) == trainer.records
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
