@@ -45,7 +45,7 @@ class Checkpoints:
         self.log = folder / LOG_FILE
 
     def save(self, state: dict[str, Any], epoch: int, step: int, best: bool = False) -> Path:
-        """Writes a checkpoint, and removes all but the newest two.
+        """Writes a checkpoint, and removes all others but the one before it.
 
         Args:
             state: What `load_newest` gives back: tensors, numbers, strings and containers of them.
@@ -66,8 +66,10 @@ class Checkpoints:
             written = _write(state, self.path, f"epoch-{epoch:05d}-step-{step:09d}")
             for name in (self.last, self.best) if best else (self.last,):
                 _name_also(written, name)
-            for old in self._newest_first()[2:]:
-                old.unlink()
+            # Those that claim to be newer were found damaged, else the run had continued from them.
+            older = [path for path in self._newest_first() if _place(path) < _place(written)]
+            for path in {*self._newest_first()} - {written, *older[:1]}:
+                path.unlink()
         except OSError as error:
             raise CheckpointError(f"cannot write the checkpoint of step {step} in {self.path}: {error}") from error
         return written
@@ -99,6 +101,11 @@ class Checkpoints:
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.path.glob(f"epoch-*{_SUFFIX}"), reverse=True)
+
+
+def _place(path: Path) -> str:
+    """Place of a checkpoint in the run: its name without the digest."""
+    return path.name.rpartition("-")[0]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -71,6 +71,29 @@ def test_if_all_are_damaged_there_is_none_and_each_is_reported(checkpoints):
     assert step is None and len(reports) == 2
 
 
+def test_damaged_checkpoints_give_way_to_those_written_after_them(checkpoints):
+    damaged = sorted(checkpoints.path.iterdir())
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-1])
+    for step in (1, 2, 3):
+        written = checkpoints.save(state(step), epoch=0, step=step)
+        assert load_checkpoint(written)["step"] == step
+        assert newest(checkpoints) == (step, [])
+    assert len(list(checkpoints.path.iterdir())) == 2
+
+
+def test_the_checkpoint_that_a_run_continued_from_is_kept_beside_a_damaged_newer_one(checkpoints):
+    damaged = max(checkpoints.path.iterdir())
+    damaged.write_bytes(b"")
+    # Its name may come before or after that of the one that takes its place.
+    for digest in ("0" * 16, "f" * 16):
+        damaged = damaged.replace(damaged.with_name(f"epoch-00000-step-000000003-{digest}.pth.tar"))
+        checkpoints.save(state(3), epoch=0, step=3)
+        steps = [load_checkpoint(path)["step"] for path in sorted(checkpoints.path.iterdir())]
+        assert steps == [2, 3]
+        damaged.write_bytes(b"")
+
+
 def test_a_full_disk_leaves_the_checkpoints_before_as_they_were(checkpoints, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
