@@ -132,6 +132,10 @@ def train(options: Sequence[str]) -> int:
     config = _parse_training(parser, values, flags)
     if not continued:
         _check_recipe(given.recipe, config)
+    elif config.output is None or Path(config.output).resolve() != Path(given.resume).resolve():
+        raise UsageError(
+            f"output: expected none, for the run continues in its folder {given.resume}, got {config.output}"
+        )
     if given.dry_run:
         return _try(config)
     return _run(config, resume=given.resume is not None and _is_to_resume(config))

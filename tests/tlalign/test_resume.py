@@ -211,6 +211,11 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
         (["--resume=auto"], "output: expected the folder of the run with --resume auto, got null"),
         (["--resume=RUN", "--recipe=digits"], "resume: expected no recipe"),
         (["--resume=RUN", "--lr=1"], "resume: lr of the run in RUN is 0.0015, got 1.0"),
+        (
+            ["--resume=RUN", "--output=RUN-2"],
+            "output: expected none, for the run continues in its folder RUN, got RUN-2",
+        ),
+        (["--resume=RUN", "--output=null"], "output: expected none"),
         (["--output=RUN", "--resume=auto"], "resume: model_kwargs of the run in RUN is"),
     ],
 )
