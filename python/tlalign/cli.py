@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -189,9 +190,9 @@ def compare(options: Sequence[str]) -> int:
     with ComparisonProgress() as progress:
         interrupted_by = comparison.train(given.jobs, progress)
     comparison.save_table()
-    comparison.save_plot()
+    plot = f", plot {output / PLOT_FILE}" if comparison.save_plot() else ""
     print(comparison.table())
-    print(f"table {output / TABLE_FILE}, plot {output / PLOT_FILE}, runs: tlalign runs {output}")
+    print(f"table {output / TABLE_FILE}{plot}, runs: tlalign runs {shlex.quote(str(output))}")
     if interrupted_by is not None:
         print("tlalign: interrupted; the same command goes on", file=sys.stderr)
         return 128 + interrupted_by
@@ -492,7 +493,7 @@ def _run(config: TrainConfig, resume: bool) -> int:
         if first:
             kept = folder.last_checkpoint
             kept = (
-                f"last checkpoint {kept}, to continue: tlalign train --resume {folder.path}"
+                f"last checkpoint {kept}, to continue: tlalign train --resume {shlex.quote(str(folder.path))}"
                 if kept.exists()
                 else ("no checkpoint yet")
             )

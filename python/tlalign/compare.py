@@ -242,8 +242,11 @@ class Comparison:
         except OSError as error:
             raise UsageError(f"output: cannot write the table to {self.output}: {error}") from error
 
-    def save_plot(self) -> None:
+    def save_plot(self) -> bool:
         """Draws the results.
+
+        Returns:
+            Whether there are any yet.
 
         Raises:
             UsageError: If they can't be written.
@@ -255,11 +258,12 @@ class Comparison:
         top1 = {name: result.top1 for name, result in results.items()}
         times = {name: result.relative_compute for name, result in results.items()}
         if not results:
-            return
+            return False
         try:
             draw_methods(top1, times, self.output / PLOT_FILE)
         except OSError as error:
             raise UsageError(f"output: cannot write the plot to {self.output}: {error}") from error
+        return True
 
     def _is_finished(self, config: TrainConfig) -> bool:
         return self._runs[config.output].state == "finished"

@@ -238,6 +238,18 @@ def test_a_signal_ends_the_runs_that_go_on_and_leaves_a_table(fake, tmp_path, ca
     assert "the same command goes on" in capsys.readouterr().err
 
 
+def test_a_comparison_without_a_finished_run_names_no_plot(fake, tmp_path, capsys):
+    output = tmp_path / "all of them"
+    fake.broken = ("cutmix-seed0",)
+    assert run(output, methods=("cutmix",), seeds=1) == 1
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"table {output / TABLE_FILE}, runs: tlalign runs '{output}'\n")
+    fake.broken = ()
+    assert run(output, methods=("cutmix",), seeds=1) == 0
+    assert f"plot {output / PLOT_FILE}, runs" in capsys.readouterr().out
+    assert (output / PLOT_FILE).exists()
+
+
 def test_a_run_of_another_configuration_is_refused_before_anything_is_trained(fake, tmp_path, capsys):
     RunFolder(plan(tmp_path, lr=0.25)[-1])
     assert run(tmp_path) == 2

@@ -178,7 +178,7 @@ def test_another_run_s_checkpoint_is_refused(tmp_path):
 
 
 def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tmp_path, capsys, monkeypatch):
-    folder = tmp_path / "run"
+    folder = tmp_path / "a run"
     original = Trainer._update
 
     def interrupted(self):
@@ -189,7 +189,7 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_update", interrupted)
         assert main(["train", *options(folder, checkpoint_steps=3), "--resume=auto"]) == 128 + signal.SIGINT
-    assert f"to continue: tlalign train --resume {folder}" in capsys.readouterr().err
+    assert f"to continue: tlalign train --resume '{folder}'\n" in capsys.readouterr().err
     newest = max((folder / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:-10])
     assert main(["train", "--resume", str(folder), "--workers=0"]) == 0
