@@ -51,7 +51,7 @@ class Run:
 
     Attributes:
         path: The folder.
-        name: Its path, below the folder that was searched.
+        name: Its path, below the folder that was searched if no other run is called so.
         values: What its configuration file sets.
         config: Configuration, or None if it can't be read.
         records: Rows of the log.
@@ -110,7 +110,9 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
             for file in path.rglob(name):
                 below = file.parent.relative_to(path)
                 found.setdefault(file.parent.resolve(), (file.parent, str(below) if below.name else str(path)))
-    return [read_run(path, name) for path, name in sorted(found.values())]
+    # Runs of one name in several folders are told apart by where they are.
+    unique = len({name for _, name in found.values()}) == len(found)
+    return [read_run(path, name if unique else str(path)) for path, name in sorted(found.values())]
 
 
 class RunTable:

@@ -5,6 +5,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -137,6 +138,19 @@ def test_runs_are_listed_wherever_they_are_asked_for_and_once(runs, monkeypatch,
     ]
     assert main(["runs", "runs/no-run"]) == 0
     assert "no runs in runs/no-run" in capsys.readouterr().out
+
+
+def test_runs_of_one_name_in_several_folders_are_told_apart(tmp_path, monkeypatch):
+    for name in ("one/x", "two/x", "two/y"):
+        make_run(tmp_path / name, [10])
+    monkeypatch.chdir(tmp_path)
+    runs = find_runs([Path("one"), Path("two")])
+    assert [run.name for run in runs] == ["one/x", "two/x", "two/y"]
+    drawn = []
+    monkeypatch.setattr("tlalign.curves.draw_comparison", lambda curves, path: drawn.extend(curves))
+    RunTable(runs).plot(Path("plot.png"))
+    assert drawn == ["one/x", "two/x", "two/y"]
+    assert [run.name for run in find_runs([Path("two")])] == ["x", "y"]
 
 
 @pytest.mark.parametrize(
