@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -179,12 +180,15 @@ def _value_of(text: str, kind: str) -> float | int | None:
 
 
 def _new_folder(config: TrainConfig) -> Path:
+    """Makes a folder, which no run that starts at the same time takes."""
     # Here, since it takes torch along, which the list of runs does without.
     from timm.models import safe_model_name
 
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_model_name(config.model)}-{config.method}"
-    folder, number = Path("runs") / name, 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
+    runs = Path("runs")
+    runs.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder

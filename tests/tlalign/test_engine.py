@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +238,15 @@ def test_two_runs_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     first, second = (RunFolder(TrainConfig(**load_recipe("digits"))) for _ in range(2))
     assert str(first.path) == "runs/20250101-000000-vit_tiny_patch16_224-cutmix+tl-align"
     assert second.path != first.path
+
+
+def test_runs_that_start_at_the_same_time_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Another process makes it after this one looked whether it is there.
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    folders = [RunFolder(TrainConfig(**load_recipe("digits"))).path for _ in range(3)]
+    assert len(set(folders)) == 3
 
 
 def test_progress_on_a_terminal_is_a_bar_with_rates_and_the_time_left():
