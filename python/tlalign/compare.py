@@ -86,7 +86,11 @@ def start_training(config: TrainConfig, threads: int) -> subprocess.Popen:
     folder = RunFolder(config, resume=(Path(config.output) / CONFIG_FILE).is_file()).path
     changing = {name: getattr(config, name) for name in MAY_CHANGE if name != "output"}
     flags = [f"--{name}={'null' if value is None else value}" for name, value in changing.items()]
-    with (folder / PRINTED_FILE).open("ab") as printed:
+    try:
+        printed = (folder / PRINTED_FILE).open("ab")
+    except OSError as error:
+        raise UsageError(f"output: cannot write to {folder}: {error}") from error
+    with printed:
         try:
             # The process holds it as long as it lives, even when this one is killed.
             fcntl.flock(printed, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -85,17 +85,19 @@ class RunFolder:
     """
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
-        self.path = _new_folder(config) if config.output is None else Path(config.output)
         if resume:
+            self.path = Path(config.output)
             return
+        where = config.output or "runs"
         try:
+            self.path = _new_folder(config) if config.output is None else Path(config.output)
             self.path.mkdir(parents=True, exist_ok=True)
+            if not all(file.name.startswith(_UNFINISHED) for file in self.path.iterdir()):
+                raise UsageError(f"output: expected a new or empty folder, but {self.path} holds files")
+            with written_whole(self.path / CONFIG_FILE) as unfinished:
+                save_config(config, unfinished)
         except OSError as error:
-            raise UsageError(f"output: cannot make the folder {self.path}: {error}") from error
-        if not all(file.name.startswith(_UNFINISHED) for file in self.path.iterdir()):
-            raise UsageError(f"output: expected a new or empty folder, but {self.path} holds files")
-        with written_whole(self.path / CONFIG_FILE) as unfinished:
-            save_config(config, unfinished)
+            raise UsageError(f"output: cannot make a run in {where}: {error}") from error
 
     @property
     def log(self) -> Path:

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import errno
 import os
 import re
 import shutil
@@ -233,7 +234,7 @@ def test_models_of_table_1_have_the_weights_given_or_say_that_they_are_random(tm
         (["--model=resnet18"], "can't follow labels through"),
         ([*VIT, "--checkpoint=nowhere.pth"], "checkpoint: cannot read nowhere.pth"),
         ([*VIT, "--table1_weights=nowhere", "--table1=true"], "table1_weights: expected a folder, got nowhere"),
-        ([*VIT, "--output=/dev/null/x"], "output: cannot make the folder"),
+        ([*VIT, "--output=/dev/null/x"], "output: cannot write to the folder /dev/null/x: "),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(flags, message, capsys, tmp_path, monkeypatch):
@@ -242,6 +243,18 @@ def test_what_cannot_be_done_is_said_in_a_line(flags, message, capsys, tmp_path,
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("broken", ["tempfile.TemporaryFile", "tlalign.analysis.report.write_page"])
+def test_a_full_disk_ends_it_before_the_work_or_where_it_fills(broken, capsys, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(broken, full)
+    assert main(["analyze", *IMAGES, *VIT, "--images=4", "--output", str(tmp_path)]) == 2
+    error = f"tlalign: error: output: cannot write to the folder {tmp_path}: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == error
+    assert any(tmp_path.iterdir()) == ("write_page" in broken)
 
 
 def test_text_of_a_page_is_never_markup(tmp_path):

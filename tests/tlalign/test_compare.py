@@ -293,6 +293,13 @@ def test_a_process_alone_trains_a_run_and_prints_into_its_folder(tmp_path):
     assert printed.splitlines()[-1].startswith("tlalign: error: mix_patch_size: expected a divisor of the 20 pixels")
 
 
+def test_a_run_that_cannot_print_into_its_folder_is_an_error(tmp_path):
+    config = plan(tmp_path, ("none",), 1)[0]
+    (RunFolder(config).path / PRINTED_FILE).mkdir()
+    with pytest.raises(UsageError, match=r"output: cannot write to .*none-seed0: "):
+        start_training(config, threads=1)
+
+
 @pytest.mark.slow
 def test_real_runs_go_on_after_a_stop(tmp_path):
     # Of random patches of 5 pixels in images of 16 nothing comes.

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import shutil
 import subprocess
 import sys
@@ -173,3 +174,17 @@ def test_the_list_needs_no_torch(runs):
     code = f"import sys, tlalign.cli; tlalign.cli.main(['runs', {str(runs)!r}]); assert 'torch' not in sys.modules"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert "cutmix+tl-align" in printed
+
+
+@pytest.mark.parametrize("output", ["run", None])
+def test_a_disk_that_cannot_be_written_is_an_error_that_names_the_folder(output, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"output: .* runs?: .*No space left"):
+        patch.setattr("os.fsync", full)
+        make_run("run", [10], output=output)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"output: cannot make a run in file/x: .*Not a directory"):
+        make_run("file/x", [10])

@@ -7,6 +7,7 @@ import csv
 import itertools
 import math
 import pickle
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -68,18 +69,23 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None, console: Consol
     folder = Path(config.output or ("analysis" if checkpoint is None else checkpoint.parent / "analysis"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Before the work is done: whether a file can be written.
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"output: cannot make the folder {folder}: {error}") from error
+        raise UsageError(f"output: cannot write to the folder {folder}: {error}") from error
     first, ratios, presence = _follow(subject, console)
-    sections = [
-        _label_maps(subject, first, folder),
-        _mixing_ratio(subject, first, ratios, folder),
-        _target_rmse(subject, ratios, checkpoint, folder, console),
-        _presence(subject, first, presence, folder),
-        _rollout(subject, first, folder),
-    ]
     page, title = folder / "index.html", f"What alignment does in {config.model}"
-    write_page(page, title, _summary(subject, checkpoint, ratios, presence), sections)
+    try:
+        sections = [
+            _label_maps(subject, first, folder),
+            _mixing_ratio(subject, first, ratios, folder),
+            _target_rmse(subject, ratios, checkpoint, folder, console),
+            _presence(subject, first, presence, folder),
+            _rollout(subject, first, folder),
+        ]
+        write_page(page, title, _summary(subject, checkpoint, ratios, presence), sections)
+    except OSError as error:
+        raise UsageError(f"output: cannot write to the folder {folder}: {error}") from error
     return page
 
 
