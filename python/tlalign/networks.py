@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +100,23 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
 
 
 def load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
-    """Weights in the checkpoint that the option `name` gives."""
+    """Weights in the checkpoint that the option `name` gives.
+
+    Raises:
+        UsageError: If it can't be read, or holds something else.
+    """
     try:
         # weights_only, so that a checkpoint from anywhere runs no code.
-        return load_state_dict(str(path), use_ema=use_ema)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UsageError(f"{name}: cannot read {path}: {error}") from error
+        weights = load_state_dict(str(path), use_ema=use_ema)
+    except OSError as error:
+        raise UsageError(f"{name}: cannot read {path}: {str(error) or 'no such file'}") from error
+    except Exception as error:  # files that are something else have errors of many classes
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(f"{name}: cannot read {path} as a checkpoint with weights ({what})") from error
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{name}: expected weights in {path}, got {key} of type {type(value).__name__}")
+    return weights
 
 
 def load_all_weights(name: str, path: Path) -> dict[str, dict[str, Tensor]]:

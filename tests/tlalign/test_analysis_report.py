@@ -223,6 +223,9 @@ def test_models_of_table_1_have_the_weights_given_or_say_that_they_are_random(tm
     torch.save({"model": {"no": torch.zeros(1)}}, tmp_path / f"{name}.pth")
     with pytest.raises(UsageError, match=name):
         create_subject_of_table_1(name, config, data)
+    (tmp_path / f"{name}.pth").write_text("no weights")
+    with pytest.raises(UsageError, match=f"table1_weights: cannot read .*{name}"):
+        create_subject_of_table_1(name, config, data)
 
 
 @pytest.mark.parametrize(

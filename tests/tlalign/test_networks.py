@@ -5,7 +5,7 @@ import torch
 from training import tiny
 
 from tlalign.config import UsageError
-from tlalign.networks import create_initial_model, create_model
+from tlalign.networks import create_initial_model, create_model, load_weights
 
 MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -56,6 +56,35 @@ def test_images_of_one_channel_take_the_weights_of_three(checkpoint, tmp_path):
     torch.save(averaged, path)
     state = create_initial_model(tiny(tmp_path, initial_checkpoint=str(path)), 10).state_dict()
     torch.testing.assert_close(state["patch_embed.proj.weight"], averaged["patch_embed.proj.weight"].sum(1, True))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"epoch,step\n1,5\n", b"hello", b"{}", b"\xff" * 2000], ids=len)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, suffix, content):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"^checkpoint: cannot read {path} as a checkpoint with weights \(."):
+        load_weights("checkpoint", path, use_ema=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.zeros(1)],
+        torch.zeros(1),
+        3,
+        {"weight": 3},
+        {"weight": torch.zeros(1), "more": {"weight": torch.zeros(1)}},
+        {0: torch.zeros(1)},
+        {"state_dict": [torch.zeros(1)]},
+        {"model": "vit"},
+    ],
+)
+def test_what_holds_no_weights_is_refused(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    with pytest.raises(UsageError, match=rf"^checkpoint: .*{path}"):
+        load_weights("checkpoint", path, use_ema=True)
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "pvt_tiny"])

@@ -110,7 +110,8 @@ def create_subject_of_table_1(name: str, config: AnalyzeConfig, data: DataSets) 
     random_seed(config.seed)
     file = _weight_file(config.table1_weights, name)
     # Of 1000 classes as the published weights, so that timm checks that all of them fit; no label depends on it.
-    overrides = {} if file is None else {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+    weights = None if file is None else load_weights("table1_weights", file, True)
+    overrides = {} if file is None else {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
     model = create_model(config, 1000, **overrides)
     return Subject(config, data, model.to(choose_device(config)), RANDOM if file is None else file.name)
 
