@@ -17,7 +17,6 @@ try:
     import jsonargparse
 
     from tlalign.config import (
-        CHECKPOINTS_FOLDER,
         CONFIG_FILE,
         MAY_CHANGE,
         AnalyzeConfig,
@@ -30,6 +29,7 @@ try:
         recipe_names,
         suggestion,
     )
+    from tlalign.runs import config_beside
 except ModuleNotFoundError as missing:
     raise SystemExit(f"tlalign: {missing.name} is not installed; pip install 'tlalign-kernels[train]'") from missing
 
@@ -341,9 +341,14 @@ def _parse_over_checkpoint(
     parser.set_defaults(({} if asks_help else {"data": "", "model": ""}) | values)
     given = _parse_flags(parser, flags, known)
     parser.set_defaults({"data": None, "model": None})
-    if given.checkpoint is not None:
-        beside = Path(given.checkpoint).parent
-        beside = (beside.parent if beside.name == CHECKPOINTS_FOLDER else beside) / CONFIG_FILE
+    if given.checkpoint is None:
+        if config_class is EvalConfig:
+            raise UsageError("checkpoint: expected a file, got nothing (--checkpoint FILE)")
+    elif not Path(given.checkpoint).is_file():
+        # Before what its configuration would have said is found missing.
+        raise UsageError(f"checkpoint: expected a file, got {given.checkpoint}, which is none")
+    else:
+        beside = config_beside(Path(given.checkpoint))
         of_run = load_config_file(beside) if beside.is_file() else {}
         if config_class is AnalyzeConfig:
             # The tokens of all layers are kept of a batch; and the seed is another's.
@@ -351,8 +356,6 @@ def _parse_over_checkpoint(
             of_run.pop("batch_size", None)
         values = values | of_run
     config = _parse(parser, config_class, {name: values[name] for name in values if name in known}, flags)
-    if given.checkpoint is None and config_class is EvalConfig:
-        raise UsageError("checkpoint: expected a file, got nothing")
     return given, config
 
 

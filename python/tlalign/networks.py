@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tlalign.models  # noqa: F401 (timm knows them from here on)
 from tlalign.config import CONFIG_FILE, EvalConfig, TrainConfig, UsageError, field_names, load_config_file, suggestion
+from tlalign.runs import config_beside
 from tlalign.teacher import Teacher
 from tlalign_kernels import patch_model
 
@@ -84,7 +85,7 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
         UsageError: If the checkpoint can't be read or is not of this model.
     """
     path = Path(config.teacher_checkpoint)
-    beside = path.parent / CONFIG_FILE
+    beside = config_beside(path)
     values = load_config_file(beside) if beside.is_file() else {}
     values = {name: value for name, value in values.items() if name in field_names(EvalConfig)}
     if config.teacher_model is not None:

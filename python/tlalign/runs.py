@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tlalign.config import CONFIG_FILE, TrainConfig, UsageError, save_config
+from tlalign.config import CHECKPOINTS_FOLDER, CONFIG_FILE, TrainConfig, UsageError, save_config
 
 LAST_CHECKPOINT = "last.pth.tar"
 BEST_CHECKPOINT = "model_best.pth.tar"
@@ -123,6 +123,12 @@ class RunFolder:
     def picture(self) -> Path:
         """Mixed images and their token labels."""
         return self.path / "token_labels.png"
+
+
+def config_beside(checkpoint: Path) -> Path:
+    """Where the configuration of a run lies, one of whose checkpoints this may be: it need not be there."""
+    folder = checkpoint.parent
+    return (folder.parent if folder.name == CHECKPOINTS_FOLDER else folder) / CONFIG_FILE
 
 
 def write_log(path: Path, records: Sequence[EpochRecord]) -> None:

@@ -235,7 +235,7 @@ def test_models_of_table_1_have_the_weights_given_or_say_that_they_are_random(tm
         ([*VIT, "--seed=4294967296"], "seed: expected 0 to 4294967295, got 4294967296"),
         ([*VIT, "--map_layers=[2]"], "map_layers: expected blocks from -2 to 1"),
         (["--model=resnet18"], "can't follow labels through"),
-        ([*VIT, "--checkpoint=nowhere.pth"], "checkpoint: cannot read nowhere.pth"),
+        ([*VIT, "--checkpoint=nowhere.pth"], "checkpoint: expected a file, got nowhere.pth"),
         ([*VIT, "--table1_weights=nowhere", "--table1=true"], "table1_weights: expected a folder, got nowhere"),
         ([*VIT, "--output=/dev/null/x"], "output: cannot write to the folder /dev/null/x: "),
     ],

@@ -132,12 +132,11 @@ def test_a_model_that_labels_cannot_be_followed_through_trains_without_alignment
     ("arguments", "message"),
     [
         (["trian"], "did you mean train?"),
-        (["eval"], "required: data, model"),
+        (["eval"], "checkpoint: expected a file, got nothing (--checkpoint FILE)"),
         (["eval", "--data=digits", "--model=vit_tiny_patch16_224"], "checkpoint: expected a file, got nothing"),
-        (
-            ["eval", "--checkpoint", "nowhere.pth", "--data=digits", "--model=vit_tiny_patch16_224"],
-            "cannot read nowhere.pth",
-        ),
+        (["eval", "--checkpoint=no/last.pth"], "checkpoint: expected a file, got no/last.pth, which is none"),
+        (["export", "no.pth", "--output=x.pth"], "checkpoint: expected a file, got no.pth, which is none"),
+        (["analyze", "--checkpoint=no.pth"], "checkpoint: expected a file, got no.pth, which is none"),
         (["train", "--data", "folder:/nowhere", "--recipe=none", "--model=vit_tiny_patch16_224"], "PATH/train/CLASS"),
         (["train", "--model", "vit_tinny_patch16_224"], "did you mean vit_tiny_patch16_224?"),
         (["train", "--model", "resnet18", "--model_kwargs", "{}"], "target: tl-align can't train resnet18"),

@@ -156,4 +156,4 @@ def test_without_a_checkpoint_it_is_asked_for(capsys):
     assert main(["export", "--output=x.pth"]) == 2
     assert "required: checkpoint" in capsys.readouterr().err
     assert main(["export", "nowhere.pth", "--output=x.pth", "--model=vit_tiny_patch16_224"]) == 2
-    assert "cannot read nowhere.pth" in capsys.readouterr().err
+    assert "checkpoint: expected a file, got nowhere.pth" in capsys.readouterr().err

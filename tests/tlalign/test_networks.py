@@ -4,8 +4,8 @@ import pytest
 import torch
 from training import tiny
 
-from tlalign.config import UsageError
-from tlalign.networks import create_initial_model, create_model, load_weights
+from tlalign.config import CONFIG_FILE, UsageError, save_config
+from tlalign.networks import create_initial_model, create_model, create_teacher, load_weights
 
 MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -94,6 +94,16 @@ def test_published_weights_that_cannot_be_had_are_an_error(tmp_path, monkeypatch
     config = tiny(tmp_path, model=model, model_kwargs={}, img_size=None, in_chans=None, pretrained=True)
     with pytest.raises(UsageError, match=f"pretrained: cannot get the published weights of {model}: .*"):
         create_initial_model(config, 10)
+
+
+@pytest.mark.parametrize("place", ["last.pth.tar", "checkpoints/epoch-00001-step-000000005-0.pth.tar"])
+def test_a_teacher_is_what_the_configuration_of_its_run_says(checkpoint, tmp_path, place):
+    path, averaged = checkpoint
+    save_config(tiny(tmp_path, model_kwargs=MODEL), tmp_path / CONFIG_FILE)
+    (tmp_path / "checkpoints").mkdir()
+    config = tiny(tmp_path, target="teacher", teacher_checkpoint=str(path.replace(tmp_path / place)))
+    state = create_teacher(config, 10, torch.device("cpu")).model.state_dict()
+    assert all(torch.equal(value, averaged[name]) for name, value in state.items())
 
 
 def test_weights_come_from_one_place(tmp_path):
