@@ -29,13 +29,12 @@ try:
         recipe_names,
         suggestion,
     )
-    from tlalign.runs import config_beside
+    from tlalign.runs import EpochRecord, RunFolder, config_beside
 except ModuleNotFoundError as missing:
     raise SystemExit(f"tlalign: {missing.name} is not installed; pip install 'tlalign-kernels[train]'") from missing
 
 if TYPE_CHECKING:
     from tlalign.engine import Trainer
-    from tlalign.runs import EpochRecord, RunFolder
 
 # Imports of torch wait in the functions: help and errors come at once, and this is read before they start threads.
 # The threads of libgomp spin while they wait, by default so long that a step takes several times as long beside another
@@ -470,18 +469,27 @@ def _describe(trainer: Trainer) -> None:
 
 
 def _run(config: TrainConfig, resume: bool) -> int:
-    """Trains, and prints the results."""
+    """Makes or opens the folder of a run, and trains."""
+    from tlalign.engine import Trainer
+
+    trainer = Trainer(config)
+    if not trainer.processes.first:
+        return _train(trainer, None, resume)
+    folder = RunFolder(config, resume)
+    with folder.locked():
+        return _train(trainer, folder, resume)
+
+
+def _train(trainer: Trainer, folder: RunFolder | None, resume: bool) -> int:
+    """Trains, and prints the results; in the first process, which has the folder."""
     from rich.console import Console
 
     from tlalign.checkpoints import CheckpointError
-    from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
+    from tlalign.engine import NonFiniteLossError, TrainingInterrupted
     from tlalign.progress import TrainingProgress
-    from tlalign.runs import RunFolder
     from tlalign.unreadable import UnreadableImagesError
 
-    trainer = Trainer(config)
-    first = trainer.processes.first
-    folder = RunFolder(config, resume) if first else None
+    config, first = trainer.config, trainer.processes.first
     if resume:
         _resume(trainer, Path(config.output))
     if first:

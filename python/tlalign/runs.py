@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import io
 import itertools
 import os
@@ -20,6 +21,7 @@ BEST_CHECKPOINT = "model_best.pth.tar"
 LOG_FILE = "log.csv"
 CURVES_FILE = "curves.png"
 TENSORBOARD_FOLDER = "tensorboard"
+LOCK_FILE = "lock"
 # What begins so was not written to its end.
 _UNFINISHED = "unfinished-"
 
@@ -98,6 +100,27 @@ class RunFolder:
                 save_config(config, unfinished)
         except OSError as error:
             raise UsageError(f"output: cannot make a run in {where}: {error}") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Context in which no other process trains this run; one that is killed leaves it too.
+
+        Raises:
+            UsageError: If another process is in it, or the folder can't be written.
+        """
+        try:
+            file = (self.path / LOCK_FILE).open("ab")
+        except OSError as error:
+            raise UsageError(f"output: cannot write to {self.path}: {error}") from error
+        with file:
+            try:
+                # Not flock, which processes that load images for a killed one would still hold.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise UsageError(f"output: {self.path} is being trained by another process") from error
+            except OSError:
+                pass  # a file system that has no locks
+            yield
 
     @property
     def log(self) -> Path:

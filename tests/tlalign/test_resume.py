@@ -238,7 +238,8 @@ def test_a_run_whose_checkpoints_are_gone_is_not_written_over(tmp_path, capsys, 
     assert main(["train", "--resume", config.output]) == 2
     message = f"resume: expected a whole checkpoint in {config.output}/checkpoints, got none, though {file} says"
     assert message in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path in before} == before
+    assert not (tmp_path / "run" / "tensorboard").exists()
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(tmp_path, capsys):
@@ -246,6 +247,37 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(tmp_pat
     write_log(RunFolder(config).log, [])
     assert main(["train", "--resume", config.output]) == 0
     assert "continued after step 0" in capsys.readouterr().out
+
+
+def test_a_run_is_trained_by_one_process_at_a_time_and_free_when_that_is_killed(tmp_path, capsys):
+    config = small(tmp_path / "run")
+    folder = RunFolder(config)
+    # It forks, as a process that has others load images does.
+    code = """
+import os, sys, time
+from tlalign.config import TrainConfig
+from tlalign.runs import RunFolder
+
+with RunFolder(TrainConfig(data="digits", model="x", output=sys.argv[1]), resume=True).locked():
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(600)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code, config.output], stdout=subprocess.PIPE)
+    child = int(holder.stdout.readline())
+    try:
+        assert main(["train", "--resume", config.output]) == 2
+        assert f"output: {folder.path} is being trained by another process" in capsys.readouterr().err
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # still there
+        with folder.locked():
+            pass
+    finally:
+        holder.kill()
+        holder.stdout.close()
+        os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(200, marks=pytest.mark.slow)])
