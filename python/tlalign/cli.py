@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import os
 import shlex
@@ -73,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0; 1 if training failed; 2 if what was asked for can't be done; 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal lacks, such as the ± of a table, is no reason to stop.
+        sys.stdout.reconfigure(errors="replace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2

@@ -236,8 +236,11 @@ class Comparison:
         names = [field.name for field in dataclasses.fields(MethodResult)]
         try:
             with written_whole(self.output / TABLE_FILE) as unfinished:
-                unfinished.write_text(self.table())
-            with written_whole(self.output / CSV_FILE) as unfinished, unfinished.open("w", newline="") as file:
+                unfinished.write_text(self.table(), encoding="utf-8")
+            with (
+                written_whole(self.output / CSV_FILE) as unfinished,
+                unfinished.open("w", newline="", encoding="utf-8") as file,
+            ):
                 writer = csv.DictWriter(file, names)
                 writer.writeheader()
                 for result in self.results():
@@ -338,7 +341,7 @@ def _reason(folder: Path, status: int) -> str:
     """Why a process that trained a run ended with this status: the last line that it printed, or the signal."""
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
-    lines = (folder / PRINTED_FILE).read_text(errors="replace").splitlines()
+    lines = (folder / PRINTED_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     last = next((line.strip() for line in reversed(lines) if line.strip()), f"ended with status {status}")
     return last.removeprefix("tlalign: ").removeprefix("error: ")
 

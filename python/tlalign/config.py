@@ -324,7 +324,7 @@ def load_recipe(name: str) -> dict[str, Any]:
         return {}
     if name not in recipe_names():
         raise UsageError(f"recipe: expected none or one of {', '.join(recipe_names())}, got {name}")
-    return yaml.safe_load((_recipes() / f"{name}.yaml").read_text())
+    return yaml.safe_load((_recipes() / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def load_config_file(path: str | Path) -> dict[str, Any]:
@@ -334,7 +334,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
         UsageError: If the file can't be read, is no mapping, or has a key that no configuration has.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config: cannot read {path}: {error}") from error
     except yaml.YAMLError as error:
@@ -352,7 +352,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
     """Writes all values of a configuration, so that the file alone repeats the run."""
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "timm"))
     values = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None)
-    path.write_text(f"# Configuration of this run, with {versions}.\n{values}")
+    path.write_text(f"# Configuration of this run, with {versions}.\n{values}", encoding="utf-8")
 
 
 def field_names(config_class: type[EvalConfig]) -> list[str]:

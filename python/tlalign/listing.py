@@ -162,7 +162,7 @@ class RunTable:
             UsageError: If it can't be written.
         """
         try:
-            with path.open("w", newline="") as file:
+            with path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(self.columns))
                 writer.writeheader()
                 writer.writerows(self.rows)

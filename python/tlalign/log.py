@@ -82,7 +82,7 @@ class RunLog:
             ratio_changes: Aligned minus original mixing ratio of each image, any shape, or None.
         """
         self.records.append(record)
-        with (self.path / LOG_FILE).open("a", newline="") as file:
+        with (self.path / LOG_FILE).open("a", newline="", encoding="utf-8") as file:
             file.write(log_row(record))
             file.flush()
             os.fsync(file.fileno())

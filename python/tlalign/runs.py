@@ -156,7 +156,7 @@ def config_beside(checkpoint: Path) -> Path:
 
 def write_log(path: Path, records: Sequence[EpochRecord]) -> None:
     """Writes a log of these rows, in place of one that is there already: all of it or, on an error, nothing."""
-    with written_whole(path) as unfinished, unfinished.open("w", newline="") as file:
+    with written_whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerow(field.name for field in dataclasses.fields(EpochRecord))
         file.write("".join(log_row(record) for record in records))
 
@@ -189,7 +189,7 @@ def read_log(path: Path) -> list[EpochRecord]:
         OSError: If the file can't be read.
         ValueError: If it is not a log.
     """
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         lines = [line for line in file if line.endswith("\n")]
     fields = {field.name: field for field in dataclasses.fields(EpochRecord)}
     rows = csv.DictReader(lines)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import TINY
+from training import PYTHONPATH
 
 from tlalign import compare
 from tlalign.cli import main
@@ -298,6 +299,17 @@ def test_a_run_that_cannot_print_into_its_folder_is_an_error(tmp_path):
     (RunFolder(config).path / PRINTED_FILE).mkdir()
     with pytest.raises(UsageError, match=r"output: cannot write to .*none-seed0: "):
         start_training(config, threads=1)
+
+
+def test_a_locale_without_the_characters_of_the_table_stops_nothing(tmp_path):
+    code = "import sys, test_compare as t; t.compare.start_training = t.FakeProcess; sys.exit(t.run(sys.argv[1]))"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": PYTHONPATH}
+    arguments = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(arguments, env=os.environ | ascii_only, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / TABLE_FILE).read_text(encoding="utf-8")
+    row = next(line for line in table.splitlines() if line.startswith("| cutmix ") and "\u00b1" in line)
+    assert row.replace("\u00b1", "?") in done.stdout.decode("ascii")
 
 
 @pytest.mark.slow

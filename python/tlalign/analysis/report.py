@@ -289,7 +289,7 @@ def _over_training(
     """Change by epoch in the log of a run; and epoch, name and RMSE of its checkpoints."""
     folder, logged = checkpoint.parent, []
     if (folder / _LOG).is_file():
-        with (folder / _LOG).open(newline="") as file:
+        with (folder / _LOG).open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("ratio_change")]
         logged = [(float(row["epoch"]), float(row["ratio_change"])) for row in rows]
     measured = {0.0: (RANDOM, untrained)}
@@ -442,7 +442,7 @@ def _shown_batches(console: Console, what: str, subject: Subject) -> Iterator[Mi
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(["" if value is None else value for value in row] for row in rows)
