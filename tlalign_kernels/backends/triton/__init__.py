@@ -216,7 +216,8 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
     against 63 k on sm_80), but with dQ in registers only few keys fit beside, and each warp reads for them what others
     read too: the traffic of shared memory, which bounds all of these kernels, takes 41 k cycles a head on sm_80, where
     that of the two kernels takes 28 k. An H100 took 286 us, with more instructions than now, for what the two kernels
-    did in 147. So it is for `tune` to try there. A bias leaves it no registers; sm_86, sm_89 and float16 on sm_90 have room for 16 keys, sm_120 for none.
+    did in 147. So it is for `tune` to try there. A bias leaves it no registers; sm_86, sm_89 and float16 on sm_90 have
+    room for 16 keys, sm_120 for none.
     """
     queries, head_dim = shape.queries, shape.head_dim
     split = _queries_config(shape), _keys_config(shape)
