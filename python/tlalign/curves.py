@@ -72,6 +72,8 @@ def draw_comparison(runs: Mapping[str, Sequence[EpochRecord]], path: Path) -> No
     }
     for (name, records), (colour, line, marker) in zip(runs.items(), styles, strict=False):
         epochs = [record.epoch for record in records]
+        # Names of folders need not be UTF-8, and between dollars would stand a formula.
+        name = name.encode(errors="replace").decode().replace("$", r"\$")
         for axis, field in zip(axes, panels, strict=True):
             values = [getattr(record, field) for record in records]
             every = max(1, len(epochs) // _MOST_MARKERS)

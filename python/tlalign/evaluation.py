@@ -12,6 +12,7 @@ from torch import nn
 from tlalign.config import EvalConfig, UsageError
 from tlalign.data import create_eval_loader, load_data_sets, resolve_image_config
 from tlalign.networks import create_model, load_all_weights, set_weights
+from tlalign.unreadable import UnreadableImagesError
 
 
 @torch.no_grad()  # inference mode is not for sharded models
@@ -50,7 +51,8 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
         As `evaluate`, for `model` and, if the checkpoint holds other, averaged weights, for `EMA`.
 
     Raises:
-        UsageError: If the checkpoint can't be read or is not of this model, or the configuration can't be run.
+        UsageError: If the checkpoint can't be read or is not of this model, the configuration can't be run, or an
+            image can't be read.
     """
     device = choose_device(config)
     weights = load_all_weights("checkpoint", path)
@@ -60,7 +62,10 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
     results = {}
     for name, state in weights.items():
         set_weights("checkpoint", path, state, model, config.model)
-        results[name] = evaluate(model.to(device), loader, device, config.precision)
+        try:
+            results[name] = evaluate(model.to(device), loader, device, config.precision)
+        except UnreadableImagesError as error:
+            raise UsageError(f"data: {error}") from error
     return results
 
 

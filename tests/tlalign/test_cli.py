@@ -119,8 +119,13 @@ def test_image_folders_train_and_evaluate(on_images, tmp_path, capsys):
     options = [*on_images, "--model=vit_tiny_patch16_224", "--model_kwargs", str(MODEL)]
     assert main(["train", *options]) == 0
     assert (tmp_path / "run" / "token_labels.png").exists()
-    assert main(["eval", "--checkpoint", str(tmp_path / "run" / "last.pth.tar")]) == 0
+    command = ["eval", "--checkpoint", str(tmp_path / "run" / "last.pth.tar")]
+    assert main(command) == 0
     assert "top-1" in capsys.readouterr().out
+    (tmp_path / "images" / "val" / "red" / "3.png").write_bytes(b"no image")
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "data: " in error and "red/3.png" in error
 
 
 def test_a_model_that_labels_cannot_be_followed_through_trains_without_alignment(on_images, capsys):

@@ -171,8 +171,9 @@ def test_curves_of_one_epoch_and_of_many_are_pictures(tmp_path, without):
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
-def test_runs_of_any_number_and_length_are_drawn_over_each_other(tmp_path):
+def test_runs_of_any_name_number_and_length_are_drawn_over_each_other(tmp_path):
     runs = {f"run {number}": [record(epoch) for epoch in range(1, number + 2)] for number in range(9)}
+    runs |= {name: [record(1)] for name in ("$a_{$", os.fsdecode(b"\xfc"), "a $ b")}
     draw_comparison(runs, tmp_path / "runs.png")
     with Image.open(tmp_path / "runs.png") as picture:
         assert min(picture.size) > 500
