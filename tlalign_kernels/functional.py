@@ -330,7 +330,7 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
             raise TypeError(f"mask: expected bool or a floating dtype, got {mask.dtype}")
         if mask.requires_grad:
             raise ValueError("mask: expected a constant, got one that requires a gradient; pass it as bias")
-        mask = _over_scores("mask", _seen_in_part(mask), scores, query.device)
+        mask = _over_scores("mask", _without_overflow(mask), scores, query.device)
     problem = Problem(
         device_type=query.device.type,
         dtype=query.dtype,
@@ -350,8 +350,8 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
     return bias, mask, head_dim**-0.5 if scale is None else float(scale), problem
 
 
-def _seen_in_part(mask: Tensor) -> Tensor:
-    """A mask in which no finite value becomes -inf within the kernels: rows of finfo.min alone see all keys alike."""
+def _without_overflow(mask: Tensor) -> Tensor:
+    """A mask whose finite values stay so within the kernels: a row of finfo.min alone sees all keys alike."""
     if mask.dtype not in (torch.float32, torch.bfloat16):
         return mask
     return torch.where(mask == -math.inf, mask, mask.clamp(min=_LOWEST_MASK))

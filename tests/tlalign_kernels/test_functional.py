@@ -1,5 +1,6 @@
 """The operator: accuracy and gradients of every backend, properties of labels, and the contracts of torch."""
 
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -87,6 +88,9 @@ def test_reference_in_float64_is_plain_attention(case):
 def test_errors_are_within_the_bound(backend, dtype, case, seed):
     if reasons := selftest.reasons_against(case, dtype, backend, "cpu"):
         pytest.skip("; ".join(reasons))
+    if backend == "triton" and case.queries > 100:
+        # Interpreted, programs run in turn, for minutes; smaller cases have several images and more heads.
+        case = dataclasses.replace(case, batch=1, heads=min(case.heads, 2))
     checks = compare(case, dtype, backend, seed=seed)
     gradients = {"gradient of query", "gradient of value"} if case.windows is None else {"gradient of qkv"}
     assert {check.tensor for check in checks} >= {"output", "share", *gradients}
@@ -164,10 +168,10 @@ def test_permuting_heads_leaves_labels_alone(backend):
 @backends
 @pytest.mark.parametrize("packed", [False, True])
 def test_labels_never_influence_outputs_or_gradients(backend, packed):
-    case = Case("labels", queries=50, keys=50, bias_scale=1.0, packed=packed)
+    case = Case("labels", batch=1, queries=50, keys=50, bias_scale=1.0, packed=packed)
     inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
     first = run_operator(case, inputs, backend)
-    second = run_operator(case, {**inputs, "share": torch.rand(2, 50, 3), "residual": None}, backend)
+    second = run_operator(case, {**inputs, "share": torch.rand(1, 50, 3), "residual": None}, backend)
     for name in first.keys() - {"share"}:
         assert torch.equal(first[name], second[name]), name
 
