@@ -8,9 +8,19 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 NATIVE_SOURCES = ["CMakeLists.txt", *sorted(str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*") if f.is_file())]
+
+
+class CleanBuild(build_py):
+    """Collects the modules that there are, and none that a former build has left in build/."""
+
+    def run(self) -> None:
+        for package in ("tlalign", "tlalign_kernels"):
+            shutil.rmtree(Path(self.build_lib) / package, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -60,5 +70,5 @@ def _tool(name: str) -> str:
 
 setup(
     ext_modules=[Extension("tlalign_kernels._C", sources=NATIVE_SOURCES)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuild},
 )

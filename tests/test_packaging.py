@@ -30,7 +30,7 @@ def copy_tree(destination: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "*.egg-info")
     for name in ("csrc", "tlalign_kernels", "python"):
         shutil.copytree(ROOT / name, destination / name, ignore=ignore)
-    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, destination / name)
     return destination
 
@@ -83,6 +83,10 @@ def compiled_tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_wheel_holds_both_packages_and_the_extension(compiled_tree):
+    # What an earlier build collected of a module that is gone.
+    (left,) = compiled_tree.glob("build/lib*") or [None]
+    (left / "tlalign").mkdir(exist_ok=True)
+    (left / "tlalign" / "gone.py").touch()
     built(compiled_tree, "bdist_wheel")
     names = wheel_contents(compiled_tree)
     assert len(extensions(names)) == 1
@@ -90,6 +94,7 @@ def test_wheel_holds_both_packages_and_the_extension(compiled_tree):
         f"{package}/{name}" for package in ("tlalign_kernels", "tlalign") for name in ("__init__.py", "py.typed")
     }
     assert {*expected, "tlalign_kernels/_C.pyi"} <= set(names)
+    assert "tlalign/gone.py" not in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"tlalign_kernels", "tlalign"}
 
 
@@ -137,3 +142,4 @@ def test_source_distribution_holds_the_native_sources(tree):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     sources = {path.relative_to(tree).as_posix() for path in tree.glob("csrc/**/*") if path.is_file()}
     assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
+    assert not any(name.startswith("tests/") for name in names)
