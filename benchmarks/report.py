@@ -99,7 +99,7 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], list[dict[str, Any]], list[d
     """Races, tables of counts, and what the files say of where and when they were made."""
     rows, counts, origins = [], [], []
     for path in paths:
-        document = json.loads(path.read_text())
+        document = _document(path)
         has_races = False
         for benchmark in document["benchmarks"]:
             extra = benchmark["extra_info"]
@@ -113,7 +113,19 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], list[dict[str, Any]], list[d
                 has_races = True
         if has_races:
             origins.append(document)
+    if not rows and not counts:
+        raise SystemExit(f"{', '.join(map(str, paths))}: expected results of these benchmarks, got none")
     return rows, counts, origins
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: expected the JSON of pytest-benchmark ({error})") from error
+    if not isinstance(document, dict) or not isinstance(document.get("benchmarks"), list):
+        raise SystemExit(f"{path}: expected the JSON of pytest-benchmark, got another")
+    return document
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -404,12 +416,18 @@ def draw_steps(rows: list[Row]) -> Figure:
 
 
 def run(output: Path) -> Path:
-    """Runs the benchmarks on the device that is there and zips their report, with all that tells what it is of."""
+    """Runs the benchmarks on the device that is there and zips their report, with all that tells what it is of.
+
+    Raises:
+        SystemExit: If no benchmark has a result.
+    """
+    output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.json"
+    results.unlink(missing_ok=True)
     for name, command in {
         "environment.txt": ["-m", "tlalign_kernels"],
-        "benchmarks.txt": ["-m", "pytest", "benchmarks/", "--benchmark-only", f"--benchmark-json={results.resolve()}"],
+        "benchmarks.txt": ["-m", "pytest", "benchmarks/", "--benchmark-only", f"--benchmark-json={results}"],
     }.items():
         with (output / name).open("w") as log:
             print(f"writing {output / name} ...", flush=True)
@@ -417,7 +435,10 @@ def run(output: Path) -> Path:
             subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     if results.exists():
         write([results, *([COUNTS] if COUNTS.exists() else [])], output)
-    return Path(shutil.make_archive(str(output), "zip", output))
+    archive = Path(shutil.make_archive(str(output), "zip", output))
+    if not results.exists():
+        raise SystemExit(f"no benchmark has a result; benchmarks.txt in {archive} says why")
+    return archive
 
 
 def main(arguments: list[str] | None = None) -> None:

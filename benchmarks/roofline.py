@@ -1,10 +1,11 @@
 """What bounds the attention kernels, by arithmetic: writes `results/roofline.md` and its picture. Nothing is measured.
 
 `python -m benchmarks.roofline`. Peaks: data sheets of NVIDIA A100 (40 GB SXM) and H100 (SXM; dense); multiprocessors
-and clocks: white papers of their architectures. Where nvcc, triton and the emulator are there, instructions are counted
-as in `test_cuda_counts.py`.
+and clocks: white papers of their architectures. Instructions are counted as in `test_cuda_counts.py`, with nvcc, triton
+and the emulator.
 """
 
+import argparse
 import importlib.util
 import itertools
 import shutil
@@ -218,7 +219,11 @@ def draw(code, path):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.partition("\n")[0])
+    parser.parse_args()
     code = count_code()
+    if not code:
+        parser.error("expected nvcc, triton and the emulator (no part of this repository), which count instructions")
     draw(code, PAGE.with_suffix(".png"))
     tables = [part for device in DEVICES for part in (DEVICE.format(device), table_of_times(device, code))]
     PAGE.write_text("\n".join([HEAD, table_of_work(), *tables]) + NOTES)

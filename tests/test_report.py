@@ -136,7 +136,7 @@ def test_pictures_are_drawn_and_shown(page, tmp_path):
         assert f"({name})" in page
 
 
-@pytest.mark.parametrize("benchmarks", [[], [ALIEN], [FORWARD], [STEP], [MEMORY], GROWTH, [COUNTS]])
+@pytest.mark.parametrize("benchmarks", [[FORWARD], [STEP], [MEMORY], GROWTH, [COUNTS]])
 def test_levels_that_are_missing_are_left_out(tmp_path, benchmarks):
     page = page_of(tmp_path, benchmarks)
     assert section(page, "Where others are faster")
@@ -163,8 +163,24 @@ def test_run_zips_what_there_is_even_if_the_benchmarks_fail(tmp_path, monkeypatc
     assert {"report.md", "results.json", "steps.png", "environment.txt", "benchmarks.txt"} <= names
 
     monkeypatch.setattr(report.subprocess, "run", lambda command, stdout, **options: stdout.write("failed"))
-    names = set(zipfile.ZipFile(report.run(tmp_path / "failed")).namelist())
-    assert {"environment.txt", "benchmarks.txt"} <= names
+    with pytest.raises(SystemExit, match=r"no benchmark has a result; benchmarks.txt in .*sent\.zip says why"):
+        report.run(tmp_path / "sent")  # not those of the run before
+    assert {"environment.txt", "benchmarks.txt"} <= set(zipfile.ZipFile(archive).namelist())
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", "[]", "no JSON", '{"benchmarks": {}}'])
+def test_what_is_no_result_of_a_benchmark_is_refused(tmp_path, text):
+    path = tmp_path / "results.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=r"results\.json: expected the JSON of pytest-benchmark"):
+        report.main([str(path)])
+
+
+@pytest.mark.parametrize("benchmarks", [[], [ALIEN]], ids=len)
+def test_a_page_of_nothing_is_refused(tmp_path, benchmarks):
+    with pytest.raises(SystemExit, match="expected results of these benchmarks, got none"):
+        page_of(tmp_path, benchmarks)
 
 
 def test_the_command_line_wants_results_or_a_run(capsys, tmp_path):

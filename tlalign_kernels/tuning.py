@@ -104,6 +104,8 @@ def tune(step: Callable[[], object], cache: str | os.PathLike | None = None) -> 
 def _find(problems: list[Problem], cache: Path | None) -> list[Choice]:
     known = {} if cache is None else _read(cache)
     here = known.setdefault(_environment(problems[0].device_type), {})
+    if cache is not None:
+        _write(cache, known)  # before anything is timed: whether it can be kept
     choices = [here.get(_text(problem)) for problem in problems]
     choices = [
         choice if choice is not None and _candidate(problem, choice) is not None else _time_all(problem)

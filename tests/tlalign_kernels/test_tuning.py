@@ -145,6 +145,13 @@ def test_a_file_that_is_no_cache_is_refused_and_kept(tmp_path, text):
     assert cache.read_text() == text
 
 
+def test_a_cache_that_cannot_be_written_is_an_error_before_anything_is_timed(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tuning, "_time_all", None)
+    with pytest.raises(OSError, match="file"):
+        tlk.tune(step, cache=tmp_path / "file" / "tuned.json")
+
+
 @pytest.mark.parametrize("failing", [["cpu"], ["cpu", "reference"]], ids=len)
 def test_a_candidate_that_fails_is_reported_and_not_taken(monkeypatch, failing):
     runner = tuning._runner
