@@ -26,7 +26,8 @@ class UnreadableImage(Exception):
 
     def __init__(self, name: str, error: Exception) -> None:
         super().__init__(name, error)
-        self.name = name
+        # That of a file need not be UTF-8, which logs are.
+        self.name = name.encode(errors="backslashreplace").decode()
         self.error = error
 
     def __str__(self) -> str:
@@ -64,8 +65,7 @@ class UnreadableImages:
         Raises:
             UnreadableImagesError: If there are more than the limit.
         """
-        # A file's name need not be UTF-8.
-        seen = zlib.crc32(image.name.encode(errors="backslashreplace")) % _HASHES
+        seen = zlib.crc32(image.name.encode()) % _HASHES
         if self._seen[seen]:
             return
         self._seen[seen] = True

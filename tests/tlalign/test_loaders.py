@@ -271,11 +271,12 @@ def test_unreadable_images_are_counted_once_and_the_next_ones_taken(folder, capl
         assert "image 4 of at most 4 that can't be read is left out" in warned
 
 
-def test_an_unreadable_image_may_have_a_name_that_is_not_utf_8():
+def test_an_unreadable_image_may_have_a_name_that_is_not_utf_8(caplog):
     unreadable = UnreadableImages(1)
     for _ in range(2):
         unreadable.add(UnreadableImage(os.fsdecode(b"\xfcbad.png"), OSError("no image")))
     assert len(unreadable) == 1
+    assert r"\udcfcbad.png" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 2])
