@@ -1139,6 +1139,7 @@ def attention_backward_head(
 ):  # fmt: skip
     """Queries lie in tiles as the keys of `attention_forward_row`; row_terms is written unless it is None.
 
+    TAIL_K: size of a block of its own for the last keys, which alone is masked; 0: they are in blocks of BLOCK_K, too.
     GAP: as there, of the gradients too.
     """
     _, head, image = _program(1, HEADS)
@@ -1306,6 +1307,7 @@ def attention_backward_keys(
         d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, start, queries, BLOCK_Q, D, WIDTHS, True, place, None, WINDOWS)
         known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
         row_term = tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0)
+        # Rows of keys beyond the last are not written; only the sums of padding would see them.
         p, d_s = _grad_scores(
             q, k, v, d_o, row, queries, column, keys, factor, known,
             _inverse(inverse, pair * queries, row, queries, NORMALISES), row_term,
