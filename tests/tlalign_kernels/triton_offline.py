@@ -375,18 +375,24 @@ def disassemble(compiled):
     return resources, instructions
 
 
-def executions(instructions, trips):
-    """Opcodes of a warp's SASS, and how often each is executed if the loop runs `trips` times.
-
-    There must be one loop at most. What a branch skips is counted, and a loop's code that the compiler has unrolled or
-    peeled counts as it stands: these are counts of the listing, not of a run.
-    """
+def loops_of(instructions):
+    """Where the loops of SASS are, as ranges."""
     index = {at: number for number, (at, _, _) in enumerate(instructions)}
     loops = []
     for number, (at, opcode, rest) in enumerate(instructions):
         target = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
         if target and int(target[1], 16) <= at:
             loops.append(range(index[int(target[1], 16)], number + 1))
+    return loops
+
+
+def executions(instructions, trips):
+    """Opcodes of a warp's SASS, and how often each is executed if the loop runs `trips` times.
+
+    There must be one loop at most. What a branch skips is counted, and a loop's code that the compiler has unrolled or
+    peeled counts as it stands: these are counts of the listing, not of a run.
+    """
+    loops = loops_of(instructions)
     if len(loops) > 1 or (trips > 1 and not loops):
         raise ValueError(f"trips: expected the trips of {len(loops)} loops, got {trips}")
     for number, (_, opcode, rest) in enumerate(instructions):

@@ -162,10 +162,14 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
             if head_dim <= 32:
                 return Config(name, dict(BLOCK_Q=64, TILE=32, TAIL=0), 4, 3)
             return Config(name, dict(BLOCK_Q=128, TILE=64, TAIL=0), 8, 2)
-        if shape.capability == 90 and head_dim <= 128 and shape.queries > 64 and not shape.has_offsets:
-            return Config(name, dict(BLOCK_Q=128, TILE=32, TAIL=0), 8)
-        # With all registers it spills more on sm_100.
-        registers = None if shape.capability == 100 else _registers(shape)
+        if shape.capability == 90 and head_dim <= 128 and block == 64:
+            if shape.has_offsets:
+                return Config(name, dict(BLOCK_Q=64, TILE=16, TAIL=0), 4)
+            if shape.queries > 64:
+                return Config(name, dict(BLOCK_Q=128, TILE=32, TAIL=0), 8)
+        # With all of them, heads of 96 and less spill more on sm_100 and sm_120. Tiles of 8 keys would need fewer, but
+        # Triton 3.8 compiles some products of that depth wrongly, and older Triton none.
+        registers = None if shape.capability >= 100 and head_dim <= 96 else _registers(shape)
         return Config(name, dict(BLOCK_Q=min(block, 32), TILE=16, TAIL=0), 2, registers=registers)
     if shape.has_offsets:
         tiles = dict(BLOCK_Q=min(block, 64 if head_dim <= 128 else 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
@@ -281,6 +285,9 @@ def _queries_config(shape: Shape) -> Config:
 def _keys_config(shape: Shape) -> Config:
     config, head_dim = functools.partial(_backward_config, "keys"), shape.head_dim
     if shape.dtype == torch.float32:
+        if head_dim > 96 and shape.capability >= 100:
+            # With all registers, or twice the queries on sm_120, it spills.
+            return config(16 if shape.capability >= 120 else 32, 16, 4, registers=252)
         if head_dim > 64:
             return config(32, 16, 4, registers=_registers(shape))
         if shape.capability == 90:
@@ -288,7 +295,7 @@ def _keys_config(shape: Shape) -> Config:
                 return config(16, 64, 4)
             return config(32, 64, 4) if head_dim <= 32 or shape.keys <= 64 else config(32, 128, 8)
         if head_dim <= 32:
-            return config(16, 32, 2)
+            return config(16, 32, 2, registers=ALL_REGISTERS)
         return config(32, 16, 4) if shape.has_offsets else config(16, 16, 2)
     if shape.has_offsets and shape.in_windows and head_dim <= 32:
         is_tight = shape.capability >= 120 and shape.dtype == torch.float16
@@ -316,8 +323,10 @@ def _bias_config(shape: Shape) -> Config:
         return Config(name, dict(BLOCK_Q=block, BLOCK_K=block), 8 if is_tight else 4)
     if shape.dtype == torch.float32 and shape.in_windows and shape.capability == 90 and head_dim <= 32:
         return Config(name, dict(BLOCK_Q=32, BLOCK_K=64), 4)
-    if shape.dtype == torch.float32 and head_dim <= 64:
-        return Config(name, dict(BLOCK_Q=16, BLOCK_K=32) if head_dim <= 32 else dict(BLOCK_Q=32, BLOCK_K=16), 4)
+    if shape.dtype == torch.float32:
+        if head_dim <= 32:
+            return Config(name, dict(BLOCK_Q=16, BLOCK_K=32), 4)
+        return Config(name, dict(BLOCK_Q=32, BLOCK_K=32), 4, 2, ALL_REGISTERS)
     warps = 8 if 32 < head_dim <= 64 or head_dim > 128 else 4
     return Config(name, dict(BLOCK_Q=32, BLOCK_K=32 if head_dim <= 64 else 16), warps)
 
@@ -459,14 +468,15 @@ def forward(
                 )  # fmt: skip
         if sources > fused:
             inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
-            block, tile, labels, warps = (32, 16, 16, 4) if query.dtype == torch.float32 else (32, 32, 32, 8)
-            kernels.dense_share[(_blocks(queries, block) * batch,)](
+            is_float = query.dtype == torch.float32
+            kernels.dense_share[(_blocks(queries, 32) * batch,)](
                 query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
                 *_strides(query, key), *_offset_strides(bias, mask),
-                *sizes, sources, factor, **_rows(query=query, key=key), **_columns(query, has_offsets),
+                *sizes, sources, factor, **_rows(query=query, key=key), **_columns(query, True),
                 **_kinds(bias, mask, windows), PRECISION=_precision(query.device),
                 NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
-                BLOCK_Q=block, TILE=tile, LABELS=labels, num_warps=warps,
+                BLOCK_Q=32, TILE=32, LABELS=32, num_warps=8, num_stages=2 if is_float else 3,
+                maxnreg=ALL_REGISTERS if is_float else None,
             )  # fmt: skip
 
 
@@ -556,13 +566,10 @@ def backward(
             images_of_part = images_of_sum(batch, bias_images, tiles)
             parts = _blocks(batch, images_of_part)
             sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
-            if head_dim > 64 and how["PRECISION"] == "tf32x3":
-                # Of four wide factors the parts leave no registers.
-                how["PRECISION"] = "ieee"
             kernels.attention_backward_bias[(tiles * parts,)](
                 *inputs, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
-                **how, **of_bias.options,
+                **{**how, **_columns(query, True)}, **of_bias.options,
             )  # fmt: skip
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
 

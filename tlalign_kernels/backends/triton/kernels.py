@@ -92,6 +92,12 @@ def _first_column(widths, block):
 
 
 @triton.constexpr_function
+def _is_narrow(widths):
+    """Whether columns lie in many blocks, as registers are scarce."""
+    return len(widths) > 2
+
+
+@triton.constexpr_function
 def _exceeds(widths, block, columns):
     """Whether a block has more columns than are left for it."""
     return sum(widths[: block + 1]) > columns
@@ -102,6 +108,22 @@ def _program(blocks, heads):
     """Block, head and image of this program; one dimension, since the others of a grid end at 65535."""
     program = tl.program_id(0)
     return program % blocks, (program // blocks % heads).to(tl.int64), (program // blocks // heads).to(tl.int64)
+
+
+@triton.jit
+def _program_after_loop(block, head, image, rows, heads, BLOCK: tl.constexpr, WIDTHS: tl.constexpr):
+    """Block, head and image once more, of a program that has BLOCK of `rows`.
+
+    Where registers are scarce, none is to hold them while a loop runs: they are computed anew, by operations without
+    signs, which the compiler does not take for those of `_program`.
+    """
+    if not _is_narrow(WIDTHS):
+        return block, head, image
+    else:
+        blocks = (tl.cast(rows, tl.uint32) - 1) // BLOCK + 1
+        program = tl.cast(tl.program_id(0), tl.uint32)
+        pair, heads = program // blocks, tl.cast(heads, tl.uint32)
+        return (program % blocks).to(tl.int32), (pair % heads).to(tl.int64), (pair // heads).to(tl.int64)
 
 
 @triton.jit
@@ -319,6 +341,30 @@ def _products(rows, columns, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _products_in_turn(
+    left, LEFT_ROW: tl.constexpr, first_left, end_left, pad_left,
+    right, RIGHT_ROW: tl.constexpr, first_right, end_right, pad_right, place,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Products of LEFT and RIGHT rows of D numbers in memory; registers hold one narrow block of columns at a time."""
+    WIDTH: tl.constexpr = _width(WIDTHS, 0)
+    products = tl.zeros((LEFT, RIGHT), tl.float32)
+    for first_column in range(0, D, WIDTH):
+        column = first_column + tl.arange(0, WIDTH)
+        rows = _load(
+            left, tl.arange(0, LEFT)[:, None], column[None, :], LEFT_ROW, first_left, end_left, place, pad_left,
+            D, D % WIDTH > 0, True, WINDOWS,
+        )  # fmt: skip
+        columns = _load(
+            right, tl.arange(0, RIGHT)[None, :], column[:, None], RIGHT_ROW, first_right, end_right, place, pad_right,
+            D, D % WIDTH > 0, True, WINDOWS,
+        )  # fmt: skip
+        products = tl.dot(rows, columns, products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def _transposed(rows, WIDTHS: tl.constexpr):
     """Rows of D numbers as columns."""
     blocks = ()
@@ -473,10 +519,21 @@ def _scores(
     MASK: tl.constexpr, PRECISION: tl.constexpr, place=None, pad_key=None, WINDOWS: tl.constexpr = None,
 ):  # fmt: skip
     """Scores of some queries and SIZE keys from `first` on; -inf from key `keys` on, if this tile ENDS them."""
+    k = _load_columns(key, KEY_ROW, first, keys, SIZE, D, WIDTHS, ENDS, place, pad_key, WINDOWS)
+    return _with_offsets(
+        _products(q, k, WIDTHS, PRECISION) * factor, row, queries, first, keys, bias, bias_query, bias_key,
+        mask, mask_query, mask_key, SIZE, ENDS, BIAS, MASK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _with_offsets(
+    scores, row, queries, first, keys, bias, bias_query, bias_key, mask, mask_query, mask_key,
+    SIZE: tl.constexpr, ENDS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """The rest of `_scores`."""
     row = row[:, None]
     column = first + tl.arange(0, SIZE)[None, :]
-    k = _load_columns(key, KEY_ROW, first, keys, SIZE, D, WIDTHS, ENDS, place, pad_key, WINDOWS)
-    scores = _products(q, k, WIDTHS, PRECISION) * factor
     if BIAS == ARRANGED:
         return scores + _arranged(row, queries, bias_query, column, keys, bias)
     scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
@@ -681,6 +738,9 @@ def attention_forward_stream(
             seed, threshold, kept_factor, place, pad_key, pad_value, TAIL, True, D, WIDTHS, COLUMNS, PACKED,
             BIAS, MASK, DROPS, FOLDS, PRECISION, WINDOWS,
         )  # fmt: skip
+    block, head, image = _program_after_loop(block, head, image, queries, heads, BLOCK_Q, WIDTHS)
+    first = block * BLOCK_Q
+    of_map, place = _place(image, WINDOWS)
     inverse = _finish(
         output, log_sum_exp, image, head, heads, queries, first, accumulated, labels, highest, place,
         BLOCK_Q, D, WIDTHS, COLUMNS, not FOLDS, WINDOWS,
@@ -926,13 +986,23 @@ def dense_share(
             head = tl.cast(number, tl.int64)
             at = query + of_map * query_image + head * query_head
             pad_query = _pad_row(pad, 0, head, heads, D)
-            q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
-            scores = _scores(
-                q, key + of_map * key_image + head * key_head, KEY_ROW, row, queries, start, keys, factor,
+            at_key = key + of_map * key_image + head * key_head
+            pad_key = _pad_row(pad, 1, head, heads, D)
+            if _is_narrow(WIDTHS):
+                products = _products_in_turn(
+                    at, QUERY_ROW, first, queries, pad_query, at_key, KEY_ROW, start, keys, pad_key, place,
+                    BLOCK_Q, TILE, D, WIDTHS, PRECISION, WINDOWS,
+                )  # fmt: skip
+            else:
+                q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
+                k = _load_columns(at_key, KEY_ROW, start, keys, TILE, D, WIDTHS, True, place, pad_key, WINDOWS)
+                products = _products(q, k, WIDTHS, PRECISION)
+            scores = _with_offsets(
+                products * factor, row, queries, start, keys,
                 _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0),
                 bias_query, bias_key,
                 _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
-                TILE, True, D, WIDTHS, BIAS, MASK, PRECISION, place, _pad_row(pad, 1, head, heads, D), WINDOWS,
+                TILE, True, BIAS, MASK,
             )  # fmt: skip
             pair = (image * heads + head) * queries
             known = _log_sum_exp(log_sum_exp + pair, row, queries)
@@ -986,6 +1056,41 @@ def _of_queries(numbers, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def _probabilities(
+    scores, row, queries, column, keys, known, inverse, bias, bias_query, bias_key, mask, mask_query, mask_key,
+    ENDS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, NORMALISES: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of products of queries and keys, as these lie in `_grad_scores`."""
+    row, column = _of_queries(row, TRANSPOSED), _of_queries(column, not TRANSPOSED)
+    if BIAS == ARRANGED:
+        scores += _arranged(row, queries, bias_query, column, keys, bias)
+    else:
+        scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
+        scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
+    p = tl.exp2(scores * _unit(BIAS, MASK) - _of_queries(known, TRANSPOSED))
+    if NORMALISES:
+        p *= _of_queries(inverse, TRANSPOSED)
+    if ENDS and BIAS != ARRANGED:
+        p = tl.where(column < keys, p, 0.0)
+    return p
+
+
+@triton.jit
+def _dropped(
+    p, grad, row, column, keys, row_term, first, seed, threshold, kept_factor,
+    DROPS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """What `_grad_scores` returns, of probabilities and their gradients; `first`: index of the first of this head."""
+    kept = p
+    if DROPS:
+        row, column = _of_queries(row, TRANSPOSED), _of_queries(column, not TRANSPOSED)
+        kept_or_not = _kept(row, keys, column, 1, first, tl.load(seed), threshold, kept_factor)
+        kept = p * kept_or_not
+        grad *= kept_or_not
+    return kept, p * (grad - _of_queries(row_term, TRANSPOSED))
+
+
+@triton.jit
 def _grad_scores(
     q, k, v, d_o, row, queries, column, keys, factor, known, inverse, row_term,
     bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
@@ -997,31 +1102,21 @@ def _grad_scores(
     Transposed, they are left factors of the products for keys and values as they lie in registers; not transposed,
     (queries, keys), of that for queries.
     """
-    row, column = _of_queries(row, TRANSPOSED), _of_queries(column, not TRANSPOSED)
     if TRANSPOSED:
         scores = _products(k, _transposed(q, WIDTHS), WIDTHS, PRECISION) * factor
     else:
         scores = _products(q, _transposed(k, WIDTHS), WIDTHS, PRECISION) * factor
-    if BIAS == ARRANGED:
-        scores += _arranged(row, queries, bias_query, column, keys, bias)
-    else:
-        scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
-        scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
-    p = tl.exp2(scores * _unit(BIAS, MASK) - _of_queries(known, TRANSPOSED))
-    if NORMALISES:
-        p *= _of_queries(inverse, TRANSPOSED)
-    if ENDS and BIAS != ARRANGED:
-        p = tl.where(column < keys, p, 0.0)
+    p = _probabilities(
+        scores, row, queries, column, keys, known, inverse, bias, bias_query, bias_key, mask, mask_query, mask_key,
+        ENDS, BIAS, MASK, NORMALISES, TRANSPOSED,
+    )  # fmt: skip
     if TRANSPOSED:
         grad = _products(v, _transposed(d_o, WIDTHS), WIDTHS, PRECISION)
     else:
         grad = _products(d_o, _transposed(v, WIDTHS), WIDTHS, PRECISION)
-    kept = p
-    if DROPS:
-        kept_or_not = _kept(row, keys, column, 1, pair * queries * keys, tl.load(seed), threshold, kept_factor)
-        kept = p * kept_or_not
-        grad *= kept_or_not
-    return kept, p * (grad - _of_queries(row_term, TRANSPOSED))
+    return _dropped(
+        p, grad, row, column, keys, row_term, pair * queries * keys, seed, threshold, kept_factor, DROPS, TRANSPOSED
+    )
 
 
 @triton.jit
@@ -1260,6 +1355,11 @@ def attention_backward_queries(
             True, BIAS, MASK, DROPS, False, PRECISION, WIDTHS, TRANSPOSED=False,
         )  # fmt: skip
         d_q = _add_mixed(d_s.to(k[0].dtype), k, d_q, WIDTHS, PRECISION)
+    block, head, image = _program_after_loop(block, head, image, queries, heads, BLOCK_Q, WIDTHS)
+    first = block * BLOCK_Q
+    row = first + tl.arange(0, BLOCK_Q)
+    pair = image * heads + head
+    of_map, place = _place(image, WINDOWS)
     # What makes up for the rounding of the log-sum-exp is a factor of all of a query's probabilities.
     d_q = _times(d_q, _inverse(inverse, pair * queries, row, queries, NORMALISES)[:, None] * scale, WIDTHS)
     grad_query += of_map * grad_query_image + head * grad_query_head
@@ -1316,6 +1416,10 @@ def attention_backward_keys(
         )  # fmt: skip
         d_v = _add_mixed(p.to(d_o[0].dtype), d_o, d_v, WIDTHS, PRECISION)
         d_k = _add_mixed(d_s.to(q[0].dtype), q, d_k, WIDTHS, PRECISION)
+    block, head, image = _program_after_loop(block, head, image, keys, heads, BLOCK_K, WIDTHS)
+    first = block * BLOCK_K
+    column = first + tl.arange(0, BLOCK_K)
+    of_map, place = _place(image, WINDOWS)
     grad_key += of_map * grad_key_image + head * grad_key_head
     grad_value += of_map * grad_value_image + head * grad_value_head
     d_k = _times(d_k, scale, WIDTHS)
@@ -1358,27 +1462,44 @@ def attention_backward_bias(
         head = head_of_bias * heads_of_bias + number % heads_of_bias
         of_map, place = _place(image, WINDOWS)
         pair = image * heads + head
-        at = query + of_map * query_image + head * query_head
+        at_query = query + of_map * query_image + head * query_head
+        at_grad = grad_output + of_map * grad_output_image + head * grad_output_head
+        at_key = key + of_map * key_image + head * key_head
+        at_value = value + of_map * value_image + head * value_head
         pad_query = _pad_row(pad, 0, head, heads, D)
-        q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
-        at = grad_output + of_map * grad_output_image + head * grad_output_head
-        d_o = _load_rows(at, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, None, WINDOWS)
-        at = key + of_map * key_image + head * key_head
         pad_key = _pad_row(pad, 1, head, heads, D)
-        k = _load_rows(at, KEY_ROW, first_key, keys, BLOCK_K, D, WIDTHS, True, place, pad_key, WINDOWS)
-        at = value + of_map * value_image + head * value_head
         pad_value = _pad_row(pad, 2, head, heads, D)
-        v = _load_rows(at, VALUE_ROW, first_key, keys, BLOCK_K, D, WIDTHS, True, place, pad_value, WINDOWS)
-        _, d_s = _grad_scores(
-            q, k, v, d_o, row, queries, column, keys, factor,
-            _log_sum_exp(log_sum_exp + pair * queries, row, queries),
-            _inverse(inverse, pair * queries, row, queries, NORMALISES),
-            tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0),
-            _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, True),
-            bias_query, bias_key,
-            _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
-            pair, seed, threshold, kept_factor, True, BIAS, MASK, DROPS, NORMALISES, PRECISION, WIDTHS,
-        )  # fmt: skip
+        at_bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, True)
+        at_mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+        known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
+        of_row = _inverse(inverse, pair * queries, row, queries, NORMALISES)
+        row_term = tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0)
+        if _is_narrow(WIDTHS):
+            scores = factor * _products_in_turn(
+                at_key, KEY_ROW, first_key, keys, pad_key, at_query, QUERY_ROW, first, queries, pad_query, place,
+                BLOCK_K, BLOCK_Q, D, WIDTHS, PRECISION, WINDOWS,
+            )  # fmt: skip
+            p = _probabilities(
+                scores, row, queries, column, keys, known, of_row, at_bias, bias_query, bias_key,
+                at_mask, mask_query, mask_key, True, BIAS, MASK, NORMALISES, True,
+            )  # fmt: skip
+            grad = _products_in_turn(
+                at_value, VALUE_ROW, first_key, keys, pad_value, at_grad, GRAD_OUTPUT_ROW, first, queries, None, place,
+                BLOCK_K, BLOCK_Q, D, WIDTHS, PRECISION, WINDOWS,
+            )  # fmt: skip
+            _, d_s = _dropped(
+                p, grad, row, column, keys, row_term, pair * queries * keys, seed, threshold, kept_factor, DROPS, True
+            )
+        else:
+            q = _load_rows(at_query, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
+            d_o = _load_rows(at_grad, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, None, WINDOWS)
+            k = _load_rows(at_key, KEY_ROW, first_key, keys, BLOCK_K, D, WIDTHS, True, place, pad_key, WINDOWS)
+            v = _load_rows(at_value, VALUE_ROW, first_key, keys, BLOCK_K, D, WIDTHS, True, place, pad_value, WINDOWS)
+            _, d_s = _grad_scores(
+                q, k, v, d_o, row, queries, column, keys, factor, known, of_row, row_term,
+                at_bias, bias_query, bias_key, at_mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
+                True, BIAS, MASK, DROPS, NORMALISES, PRECISION, WIDTHS,
+            )  # fmt: skip
         total += d_s
     cells = parts + ((part * bias_heads + head_of_bias) * queries + row)[None, :] * keys + column[:, None]
     tl.store(cells, total, mask=(column < keys)[:, None] & (row < queries)[None, :])
