@@ -468,6 +468,7 @@ def forward(
                 )  # fmt: skip
         if sources > fused:
             inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
+            # In float32, blocks of columns of any head pass by: three products of TF32 take many registers.
             is_float = query.dtype == torch.float32
             kernels.dense_share[(_blocks(queries, 32) * batch,)](
                 query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
@@ -565,11 +566,13 @@ def backward(
             tiles = _blocks(queries, block_q) * _blocks(keys, block_k) * bias_heads
             images_of_part = images_of_sum(batch, bias_images, tiles)
             parts = _blocks(batch, images_of_part)
+            # As for `dense_share`.
+            columns = _columns(query, True)
             sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
             kernels.attention_backward_bias[(tiles * parts,)](
                 *inputs, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
-                **{**how, **_columns(query, True)}, **of_bias.options,
+                **{**how, **columns}, **of_bias.options,
             )  # fmt: skip
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
 
