@@ -196,10 +196,11 @@ def test_every_configuration_is_right(monkeypatch, arch, dtype):
 
 @needs_ptxvm
 @pytest.mark.parametrize("arch", [100, 120])
-def test_wide_heads_of_float32_are_right(monkeypatch, arch):
+@pytest.mark.parametrize("options", [{}, {"bias_scale": 1.0, "mask": "causal"}], ids=["plain", "bias and mask"])
+def test_wide_heads_of_float32_are_right(monkeypatch, arch, options):
     # There they have other tiles than on sm_80.
     offline.record(monkeypatch, offline.execute, arch)
-    case = Case("wide", batch=1, heads=2, queries=20, keys=20, head_dim=104, bias_scale=1.0, mask="causal", packed=True)
+    case = Case("wide", batch=1, heads=2, queries=20, keys=40, head_dim=104, **options)
     assert [check for check in compare(case, torch.float32, "triton") if not check.passed] == []
 
 
@@ -268,10 +269,10 @@ def test_nothing_spills(arch, head_dim, dtype, offsets):
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
 @pytest.mark.parametrize("offsets", [False, True], ids=["plain", "bias and mask"])
 def test_nothing_spills_in_float32(arch, head_dim, offsets):
-    # With these, forwards spill 3 to 25 instructions, as three products of TF32 take many registers.
-    spilling = {(100, 80, False), (100, 128, False), (100, 128, True), (120, 128, True)}
     for launch in every_launch(arch, 197, head_dim, torch.float32, offsets):
-        check_compiled(launch, arch, "forward" in launch.name and (arch, head_dim, offsets) in spilling)
+        # There the forward of wide heads spills 10 to 22 instructions.
+        is_full = "forward" in launch.name and offsets and head_dim == 128 and arch >= 100
+        check_compiled(launch, arch, in_loops=is_full)
 
 
 @of_new_triton

@@ -170,7 +170,9 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
         # With all of them, heads of 96 and less spill more on sm_100 and sm_120. Tiles of 8 keys would need fewer, but
         # Triton 3.8 compiles some products of that depth wrongly, and older Triton none.
         registers = None if shape.capability >= 100 and head_dim <= 96 else _registers(shape)
-        return Config(name, dict(BLOCK_Q=min(block, 32), TILE=16, TAIL=0), 2, registers=registers)
+        # What is fetched ahead goes to shared memory directly.
+        stages = 2 if shape.capability == 100 and head_dim > 64 and not shape.has_offsets else 1
+        return Config(name, dict(BLOCK_Q=min(block, 32), TILE=16, TAIL=0), 2, stages, registers)
     if shape.has_offsets:
         tiles = dict(BLOCK_Q=min(block, 64 if head_dim <= 128 else 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
         return Config(name, tiles, 8 if head_dim > 128 else warps)
