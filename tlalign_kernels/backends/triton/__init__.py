@@ -167,8 +167,8 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
                 return Config(name, dict(BLOCK_Q=64, TILE=16, TAIL=0), 4)
             if shape.queries > 64:
                 return Config(name, dict(BLOCK_Q=128, TILE=32, TAIL=0), 8)
-        # With all of them, heads of 96 and less spill more on sm_100 and sm_120. Tiles of 8 keys would need fewer, but
-        # Triton 3.8 compiles some products of that depth wrongly, and older Triton none.
+        # With all registers, heads of 96 and less spill more on sm_100 and sm_120. Tiles of 8 keys would need few,
+        # but Triton 3.8 compiles some products of that depth wrongly, and older Triton none.
         registers = None if shape.capability >= 100 and head_dim <= 96 else _registers(shape)
         # What is fetched ahead goes to shared memory directly.
         stages = 2 if shape.capability == 100 and head_dim > 64 and not shape.has_offsets else 1
@@ -568,13 +568,12 @@ def backward(
             tiles = _blocks(queries, block_q) * _blocks(keys, block_k) * bias_heads
             images_of_part = images_of_sum(batch, bias_images, tiles)
             parts = _blocks(batch, images_of_part)
-            # As for `dense_share`.
-            columns = _columns(query, True)
             sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
             kernels.attention_backward_bias[(tiles * parts,)](
                 *inputs, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
-                **{**how, **columns}, **of_bias.options,
+                **{**how, **_columns(query, has_offsets)},  # in float32 they pass by, as for `dense_share`
+                **of_bias.options,
             )  # fmt: skip
             grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
 
