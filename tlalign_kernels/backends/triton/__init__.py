@@ -308,12 +308,16 @@ def _keys_config(shape: Shape) -> Config:
         return config(32, 128, 8)
     if (shape.has_offsets or shape.capability >= 120) and 64 < head_dim <= 96:
         return config(16, 64, 4)
+    if shape.has_offsets and shape.capability >= 120 and 32 < head_dim <= 64:
+        return config(16, 64, 4)
     if head_dim > 64 or shape.has_offsets:
         block, warps = (64, 4) if head_dim <= 128 else (32, 8)
         return config(32, min(block, 32) if head_dim > 64 and shape.has_offsets else block, warps)
     if _has_warp_groups(shape):
         return config(32, 128, 4)
-    return config(32, 128 if head_dim <= 32 or shape.capability == 80 else 64, 4, 2)
+    # What is fetched ahead takes registers that float16 has not left.
+    stages = 1 if shape.dtype == torch.float16 and shape.capability == 80 and head_dim > 32 else 2
+    return config(32, 128 if head_dim <= 32 or shape.capability == 80 else 64, 4, stages)
 
 
 def _bias_config(shape: Shape) -> Config:
