@@ -306,9 +306,9 @@ def _keys_config(shape: Shape) -> Config:
         if head_dim > 64 or shape.keys <= 64:
             return config(32, 64, 4, 3 if head_dim <= 64 else 2)
         return config(32, 128, 8)
-    if (shape.has_offsets or shape.capability >= 120) and 64 < head_dim <= 96:
-        return config(16, 64, 4)
-    if shape.has_offsets and shape.capability >= 120 and 32 < head_dim <= 64:
+    # Either lacks registers for more queries at once; where it is both, smaller heads do, too.
+    lacks_registers = (shape.has_offsets, shape.capability >= 120)
+    if any(lacks_registers) and (32 if all(lacks_registers) else 64) < head_dim <= 96:
         return config(16, 64, 4)
     if head_dim > 64 or shape.has_offsets:
         block, warps = (64, 4) if head_dim <= 128 else (32, 8)
