@@ -88,7 +88,7 @@ def test_reference_in_float64_is_plain_attention(case):
 def test_errors_are_within_the_bound(backend, dtype, case, seed):
     if reasons := selftest.reasons_against(case, dtype, backend, "cpu"):
         pytest.skip("; ".join(reasons))
-    if backend == "triton" and case.queries > 100:
+    if backend == "triton" and case.queries > 30:
         # Interpreted, programs run in turn, for minutes; smaller cases have several images and more heads.
         case = dataclasses.replace(case, batch=1, heads=min(case.heads, 2))
     checks = compare(case, dtype, backend, seed=seed)
@@ -290,7 +290,8 @@ def test_bias_and_mask_broadcast(backend):
     inputs = cast_inputs(make_inputs(Case("broadcast", queries=5, keys=7, head_dim=8), "cpu"), torch.float32)
     scores = torch.zeros(2, 3, 5, 7)
     shapes = [(), (7,), (5, 7), (5, 1), (3, 5, 7), (3, 1, 1), (1, 3, 5, 7), (2, 1, 5, 7), (2, 1, 1, 7), (2, 3, 5, 7)]
-    for shape in shapes:
+    # Interpreted, each takes seconds.
+    for shape in shapes[::3] if backend == "triton" else shapes:
         bias = torch.randn(shape, requires_grad=True)
         output, share = call(inputs, bias=bias, backend=backend)
         full = (scores + bias.detach()).requires_grad_()
