@@ -83,8 +83,12 @@ struct Forward : Problem {
   void* output;        // (B, Nq, H, D)
   float* share_out;    // (B, Nq, S) or null
   float* log_sum_exp;  // (B, H, Nq)
-  // Set by `forward`: heads that a block takes in turn, what divides an image into blocks by them, and by queries.
+  // Set by `forward`: by what a sum over all heads becomes their mean, averaged with the residual if there is one;
+  // heads that a block takes in turn; shares of the queries of an image; what divides an image into blocks by heads in
+  // turn, and by queries.
+  float of_sum_of_heads;
   int heads_of_block;
+  uint64_t shares_of_image;
   Divisor turns, blocks;
 };
 

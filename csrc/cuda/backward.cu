@@ -816,15 +816,19 @@ template <class T, int D, Kind KIND>
 void launch_kernels(const Backward& p, cudaStream_t stream) {
   using Queries = QueriesKernel<T, D, KIND>;
   using Keys = KeysKernel<T, D, KIND>;
-  using Head = HeadKernel<T, D, KIND>;
   // A bias comes with offsets, but for windows.
   using Bias = BiasKernel<T, D, KIND == Kind::windows ? Kind::windows : Kind::offsets>;
   const int64_t heads = p.batch * p.heads, query_blocks = p.query_blocks.divisor, key_blocks = p.key_blocks.divisor;
-  if (query_blocks == 1 && key_blocks == 1) {
-    constexpr bool SUMS = KIND == Kind::windows;
-    const int64_t blocks = SUMS ? (p.batch + p.images_of_sum - 1) / p.images_of_sum * p.heads : heads;
-    launch<Head>(attention_backward_head<Head>, "attention_backward_head", blocks, p, stream);
-    if (SUMS) return;
+  // Windows of the widest heads, which no Swin has, would take more registers than there are.
+  constexpr bool HAS_HEAD = KIND != Kind::windows || D < 128;
+  if (HAS_HEAD && query_blocks == 1 && key_blocks == 1) {
+    if constexpr (HAS_HEAD) {
+      using Head = HeadKernel<T, D, KIND>;
+      constexpr bool SUMS = KIND == Kind::windows;
+      const int64_t blocks = SUMS ? (p.batch + p.images_of_sum - 1) / p.images_of_sum * p.heads : heads;
+      launch<Head>(attention_backward_head<Head>, "attention_backward_head", blocks, p, stream);
+      if (SUMS) return;
+    }
   } else {
     launch<Queries>(attention_backward_queries<Queries>, "attention_backward_queries", query_blocks * heads, p, stream);
     launch<Keys>(attention_backward_keys<Keys>, "attention_backward_keys", key_blocks * heads, p, stream);

@@ -68,13 +68,13 @@ __global__ void average_heads(const __grid_constant__ Forward p) {
   const unsigned queries = p.queries, blocks = blocks_of(queries, STEP * COUNT), image = blockIdx.x / blocks;
   const unsigned query = blockIdx.x % blocks * (STEP * COUNT) + threadIdx.x;
   if (query >= queries) return;
-  int seeing = p.heads;
+  HeadMean mean(p);
   if (MASKED) {
     const float* log_sum_exp = p.log_sum_exp + uint64_t(image) * p.heads * queries + query;
-    seeing = 0;
+    int seeing = 0;
     for (int head = 0; head < p.heads; ++head, log_sum_exp += queries) seeing += *log_sum_exp != -INFINITY;
+    mean = HeadMean(p, float(seeing));
   }
-  const HeadMean mean(p, float(seeing));
 #pragma unroll 1
   for (int source = 0; source < p.sources; ++source) {
     const float* share = p.head_share + (uint64_t(image) * p.turns.divisor * p.sources + source) * queries + query;
@@ -143,6 +143,8 @@ void average(const Forward& p, cudaStream_t stream) {
 
 template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
 void launch(Forward p, cudaStream_t stream) {
+  p.of_sum_of_heads = (p.residual == nullptr ? 1.0f : 0.5f) / float(p.heads);
+  p.shares_of_image = uint64_t(p.queries) * unsigned(p.sources);
   using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
 #if defined(TLALIGN_HOPPER)
   if (KIND == Kind::plain && LABEL_BLOCKS == 1) {
@@ -172,7 +174,10 @@ void launch_for_keys(const Forward& p, cudaStream_t stream) {
   if constexpr (KIND != Kind::windows) {
     if (p.keys <= 32) return launch<T, D, 2, 4, false, KIND, 1>(p, stream);
   }
-  if (p.keys <= 64) return launch<T, D, 4, 4, false, KIND, 1>(p, stream);
+  // Windows of wider heads, which no Swin has, would take more registers than there are.
+  if constexpr (KIND != Kind::windows || D == 32) {
+    if (p.keys <= 64) return launch<T, D, 4, 4, false, KIND, 1>(p, stream);
+  }
   if constexpr (D <= 64 && KIND == Kind::plain) {
     if (p.keys <= 128) return launch<T, D, 8, 4, false, KIND, 1>(p, stream);
     if (p.keys <= 192) return launch<T, D, 12, 4, false, KIND, 1>(p, stream);

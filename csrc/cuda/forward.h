@@ -39,6 +39,8 @@ struct HeadMean {
                     : weight > 0.0f       ? 0.5f
                                           : 1.0f),
         of_sum(weight > 0.0f ? (1.0f - of_residual) / weight : 0.0f) {}
+  // Of all heads.
+  __device__ explicit HeadMean(const Forward& p) : of_residual(0.5f), of_sum(p.of_sum_of_heads) {}
   __device__ void write(const Forward& p, uint64_t at, float sum) const {
     sum *= of_sum;
     p.share_out[at] = p.residual == nullptr ? sum : fmaf(p.residual[at], of_residual, sum);
@@ -79,11 +81,11 @@ struct ForwardKernel {
       (LABEL_ROWS * LABEL_PITCH + Tile::ALIGNMENT - 1) / Tile::ALIGNMENT * Tile::ALIGNMENT;
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + LABEL_BYTES;
   // Blocks that the registers of a multiprocessor are to hold at once.
-  static constexpr bool IS_WIDE = D > 64 || (WINDOWS && D > 32);
-  static constexpr int BLOCKS = WARPS > 4 || D > 64 || (STREAMS && (OFFSETS || LABEL_BLOCKS > 1 || IS_WIDE)) ? 2
-                                : STREAMS || TILES > 8 || IS_WIDE                                            ? 3
-                                : TURNS && D <= 32 && !WINDOWS                                               ? 5
-                                                                                                             : 4;
+  static constexpr bool IN_WIDE_WINDOWS = WINDOWS && D > 32;
+  static constexpr int BLOCKS = WARPS > 4 || D > 64 || (STREAMS && (OFFSETS || LABEL_BLOCKS > 1 || IN_WIDE_WINDOWS)) ? 2
+                                : STREAMS || TILES > 8                                                               ? 3
+                                : TURNS && D <= 32 && !WINDOWS ? 5
+                                                               : 4;
   // The output passes through shared memory: that of the queries, unless the next ones are already coming.
   static constexpr int END_OF_STAGES = Tile::bytes(QUERIES) + STAGES * STAGE_BYTES;
   static constexpr int OUTPUT_AT = TURNS ? END_OF_STAGES : 0;
@@ -622,7 +624,6 @@ struct ForwardKernel {
   // The label of a source is the sum of its parts: the first of them has an even thread, the others its neighbour.
   __device__ void write_shares(const float (&shares)[LABEL_BLOCKS][4], const Numbers& to) const {
     const bool is_odd = to.lane % 2 != 0;
-    const unsigned rows = p.sources + WINDOWS;
     float weight = float(p.heads);
     if (WINDOWS) {
       // Column 4: the part of the attention that goes to labels.
@@ -632,15 +633,13 @@ struct ForwardKernel {
       weight = is_odd ? of_rows[1] : of_rows[0];
     }
     const bool averages = has_all_heads(p);
-    uint64_t out = (uint64_t(image) * unsigned(p.queries) + to.query) * unsigned(p.sources);
     bool is_real = to.is_query;
+    uint64_t first = image * p.shares_of_image;
     if (WINDOWS && averages && is_real) {
       is_real = window().has(to.query);
-      out = window().token_of_all(to.query) * unsigned(p.sources);
+      first = window().token_of_all(to.query) * unsigned(p.sources);
     }
-    if (WINDOWS && !averages && is_real && to.lane % 4 < 2 && p.sources > 0) {
-      p.head_share[(uint64_t(turn) * rows + p.sources) * unsigned(p.queries) + to.query] = weight;
-    }
+    if (WINDOWS && !averages && is_real && to.lane % 4 < 2 && p.sources > 0) head_share(p.sources, to.query) = weight;
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) {
       const float (&s)[4] = shares[n];
@@ -649,11 +648,17 @@ struct ForwardKernel {
       const unsigned source = 2 * n + to.lane % 4 / 2;
       if (!is_real || source >= p.sources) continue;
       if (averages) {
-        HeadMean(p, weight).write(p, out + source, share);
+        const uint64_t at = first + (WINDOWS ? 0 : uint64_t(to.query) * unsigned(p.sources)) + source;
+        (MASKED ? HeadMean(p, weight) : HeadMean(p)).write(p, at, share);
       } else {
-        p.head_share[(uint64_t(turn) * rows + source) * unsigned(p.queries) + to.query] = share;
+        head_share(source, to.query) = share;
       }
     }
+  }
+  __device__ float& head_share(unsigned row, unsigned query) const {
+    const unsigned queries = p.queries;
+    if (WINDOWS) return p.head_share[(uint64_t(turn) * (p.sources + 1) + row) * queries + query];
+    return p.head_share[turn * p.shares_of_image + (uint64_t(row) * queries + query)];
   }
 };
 

@@ -74,6 +74,8 @@ def check(monkeypatch, case, dtype, change=lambda inputs: None, backward=("queri
     if ON_GPU:
         return kernels
     is_small = (max(case.queries, case.keys) if case.windows is None else case.windows.tokens) <= 64
+    # For windows of the widest heads there is no such kernel.
+    is_small &= case.windows is None or case.head_dim < 128
     if is_small:
         names = {"attention_forward", "attention_backward_head"}
     else:
@@ -414,8 +416,8 @@ def test_recorded_launches_have_zeros_in_the_gaps_of_their_parameters():
     launches = []
     windows = Windows((8, 8), (4, 4), (0, 0))
     cuda_offline.record_windows(lambda launch, _: launches.append(launch), windows, 32)
-    # Four bytes at the end of both structs that no number has.
-    ends = {launch.parameters[-4:] for launch in launches if "backward" not in launch.kernel}
+    # Four bytes at the end of both structs that no number has; the one of the forward has no gap.
+    ends = {launch.parameters[-4:] for launch in launches if "forward" not in launch.kernel}
     assert ends == {bytes(4)}
 
 
