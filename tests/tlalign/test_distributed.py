@@ -37,10 +37,11 @@ def torchrun(*arguments: object, restarts: int = 0) -> str:
 @pytest.mark.parametrize(
     "ways",
     [
-        ["ddp", "ddp, accumulated", "fsdp", "fsdp, accumulated"],
+        ["ddp", "fsdp, accumulated"],
+        pytest.param(["ddp, accumulated", "fsdp"], marks=pytest.mark.slow),
         pytest.param(["ddp, compiled", "fsdp, compiled", "fsdp, bfloat16"], marks=pytest.mark.slow),
     ],
-    ids=["plain", "compiled and bfloat16"],
+    ids=["plain", "the other way round", "compiled and bfloat16"],
 )
 def test_two_processes_learn_what_one_does_and_continue_when_stopped(tmp_path, ways):
     printed = torchrun(HERE / "distributed_training.py", tmp_path, *ways)

@@ -34,7 +34,10 @@ of_new_triton = pytest.mark.skipif(VERSION < (3, 8), reason="older Triton compil
 
 @pytest.mark.minutes
 @pytest.mark.skipif(VERSION < (3, 8), reason="older Triton's interpreter can't do loops with numpy 2.5")
-@pytest.mark.parametrize("part", ["errors", "not errors"])  # so that two workers share them
+# Two parts, so that two workers share them; in float16 the compiled code is executed below.
+@pytest.mark.parametrize(
+    "part", ["errors and not float16", "not errors", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_the_operators_tests_pass_under_the_interpreter(part):
     # In a process of its own: the kernels are interpreted or compiled from their import on.
     # Of the windows of a map the smallest are enough for it; ptxvm executes the others below. Programs are interpreted
