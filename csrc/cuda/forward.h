@@ -624,7 +624,7 @@ struct ForwardKernel {
   // The label of a source is the sum of its parts: the first of them has an even thread, the others its neighbour.
   __device__ void write_shares(const float (&shares)[LABEL_BLOCKS][4], const Numbers& to) const {
     const bool is_odd = to.lane % 2 != 0;
-    float weight = float(p.heads);
+    float weight = 0.0f;
     if (WINDOWS) {
       // Column 4: the part of the attention that goes to labels.
       const int from = to.lane & ~3 | 2;
@@ -649,7 +649,7 @@ struct ForwardKernel {
       if (!is_real || source >= p.sources) continue;
       if (averages) {
         const uint64_t at = first + (WINDOWS ? 0 : uint64_t(to.query) * unsigned(p.sources)) + source;
-        (MASKED ? HeadMean(p, weight) : HeadMean(p)).write(p, at, share);
+        (WINDOWS ? HeadMean(p, weight) : HeadMean(p)).write(p, at, share);
       } else {
         head_share(source, to.query) = share;
       }

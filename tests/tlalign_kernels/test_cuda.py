@@ -416,7 +416,7 @@ def test_recorded_launches_have_zeros_in_the_gaps_of_their_parameters():
     launches = []
     windows = Windows((8, 8), (4, 4), (0, 0))
     cuda_offline.record_windows(lambda launch, _: launches.append(launch), windows, 32)
-    # Four bytes at the end of both structs that no number has; the one of the forward has no gap.
+    # Four bytes at the end of two structs that no number has; that of the forward ends with one.
     ends = {launch.parameters[-4:] for launch in launches if "forward" not in launch.kernel}
     assert ends == {bytes(4)}
 
