@@ -74,9 +74,9 @@ struct Problem {
 struct Forward : Problem {
   const float* share;     // (B, Nk, S) or null
   const float* residual;  // (B, Nq, S) or null
-  // Scratch (B, S * PARTS, padded(keys)) of dtype, or null; used for many keys. Of windows a row more: 1 where a token
-  // has a label.
-  void* parts;
+  // Scratch (B, label_groups, padded(keys) / 32, 16, 8) of dtype, of one image if there are no labels; used for many
+  // keys. It has what a thread holds of the right factor of a product with 32 keys: 8 numbers of one of 4 columns.
+  void* labels;
   // Scratch (B, H, S, Nq), or null; used up to the number of blocks that share the heads, if several do. Of windows
   // S + 1.
   float* head_share;
@@ -84,11 +84,11 @@ struct Forward : Problem {
   float* share_out;    // (B, Nq, S) or null
   float* log_sum_exp;  // (B, H, Nq)
   // Set by `forward`: by what a sum over all heads becomes their mean, averaged with the residual if there is one;
-  // heads that a block takes in turn; shares of the queries of an image; what divides an image into blocks by heads in
-  // turn, and by queries.
+  // heads that a block takes in turn; shares of the queries of an image, and fragments of its labels; what divides an
+  // image into blocks by heads in turn, and by queries.
   float of_sum_of_heads;
-  int heads_of_block;
-  uint64_t shares_of_image;
+  int heads_of_block, label_groups;
+  uint64_t shares_of_image, labels_of_image;
   Divisor turns, blocks;
 };
 
@@ -127,6 +127,14 @@ constexpr int HEAD_DIMS[] = {32, 64, 80, 96, 128};
 
 // Queries or keys rounded up to what a block or a step of the kernels takes.
 inline TLALIGN_BOTH int padded(int tokens) { return (tokens + 63) / 64 * 64; }
+
+// Labels are multiplied in groups of four columns, each of them the parts of a source behind ones, of keys that there
+// are. In windows the second group begins with ones where there are labels.
+inline int label_groups(int sources, bool in_windows) {
+  const int least = in_windows && sources > 0 ? 2 : 1;
+  return sources > least ? sources : least;
+}
+inline int64_t labels_of_image(int groups, int keys) { return int64_t(groups) * 4 * padded(keys); }
 
 // How many numbers the products of a head of windows begin with.
 inline TLALIGN_BOTH int64_t starts_of_head(int tokens) { return int64_t(padded(tokens)) * padded(tokens); }

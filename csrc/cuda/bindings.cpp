@@ -63,12 +63,12 @@ void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, cons
   p.mask = offsets("mask", mask);
 }
 
-void read_outputs(Forward& f, Address share, Address residual, Address parts, Address head_share, Address output,
+void read_outputs(Forward& f, Address share, Address residual, Address labels, Address head_share, Address output,
                   Address share_out, Address log_sum_exp) {
   const bool has_labels = f.sources > 0;
   f.share = pointer<const float>("share", share, has_labels);
   f.residual = pointer<const float>("residual", residual, false);
-  f.parts = pointer<void>("parts", parts, has_labels);
+  f.labels = pointer<void>("labels", labels);
   f.head_share = pointer<float>("head_share", head_share, has_labels);
   f.output = pointer<void>("output", output);
   f.share_out = pointer<float>("share_out", share_out, has_labels);
@@ -148,23 +148,23 @@ void read_windows(Problem& p, const MapSizes& map, Address padding, Address star
 void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
                        const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
                        const std::optional<OffsetsTuple>& mask, double scale, Address share, Address residual,
-                       Address parts, Address head_share, Address output, Address share_out, Address log_sum_exp,
+                       Address labels, Address head_share, Address output, Address share_out, Address log_sum_exp,
                        Address stream) {
   Forward f;
   read_problem(f, sizes, dtype, query, key, value, bias, mask, scale);
-  read_outputs(f, share, residual, parts, head_share, output, share_out, log_sum_exp);
+  read_outputs(f, share, residual, labels, head_share, output, share_out, log_sum_exp);
   forward(f, reinterpret_cast<cudaStream_t>(stream));
 }
 
 void window_attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
                               const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
                               double scale, const MapSizes& map, Address pad_qkv, Address starts, Address places,
-                              int64_t bias_heads, Address share, Address residual, Address parts, Address head_share,
+                              int64_t bias_heads, Address share, Address residual, Address labels, Address head_share,
                               Address output, Address share_out, Address log_sum_exp, Address stream) {
   Forward f;
   read_problem(f, sizes, dtype, query, key, value, bias, std::nullopt, scale);
   read_windows(f, map, pad_qkv, starts, places, bias_heads);
-  read_outputs(f, share, residual, parts, head_share, output, share_out, log_sum_exp);
+  read_outputs(f, share, residual, labels, head_share, output, share_out, log_sum_exp);
   forward(f, reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -205,8 +205,11 @@ void bind(py::module_& module) {
   module.attr("CUDA_HEAD_DIMS") = std::vector<int>(std::begin(HEAD_DIMS), std::end(HEAD_DIMS));
   module.attr("CUDA_MAX_SOURCES") = MAX_SOURCES;
   module.def(
-      "cuda_parts", [](int keys, int sources) { return std::make_pair(sources * PARTS, padded(keys)); },
-      "Rows and columns of the scratch `parts` of an image.");
+      "cuda_labels",
+      [](int64_t batch, int keys, int sources, bool in_windows) {
+        return std::make_pair(sources == 0 ? 1 : batch, labels_of_image(label_groups(sources, in_windows), keys));
+      },
+      "Images of the scratch `labels`, and numbers of each.");
   module.def(
       "cuda_row_terms",
       [](int queries, const std::string& dtype) {

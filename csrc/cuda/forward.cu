@@ -23,40 +23,45 @@ constexpr __host__ __device__ unsigned blocks_of(unsigned threads, unsigned of_b
   return (threads + of_block - 1) / of_block;
 }
 
-// Splits shares for blocks that do not do it themselves: rows of parts, zeros from key Nk on. In windows zeros in the
-// padding, too, and a last row with ones elsewhere.
+// Lays labels out for blocks that do not do it themselves, zeros from key Nk on and where there are none.
 template <class T, bool WINDOWS>
 __global__ void pack_labels(const __grid_constant__ Forward p) {
   const unsigned row = padded(p.keys), blocks = row / KEYS_OF_PACKING, image = blockIdx.x / blocks;
-  const unsigned key = blockIdx.x % blocks * KEYS_OF_PACKING + 2 * threadIdx.x;
-  T* to = static_cast<T*>(p.parts) + uint64_t(image * (p.sources * PARTS + WINDOWS)) * row + key;
-  const auto store = [&](const T& first, const T& second) {
-    alignas(4) const T both[2] = {first, second};
-    *reinterpret_cast<uint32_t*>(to) = reinterpret_cast<const uint32_t&>(both);
-    to += row;
-  };
-  bool is_real[2];
+  const unsigned pair = blockIdx.x % blocks * (KEYS_OF_PACKING / 2) + threadIdx.x;
+  // 16 pairs after 16 others; and of those every fourth one lies beside the last, in a thread's 16 bytes.
+  uint32_t* to = reinterpret_cast<uint32_t*>(static_cast<Fragment*>(p.labels) + image * p.labels_of_image) +
+                 (pair / 16 * 64 + pair % 4 * 4 + pair / 4 % 4);
+  bool is_key[2], is_real[2];
   const float* share[2];
 #pragma unroll
   for (unsigned i = 0; i < 2; ++i) {
-    is_real[i] = key + i < p.keys;
-    uint64_t token = uint64_t(image) * p.keys + key + i;
+    const unsigned key = 2 * pair + i;
+    is_real[i] = is_key[i] = key < p.keys;
+    uint64_t token = uint64_t(image) * p.keys + key;
     if (WINDOWS) {
       const Window window(p.windows, image);
-      is_real[i] = window.has(key + i);
-      token = window.token_of_all(key + i);
+      is_real[i] = window.has(key);
+      token = window.token_of_all(key);
     }
     share[i] = p.share + token * p.sources;
   }
+  const auto store = [&](int column, const T& first, const T& second) {
+    alignas(4) const T both[2] = {first, second};
+    to[16 * column] = reinterpret_cast<const uint32_t&>(both);
+  };
 #pragma unroll 1
-  for (int source = 0; source < p.sources; ++source) {
+  for (int group = 0; group < p.label_groups; ++group, to += 2 * row) {
+    const auto one = [&](int i) {
+      const bool has_one = WINDOWS && group > 0 ? is_real[i] : is_key[i];
+      return from_float<T>(has_one ? 1.0f : 0.0f);
+    };
+    store(0, one(0), one(1));
     T parts[2][PARTS];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) split(is_real[i] ? share[i][source] : 0.0f, parts[i]);
+    for (int i = 0; i < 2; ++i) split(is_real[i] && group < p.sources ? share[i][group] : 0.0f, parts[i]);
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) store(parts[0][i], parts[1][i]);
+    for (int i = 0; i < PARTS; ++i) store(1 + i, parts[0][i], parts[1][i]);
   }
-  if (WINDOWS) store(from_float<T>(is_real[0] ? 1.0f : 0.0f), from_float<T>(is_real[1] ? 1.0f : 0.0f));
 }
 
 // The mean over the heads in which a query sees a key, in fixed order, averaged with the residual, where no block had
@@ -115,17 +120,16 @@ __global__ void average_heads_of_windows(const __grid_constant__ Forward p) {
   for (int source = 0; source < p.sources; ++source) mean.write(p, out + source, sum_of(source));
 }
 
-template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
-__global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>::BLOCKS)
+template <class T, int D, int OCTETS, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, OCTETS, WARPS, STREAMS, KIND, LABEL_BLOCKS>::BLOCKS)
     attention_forward(const __grid_constant__ Forward p) {
   extern __shared__ __align__(256) unsigned char shared[];
-  ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
+  ForwardKernel<T, D, OCTETS, WARPS, STREAMS, KIND, LABEL_BLOCKS>{p, uint32_t(__cvta_generic_to_shared(shared))}.run();
 }
 
 template <class T, Kind KIND>
 void pack(const Forward& p, cudaStream_t stream) {
-  if (p.sources == 0) return;
-  const int64_t blocks = p.batch * padded(p.keys) / KEYS_OF_PACKING;
+  const int64_t blocks = (p.sources == 0 ? 1 : p.batch) * padded(p.keys) / KEYS_OF_PACKING;
   pack_labels<T, KIND == Kind::windows><<<unsigned(blocks), KEYS_OF_PACKING / 2, 0, stream>>>(p);
   check(cudaGetLastError(), "pack_labels", p);
 }
@@ -141,19 +145,22 @@ void average(const Forward& p, cudaStream_t stream) {
   check(cudaGetLastError(), "average_heads", p);
 }
 
-template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
+template <class T, int D, int OCTETS, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
 void launch(Forward p, cudaStream_t stream) {
   p.of_sum_of_heads = (p.residual == nullptr ? 1.0f : 0.5f) / float(p.heads);
   p.shares_of_image = uint64_t(p.queries) * unsigned(p.sources);
-  using Kernel = ForwardKernel<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
+  p.label_groups = label_groups(p.sources, KIND == Kind::windows);
+  // Where there are none, those of all images are the same.
+  p.labels_of_image = p.sources == 0 ? 0 : labels_of_image(p.label_groups, p.keys) * sizeof(T) / sizeof(Fragment);
+  using Kernel = ForwardKernel<T, D, OCTETS, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
 #if defined(TLALIGN_HOPPER)
   if (KIND == Kind::plain && LABEL_BLOCKS == 1) {
-    if (TILES == 13 && launch_on_hopper(p, stream)) return average<KIND>(p, stream);
+    if (OCTETS == 25 && launch_on_hopper(p, stream)) return average<KIND>(p, stream);
     if (STREAMS && stream_on_hopper(p, stream)) return average<KIND>(p, stream);
   }
 #endif
   if (!Kernel::TURNS) pack<T, KIND>(p, stream);
-  const auto kernel = attention_forward<T, D, TILES, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
+  const auto kernel = attention_forward<T, D, OCTETS, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
         "attention_forward", p);
   p.blocks = Divisor(blocks_of(p.queries, Kernel::QUERIES));
@@ -167,25 +174,28 @@ void launch(Forward p, cudaStream_t stream) {
   if (!Kernel::has_all_heads(p)) average<KIND>(p, stream);
 }
 
-// All keys in one step where registers hold their scores: up to 64, or up to 208 of heads of at most 64.
+// All keys in one step where registers hold their scores: up to 64, or up to 200 of heads of at most 64.
 template <class T, int D, Kind KIND>
 void launch_for_keys(const Forward& p, cudaStream_t stream) {
-  if (p.sources > 2) return launch<T, D, D <= 96 ? 4 : 2, 4, true, KIND, 4>(p, stream);
+  if (p.sources > 2) return launch<T, D, D <= 96 ? 8 : 4, 4, true, KIND, 4>(p, stream);
   if constexpr (KIND != Kind::windows) {
-    if (p.keys <= 32) return launch<T, D, 2, 4, false, KIND, 1>(p, stream);
+    if (p.keys <= 32) return launch<T, D, 4, 4, false, KIND, 1>(p, stream);
+  }
+  if constexpr (KIND == Kind::windows ? D == 32 : KIND == Kind::plain && D <= 64) {
+    if (p.keys <= 56) return launch<T, D, 7, 4, false, KIND, 1>(p, stream);
   }
   // Windows of wider heads, which no Swin has, would take more registers than there are.
   if constexpr (KIND != Kind::windows || D == 32) {
-    if (p.keys <= 64) return launch<T, D, 4, 4, false, KIND, 1>(p, stream);
+    if (p.keys <= 64) return launch<T, D, 8, 4, false, KIND, 1>(p, stream);
   }
   if constexpr (D <= 64 && KIND == Kind::plain) {
-    if (p.keys <= 128) return launch<T, D, 8, 4, false, KIND, 1>(p, stream);
-    if (p.keys <= 192) return launch<T, D, 12, 4, false, KIND, 1>(p, stream);
+    if (p.keys <= 128) return launch<T, D, 16, 4, false, KIND, 1>(p, stream);
+    if (p.keys <= 192) return launch<T, D, 24, 4, false, KIND, 1>(p, stream);
     // As many queries as keys are 13 times 16: two blocks of 7 warps load K and V half as often as four of 4. But with
     // heads of 32 ptxas does not get by with 128 registers, and with more only one such block is resident.
-    if (p.keys <= 208) return launch<T, D, 13, D == 64 ? 7 : 4, false, KIND, 1>(p, stream);
+    if (p.keys <= 200) return launch<T, D, 25, D == 64 ? 7 : 4, false, KIND, 1>(p, stream);
   }
-  launch<T, D, 4, 4, true, KIND, 1>(p, stream);
+  launch<T, D, 8, 4, true, KIND, 1>(p, stream);
 }
 
 }  // namespace

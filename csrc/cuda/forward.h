@@ -15,9 +15,9 @@ namespace tlalign::cuda {
 
 constexpr int QUERIES_OF_WARP = 16;
 
-// Keys that there are at least where one step has all of them in so many tiles of 16: see launch_for_keys.
-constexpr int least_keys(int tiles) {
-  return tiles == 13 ? 193 : tiles == 12 ? 129 : tiles == 8 ? 65 : tiles == 4 ? 33 : 1;
+// Keys that there are at least where one step has all of them in so many times 8: see launch_for_keys.
+constexpr int least_keys(int octets) {
+  return octets == 25 ? 193 : octets == 24 ? 129 : octets == 16 ? 65 : octets > 4 ? 33 : 1;
 }
 
 // share = hi + mid + lo
@@ -48,19 +48,24 @@ struct HeadMean {
 };
 
 // output = softmax(scale Q K^T + bias + mask) V: a block has 16 queries of a head for each of its WARPS, and all keys
-// pass by in steps of TILES x 16. If one step has them all (STREAMS is false) the softmax is exact in one pass, else
+// pass by in steps of OCTETS x 8. If one step has them all (STREAMS is false) the softmax is exact in one pass, else
 // online. Where there are few, a block goes on to the next head, whose Q, K and V come while it is busy with this one.
-// Registers hold Q, the scores of a step, and the sums of P V and P [1, share]; shared memory holds K, V and
-// the labels of a step, of two if steps pass by. Reads Q once, K and V once a block; writes O, the log-sum-exp and the
+// Registers hold Q, the scores of a step, and the sums of P V and P [1, share]; shared memory holds K and V of a step,
+// of two if steps pass by. Labels come from where `pack_labels` has put them, as threads hold them; a block that goes
+// on splits shares itself, to shared memory. Reads Q once, K and V once a block; writes O, the log-sum-exp and the
 // shares of the head. = reference.forward, but for the mean over heads.
-template <class T, int D, int TILES, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
+template <class T, int D, int OCTETS, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
 struct ForwardKernel {
   using Tile = SharedRows<T, D>;
   static constexpr bool OFFSETS = KIND == Kind::offsets, WINDOWS = KIND == Kind::windows;
   // Whether a query may see no key. Windows have a bias, too.
   static constexpr bool MASKED = KIND != Kind::plain;
   static constexpr int THREADS = 32 * WARPS, QUERIES = QUERIES_OF_WARP * WARPS;
-  static constexpr int KEYS = 16 * TILES;
+  // Products take 16 keys at once, the last one 8 if there are no more.
+  static constexpr int TILES = (OCTETS + 1) / 2, KEYS = 8 * OCTETS;
+  static constexpr bool ENDS_IN_OCTET = OCTETS % 2 != 0;
+  static_assert(!ENDS_IN_OCTET || (!STREAMS && !OFFSETS),
+                "one step has all keys, and nothing is added to their scores");
   static constexpr int STAGES = STREAMS ? 2 : 1;
   // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels. Not with offsets,
   // beside which these are little: rather have more warps to wait for them.
@@ -68,18 +73,18 @@ struct ForwardKernel {
   // Whether a block averages shares itself, since it has all heads of its queries.
   static TLALIGN_BOTH bool has_all_heads(const Forward& p) { return TURNS && p.turns.divisor == 1; }
   // Rows that are known to be there, and tiles that are not asked whether they have keys.
-  static constexpr int CERTAIN_KEYS = STREAMS ? 0 : least_keys(TILES) - 1;
+  static constexpr int CERTAIN_KEYS = STREAMS ? 0 : least_keys(OCTETS) - 1;
   static constexpr int CERTAIN_TILES = STREAMS ? 1 : TURNS ? TILES : CERTAIN_KEYS / 16 + 1;
   static_assert(!TURNS || (LABEL_BLOCKS == 1 && KEYS <= 64), "a warp splits the labels of a source");
-  // Labels lie in shared memory as rows of a column each, ones and the parts of the shares: 16-byte chunks of 8 keys,
-  // an odd number of them, so that 8 rows begin in different banks.
+  // Labels that lie in shared memory are rows of a column each, ones and the parts of the shares: 16-byte chunks of 8
+  // keys, an odd number of them, so that 8 rows begin in different banks.
   static constexpr int LABEL_ROWS = 1 + PARTS * 2 * LABEL_BLOCKS + WINDOWS;
   static constexpr int LABEL_CHUNKS = 2 * ((TILES + 1) / 2 * 2);
   static constexpr int LABEL_PITCH = 16 * (LABEL_CHUNKS + 1);
   static_assert(LABEL_CHUNKS <= 32, "a warp has a row in one go");
   static constexpr int LABEL_BYTES =
       (LABEL_ROWS * LABEL_PITCH + Tile::ALIGNMENT - 1) / Tile::ALIGNMENT * Tile::ALIGNMENT;
-  static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + LABEL_BYTES;
+  static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + (TURNS ? LABEL_BYTES : 0);
   // Blocks that the registers of a multiprocessor are to hold at once.
   static constexpr bool IN_WIDE_WINDOWS = WINDOWS && D > 32;
   static constexpr int BLOCKS = WARPS > 4 || D > 64 || (STREAMS && (OFFSETS || LABEL_BLOCKS > 1 || IN_WIDE_WINDOWS)) ? 2
@@ -191,17 +196,12 @@ struct ForwardKernel {
   // Rows of the labels: ones, parts, and of windows what says where there are labels.
   __device__ int label_rows() const { return 1 + p.sources * PARTS + (WINDOWS && p.sources > 0); }
 
-  __device__ void load_labels(int step) const { load_labels(stage(step).label, step); }
-  __device__ void load_labels(uint32_t to, int step) const {
-    if (warp == 0) store_ones(to, step);
-    if constexpr (TURNS) {
-      if (warp < p.sources) split_labels(to, warp, lane);
-    } else {
-      copy_labels(to, step);
-    }
+  __device__ void load_labels(uint32_t to) const {
+    if (warp == 0) store_ones(to);
+    if (warp < p.sources) split_labels(to, warp, lane);
   }
-  __device__ void store_ones(uint32_t to, int step) const {
-    const int key = step * KEYS + 8 * lane;
+  __device__ void store_ones(uint32_t to) const {
+    const int key = 8 * lane;
     if (lane >= LABEL_CHUNKS) return;
     const uint32_t ones = pack<T>(1.0f, 1.0f), one = ones & 0xffff;
     uint32_t words[4];
@@ -234,18 +234,6 @@ struct ForwardKernel {
     }
     if (WINDOWS && source == 0) store_shared(to + (label_rows() - 1) * LABEL_PITCH, pack<T>(is_real[0], is_real[1]));
   }
-  __device__ void copy_labels(uint32_t to, int step) const {
-    // Warps take rows in turn, a thread 8 keys of each.
-    const int rows = label_rows(), row_length = padded(p.keys), key = step * KEYS + 8 * lane;
-    if (lane >= LABEL_CHUNKS) return;
-    const uint32_t to_row = to + lane * 16;
-    const T* parts = static_cast<const T*>(p.parts) + key;
-#pragma unroll 1
-    for (int row = warp > 0 ? warp : WARPS; row < rows; row += WARPS) {
-      copy_async(to_row + row * LABEL_PITCH, parts + uint64_t(image * (rows - 1) + row - 1) * unsigned(row_length),
-                 key < row_length);
-    }
-  }
 
   __device__ void run() {
     turn = p.blocks.quotient(blockIdx.x);
@@ -259,7 +247,7 @@ struct ForwardKernel {
     key_rows.copy(stage(0).key);
     commit_copies();
     value_rows.copy(stage(0).value);
-    load_labels(0);
+    if constexpr (TURNS) load_labels(stage(0).label);
     commit_copies();
     if constexpr (STREAMS) {
       take_steps();
@@ -276,8 +264,9 @@ struct ForwardKernel {
   __device__ void take_steps() const {
     Fragment query[D / 16], weights[TILES];
     Labels labels;
-    float scores[2 * TILES][4], output[D / 8][4], label[LABEL_BLOCKS][4];
+    float scores[OCTETS][4], output[D / 8][4], label[LABEL_BLOCKS][4];
     float highest[2] = {-INFINITY, -INFINITY};
+    const PackedLabels packed = packed_labels();
     const int steps = (p.keys + KEYS - 1) / KEYS;
     for (int step = 0; step < steps; ++step) {
       if (WINDOWS && works()) read_starts(scores, find_starts(step), step);
@@ -293,11 +282,10 @@ struct ForwardKernel {
       if (works()) exponentiate(scores, weights, highest, output, label, step);
       wait_for_copies<1>();
       __syncthreads();
-      if (works()) multiply_values(weights, output, label, labels, step, value_address(step));
-      if (step + 1 < steps) {
-        values(step + 1).copy(stage(step + 1).value);
-        load_labels(step + 1);
+      if (works()) {
+        multiply_values(weights, output, label, labels, packed, step, value_address(step), key_address(step));
       }
+      if (step + 1 < steps) values(step + 1).copy(stage(step + 1).value);
       commit_copies();
     }
     if (works()) write_all(output, label, highest, Destination(*this, threadIdx.x));
@@ -306,7 +294,7 @@ struct ForwardKernel {
   __device__ void take_head() {
     Fragment query[D / 16], weights[TILES];
     Labels labels;
-    float scores[2 * TILES][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
+    float scores[OCTETS][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
     const bool works = this->works();
     // Where the block is, so that no registers keep it where most of them are needed.
     if (threadIdx.x == 0) store_shared(shared + END_OF_STAGES, make_uint4(turn, first, image, head));
@@ -320,9 +308,9 @@ struct ForwardKernel {
     wait_for_copies<0>();
     __syncthreads();
     if (!works) return;
-    multiply_values(weights, output, label, labels, 0, value_address(0));
     const uint4 place = load_shared(shared + END_OF_STAGES);
     turn = place.x, first = int(place.y), image = place.z, head = place.w;
+    multiply_values(weights, output, label, labels, packed_labels(), 0, value_address(0), key_address(0));
     // Hides from the compiler what registers could keep.
     unsigned thread = threadIdx.x;
     asm volatile("" : "+r"(thread));
@@ -339,7 +327,7 @@ struct ForwardKernel {
   __device__ void take_heads(Queries query_rows, Keys key_rows, Values value_rows) const {
     Fragment query[D / 16], weights[TILES];
     Labels labels;
-    float scores[2 * TILES][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
+    float scores[OCTETS][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
     const uint32_t from_query = kept(query_address()), from_key = kept(key_address(0));
     const uint32_t from_value = kept(value_address(0));
     Destination destination(*this, threadIdx.x);
@@ -352,8 +340,7 @@ struct ForwardKernel {
     const Differing differing = find_regions(0);
     wait_for_copies<1>();
     __syncthreads();
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile += 2) read_labels(labels, tile, stage(0).label);
+    read_labels(labels, stage(0).label);
     for (int more = min(p.heads_of_block, p.heads - int(head)) - 1;; --more) {
       read_queries(query, from_query);
       multiply_keys(query, scores, 0, from_key);
@@ -369,7 +356,7 @@ struct ForwardKernel {
         key_rows.copy(stage(0).key);
         commit_copies();
       }
-      multiply_values(weights, output, label, labels, 0, from_value);
+      multiply_values(weights, output, label, labels, {}, 0, from_value, from_key);
       if (WINDOWS && more > 0) read_starts(scores, starts += p.windows.start_head, 0);
       write(output, label, highest, shares, destination);
       if (more == 0) break;
@@ -392,14 +379,34 @@ struct ForwardKernel {
   }
   __device__ uint32_t value_address(int step) const { return stage(step).value + Tile::at(lane % 16, lane / 16); }
 
-  __device__ void read_labels(Labels& labels, int tile, uint32_t from) const {
+  // From shared memory.
+  __device__ void read_labels(Labels& labels, uint32_t from) const {
+    // Columns that nobody asks for have what other ones have.
+    const int column = lane % 8, last = label_rows() - 1;
+    const int row = WINDOWS && column == 4 ? last : min(column - column / 4, last);
+#pragma unroll
+    for (int i = 0; i < (TILES + 1) / 2; ++i) {
+      labels[i][0] = load_matrices(from + row * LABEL_PITCH + lane / 8 * 16 + 64 * i);
+    }
+  }
+
+  // Where `pack_labels` has put them. Columns that nobody asks for have what other ones have.
+  struct PackedLabels {
+    const Fragment* from[LABEL_BLOCKS];
+  };
+  __device__ PackedLabels packed_labels() const {
+    PackedLabels packed;
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) {
-      // Columns that nobody asks for have what other ones have.
-      const int column = 8 * n + lane % 8, last = label_rows() - 1;
-      const int row = WINDOWS && column == 4 ? last : min(column - column / 4, last);
-      labels[tile / 2][n] = load_matrices(from + row * LABEL_PITCH + lane / 8 * 16 + 32 * tile);
+      const unsigned group = min(2 * n + lane / 16, p.label_groups - 1);
+      packed.from[n] = static_cast<const Fragment*>(p.labels) + image * p.labels_of_image +
+                       (group * unsigned(padded(p.keys)) / 2 + lane % 16);
     }
+    return packed;
+  }
+  __device__ void read_labels(Labels& labels, int tile, const PackedLabels& packed, int step) const {
+#pragma unroll
+    for (int n = 0; n < LABEL_BLOCKS; ++n) labels[tile / 2][n] = __ldg(packed.from[n] + (step * TILES + tile) * 8);
   }
 
   // Hides from the compiler how to compute it, which it would do anew for each head.
@@ -419,11 +426,15 @@ struct ForwardKernel {
     return tile >= CERTAIN_TILES && (STREAMS || (tile - CERTAIN_TILES) % 2 == 0) && step * KEYS + 16 * tile >= p.keys;
   }
 
-  __device__ void multiply_keys(const Fragment (&query)[D / 16], float (&scores)[2 * TILES][4], int step,
+  __device__ void multiply_keys(const Fragment (&query)[D / 16], float (&scores)[OCTETS][4], int step,
                                 uint32_t from) const {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       if (ends_before(tile, step)) break;
+      if (is_octet(tile)) {
+        multiply_last_keys(query, scores[2 * tile], from);
+        break;
+      }
 #pragma unroll
       for (int i = 0; i < D / 16; ++i) {
         const Fragment key = load_matrices(Tile::beside(from, 2 * i) + 16 * tile * Tile::PITCH);
@@ -439,14 +450,28 @@ struct ForwardKernel {
     }
   }
 
+  // Whether a tile has 8 keys.
+  static constexpr __device__ bool is_octet(int tile) { return ENDS_IN_OCTET && tile == TILES - 1; }
+  __device__ void multiply_last_keys(const Fragment (&query)[D / 16], float (&scores)[4], uint32_t from) const {
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      const uint2 key = load_two_matrices(Tile::beside(from, 2 * i) + 16 * (TILES - 1) * Tile::PITCH);
+      if (i == 0 && !WINDOWS) {
+        multiply<T>(scores, query[i], key.x, key.y);
+      } else {
+        multiply_add<T>(scores, query[i], key.x, key.y);
+      }
+    }
+  }
+
   __device__ const float* find_starts(int step) const {
     return cuda::find_starts(p.windows, head, first + warp * QUERIES_OF_WARP, step * KEYS, p.keys);
   }
-  __device__ void read_starts(float (&scores)[2 * TILES][4], const float* from, int step) const {
+  __device__ void read_starts(float (&scores)[OCTETS][4], const float* from, int step) const {
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-      if (ends_before(tile, step)) break;
-      cuda::read_starts(reinterpret_cast<Scores<1>&>(scores[2 * tile]), from + 256 * tile, p.keys, lane);
+    for (int i = 0; i < OCTETS; ++i) {
+      if (i % 2 == 0 && ends_before(i / 2, step)) break;
+      cuda::read_starts(scores[i], from + 128 * i, lane);
     }
   }
 
@@ -466,13 +491,12 @@ struct ForwardKernel {
     }
     return d;
   }
-  __device__ void add_regions(float (&scores)[2 * TILES][4], const Differing& differing, int step) const {
+  __device__ void add_regions(float (&scores)[OCTETS][4], const Differing& differing, int step) const {
     if (!differing.is_needed) return;
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-      if (ends_before(tile, step)) break;
-      cuda::add_regions(reinterpret_cast<Scores<1>&>(scores[2 * tile]), p.windows, differing.regions[tile / 2],
-                        tile % 2 * 16);
+    for (int i = 0; i < OCTETS; ++i) {
+      if (i % 2 == 0 && ends_before(i / 2, step)) break;
+      cuda::add_regions(scores[i], p.windows, differing.regions[i / 4], i % 4 * 8);
     }
   }
 
@@ -490,14 +514,14 @@ struct ForwardKernel {
   __device__ float unit() const { return OFFSETS ? 1.0f : WINDOWS ? p.windows.unit : p.scale * LOG2_E; }
 
   // Of two rows, and what to subtract from their scores.
-  __device__ void find_highest(const float (&scores)[2 * TILES][4], float (&highest)[2], float (&shift)[2],
+  __device__ void find_highest(const float (&scores)[OCTETS][4], float (&highest)[2], float (&shift)[2],
                                int step) const {
     float now[2] = {scores[0][0], scores[0][2]};
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-      if (ends_before(tile, step)) break;
+    for (int n = 0; n < OCTETS; ++n) {
+      if (n % 2 == 0 && ends_before(n / 2, step)) break;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) now[i / 2 % 2] = fmaxf(now[i / 2 % 2], scores[2 * tile + i / 4][i % 4]);
+      for (int i = 0; i < 4; ++i) now[i / 2] = fmaxf(now[i / 2], scores[n][i]);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -509,7 +533,7 @@ struct ForwardKernel {
   }
 
   // Scores become weights, of 16 bits.
-  __device__ void exponentiate(float (&scores)[2 * TILES][4], Fragment (&weights)[TILES], float (&highest)[2],
+  __device__ void exponentiate(float (&scores)[OCTETS][4], Fragment (&weights)[TILES], float (&highest)[2],
                                float (&output)[D / 8][4], float (&label)[LABEL_BLOCKS][4], int step) const {
     float now[2] = {highest[0], highest[1]}, shift[2];
     find_highest(scores, now, shift, step);
@@ -534,38 +558,58 @@ struct ForwardKernel {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       if (ends_before(tile, step)) break;
-      weights[tile] = weights_of(scores[2 * tile], scores[2 * tile + 1], shift);
+      weights[tile] = weights_of(scores, tile, shift);
     }
     highest[0] = now[0], highest[1] = now[1];
   }
-  // Of 16 keys, 8 and 8.
-  __device__ Fragment weights_of(float (&l)[4], float (&r)[4], const float (&shift)[2]) const {
+  // Of 16 keys, or of 8 and zeros.
+  __device__ Fragment weights_of(float (&scores)[OCTETS][4], int tile, const float (&shift)[2]) const {
+    const uint2 first = weights_of(scores[2 * tile], shift);
+    if (is_octet(tile)) return {first.x, first.y, 0, 0};
+    const uint2 second = weights_of(scores[2 * tile + 1], shift);
+    return {first.x, first.y, second.x, second.y};
+  }
+  __device__ uint2 weights_of(float (&scores)[4], const float (&shift)[2]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      l[i] = exp2_of(fmaf(l[i], unit(), -shift[i / 2]));
-      r[i] = exp2_of(fmaf(r[i], unit(), -shift[i / 2]));
-    }
-    return {pack<T>(l[0], l[1]), pack<T>(l[2], l[3]), pack<T>(r[0], r[1]), pack<T>(r[2], r[3])};
+    for (int i = 0; i < 4; ++i) scores[i] = exp2_of(fmaf(scores[i], unit(), -shift[i / 2]));
+    return {pack<T>(scores[0], scores[1]), pack<T>(scores[2], scores[3])};
   }
 
+  // `from_key`: where this thread's matrices of K are, to which those of the last 8 rows of V correspond.
   __device__ void multiply_values(const Fragment (&weights)[TILES], float (&output)[D / 8][4],
-                                  float (&label)[LABEL_BLOCKS][4], Labels& labels, int step, uint32_t from) const {
+                                  float (&label)[LABEL_BLOCKS][4], Labels& labels, const PackedLabels& packed, int step,
+                                  uint32_t from, uint32_t from_key) const {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       if (ends_before(tile, step)) break;
-#pragma unroll
-      for (int n = 0; n < D / 16; ++n) {
-        const Fragment value = load_matrices_transposed(Tile::beside(from, 2 * n) + 16 * tile * Tile::PITCH);
-        if (tile == 0 && !STREAMS) {
-          multiply<T>(output[2 * n], weights[tile], value.x, value.y);
-          multiply<T>(output[2 * n + 1], weights[tile], value.z, value.w);
-        } else {
-          multiply_add<T>(output[2 * n], weights[tile], value.x, value.y);
-          multiply_add<T>(output[2 * n + 1], weights[tile], value.z, value.w);
-        }
+      if (is_octet(tile)) {
+        multiply_last_values(weights[tile], output, from_key + Tile::bytes(KEYS));
+      } else {
+        multiply_values(weights[tile], output, tile, from);
       }
-      if (!TURNS && tile % 2 == 0) read_labels(labels, tile, stage(step).label);
+      if (!TURNS && tile % 2 == 0) read_labels(labels, tile, packed, step);
       multiply_labels(weights[tile], label, labels, tile);
+    }
+  }
+  __device__ void multiply_values(const Fragment& weights, float (&output)[D / 8][4], int tile, uint32_t from) const {
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      const Fragment value = load_matrices_transposed(Tile::beside(from, 2 * n) + 16 * tile * Tile::PITCH);
+      if (tile == 0 && !STREAMS) {
+        multiply<T>(output[2 * n], weights, value.x, value.y);
+        multiply<T>(output[2 * n + 1], weights, value.z, value.w);
+      } else {
+        multiply_add<T>(output[2 * n], weights, value.x, value.y);
+        multiply_add<T>(output[2 * n + 1], weights, value.z, value.w);
+      }
+    }
+  }
+  __device__ void multiply_last_values(const Fragment& weights, float (&output)[D / 8][4], uint32_t from) const {
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      const uint2 value = load_two_matrices_transposed(Tile::beside(from, 2 * n) + 16 * (TILES - 1) * Tile::PITCH);
+      multiply_add<T>(output[2 * n], weights, value.x);
+      multiply_add<T>(output[2 * n + 1], weights, value.y);
     }
   }
   __device__ void multiply_labels(const Fragment& weights, float (&label)[LABEL_BLOCKS][4], const Labels& labels,
@@ -576,6 +620,8 @@ struct ForwardKernel {
       const uint32_t upper = tile % 2 == 0 ? l.x : l.z, lower = tile % 2 == 0 ? l.y : l.w;
       if (tile == 0 && !STREAMS) {
         multiply<T>(label[n], weights, upper, lower);
+      } else if (is_octet(tile)) {
+        multiply_add<T>(label[n], weights, upper);
       } else {
         multiply_add<T>(label[n], weights, upper, lower);
       }

@@ -11,12 +11,12 @@ namespace {
 // itself and takes whole heads in turn, of which shared memory holds two: one warpgroup copies the next one, while the
 // others multiply 64 queries each. They wait for each other only through the copies.
 template <class T>
-struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1>> {
-  using Base = ForwardKernel<T, 64, 13, 4, false, Kind::plain, 1>;
+struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 25, 4, false, Kind::plain, 1>> {
+  using Base = ForwardKernel<T, 64, 25, 4, false, Kind::plain, 1>;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::turn, Base::image, Base::head;
   using typename Base::Labels;
   using typename Base::Tile;
-  static constexpr int D = 64, TILES = 13, ROWS = 16 * TILES;
+  static constexpr int D = 64, OCTETS = 25, TILES = 13, ROWS = 16 * TILES;
   // Warpgroups that multiply, and all threads.
   static constexpr int GROUPS = 3, THREADS = 128 * (GROUPS + 1);
   static constexpr int COPYING_REGISTERS = 32, MULTIPLYING_REGISTERS = 160;
@@ -26,7 +26,8 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, 
   static constexpr int SHARED_BYTES = 2 * STAGE_BYTES;
   // Tiles of weights that are multiplied together, while the next exponentials are taken.
   static constexpr int AT_ONCE = 4;
-  using Queries = typename Tile::template Source<ROWS, 128, false, Base::CERTAIN_KEYS>;
+  // Products take 16 rows of V: those that there are not are zero.
+  using Padded = typename Tile::template Source<ROWS, 128, false, Base::CERTAIN_KEYS>;
 
   // What lies in a stage.
   __device__ uint32_t queries_of(unsigned stage) const { return shared + stage * STAGE_BYTES; }
@@ -81,14 +82,14 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, 
       const unsigned stage = number % 2;
       find(now);
       if (number >= 2) hopper::wait_at(scores_are_done(stage), OF_ALL);
-      this->template source<Queries>(p.query, 0, 0, p.queries).copy(queries_of(stage));
+      this->template source<Padded>(p.query, 0, 0, p.queries).copy(queries_of(stage));
       this->keys(0).copy(keys_of(stage));
       commit_copies();
       if (number > 0) say_that_values_are_there<1>(number - 1);
       if (number >= 2) hopper::wait_at(values_are_done(stage), OF_ALL);
-      this->values(0).copy(values_of(stage));
+      this->template source<Padded>(p.value, 2, 0, p.keys).copy(values_of(stage));
       commit_copies();
-      if (warp == 0) this->store_ones(labels_of(stage), 0);
+      if (warp == 0) this->store_ones(labels_of(stage));
 #pragma unroll 1
       for (int source = 0; source < p.sources; ++source) {
         this->split_labels(labels_of(stage), source, int(threadIdx.x));
@@ -111,7 +112,7 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, 
   __device__ void take_queries(unsigned stage, unsigned group, unsigned row, bool works, bool is_first, bool is_last) {
     Fragment weights[TILES];
     Labels labels;
-    float scores[2 * TILES][4], output[D / 8][4], label[1][4], highest[2], shift[2];
+    float scores[OCTETS][4], output[D / 8][4], label[1][4], highest[2], shift[2];
     multiply_keys(scores, hopper::descriptor(queries_of(stage) + row * Tile::PITCH),
                   hopper::descriptor(keys_of(stage)));
     if (is_last) hopper::arrive_at(scores_are_done(stage), OF_ALL);
@@ -123,8 +124,7 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, 
     for (int first = 0; first < TILES; first += AT_ONCE) {
 #pragma unroll
       for (int tile = first; tile < min(first + AT_ONCE, TILES); ++tile) {
-        weights[tile] = this->weights_of(scores[2 * tile], scores[2 * tile + 1], shift);
-        if (tile == TILES - 1) weights[tile].z = weights[tile].w = 0;
+        weights[tile] = this->weights_of(scores, tile, shift);
         if (tile % 2 == 0) labels[tile / 2][0] = load_matrices(label_rows + 32 * tile);
         this->multiply_labels(weights[tile], label, labels, tile);
       }
@@ -145,16 +145,13 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 13, 4, false, 
     if (works) this->write(output, label, highest, row + warp % 4 * 16);
   }
 
-  static __device__ void multiply_keys(float (&all)[2 * TILES][4], uint64_t queries, uint64_t keys) {
-    float (&scores)[2 * TILES - 1][4] = reinterpret_cast<float (&)[2 * TILES - 1][4]>(all);
+  static __device__ void multiply_keys(float (&scores)[OCTETS][4], uint64_t queries, uint64_t keys) {
     hopper::begin_products();
     hopper::multiply_rows<T, false>(scores, queries, keys);
 #pragma unroll
     for (int i = 1; i < D / 16; ++i) hopper::multiply_rows<T, true>(scores, queries + 2 * i, keys + 2 * i);
     hopper::commit_products();
     hopper::wait_for_products(scores);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) all[2 * TILES - 1][i] = -INFINITY;
   }
 
   __device__ uint32_t find_labels(uint32_t from) const {

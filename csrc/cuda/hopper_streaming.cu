@@ -11,8 +11,8 @@ namespace {
 // steps ahead. Labels are eight more columns of V. The two begin their products in turn, so that those of the one go on
 // beside the exponentials of the other.
 template <class T>
-struct HopperStreamingKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 8, 4, true, Kind::plain, 1>> {
-  using Base = ForwardKernel<T, 64, 8, 4, true, Kind::plain, 1>;
+struct HopperStreamingKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 16, 4, true, Kind::plain, 1>> {
+  using Base = ForwardKernel<T, 64, 16, 4, true, Kind::plain, 1>;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::turn, Base::image, Base::head;
   using typename Base::Tile;
   static constexpr int D = 64, TILES = 8, KEYS = 16 * TILES;

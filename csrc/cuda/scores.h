@@ -117,16 +117,18 @@ __device__ inline const float* find_starts(const Windows& map, unsigned head, in
   const unsigned tiles = unsigned(padded(tokens)) / 16;
   return map.starts + (head * unsigned(map.start_head) + (unsigned(query) / 16 * tiles + unsigned(key) / 16) * 256);
 }
-// That of 16 M queries. Four numbers of a thread lie side by side, as registers hold them, and those of the threads
-// after each other.
+// That of 16 queries and 8 keys. Four numbers of a thread lie side by side, as registers hold them, and those of the
+// threads after each other.
+__device__ inline void read_starts(float (&scores)[4], const float* from, int lane) {
+  const float4 words = __ldg(reinterpret_cast<const float4*>(from) + lane);
+  scores[0] = words.x, scores[1] = words.y, scores[2] = words.z, scores[3] = words.w;
+}
+// That of 16 M queries and 16 keys.
 template <int M>
 __device__ void read_starts(Scores<M>& scores, const float* from, int tokens, int lane) {
-  const float4* own = reinterpret_cast<const float4*>(from) + lane;
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
-    const float4 words = __ldg(own + (i % 2 * 32 + (i / 2 == 0 ? 0 : padded(tokens) / 16 * 64)));
-    scores[i / 2][i % 2][0] = words.x, scores[i / 2][i % 2][1] = words.y;
-    scores[i / 2][i % 2][2] = words.z, scores[i / 2][i % 2][3] = words.w;
+    read_starts(scores[i / 2][i % 2], from + (i % 2 * 128 + (i / 2 == 0 ? 0 : padded(tokens) / 16 * 256)), lane);
   }
 }
 // That of 16 M keys as rows and 16 queries as columns.
@@ -139,11 +141,11 @@ __device__ void read_starts_of_keys(Scores<M>& scores, const float* from, int la
   }
 }
 
-// What divides regions, in a window that has them: added to scores whose columns begin at `column` of 32.
-__device__ inline void add_regions(Scores<1>& scores, const Windows& map, const Regions& regions, int column) {
+// What divides regions, in a window that has them: added to scores of 8 columns, which begin at `column` of 32.
+__device__ inline void add_regions(float (&scores)[4], const Windows& map, const Regions& regions, int column) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (regions.differs(i, column)) scores[0][i / 4][i % 4] += map.region_start;
+  for (int i = 0; i < 4; ++i) {
+    if (regions.differs(i, column)) scores[i] += map.region_start;
   }
 }
 // The same for rows from `row` and columns from `column` on.
@@ -153,7 +155,8 @@ __device__ void add_regions(Scores<M>& scores, const Windows& map, const Window&
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const Regions regions(window, row + 16 * m, column, lane);
-    add_regions(reinterpret_cast<Scores<1>&>(scores[m]), map, regions, 0);
+    add_regions(scores[m][0], map, regions, 0);
+    add_regions(scores[m][1], map, regions, 8);
   }
 }
 

@@ -115,6 +115,24 @@ __device__ inline Fragment load_matrices_transposed(uint32_t from) {
   return f;
 }
 
+// The first two of them.
+__device__ inline uint2 load_two_matrices(uint32_t from) {
+  uint2 f;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(f.x), "=r"(f.y)
+               : "r"(from)
+               : "memory");
+  return f;
+}
+__device__ inline uint2 load_two_matrices_transposed(uint32_t from) {
+  uint2 f;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(f.x), "=r"(f.y)
+               : "r"(from)
+               : "memory");
+  return f;
+}
+
 // sum (16 x 8) += left (16 x 16) right (16 x 8), whose upper and lower halves are `upper` and `lower`. A thread has the
 // columns 2 (lane % 4) and the next of rows lane / 4 (sum[0], sum[1]) and lane / 4 + 8 (sum[2], sum[3]).
 template <class T>
@@ -126,6 +144,21 @@ __device__ void multiply_add(float (&sum)[4], const Fragment& left, uint32_t upp
         ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                       \
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                                     \
         : "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w), "r"(upper), "r"(lower));                               \
+  }
+TLALIGN_MULTIPLY_ADD(__nv_bfloat16, "bf16")
+TLALIGN_MULTIPLY_ADD(__half, "f16")
+#undef TLALIGN_MULTIPLY_ADD
+
+// The same with the left 8 columns of `left` and 8 rows.
+template <class T>
+__device__ void multiply_add(float (&sum)[4], const Fragment& left, uint32_t right);
+#define TLALIGN_MULTIPLY_ADD(type, name)                                                             \
+  template <>                                                                                        \
+  __device__ inline void multiply_add<type>(float (&sum)[4], const Fragment& left, uint32_t right) { \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                                        \
+        ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                                   \
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                     \
+        : "r"(left.x), "r"(left.y), "r"(right));                                                     \
   }
 TLALIGN_MULTIPLY_ADD(__nv_bfloat16, "bf16")
 TLALIGN_MULTIPLY_ADD(__half, "f16")

@@ -64,10 +64,8 @@ struct Regions {
     }
   }
 
-  // Of number `i` of 8 x 2 of a fragment whose columns begin `column` behind the first token.
-  __device__ bool differs(int i, int column) const {
-    return differing[i / 2 % 2] >> (column + i / 4 % 2 * 8 + i % 2) & 1;
-  }
+  // Of number `i` of the four that a thread has of 8 columns, which begin `column` behind the first token.
+  __device__ bool differs(int i, int column) const { return differing[i / 2] >> (column + i % 2) & 1; }
 };
 
 // Which of the chunks of ROWS rows THREADS threads take, the i-th of `thread` in its turn.
@@ -122,7 +120,8 @@ struct WindowSource {
       const uint32_t at = Tile::SWIZZLES ? Tile::below(own, i * Own::STEP) : Tile::at(chunk.row, chunk.chunk);
       const char* row = from + int64_t(places[i]) * row_bytes;
       if (PADS && places[i] < 0) row = padding;
-      copy_async(to + at, row + 16 * chunk.chunk, PADS ? places[i] != Window::NOWHERE : places[i] >= 0);
+      copy_async_if(!Tile::SWIZZLES || (i + 1) * Own::STEP <= ROWS || chunk.row < ROWS, to + at, row + 16 * chunk.chunk,
+                    PADS ? places[i] != Window::NOWHERE : places[i] >= 0);
     }
   }
 };
@@ -153,10 +152,14 @@ struct WindowTarget {
       const Own chunk(i, lane);
       const uint4 words =
           load_shared(Tile::SWIZZLES ? Tile::below(from, i * Own::STEP) : from + Tile::at(chunk.row, chunk.chunk));
-      if (places[i] >= 0) {
-        store_global(to + int64_t(places[i]) * row_bytes + 16 * chunk.chunk, words);
-      } else if (padding != nullptr && places[i] != Window::NOWHERE) {
-        store_global(padding + int64_t(~places[i]) * padding_row_bytes + 16 * chunk.chunk, words);
+      // Where a block goes on to the next head the compiler would keep products of 64 bits in registers.
+      int place = places[i];
+      asm volatile("" : "+r"(place));
+      char* row = to + int64_t(place) * row_bytes + 16 * chunk.chunk;
+      if (place >= 0) {
+        store_global(row, words);
+      } else if (padding != nullptr && place != Window::NOWHERE) {
+        store_global(padding + int64_t(~place) * padding_row_bytes + 16 * chunk.chunk, words);
       }
     }
   }

@@ -224,7 +224,7 @@ def record(monkeypatch, run):
         return call
 
     native = types.SimpleNamespace(
-        cuda_parts=recorder.cuda_parts,
+        cuda_labels=recorder.cuda_labels,
         cuda_row_terms=recorder.cuda_row_terms,
         cuda_attention_forward=running(recorder.cuda_attention_forward),
         cuda_attention_backward=running(recorder.cuda_attention_backward),

@@ -101,7 +101,7 @@ def test_head_dims_are_within_the_bound(monkeypatch, dtype, head_dim, queries, k
 
 @executed
 @pytest.mark.parametrize(
-    "tokens", [1, 15, 16, 17, 32, 33, 49, 64, 65, 128, 129, 192, 193, 196, 197, 198, 208, 209, 257, 577]
+    "tokens", [1, 15, 16, 17, 32, 33, 49, 56, 57, 64, 65, 128, 129, 192, 193, 196, 197, 198, 200, 201, 257, 577]
 )
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_lengths_are_within_the_bound(monkeypatch, tokens, head_dim):
@@ -512,7 +512,7 @@ def test_what_is_not_supported_is_said():
 def test_native_code_checks_its_arguments(change, message):
     rows = (16, 128, 32, 32)
     arguments = dict(sizes=(1, 1, 4, 4, 32, 0), dtype="float16", query=rows, key=rows, value=rows, bias=None, mask=None)
-    arguments |= dict(scale=1.0, share=0, residual=0, parts=0, head_share=0, output=16, share_out=0, log_sum_exp=16)
+    arguments |= dict(scale=1.0, share=0, residual=0, labels=16, head_share=0, output=16, share_out=0, log_sum_exp=16)
     with pytest.raises(ValueError, match=message):
         extension.compiled.cuda_attention_forward(*{**arguments, **change}.values(), 0)
 
@@ -556,7 +556,7 @@ def test_native_code_checks_the_arguments_of_windows(change, message):
     rows = (16, 128, 32, 32)
     arguments = dict(sizes=(9, 1, 16, 16, 32, 0), dtype="float16", query=rows, key=rows, value=rows, bias=None)
     arguments |= dict(scale=1.0, map=(9, 9, 4, 4, 2, 0), pad_qkv=16, starts=16, places=16, bias_heads=1)
-    arguments |= dict(share=0, residual=0, parts=0, head_share=0, output=16, share_out=0, log_sum_exp=16)
+    arguments |= dict(share=0, residual=0, labels=16, head_share=0, output=16, share_out=0, log_sum_exp=16)
     with pytest.raises(ValueError, match=message):
         extension.compiled.cuda_window_attention_forward(*{**arguments, **change}.values(), 0)
 
@@ -567,7 +567,7 @@ def test_an_error_of_cuda_names_the_kernel_and_its_shape():
     rows = (16, 128, 32, 32)
     with pytest.raises(RuntimeError, match="attention_forward with B, H, Nq, Nk, D, S = 1, 1, 4, 4, 32, 0: "):
         extension.compiled.cuda_attention_forward(
-            (1, 1, 4, 4, 32, 0), "float16", rows, rows, rows, None, None, 1.0, 0, 0, 0, 0, 16, 0, 16, 0
+            (1, 1, 4, 4, 32, 0), "float16", rows, rows, rows, None, None, 1.0, 0, 0, 16, 0, 16, 0, 16, 0
         )  # fmt: skip
 
 

@@ -67,16 +67,16 @@ def forward(
     bias, mask = float_or_smaller(bias), float_or_smaller(mask)
     share = None if share is None else share.contiguous()
     residual = None if residual is None else residual.contiguous()
-    parts = head_share = None
+    packed_labels = query.new_empty(_native.cuda_labels(batch, keys, sources, False))
+    head_share = None
     if sources:
-        parts = query.new_empty((batch, *_native.cuda_parts(keys, sources)))
         head_share = query.new_empty((batch, heads, sources, queries), dtype=torch.float32)
     with _current(device):
         _native.cuda_attention_forward(
             *_problem(query, key, value, sources, bias, mask, scale),
             whole("share", share, (batch, keys, sources), torch.float32, device),
             whole("residual", residual, (batch, queries, sources), torch.float32, device),
-            0 if parts is None else parts.data_ptr(),
+            packed_labels.data_ptr(),
             0 if head_share is None else head_share.data_ptr(),
             whole("output", output, (batch, queries, heads, head_dim), dtype, device),
             whole("share_out", share_out, (batch, queries, sources), torch.float32, device),
@@ -156,11 +156,10 @@ def window_forward(
     qkv = _aligned(qkv.flatten(1, 2))
     share = None if share is None else share.contiguous()
     residual = None if residual is None else residual.contiguous()
-    parts = head_share = None
+    packed_labels = qkv.new_empty(_native.cuda_labels(batch, tokens, sources, True))
+    head_share = None
     if sources:
-        # Beside the parts of shares, and beside shares, what says which keys have a label.
-        rows_of_parts, columns = _native.cuda_parts(tokens, sources)
-        parts = qkv.new_empty((batch, rows_of_parts + 1, columns))
+        # Beside shares what part of the attention goes to labels.
         head_share = qkv.new_empty((batch, heads, sources + 1, tokens), dtype=torch.float32)
     problem, _keep = _window_problem(qkv, pad_qkv, bias, windows, sources, scale)
     with _current(device):
@@ -168,7 +167,7 @@ def window_forward(
             *problem,
             whole("share", share, labels, torch.float32, device),
             whole("residual", residual, labels, torch.float32, device),
-            0 if parts is None else parts.data_ptr(),
+            packed_labels.data_ptr(),
             0 if head_share is None else head_share.data_ptr(),
             whole("output", output, of_map, qkv.dtype, device),
             whole("share_out", share_out, labels, torch.float32, device),
