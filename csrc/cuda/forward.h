@@ -279,7 +279,10 @@ struct ForwardKernel {
       }
       if (step + 1 < steps) keys(step + 1).copy(stage(step + 1).key);
       commit_copies();
-      if (works()) exponentiate(scores, weights, highest, output, label, step);
+      if (works()) {
+        exponentiate(scores, weights, highest, output, label, step);
+        read_labels(labels, 0, packed, step);
+      }
       wait_for_copies<1>();
       __syncthreads();
       if (works()) {
@@ -310,7 +313,9 @@ struct ForwardKernel {
     if (!works) return;
     const uint4 place = load_shared(shared + END_OF_STAGES);
     turn = place.x, first = int(place.y), image = place.z, head = place.w;
-    multiply_values(weights, output, label, labels, packed_labels(), 0, value_address(0), key_address(0));
+    const PackedLabels packed = packed_labels();
+    read_labels(labels, 0, packed, 0);
+    multiply_values(weights, output, label, labels, packed, 0, value_address(0), key_address(0));
     // Hides from the compiler what registers could keep.
     unsigned thread = threadIdx.x;
     asm volatile("" : "+r"(thread));
@@ -587,7 +592,8 @@ struct ForwardKernel {
       } else {
         multiply_values(weights[tile], output, tile, from);
       }
-      if (!TURNS && tile % 2 == 0) read_labels(labels, tile, packed, step);
+      // So that they are there when they are needed: the first ones were read before.
+      if (!TURNS && tile % 2 == 0 && tile + 2 < TILES) read_labels(labels, tile + 2, packed, step);
       multiply_labels(weights[tile], label, labels, tile);
     }
   }
