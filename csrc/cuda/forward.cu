@@ -156,7 +156,7 @@ void launch(Forward p, cudaStream_t stream) {
 #if defined(TLALIGN_HOPPER)
   if (KIND == Kind::plain && LABEL_BLOCKS == 1) {
     if (OCTETS == 25 && launch_on_hopper(p, stream)) return average<KIND>(p, stream);
-    if (STREAMS && stream_on_hopper(p, stream)) return average<KIND>(p, stream);
+    if ((STREAMS || OCTETS == 32) && stream_on_hopper(p, stream)) return average<KIND>(p, stream);
   }
 #endif
   if (!Kernel::TURNS) pack<T, KIND>(p, stream);
@@ -174,7 +174,7 @@ void launch(Forward p, cudaStream_t stream) {
   if (!Kernel::has_all_heads(p)) average<KIND>(p, stream);
 }
 
-// All keys in one step where registers hold their scores: up to 64, or up to 200 of heads of at most 64.
+// All keys in one step where registers hold their scores: up to 64, or up to 256 of heads of at most 64.
 template <class T, int D, Kind KIND>
 void launch_for_keys(const Forward& p, cudaStream_t stream) {
   if (p.sources > 2) return launch<T, D, D <= 96 ? 8 : 4, 4, true, KIND, 4>(p, stream);
@@ -194,6 +194,7 @@ void launch_for_keys(const Forward& p, cudaStream_t stream) {
     // As many queries as keys are 13 times 16: two blocks of 7 warps load K and V half as often as four of 4. But with
     // heads of 32 ptxas does not get by with 128 registers, and with more only one such block is resident.
     if (p.keys <= 200) return launch<T, D, 25, D == 64 ? 7 : 4, false, KIND, 1>(p, stream);
+    if (p.keys <= 256) return launch<T, D, 32, 4, false, KIND, 1>(p, stream);
   }
   launch<T, D, 8, 4, true, KIND, 1>(p, stream);
 }

@@ -17,7 +17,7 @@ constexpr int QUERIES_OF_WARP = 16;
 
 // Keys that there are at least where one step has all of them in so many times 8: see launch_for_keys.
 constexpr int least_keys(int octets) {
-  return octets == 25 ? 193 : octets == 24 ? 129 : octets == 16 ? 65 : octets > 4 ? 33 : 1;
+  return octets == 32 ? 201 : octets == 25 ? 193 : octets == 24 ? 129 : octets == 16 ? 65 : octets > 4 ? 33 : 1;
 }
 
 // share = hi + mid + lo
@@ -87,8 +87,9 @@ struct ForwardKernel {
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + (TURNS ? LABEL_BYTES : 0);
   // Blocks that the registers of a multiprocessor are to hold at once.
   static constexpr bool IN_WIDE_WINDOWS = WINDOWS && D > 32;
-  static constexpr int BLOCKS = WARPS > 4 || D > 64 || (STREAMS && (OFFSETS || LABEL_BLOCKS > 1 || IN_WIDE_WINDOWS)) ? 2
-                                : STREAMS || TILES > 8                                                               ? 3
+  static constexpr bool IS_WIDE = D > 64 || (STREAMS ? OFFSETS || LABEL_BLOCKS > 1 || IN_WIDE_WINDOWS : TILES > 13);
+  static constexpr int BLOCKS = WARPS > 4 || IS_WIDE           ? 2
+                                : STREAMS || TILES > 8         ? 3
                                 : TURNS && D <= 32 && !WINDOWS ? 5
                                                                : 4;
   // The output passes through shared memory: that of the queries, unless the next ones are already coming.

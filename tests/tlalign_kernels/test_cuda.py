@@ -101,7 +101,7 @@ def test_head_dims_are_within_the_bound(monkeypatch, dtype, head_dim, queries, k
 
 @executed
 @pytest.mark.parametrize(
-    "tokens", [1, 15, 16, 17, 32, 33, 49, 56, 57, 64, 65, 128, 129, 192, 193, 196, 197, 198, 200, 201, 257, 577]
+    "tokens", [1, 15, 16, 17, 32, 33, 49, 56, 57, 64, 65, 128, 129, 192, 193, 196, 197, 198, 200, 201, 256, 257, 577]
 )
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_lengths_are_within_the_bound(monkeypatch, tokens, head_dim):
