@@ -85,6 +85,8 @@ struct ForwardKernel {
   static constexpr int LABEL_BYTES =
       (LABEL_ROWS * LABEL_PITCH + Tile::ALIGNMENT - 1) / Tile::ALIGNMENT * Tile::ALIGNMENT;
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + (TURNS ? LABEL_BYTES : 0);
+  // Other ones are read so many tiles before they are needed, as registers allow.
+  static constexpr int AHEAD = LABEL_BLOCKS == 1 ? 2 : 0;
   // Blocks that the registers of a multiprocessor are to hold at once.
   static constexpr bool IN_WIDE_WINDOWS = WINDOWS && D > 32;
   static constexpr bool IS_WIDE = D > 64 || (STREAMS ? OFFSETS || LABEL_BLOCKS > 1 || IN_WIDE_WINDOWS : TILES > 13);
@@ -282,7 +284,7 @@ struct ForwardKernel {
       commit_copies();
       if (works()) {
         exponentiate(scores, weights, highest, output, label, step);
-        read_labels(labels, 0, packed, step);
+        if (AHEAD > 0) read_labels(labels, 0, packed, step);
       }
       wait_for_copies<1>();
       __syncthreads();
@@ -593,8 +595,7 @@ struct ForwardKernel {
       } else {
         multiply_values(weights[tile], output, tile, from);
       }
-      // So that they are there when they are needed: the first ones were read before.
-      if (!TURNS && tile % 2 == 0 && tile + 2 < TILES) read_labels(labels, tile + 2, packed, step);
+      if (!TURNS && tile % 2 == 0 && tile + AHEAD < TILES) read_labels(labels, tile + AHEAD, packed, step);
       multiply_labels(weights[tile], label, labels, tile);
     }
   }
