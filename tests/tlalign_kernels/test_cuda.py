@@ -262,8 +262,10 @@ def test_a_gradient_with_zero_strides(monkeypatch):
 
 
 @executed
-def test_no_labels(monkeypatch):
-    inputs = selftest.cast_inputs(make_inputs(replace(ONE, queries=30, keys=50, head_dim=32), DEVICE), BFLOAT16)
+@pytest.mark.parametrize("keys", [50, 70, 300])  # heads in turn, one step, several
+def test_no_labels(monkeypatch, keys):
+    case = replace(ONE, batch=2, queries=30, keys=keys, head_dim=32)
+    inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
     tensors = [inputs[name] for name in ("query", "key", "value")]
     with monkeypatch.context() as patch:
         record(patch)
