@@ -850,9 +850,7 @@ void backward(const Backward& arguments, cudaStream_t stream) {
     rows->image *= sizeof(uint16_t), rows->head *= sizeof(uint16_t), rows->row *= sizeof(uint16_t);
   }
   if (p.windows.starts != nullptr) prepare_windows(p, stream);
-#if defined(TLALIGN_HOPPER)
   if (launch_on_hopper(p, stream)) return;
-#endif
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
     if (p.windows.starts != nullptr) {

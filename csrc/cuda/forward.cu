@@ -31,36 +31,12 @@ __global__ void pack_labels(const __grid_constant__ Forward p) {
   // 16 pairs after 16 others; and of those every fourth one lies beside the last, in a thread's 16 bytes.
   uint32_t* to = reinterpret_cast<uint32_t*>(static_cast<Fragment*>(p.labels) + image * p.labels_of_image) +
                  (pair / 16 * 64 + pair % 4 * 4 + pair / 4 % 4);
-  bool is_key[2], is_real[2];
-  const float* share[2];
-#pragma unroll
-  for (unsigned i = 0; i < 2; ++i) {
-    const unsigned key = 2 * pair + i;
-    is_real[i] = is_key[i] = key < p.keys;
-    uint64_t token = uint64_t(image) * p.keys + key;
-    if (WINDOWS) {
-      const Window window(p.windows, image);
-      is_real[i] = window.has(key);
-      token = window.token_of_all(key);
-    }
-    share[i] = p.share + token * p.sources;
-  }
-  const auto store = [&](int column, const T& first, const T& second) {
-    alignas(4) const T both[2] = {first, second};
-    to[16 * column] = reinterpret_cast<const uint32_t&>(both);
-  };
 #pragma unroll 1
   for (int group = 0; group < p.label_groups; ++group, to += 2 * row) {
-    const auto one = [&](int i) {
-      const bool has_one = WINDOWS && group > 0 ? is_real[i] : is_key[i];
-      return from_float<T>(has_one ? 1.0f : 0.0f);
-    };
-    store(0, one(0), one(1));
-    T parts[2][PARTS];
+    uint32_t columns[1 + PARTS];
+    find_columns<T, WINDOWS>(p, image, group, pair, columns);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) split(is_real[i] && group < p.sources ? share[i][group] : 0.0f, parts[i]);
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) store(1 + i, parts[0][i], parts[1][i]);
+    for (int i = 0; i <= PARTS; ++i) to[16 * i] = columns[i];
   }
 }
 
@@ -153,22 +129,22 @@ void launch(Forward p, cudaStream_t stream) {
   // Where there are none, those of all images are the same.
   p.labels_of_image = p.sources == 0 ? 0 : labels_of_image(p.label_groups, p.keys) * sizeof(T) / sizeof(Fragment);
   using Kernel = ForwardKernel<T, D, OCTETS, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
-#if defined(TLALIGN_HOPPER)
   if (KIND == Kind::plain && LABEL_BLOCKS == 1) {
     if (OCTETS == 25 && launch_on_hopper(p, stream)) return average<KIND>(p, stream);
     if ((STREAMS || OCTETS == 32) && stream_on_hopper(p, stream)) return average<KIND>(p, stream);
   }
-#endif
   if (!Kernel::TURNS) pack<T, KIND>(p, stream);
   const auto kernel = attention_forward<T, D, OCTETS, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
         "attention_forward", p);
   p.blocks = Divisor(blocks_of(p.queries, Kernel::QUERIES));
   const int64_t pairs = p.blocks.divisor * p.batch * p.heads;
+  count_in_bytes<T>(p);
+  p.query_head_bytes = unsigned(p.query.head), p.key_head_bytes = unsigned(p.key.head);
+  p.value_head_bytes = unsigned(p.value.head);
   p.heads_of_block = Kernel::TURNS ? int(std::clamp<int64_t>(pairs / FEW_BLOCKS, 1, p.heads)) : 1;
   p.turns = Divisor(blocks_of(p.heads, p.heads_of_block));
   const int64_t blocks = p.blocks.divisor * p.batch * p.turns.divisor;
-  count_in_bytes<T>(p);
   kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
   check(cudaGetLastError(), "attention_forward", p);
   if (!Kernel::has_all_heads(p)) average<KIND>(p, stream);

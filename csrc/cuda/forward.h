@@ -20,14 +20,48 @@ constexpr int least_keys(int octets) {
   return octets == 32 ? 201 : octets == 25 ? 193 : octets == 24 ? 129 : octets == 16 ? 65 : octets > 4 ? 33 : 1;
 }
 
-// share = hi + mid + lo
+// share = hi + mid + lo, of two at once: a word has a part of both.
 template <class T>
-__device__ void split(float share, T (&parts)[PARTS]) {
+__device__ void split(float2 shares, uint32_t (&parts)[PARTS]) {
 #pragma unroll
   for (int i = 0; i < PARTS; ++i) {
-    parts[i] = from_float<T>(share);
-    share -= to_float(parts[i]);
+    parts[i] = pack<T>(shares.x, shares.y);
+    const float2 rounded = unpack<T>(parts[i]);
+    shares.x -= rounded.x, shares.y -= rounded.y;
   }
+}
+
+// What keys 2 pair and 2 pair + 1 have in the columns of a group of labels (see label_groups), a word for each column:
+// zeros from key Nk on and where there are no labels.
+template <class T, bool WINDOWS>
+__device__ void find_columns(const Forward& p, unsigned image, unsigned group, unsigned pair,
+                             uint32_t (&columns)[1 + PARTS]) {
+  const unsigned key = 2 * pair, sources = p.sources;
+  const bool is_key[2] = {key < p.keys, key + 1 < p.keys};
+  bool has_label[2] = {is_key[0], is_key[1]};
+  const float* from[2] = {p.share + ((uint64_t(image) * unsigned(p.keys) + key) * sources + group)};
+  from[1] = from[0] + sources;
+  if (WINDOWS) {
+    const Window window(p.windows, image);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      has_label[i] = window.has(key + i);
+      from[i] = p.share + (window.token_of_all(key + i) * sources + group);
+    }
+  }
+  float share[2] = {};
+  if (group < sources) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (has_label[i]) share[i] = *from[i];
+    }
+  }
+  const auto one = [&](int i) { return (WINDOWS && group > 0 ? has_label[i] : is_key[i]) ? 1.0f : 0.0f; };
+  columns[0] = pack<T>(one(0), one(1));
+  uint32_t parts[PARTS];
+  split<T>(make_float2(share[0], share[1]), parts);
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) columns[1 + i] = parts[i];
 }
 
 // Makes a sum of shares over the heads their mean, by what their weights sum to, and averages it with the residual.
@@ -76,12 +110,11 @@ struct ForwardKernel {
   static constexpr int CERTAIN_KEYS = STREAMS ? 0 : least_keys(OCTETS) - 1;
   static constexpr int CERTAIN_TILES = STREAMS ? 1 : TURNS ? TILES : CERTAIN_KEYS / 16 + 1;
   static_assert(!TURNS || (LABEL_BLOCKS == 1 && KEYS <= 64), "a warp splits the labels of a source");
-  // Labels that lie in shared memory are rows of a column each, ones and the parts of the shares: 16-byte chunks of 8
-  // keys, an odd number of them, so that 8 rows begin in different banks.
-  static constexpr int LABEL_ROWS = 1 + PARTS * 2 * LABEL_BLOCKS + WINDOWS;
+  // Labels that lie in shared memory are rows of a column each: 16-byte chunks of 8 keys, an odd number of them, so
+  // that 8 rows begin in different banks.
+  static constexpr int LABEL_ROWS = 8 * LABEL_BLOCKS;
   static constexpr int LABEL_CHUNKS = 2 * ((TILES + 1) / 2 * 2);
   static constexpr int LABEL_PITCH = 16 * (LABEL_CHUNKS + 1);
-  static_assert(LABEL_CHUNKS <= 32, "a warp has a row in one go");
   static constexpr int LABEL_BYTES =
       (LABEL_ROWS * LABEL_PITCH + Tile::ALIGNMENT - 1) / Tile::ALIGNMENT * Tile::ALIGNMENT;
   static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + (TURNS ? LABEL_BYTES : 0);
@@ -105,6 +138,11 @@ struct ForwardKernel {
   struct Stage {
     uint32_t key, value, label;
   };
+  // Of two rows, over the heads that a block takes in turn: what a thread has of the labels of each source, and in
+  // windows what it has of the attention that goes to labels.
+  struct Shares {
+    float label[LABEL_BLOCKS][2], weight[2];
+  };
   template <int ROWS, bool REPEATS, int CERTAIN, bool PADS>
   using Source = std::conditional_t<WINDOWS, WindowSource<Tile, ROWS, THREADS, PADS>,
                                     typename Tile::template Source<ROWS, THREADS, REPEATS, CERTAIN>>;
@@ -120,6 +158,7 @@ struct ForwardKernel {
     unsigned lane, query;
     bool is_query;
     float* log_sum_exp;
+    float of_first = lane % 2 ? 1.0f : 0.0f;
 
     __device__ explicit Numbers(unsigned lane) : lane(lane) {}
     // `row`: the first query of the warp. `pair`: the number of the head among those of all images.
@@ -196,46 +235,14 @@ struct ForwardKernel {
   __device__ Queries queries() const { return source<Queries>(p.query, 0, first, p.queries); }
   __device__ Keys keys(int step) const { return source<Keys>(p.key, 1, step * KEYS, p.keys); }
   __device__ Values values(int step) const { return source<Values>(p.value, 2, step * KEYS, p.keys); }
-  // Rows of the labels: ones, parts, and of windows what says where there are labels.
-  __device__ int label_rows() const { return 1 + p.sources * PARTS + (WINDOWS && p.sources > 0); }
-
-  __device__ void load_labels(uint32_t to) const {
-    if (warp == 0) store_ones(to);
-    if (warp < p.sources) split_labels(to, warp, lane);
-  }
-  __device__ void store_ones(uint32_t to) const {
-    const int key = 8 * lane;
-    if (lane >= LABEL_CHUNKS) return;
-    const uint32_t ones = pack<T>(1.0f, 1.0f), one = ones & 0xffff;
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = p.keys > key + 2 * i + 1 ? ones : p.keys > key + 2 * i ? one : 0;
-    store_shared(to + lane * 16, make_uint4(words[0], words[1], words[2], words[3]));
-  }
   // What `pack_labels` does for other blocks. So many threads as there are pairs of keys have one each.
-  __device__ void split_labels(uint32_t to, int source, int pair) const {
-    const int key = 2 * pair;
-    if (key >= 8 * LABEL_CHUNKS) return;
-    T parts[2][PARTS];
-    float is_real[2];
+  __device__ void store_labels(uint32_t to, int group, int pair) const {
+    if (2 * pair >= 8 * LABEL_CHUNKS) return;
+    uint32_t columns[1 + PARTS];
+    find_columns<T, WINDOWS>(p, image, group, pair, columns);
+    to += group * (4 * LABEL_PITCH) + pair * 4;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      bool has_label = key + i < p.keys;
-      uint64_t token = uint64_t(image) * unsigned(p.keys) + key + i;
-      if (WINDOWS) {
-        has_label = window().has(key + i);
-        token = window().token_of_all(key + i);
-      }
-      split(has_label ? p.share[token * unsigned(p.sources) + source] : 0.0f, parts[i]);
-      is_real[i] = has_label ? 1.0f : 0.0f;
-    }
-    to += key * int(sizeof(T));
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
-      alignas(4) const T both[2] = {parts[0][i], parts[1][i]};
-      store_shared(to + (1 + source * PARTS + i) * LABEL_PITCH, reinterpret_cast<const uint32_t&>(both));
-    }
-    if (WINDOWS && source == 0) store_shared(to + (label_rows() - 1) * LABEL_PITCH, pack<T>(is_real[0], is_real[1]));
+    for (int i = 0; i <= PARTS; ++i) store_shared(to + i * LABEL_PITCH, columns[i]);
   }
 
   __device__ void run() {
@@ -250,7 +257,7 @@ struct ForwardKernel {
     key_rows.copy(stage(0).key);
     commit_copies();
     value_rows.copy(stage(0).value);
-    if constexpr (TURNS) load_labels(stage(0).label);
+    if (TURNS && warp < p.label_groups) store_labels(stage(0).label, warp, lane);
     commit_copies();
     if constexpr (STREAMS) {
       take_steps();
@@ -327,7 +334,7 @@ struct ForwardKernel {
 
   __device__ void write_all(const float (&output)[D / 8][4], const float (&label)[LABEL_BLOCKS][4],
                             const float (&highest)[2], const Destination& to) const {
-    float shares[LABEL_BLOCKS][4];
+    Shares shares;
     write(output, label, highest, shares, to);
     write_shares(shares, to);
   }
@@ -341,14 +348,16 @@ struct ForwardKernel {
     Destination destination(*this, threadIdx.x);
     query_rows.own = key_rows.own = value_rows.own = kept(value_rows.own);
     destination.lane = kept(destination.lane);
+    asm volatile("" : "+f"(destination.of_first));
     destination.rows.from = kept(destination.rows.from);
-    float shares[LABEL_BLOCKS][4] = {};
+    Shares shares = {};
     const float* starts = WINDOWS ? find_starts(0) : nullptr;
     if (WINDOWS) read_starts(scores, starts, 0);
     const Differing differing = find_regions(0);
     wait_for_copies<1>();
     __syncthreads();
-    read_labels(labels, stage(0).label);
+    read_labels(labels, label_address(stage(0).label));
+    unsigned next = 0;
     for (int more = min(p.heads_of_block, p.heads - int(head)) - 1;; --more) {
       read_queries(query, from_query);
       multiply_keys(query, scores, 0, from_key);
@@ -358,23 +367,21 @@ struct ForwardKernel {
       wait_for_copies<0>();
       __syncthreads();
       if (more > 0) {
-        query_rows.next_head(p.query.head);
-        key_rows.next_head(p.key.head);
-        query_rows.copy(shared);
-        key_rows.copy(stage(0).key);
+        next = kept(next + 1);
+        query_rows.of_head(next, p.query_head_bytes).copy(shared);
+        key_rows.of_head(next, p.key_head_bytes).copy(stage(0).key);
         commit_copies();
       }
       multiply_values(weights, output, label, labels, {}, 0, from_value, from_key);
       if (WINDOWS && more > 0) read_starts(scores, starts += p.windows.start_head, 0);
       write(output, label, highest, shares, destination);
       if (more == 0) break;
-      value_rows.next_head(p.value.head);
       destination.rows.to += D * sizeof(T);
       destination.log_sum_exp += p.queries;
       // The next Q and K are there, and nobody needs V any more.
       wait_for_copies<0>();
       __syncthreads();
-      value_rows.copy(stage(0).value);
+      value_rows.of_head(next, p.value_head_bytes).copy(stage(0).value);
       commit_copies();
     }
     write_shares(shares, destination);
@@ -387,14 +394,15 @@ struct ForwardKernel {
   }
   __device__ uint32_t value_address(int step) const { return stage(step).value + Tile::at(lane % 16, lane / 16); }
 
-  // From shared memory.
+  // Where this thread's matrices of labels are in shared memory. Columns that nobody asks for have what other ones
+  // have.
+  __device__ uint32_t label_address(uint32_t labels) const {
+    return labels + (lane & (4 * p.label_groups - 1)) * LABEL_PITCH + lane / 8 * 16;
+  }
   __device__ void read_labels(Labels& labels, uint32_t from) const {
-    // Columns that nobody asks for have what other ones have.
-    const int column = lane % 8, last = label_rows() - 1;
-    const int row = WINDOWS && column == 4 ? last : min(column - column / 4, last);
 #pragma unroll
     for (int i = 0; i < (TILES + 1) / 2; ++i) {
-      labels[i][0] = load_matrices(from + row * LABEL_PITCH + lane / 8 * 16 + 64 * i);
+      labels[i][0] = load_matrices(from + 64 * i);
     }
   }
 
@@ -638,7 +646,7 @@ struct ForwardKernel {
 
   // `label`: the sum of P [1, share], which divided by the row sum is added to `shares`, the sum over the heads.
   __device__ void write(const float (&output)[D / 8][4], const float (&label)[LABEL_BLOCKS][4],
-                        const float (&highest)[2], float (&shares)[LABEL_BLOCKS][4], const Destination& to) const {
+                        const float (&highest)[2], Shares& shares, const Destination& to) const {
     const float2 factor = write_log_sum(label, highest, shares, to);
     const float inverse[2] = {factor.x, factor.y};
     // Through shared memory that only this warp uses, so that a thread writes 16 bytes.
@@ -655,40 +663,44 @@ struct ForwardKernel {
   }
 
   // Returns what the two rows of a thread are to be multiplied by.
-  __device__ float2 write_log_sum(const float (&label)[LABEL_BLOCKS][4], const float (&highest)[2],
-                                  float (&shares)[LABEL_BLOCKS][4], const Numbers& to) const {
+  __device__ float2 write_log_sum(const float (&label)[LABEL_BLOCKS][4], const float (&highest)[2], Shares& shares,
+                                  const Numbers& to) const {
     // Of the four threads that share a row the first has columns 0 and 1, the next 2 and 3, ...
     const float total[2] = {__shfl_sync(0xffffffffu, label[0][0], to.lane & ~3),
                             __shfl_sync(0xffffffffu, label[0][2], to.lane & ~3)};
     // Else a query sees every key.
     const float inverse[2] = {MASKED && total[0] == 0.0f ? 0.0f : inverse_of(total[0]),
                               MASKED && total[1] == 0.0f ? 0.0f : inverse_of(total[1])};
+    const bool is_odd = to.lane % 2 != 0;
 #pragma unroll
-    for (int n = 0; n < LABEL_BLOCKS; ++n) {
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) shares[n][i] = fmaf(label[n][i], inverse[i / 2], TURNS ? shares[n][i] : 0.0f);
+      for (int n = 0; n < LABEL_BLOCKS; ++n) {
+        const float parts = fmaf(label[n][2 * i], to.of_first, label[n][2 * i + 1]);
+        shares.label[n][i] = fmaf(parts, inverse[i], TURNS ? shares.label[n][i] : 0.0f);
+      }
+      if (WINDOWS) shares.weight[i] = fmaf(label[0][2 * i], inverse[i], TURNS ? shares.weight[i] : 0.0f);
     }
     // log2(0) plus the maximum, -inf, is -inf: a query that sees no key.
-    const bool is_odd = to.lane % 2 != 0;
     const float log_sum = (is_odd ? highest[1] : highest[0]) + log2_of(is_odd ? total[1] : total[0]);
     if (to.is_query && to.lane % 4 < 2) *to.log_sum_exp = log_sum * LN_2;
     return make_float2(inverse[0], inverse[1]);
   }
 
   // The label of a source is the sum of its parts: the first of them has an even thread, the others its neighbour.
-  __device__ void write_shares(const float (&shares)[LABEL_BLOCKS][4], const Numbers& to) const {
+  __device__ void write_shares(const Shares& shares, const Numbers& to) const {
     const bool is_odd = to.lane % 2 != 0;
     float weight = 0.0f;
     if (WINDOWS) {
       // Column 4: the part of the attention that goes to labels.
       const int from = to.lane & ~3 | 2;
-      const float of_rows[2] = {__shfl_sync(0xffffffffu, shares[0][0], from),
-                                __shfl_sync(0xffffffffu, shares[0][2], from)};
+      const float of_rows[2] = {__shfl_sync(0xffffffffu, shares.weight[0], from),
+                                __shfl_sync(0xffffffffu, shares.weight[1], from)};
       weight = is_odd ? of_rows[1] : of_rows[0];
     }
     const bool averages = has_all_heads(p);
     bool is_real = to.is_query;
-    uint64_t first = image * p.shares_of_image;
+    uint64_t first = image * p.shares_of_image + uint64_t(to.query) * unsigned(p.sources);
     if (WINDOWS && averages && is_real) {
       is_real = window().has(to.query);
       first = window().token_of_all(to.query) * unsigned(p.sources);
@@ -696,14 +708,12 @@ struct ForwardKernel {
     if (WINDOWS && !averages && is_real && to.lane % 4 < 2 && p.sources > 0) head_share(p.sources, to.query) = weight;
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) {
-      const float (&s)[4] = shares[n];
-      const float own[2] = {is_odd ? s[0] + s[1] : s[1], is_odd ? s[2] + s[3] : s[3]};
+      const float (&own)[2] = shares.label[n];
       const float share = (is_odd ? own[1] : own[0]) + __shfl_xor_sync(0xffffffffu, is_odd ? own[0] : own[1], 1);
       const unsigned source = 2 * n + to.lane % 4 / 2;
       if (!is_real || source >= p.sources) continue;
       if (averages) {
-        const uint64_t at = first + (WINDOWS ? 0 : uint64_t(to.query) * unsigned(p.sources)) + source;
-        (WINDOWS ? HeadMean(p, weight) : HeadMean(p)).write(p, at, share);
+        (WINDOWS ? HeadMean(p, weight) : HeadMean(p)).write(p, first + source, share);
       } else {
         head_share(source, to.query) = share;
       }
@@ -722,10 +732,5 @@ void count_in_bytes(Forward& p) {
     rows->image *= sizeof(T), rows->head *= sizeof(T), rows->row *= sizeof(T);
   }
 }
-
-// Launch a kernel for Hopper, if the device is one and there is one for the problem, the latter for more keys than one
-// step takes; else say no. Set what divides an image into heads.
-bool launch_on_hopper(Forward& p, cudaStream_t stream);
-bool stream_on_hopper(Forward& p, cudaStream_t stream);
 
 }  // namespace tlalign::cuda

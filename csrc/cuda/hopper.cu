@@ -89,10 +89,9 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 25, 4, false, 
       if (number >= 2) hopper::wait_at(values_are_done(stage), OF_ALL);
       this->template source<Padded>(p.value, 2, 0, p.keys).copy(values_of(stage));
       commit_copies();
-      if (warp == 0) this->store_ones(labels_of(stage));
 #pragma unroll 1
-      for (int source = 0; source < p.sources; ++source) {
-        this->split_labels(labels_of(stage), source, int(threadIdx.x));
+      for (int group = 0; group < p.label_groups; ++group) {
+        this->store_labels(labels_of(stage), group, int(threadIdx.x));
       }
       wait_for_copies<1>();
       hopper::show_to_products();
@@ -119,7 +118,7 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 25, 4, false, 
     this->find_highest(scores, highest, shift, 0);
     if (is_first) hopper::wait_at(values_are_there(stage, group), OF_A_GROUP);
     const uint64_t values = hopper::descriptor(values_of(stage));
-    const uint32_t label_rows = find_labels(labels_of(stage));
+    const uint32_t label_rows = this->label_address(labels_of(stage));
 #pragma unroll
     for (int first = 0; first < TILES; first += AT_ONCE) {
 #pragma unroll
@@ -152,11 +151,6 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 25, 4, false, 
     for (int i = 1; i < D / 16; ++i) hopper::multiply_rows<T, true>(scores, queries + 2 * i, keys + 2 * i);
     hopper::commit_products();
     hopper::wait_for_products(scores);
-  }
-
-  __device__ uint32_t find_labels(uint32_t from) const {
-    const int column = lane % 8, row = min(column - column / 4, this->label_rows() - 1);
-    return from + row * Base::LABEL_PITCH + lane / 8 * 16;
   }
 };
 

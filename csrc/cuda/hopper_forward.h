@@ -17,7 +17,7 @@ struct HopperForwardKernel : Base {
   __device__ void write(const float (&output)[D / 8][4], const float (&label)[1][4], const float (&highest)[2],
                         unsigned row) const {
     const typename Base::Numbers numbers(p, turn, row, lane);
-    float shares[1][4];
+    typename Base::Shares shares;
     const float2 factor = this->write_log_sum(label, highest, shares, numbers);
     this->write_shares(shares, numbers);
     char* to = static_cast<char*>(p.output);

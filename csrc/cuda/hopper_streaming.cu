@@ -130,12 +130,14 @@ struct HopperStreamingKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 16, 4
     }
     __device__ void write(uint32_t labels) const {
       alignas(16) T row[LABEL_COLUMNS] = {from_float<T>(is_key ? 1.0f : 0.0f)};
+      uint32_t parts[PARTS];
+      split<T>(make_float2(share[0], share[1]), parts);
 #pragma unroll
-      for (int source = 0; source < SOURCES; ++source) {
-        T parts[PARTS];
-        split(share[source], parts);
+      for (int i = 0; i < PARTS; ++i) {
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) row[4 * source + 1 + i] = parts[i];
+        for (int source = 0; source < SOURCES; ++source) {
+          row[4 * source + 1 + i] = reinterpret_cast<const T(&)[SOURCES]>(parts[i])[source];
+        }
       }
       store_shared(labels + Tile::at(threadIdx.x, 0), reinterpret_cast<const uint4&>(row));
     }

@@ -49,8 +49,11 @@ void with_types(const Problem& p, Call call) {
 
 // Multiprocessors of the current device if it is a Hopper, else 0.
 int multiprocessors_of_hopper();
-// Launches a kernel for Hopper, if the device is one and there is one for the problem; else says no. Strides are in
-// bytes.
+// Launch a kernel for Hopper, if the device is one and there is one for the problem; else say no. Of the forward the
+// second one is for more keys than one step takes; they set what divides an image into heads. Of the backward strides
+// are in bytes.
+bool launch_on_hopper(Forward& p, cudaStream_t stream);
+bool stream_on_hopper(Forward& p, cudaStream_t stream);
 bool launch_on_hopper(const Backward& p, cudaStream_t stream);
 
 }  // namespace tlalign::cuda

@@ -38,6 +38,16 @@ template <class T>
 __device__ uint32_t pack(float low, float high) {
   return pack_pair(T(), low, high);
 }
+__device__ inline float2 unpack_pair(__nv_bfloat16, uint32_t word) {
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+__device__ inline float2 unpack_pair(__half, uint32_t word) {
+  return __half22float2(reinterpret_cast<const __half2&>(word));
+}
+template <class T>
+__device__ float2 unpack(uint32_t word) {
+  return unpack_pair(T(), word);
+}
 
 __device__ inline float exp2_of(float x) {
   float y;
@@ -237,7 +247,12 @@ struct SharedRows {
       own = at(own_row, own_chunk);
     }
 
-    __device__ void next_head(int64_t bytes) { from += bytes; }
+    // Of the head that is so many further on.
+    __device__ Source of_head(unsigned number, unsigned bytes) const {
+      Source source = *this;
+      source.from += uint64_t(number) * bytes;
+      return source;
+    }
 
     // Every thread of the block takes part.
     __device__ void copy(uint32_t to) const {

@@ -107,9 +107,11 @@ struct WindowSource {
     for (int i = 0; i < COUNT; ++i) places[i] = window.place(first + Own(i, threadIdx.x).row);
   }
 
-  __device__ void next_head(int64_t bytes) {
-    from += bytes;
-    if (PADS) padding += 16 * Tile::CHUNKS;
+  __device__ WindowSource of_head(unsigned number, unsigned bytes) const {
+    WindowSource source = *this;
+    source.from += uint64_t(number) * bytes;
+    if (PADS) source.padding += number * (16 * Tile::CHUNKS);
+    return source;
   }
 
   __device__ void copy(uint32_t to) const {

@@ -25,8 +25,9 @@ import tlalign_kernels as tlk
 from tlalign_kernels.backends import cuda as backend
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.c*")), Path(__file__).with_name("cuda_recorder.cpp")]
-HOPPER = sorted((ROOT / "csrc" / "cuda").glob("hopper*.cu"))
+CUDA = ROOT / "csrc" / "cuda"
+SOURCES = sorted({*CUDA.glob("*.c*"), Path(__file__).with_name("cuda_recorder.cpp")} - {CUDA / "without_hopper.cpp"})
+HOPPER = sorted(CUDA.glob("hopper*.cu"))
 
 
 @dataclass(frozen=True)
@@ -42,31 +43,50 @@ class Launch:
 
 
 def _nvcc(*options):
-    return ["nvcc", "-std=c++17", "-O3", "-DTLALIGN_HOPPER", f"-I{ROOT / 'csrc'}", *options]
+    return ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *options]
+
+
+def installed(source):
+    """What the installation compiled a source of kernels to, and its PTX for sm_80, if it did so and it is not old."""
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").glob("**/*.*"))
+    for compiled in ROOT.glob(f"build/cmake-*/CMakeFiles/tlalign_cuda.dir/csrc/cuda/{source.name}.o"):
+        if compiled.stat().st_mtime > newest:
+            _, version, text = print_of("cuobjdump", "-ptx", "-arch", "sm_80", compiled).partition(".version")
+            if text:
+                return compiled, version + text
+    return None
 
 
 @functools.cache
 def build():
-    """The recorder as a Python module, and PTX of each source of kernels, for sm_80 but where it is for Hopper only."""
+    """The recorder as a Python module, and PTX of each source of kernels, for sm_80 but where it is for Hopper only.
+
+    Most of the time goes to sources that an installation with TLALIGN_CUDA_ARCHS=80 has compiled before.
+    """
     folder = Path(tempfile.mkdtemp())
     target = folder / f"cuda_recorder{sysconfig.get_config_var('EXT_SUFFIX')}"
-    running = []
+    objects, texts, running = [], [], []
     for source in SOURCES:
+        if (found := installed(source)) is not None:
+            objects.append(found[0])
+            texts.append(found[1])
+            continue
+        objects.append(folder / f"{source.stem}_{source.suffix[1:]}.o")
         virtual = "compute_90a" if source in HOPPER else "compute_80"
         command = _nvcc(
             "-c", "-gencode", f"arch={virtual},code={virtual}", "-Xcompiler", "-fPIC,-fvisibility=hidden",
             f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "--keep", "--keep-dir", folder,
-            source, "-o", folder / f"{source.stem}_{source.suffix[1:]}.o",
+            source, "-o", objects[-1],
         )  # fmt: skip
         running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     for process in running:
         output, _ = process.communicate()
         assert process.returncode == 0, output.decode()[-4000:]
-    subprocess.run(_nvcc("-shared", "-cudart", "none", *folder.glob("*.o"), "-o", target), check=True)
+    subprocess.run(_nvcc("-shared", "-cudart", "none", *objects, "-o", target), check=True)
     spec = importlib.util.spec_from_file_location("cuda_recorder", target)
     recorder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recorder)
-    texts = [(folder / f"{source.stem}.ptx").read_text() for source in SOURCES if source.suffix == ".cu"]
+    texts += [path.read_text() for path in folder.glob("*.ptx")]
     shutil.rmtree(folder)
     return recorder, texts
 
