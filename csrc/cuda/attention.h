@@ -26,6 +26,7 @@ struct Divisor {
     while ((uint64_t(1) << shift) < d) ++shift;
     multiplier = uint32_t(((uint64_t(1) << 31 << shift) + d - 1) / d);
   }
+  TLALIGN_BOTH bool is_one() const { return shift == 0; }
 #if defined(__CUDACC__)
   __device__ unsigned quotient(unsigned number) const { return __umulhi(2 * number, multiplier) >> shift; }
 #endif
@@ -84,12 +85,14 @@ struct Forward : Problem {
   float* share_out;    // (B, Nq, S) or null
   float* log_sum_exp;  // (B, H, Nq)
   // Set by `forward`: by what a sum over all heads becomes their mean, averaged with the residual if there is one;
-  // heads that a block takes in turn, and the bytes of Q, K and V from one to the next; shares of the queries of an
-  // image, and fragments of its labels; what divides an image into blocks by heads in turn, and by queries.
+  // heads that a block takes in turn, and the bytes of Q, K and V from one to the next; shares of the queries and
+  // of the keys of an image, and fragments of its labels; what divides an image into blocks by heads in turn, and by
+  // queries.
   float of_sum_of_heads;
   int heads_of_block, label_groups;
   uint32_t query_head_bytes, key_head_bytes, value_head_bytes;
-  uint64_t shares_of_image, labels_of_image;
+  uint32_t shares_of_queries, shares_of_keys;
+  uint64_t labels_of_image;
   Divisor turns, blocks;
 };
 

@@ -49,6 +49,8 @@ void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, cons
          "D: expected a head dimension that the CUDA kernels have, got " + std::to_string(p.head_dim));
   size("H * D", int64_t(p.heads) * p.head_dim, 1);
   expect(p.sources <= MAX_SOURCES, "S: expected at most " + std::to_string(MAX_SOURCES) + " sources");
+  size("S * Nq", int64_t(p.sources) * p.queries, 0);
+  size("S * Nk", int64_t(p.sources) * p.keys, 0);
   const int64_t most = std::numeric_limits<int>::max();
   expect(padded(std::max(p.queries, p.keys)) / 64 * p.batch * p.heads <= most,
          "B, H, Nq, Nk: expected less than 2**31 blocks of 64 queries or keys");

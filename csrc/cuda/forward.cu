@@ -33,10 +33,10 @@ __global__ void pack_labels(const __grid_constant__ Forward p) {
                  (pair / 16 * 64 + pair % 4 * 4 + pair / 4 % 4);
 #pragma unroll 1
   for (int group = 0; group < p.label_groups; ++group, to += 2 * row) {
-    uint32_t columns[1 + PARTS];
-    find_columns<T, WINDOWS>(p, image, group, pair, columns);
+    const LabelsOfPair labels = labels_of_pair<T, WINDOWS>(p, image, group, pair);
+    to[0] = WINDOWS && group > 0 ? labels.has_label : labels.is_key;
 #pragma unroll
-    for (int i = 0; i <= PARTS; ++i) to[16 * i] = columns[i];
+    for (int i = 0; i < PARTS; ++i) to[16 * (1 + i)] = labels.parts[i];
   }
 }
 
@@ -124,7 +124,7 @@ void average(const Forward& p, cudaStream_t stream) {
 template <class T, int D, int OCTETS, int WARPS, bool STREAMS, Kind KIND, int LABEL_BLOCKS>
 void launch(Forward p, cudaStream_t stream) {
   p.of_sum_of_heads = (p.residual == nullptr ? 1.0f : 0.5f) / float(p.heads);
-  p.shares_of_image = uint64_t(p.queries) * unsigned(p.sources);
+  p.shares_of_queries = p.queries * p.sources, p.shares_of_keys = p.keys * p.sources;
   p.label_groups = label_groups(p.sources, KIND == Kind::windows);
   // Where there are none, those of all images are the same.
   p.labels_of_image = p.sources == 0 ? 0 : labels_of_image(p.label_groups, p.keys) * sizeof(T) / sizeof(Fragment);
@@ -154,6 +154,9 @@ void launch(Forward p, cudaStream_t stream) {
 template <class T, int D, Kind KIND>
 void launch_for_keys(const Forward& p, cudaStream_t stream) {
   if (p.sources > 2) return launch<T, D, D <= 96 ? 8 : 4, 4, true, KIND, 4>(p, stream);
+  if constexpr (KIND == Kind::plain || (KIND == Kind::windows && D == 32)) {
+    if (p.keys <= 64 && p.sources == 2) return launch<T, D, 8, 4, false, KIND, 2>(p, stream);
+  }
   if constexpr (KIND != Kind::windows) {
     if (p.keys <= 32) return launch<T, D, 4, 4, false, KIND, 1>(p, stream);
   }

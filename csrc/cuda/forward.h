@@ -31,37 +31,40 @@ __device__ void split(float2 shares, uint32_t (&parts)[PARTS]) {
   }
 }
 
-// What keys 2 pair and 2 pair + 1 have in the columns of a group of labels (see label_groups), a word for each column:
-// zeros from key Nk on and where there are no labels.
+// What two keys have of the labels of a source, a word for both: ones for keys that there are, and for those that have
+// a label, and the parts of the shares; zeros elsewhere.
+struct LabelsOfPair {
+  uint32_t is_key, has_label, parts[PARTS];
+};
+
+// Of keys 2 pair and 2 pair + 1.
 template <class T, bool WINDOWS>
-__device__ void find_columns(const Forward& p, unsigned image, unsigned group, unsigned pair,
-                             uint32_t (&columns)[1 + PARTS]) {
+__device__ LabelsOfPair labels_of_pair(const Forward& p, unsigned image, unsigned source, unsigned pair) {
   const unsigned key = 2 * pair, sources = p.sources;
   const bool is_key[2] = {key < p.keys, key + 1 < p.keys};
   bool has_label[2] = {is_key[0], is_key[1]};
-  const float* from[2] = {p.share + ((uint64_t(image) * unsigned(p.keys) + key) * sources + group)};
+  const float* from[2] = {p.share + (uint64_t(image) * p.shares_of_keys + (key * sources + source))};
   from[1] = from[0] + sources;
   if (WINDOWS) {
     const Window window(p.windows, image);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       has_label[i] = window.has(key + i);
-      from[i] = p.share + (window.token_of_all(key + i) * sources + group);
+      from[i] = p.share + (window.token_of_all(key + i) * sources + source);
     }
   }
   float share[2] = {};
-  if (group < sources) {
+  if (source < sources) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (has_label[i]) share[i] = *from[i];
     }
   }
-  const auto one = [&](int i) { return (WINDOWS && group > 0 ? has_label[i] : is_key[i]) ? 1.0f : 0.0f; };
-  columns[0] = pack<T>(one(0), one(1));
-  uint32_t parts[PARTS];
-  split<T>(make_float2(share[0], share[1]), parts);
-#pragma unroll
-  for (int i = 0; i < PARTS; ++i) columns[1 + i] = parts[i];
+  LabelsOfPair labels;
+  labels.is_key = pack<T>(is_key[0] ? 1.0f : 0.0f, is_key[1] ? 1.0f : 0.0f);
+  labels.has_label = pack<T>(has_label[0] ? 1.0f : 0.0f, has_label[1] ? 1.0f : 0.0f);
+  split<T>(make_float2(share[0], share[1]), labels.parts);
+  return labels;
 }
 
 // Makes a sum of shares over the heads their mean, by what their weights sum to, and averages it with the residual.
@@ -105,11 +108,12 @@ struct ForwardKernel {
   // beside which these are little: rather have more warps to wait for them.
   static constexpr bool TURNS = !STREAMS && !OFFSETS && TILES <= 4;
   // Whether a block averages shares itself, since it has all heads of its queries.
-  static TLALIGN_BOTH bool has_all_heads(const Forward& p) { return TURNS && p.turns.divisor == 1; }
-  // Rows that are known to be there, and tiles that are not asked whether they have keys.
-  static constexpr int CERTAIN_KEYS = STREAMS ? 0 : least_keys(OCTETS) - 1;
+  static TLALIGN_BOTH bool has_all_heads(const Forward& p) { return TURNS && p.turns.is_one(); }
+  // Rows that are known to be there, and tiles that are not asked whether they have keys. Heads in turn with several
+  // sources have one kernel for any number of keys up to 64.
+  static constexpr int CERTAIN_KEYS = STREAMS || (TURNS && LABEL_BLOCKS > 1) ? 0 : least_keys(OCTETS) - 1;
   static constexpr int CERTAIN_TILES = STREAMS ? 1 : TURNS ? TILES : CERTAIN_KEYS / 16 + 1;
-  static_assert(!TURNS || (LABEL_BLOCKS == 1 && KEYS <= 64), "a warp splits the labels of a source");
+  static_assert(!TURNS || KEYS <= 64, "a warp splits the labels of a source");
   // Labels that lie in shared memory are rows of a column each: 16-byte chunks of 8 keys, an odd number of them, so
   // that 8 rows begin in different banks.
   static constexpr int LABEL_ROWS = 8 * LABEL_BLOCKS;
@@ -123,23 +127,25 @@ struct ForwardKernel {
   // Blocks that the registers of a multiprocessor are to hold at once.
   static constexpr bool IN_WIDE_WINDOWS = WINDOWS && D > 32;
   static constexpr bool IS_WIDE = D > 64 || (STREAMS ? OFFSETS || LABEL_BLOCKS > 1 || IN_WIDE_WINDOWS : TILES > 13);
-  static constexpr int BLOCKS = WARPS > 4 || IS_WIDE           ? 2
-                                : STREAMS || TILES > 8         ? 3
-                                : TURNS && D <= 32 && !WINDOWS ? 5
-                                                               : 4;
+  static constexpr int BLOCKS = WARPS > 4 || IS_WIDE                       ? 2
+                                : STREAMS || TILES > 8 || LABEL_BLOCKS > 1 ? 3
+                                : TURNS && D <= 32 && !WINDOWS             ? 5
+                                                                           : 4;
   // The output passes through shared memory: that of the queries, unless the next ones are already coming.
   static constexpr int END_OF_STAGES = Tile::bytes(QUERIES) + STAGES * STAGE_BYTES;
   static constexpr int OUTPUT_AT = TURNS ? END_OF_STAGES : 0;
   static constexpr int SHARED_BYTES = END_OF_STAGES + (TURNS ? Tile::bytes(QUERIES) : sizeof(uint4));
 
   // Labels as the right factors of products, for two tiles each. Column 0 is that of the ones, column 4 s + i that of
-  // part i = 1, 2, 3 of source s. Of windows column 4 says which keys have labels.
+  // part i = 1, 2, 3 of source s. Of windows column 4 says which keys have labels. Where blocks take heads in turn a
+  // source has eight columns: ones in the even ones, so that no thread asks another for the row sum of each head; in
+  // the odd ones the parts and, of windows, which keys have labels.
   using Labels = Fragment[(TILES + 1) / 2][LABEL_BLOCKS];
   struct Stage {
     uint32_t key, value, label;
   };
-  // Of two rows, over the heads that a block takes in turn: what a thread has of the labels of each source, and in
-  // windows what it has of the attention that goes to labels.
+  // Of two rows, over the heads that a block takes in turn: what a thread has of the labels of each source, and of
+  // windows, if it takes no turns, of the attention that goes to labels.
   struct Shares {
     float label[LABEL_BLOCKS][2], weight[2];
   };
@@ -158,7 +164,6 @@ struct ForwardKernel {
     unsigned lane, query;
     bool is_query;
     float* log_sum_exp;
-    float of_first = lane % 2 ? 1.0f : 0.0f;
 
     __device__ explicit Numbers(unsigned lane) : lane(lane) {}
     // `row`: the first query of the warp. `pair`: the number of the head among those of all images.
@@ -235,14 +240,18 @@ struct ForwardKernel {
   __device__ Queries queries() const { return source<Queries>(p.query, 0, first, p.queries); }
   __device__ Keys keys(int step) const { return source<Keys>(p.key, 1, step * KEYS, p.keys); }
   __device__ Values values(int step) const { return source<Values>(p.value, 2, step * KEYS, p.keys); }
-  // What `pack_labels` does for other blocks. So many threads as there are pairs of keys have one each.
-  __device__ void store_labels(uint32_t to, int group, int pair) const {
+  // What `pack_labels` does for other blocks: so many threads as there are pairs of keys write one each. The image is
+  // kept, here and below, for its number to be one of 32 bits where it is multiplied.
+  __device__ void store_labels(uint32_t to, int source, int pair) const {
     if (2 * pair >= 8 * LABEL_CHUNKS) return;
-    uint32_t columns[1 + PARTS];
-    find_columns<T, WINDOWS>(p, image, group, pair, columns);
-    to += group * (4 * LABEL_PITCH) + pair * 4;
+    const LabelsOfPair labels = labels_of_pair<T, WINDOWS>(p, kept(image), source, pair);
+    to += source * (8 * LABEL_PITCH) + pair * 4;
 #pragma unroll
-    for (int i = 0; i <= PARTS; ++i) store_shared(to + i * LABEL_PITCH, columns[i]);
+    for (int i = 0; i <= PARTS; ++i) {
+      const uint32_t between = i < PARTS ? labels.parts[i] : WINDOWS ? labels.has_label : 0;
+      store_shared(to + 2 * i * LABEL_PITCH, labels.is_key);
+      store_shared(to + (2 * i + 1) * LABEL_PITCH, between);
+    }
   }
 
   __device__ void run() {
@@ -257,7 +266,7 @@ struct ForwardKernel {
     key_rows.copy(stage(0).key);
     commit_copies();
     value_rows.copy(stage(0).value);
-    if (TURNS && warp < p.label_groups) store_labels(stage(0).label, warp, lane);
+    if (TURNS && warp < LABEL_BLOCKS) store_labels(stage(0).label, warp, lane);
     commit_copies();
     if constexpr (STREAMS) {
       take_steps();
@@ -348,7 +357,6 @@ struct ForwardKernel {
     Destination destination(*this, threadIdx.x);
     query_rows.own = key_rows.own = value_rows.own = kept(value_rows.own);
     destination.lane = kept(destination.lane);
-    asm volatile("" : "+f"(destination.of_first));
     destination.rows.from = kept(destination.rows.from);
     Shares shares = {};
     const float* starts = WINDOWS ? find_starts(0) : nullptr;
@@ -394,15 +402,13 @@ struct ForwardKernel {
   }
   __device__ uint32_t value_address(int step) const { return stage(step).value + Tile::at(lane % 16, lane / 16); }
 
-  // Where this thread's matrices of labels are in shared memory. Columns that nobody asks for have what other ones
-  // have.
-  __device__ uint32_t label_address(uint32_t labels) const {
-    return labels + (lane & (4 * p.label_groups - 1)) * LABEL_PITCH + lane / 8 * 16;
-  }
+  // Where this thread's matrices of labels are in shared memory.
+  __device__ uint32_t label_address(uint32_t labels) const { return labels + lane % 8 * LABEL_PITCH + lane / 8 * 16; }
   __device__ void read_labels(Labels& labels, uint32_t from) const {
 #pragma unroll
     for (int i = 0; i < (TILES + 1) / 2; ++i) {
-      labels[i][0] = load_matrices(from + 64 * i);
+#pragma unroll
+      for (int n = 0; n < LABEL_BLOCKS; ++n) labels[i][n] = load_matrices(from + 8 * n * LABEL_PITCH + 64 * i);
     }
   }
 
@@ -665,9 +671,12 @@ struct ForwardKernel {
   // Returns what the two rows of a thread are to be multiplied by.
   __device__ float2 write_log_sum(const float (&label)[LABEL_BLOCKS][4], const float (&highest)[2], Shares& shares,
                                   const Numbers& to) const {
-    // Of the four threads that share a row the first has columns 0 and 1, the next 2 and 3, ...
-    const float total[2] = {__shfl_sync(0xffffffffu, label[0][0], to.lane & ~3),
-                            __shfl_sync(0xffffffffu, label[0][2], to.lane & ~3)};
+    float total[2] = {label[0][0], label[0][2]};
+    if (!TURNS) {
+      // Of the four threads that share a row the first has columns 0 and 1, the next 2 and 3, ...
+#pragma unroll
+      for (int i = 0; i < 2; ++i) total[i] = __shfl_sync(0xffffffffu, total[i], to.lane & ~3);
+    }
     // Else a query sees every key.
     const float inverse[2] = {MASKED && total[0] == 0.0f ? 0.0f : inverse_of(total[0]),
                               MASKED && total[1] == 0.0f ? 0.0f : inverse_of(total[1])};
@@ -676,10 +685,11 @@ struct ForwardKernel {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int n = 0; n < LABEL_BLOCKS; ++n) {
-        const float parts = fmaf(label[n][2 * i], to.of_first, label[n][2 * i + 1]);
-        shares.label[n][i] = fmaf(parts, inverse[i], TURNS ? shares.label[n][i] : 0.0f);
+        const float first = label[n][2 * i], second = label[n][2 * i + 1];
+        shares.label[n][i] =
+            TURNS ? fmaf(second, inverse[i], shares.label[n][i]) : (is_odd ? first + second : second) * inverse[i];
       }
-      if (WINDOWS) shares.weight[i] = fmaf(label[0][2 * i], inverse[i], TURNS ? shares.weight[i] : 0.0f);
+      if (WINDOWS && !TURNS) shares.weight[i] = label[0][2 * i] * inverse[i];
     }
     // log2(0) plus the maximum, -inf, is -inf: a query that sees no key.
     const float log_sum = (is_odd ? highest[1] : highest[0]) + log2_of(is_odd ? total[1] : total[0]);
@@ -687,42 +697,59 @@ struct ForwardKernel {
     return make_float2(inverse[0], inverse[1]);
   }
 
-  // The label of a source is the sum of its parts: the first of them has an even thread, the others its neighbour.
+  // The label of a source, which is the sum of its parts, and in windows the part of the attention that goes to labels.
+  // Of the four threads that share two rows the even ones have those of the first row, the odd ones of the second. A
+  // thread has both, where blocks take heads in turn: in windows, if it is one of the first two. Elsewhere the first
+  // two have the label of a source, the others that of the next.
+  struct RowShare {
+    float label, weight;
+  };
+  __device__ RowShare row_share(const Shares& shares, int n, unsigned lane) const {
+    const auto from = [](float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); };
+    const bool is_odd = lane % 2 != 0;
+    const float own = is_odd ? shares.label[n][1] : shares.label[n][0];
+    const float other = from(is_odd ? shares.label[n][0] : shares.label[n][1], 1);
+    if constexpr (!TURNS) {
+      // Column 4.
+      const float weight[2] = {__shfl_sync(0xffffffffu, shares.weight[0], lane & ~3 | 2),
+                               __shfl_sync(0xffffffffu, shares.weight[1], lane & ~3 | 2)};
+      return {own + other, is_odd ? weight[1] : weight[0]};
+    } else if constexpr (WINDOWS) {
+      // The third thread has the last part, the fourth what says which keys have labels.
+      return {own + other + from(is_odd ? other : own, 2), from(is_odd ? own : other, 2)};
+    } else {
+      return {own + other + from(own + other, 2), 0.0f};
+    }
+  }
+
   __device__ void write_shares(const Shares& shares, const Numbers& to) const {
-    const bool is_odd = to.lane % 2 != 0;
-    float weight = 0.0f;
-    if (WINDOWS) {
-      // Column 4: the part of the attention that goes to labels.
-      const int from = to.lane & ~3 | 2;
-      const float of_rows[2] = {__shfl_sync(0xffffffffu, shares.weight[0], from),
-                                __shfl_sync(0xffffffffu, shares.weight[1], from)};
-      weight = is_odd ? of_rows[1] : of_rows[0];
+    RowShare rows[LABEL_BLOCKS];
+#pragma unroll
+    for (int n = 0; n < LABEL_BLOCKS; ++n) rows[n] = row_share(shares, n, to.lane);
+    const bool is_first = to.is_query && to.lane % 4 < 2;
+    if (p.sources == 0 || !(TURNS && WINDOWS ? is_first : to.is_query)) return;
+    if (has_all_heads(p)) {
+      if (WINDOWS && !window().has(to.query)) return;
+      const uint64_t first = WINDOWS ? window().token_of_all(to.query) * unsigned(p.sources)
+                                     : uint64_t(kept(image)) * p.shares_of_queries + to.query * unsigned(p.sources);
+      const HeadMean mean = WINDOWS ? HeadMean(p, rows[0].weight) : HeadMean(p);
+#pragma unroll
+      for (int n = 0; n < LABEL_BLOCKS; ++n) {
+        if (n == 0 || n < p.sources) mean.write(p, first + n, rows[n].label);
+      }
+      return;
     }
-    const bool averages = has_all_heads(p);
-    bool is_real = to.is_query;
-    uint64_t first = image * p.shares_of_image + uint64_t(to.query) * unsigned(p.sources);
-    if (WINDOWS && averages && is_real) {
-      is_real = window().has(to.query);
-      first = window().token_of_all(to.query) * unsigned(p.sources);
-    }
-    if (WINDOWS && !averages && is_real && to.lane % 4 < 2 && p.sources > 0) head_share(p.sources, to.query) = weight;
+    if (WINDOWS && is_first) head_share(p.sources, to.query) = rows[0].weight;
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) {
-      const float (&own)[2] = shares.label[n];
-      const float share = (is_odd ? own[1] : own[0]) + __shfl_xor_sync(0xffffffffu, is_odd ? own[0] : own[1], 1);
-      const unsigned source = 2 * n + to.lane % 4 / 2;
-      if (!is_real || source >= p.sources) continue;
-      if (averages) {
-        (WINDOWS ? HeadMean(p, weight) : HeadMean(p)).write(p, first + source, share);
-      } else {
-        head_share(source, to.query) = share;
-      }
+      const unsigned source = TURNS ? n : 2 * n + to.lane % 4 / 2;
+      if (source < p.sources) head_share(source, to.query) = rows[n].label;
     }
   }
   __device__ float& head_share(unsigned row, unsigned query) const {
     const unsigned queries = p.queries;
     if (WINDOWS) return p.head_share[(uint64_t(turn) * (p.sources + 1) + row) * queries + query];
-    return p.head_share[turn * p.shares_of_image + (uint64_t(row) * queries + query)];
+    return p.head_share[uint64_t(turn) * p.shares_of_queries + (row * queries + query)];
   }
 };
 

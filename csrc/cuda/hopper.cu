@@ -90,8 +90,8 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 25, 4, false, 
       this->template source<Padded>(p.value, 2, 0, p.keys).copy(values_of(stage));
       commit_copies();
 #pragma unroll 1
-      for (int group = 0; group < p.label_groups; ++group) {
-        this->store_labels(labels_of(stage), group, int(threadIdx.x));
+      for (int source = 0; source < p.label_groups; ++source) {
+        store_labels(labels_of(stage), source);
       }
       wait_for_copies<1>();
       hopper::show_to_products();
@@ -99,6 +99,16 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 25, 4, false, 
       for (int group = 0; group < GROUPS; ++group) hopper::arrive_at(scores_can_begin(stage, group), OF_A_GROUP);
     }
     say_that_values_are_there<0>(number - 1);
+  }
+  // A thread has two keys. A source has four rows: ones and the parts.
+  __device__ void store_labels(uint32_t to, int source) const {
+    const unsigned pair = threadIdx.x;
+    if (2 * pair >= 8 * Base::LABEL_CHUNKS) return;
+    const LabelsOfPair labels = labels_of_pair<T, false>(p, image, source, pair);
+    to += source * (4 * Base::LABEL_PITCH) + pair * 4;
+    store_shared(to, labels.is_key);
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) store_shared(to + (1 + i) * Base::LABEL_PITCH, labels.parts[i]);
   }
   template <int PENDING>
   __device__ void say_that_values_are_there(unsigned number) const {
@@ -118,7 +128,9 @@ struct HopperKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 25, 4, false, 
     this->find_highest(scores, highest, shift, 0);
     if (is_first) hopper::wait_at(values_are_there(stage, group), OF_A_GROUP);
     const uint64_t values = hopper::descriptor(values_of(stage));
-    const uint32_t label_rows = this->label_address(labels_of(stage));
+    // Columns that nobody asks for have what other ones have.
+    const uint32_t label_rows =
+        labels_of(stage) + (lane & (4 * p.label_groups - 1)) * Base::LABEL_PITCH + lane / 8 * 16;
 #pragma unroll
     for (int first = 0; first < TILES; first += AT_ONCE) {
 #pragma unroll

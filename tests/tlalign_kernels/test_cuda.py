@@ -162,10 +162,10 @@ def check_turns(launches, blocks, have_all_heads):
 
 @executed
 @pytest.mark.parametrize("keys", [20, 40])
-@pytest.mark.parametrize(("images", "heads"), [(820, 5), (2048, 2)])
-def test_blocks_take_heads_in_turn(monkeypatch, keys, images, heads):
+@pytest.mark.parametrize(("images", "heads", "sources"), [(820, 5, 1), (2048, 2, 1), (2048, 2, 2)])
+def test_blocks_take_heads_in_turn(monkeypatch, keys, images, heads, sources):
     # So many images that a block has two heads, or the last one of five. The last two images are executed.
-    case = Case("turns", images, heads, 20, keys, 32, sources=2)
+    case = Case("turns", images, heads, 20, keys, 32, sources=sources)
     inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
     launches = []
 
@@ -371,11 +371,11 @@ def test_maps_and_padding_of_any_strides(monkeypatch):
 
 
 @executed
-@pytest.mark.parametrize(("maps", "heads"), [(205, 5), (512, 2)])
-def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch, maps, heads):
+@pytest.mark.parametrize(("maps", "heads", "sources"), [(205, 5, 1), (512, 2, 1), (512, 2, 2)])
+def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch, maps, heads, sources):
     # So many windows that a block has two heads, or the last one of five. The last map is executed.
     windows = Windows((8, 7), (4, 4), (1, 2))
-    case = Case("turns", maps, heads, head_dim=32, sources=2, bias_scale=1.0, windows=windows)
+    case = Case("turns", maps, heads, head_dim=32, sources=sources, bias_scale=1.0, windows=windows)
     inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
     launches = []
 
