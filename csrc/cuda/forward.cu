@@ -154,8 +154,12 @@ void launch(Forward p, cudaStream_t stream) {
 template <class T, int D, Kind KIND>
 void launch_for_keys(const Forward& p, cudaStream_t stream) {
   if (p.sources > 2) return launch<T, D, D <= 96 ? 8 : 4, 4, true, KIND, 4>(p, stream);
-  if constexpr (KIND == Kind::plain || (KIND == Kind::windows && D == 32)) {
-    if (p.keys <= 64 && p.sources == 2) return launch<T, D, 8, 4, false, KIND, 2>(p, stream);
+  // Where blocks take heads in turn, labels of two sources take kernels of their own; few heads are so wide.
+  if constexpr (KIND != Kind::offsets) {
+    if (p.keys <= 64 && p.sources == 2) {
+      constexpr bool TAKES_TURNS = KIND == Kind::windows ? D == 32 : D <= 64;
+      return launch<T, D, 8, 4, !TAKES_TURNS, KIND, TAKES_TURNS ? 2 : 1>(p, stream);
+    }
   }
   if constexpr (KIND != Kind::windows) {
     if (p.keys <= 32) return launch<T, D, 4, 4, false, KIND, 1>(p, stream);

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import re
 import shutil
+import statistics
 import subprocess
 import sysconfig
 import tempfile
@@ -306,6 +307,10 @@ def name_of(kernel):
     return re.search(r"\d([a-z]+(?:_[a-z]+)+)[IE]", kernel)[1]
 
 
+# Opcodes of which there is one for an instruction of PTX.
+ONE_FOR_ONE = ("HMMA", "LDSM", "MUFU.EX2")
+
+
 @functools.cache
 def assemble(kernel, arch):
     """What a kernel takes (`resource_usage`), and its SASS: basic blocks of instructions (line of the PTX, opcode)."""
@@ -337,19 +342,24 @@ def count(launch, tensors, arch, images=IMAGES):
 
     The emulator says how often each line of the PTX is executed, the assembler of which line each instruction of SASS
     comes; a basic block is executed as often as most of its lines. So loops and branches count as they are taken; what
-    a false predicate switches off is issued all the same, and counts. If the matrix products, loads of matrices and
-    exponentials found in this way are not as many as the emulator has executed, a warning says so.
+    a false predicate switches off is issued all the same, and counts. Where the assembler has made several copies of a
+    block, as of a loop that it unrolls, each is taken to be executed equally often: how many there are is known of
+    matrix products, loads of matrices and exponentials, which are one instruction each. If those found in this way are
+    not as many as the emulator has executed, a warning says so.
     """
     blocks = some_blocks(launch, images)
     executed = execute(launch, tensors, arch, check_races=False, check_uninit=False, ctas=blocks)
     counts = collections.Counter()
-    for block in assemble(launch.kernel, arch)[1]:
+    code = assemble(launch.kernel, arch)[1]
+    copies = collections.Counter(line for block in code for line, opcode in block if opcode.startswith(ONE_FOR_ONE))
+    for block in code:
         times = collections.Counter(executed["lines"].get(line, 0) for line, _ in block)
+        of_block = [copies[line] for line, opcode in block if opcode.startswith(ONE_FOR_ONE)]
         for _, opcode in block:
-            counts[opcode] += max(times, key=lambda number: (times[number], number))
+            counts[opcode] += max(times, key=lambda number: (times[number], number)) / statistics.mode(of_block or [1])
     for kind, opcode in (("mma", "HMMA"), ("ldmatrix", "LDSM"), ("ex2", "MUFU.EX2")):
         found = sum(times for of, times in counts.items() if re.match(rf"{re.escape(opcode)}(\.|$)", of))
-        if found != executed[kind]:
+        if round(found) != executed[kind]:
             warnings.warn(f"{name_of(launch.kernel)}: {executed[kind]} {kind}, counted as {found}", stacklevel=2)
     return counts
 

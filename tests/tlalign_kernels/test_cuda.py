@@ -152,6 +152,11 @@ def test_sources_are_within_the_bound(monkeypatch, keys, sources, residual):
     check(monkeypatch, case, FLOAT16)
 
 
+@executed
+def test_two_sources_of_wide_heads_are_within_the_bound(monkeypatch):
+    check(monkeypatch, replace(ONE, queries=20, keys=50, head_dim=80, sources=2), BFLOAT16)
+
+
 def check_turns(launches, blocks, have_all_heads):
     """Checks that so many blocks computed attention, and that they averaged the shares if each had all heads."""
     if not ON_GPU:
@@ -509,6 +514,9 @@ def test_what_is_not_supported_is_said():
         (dict(query=(8, 128, 32, 32)), "query: expected rows that begin at multiples of 16 bytes"),
         (dict(query=(16, 128, 32, 33)), "query: expected rows that begin at multiples of 16 bytes"),
         (dict(query=(0, 128, 32, 32)), "query: expected an address, got 0"),
+        (dict(labels=0), "labels: expected an address, got 0"),
+        (dict(sizes=(1, 1, 2**29, 4, 32, 2)), r"S \* Nq: expected at least 0 and less than 2\*\*30, got 1073741824"),
+        (dict(sizes=(1, 1, 4, 2**28, 32, 8)), r"S \* Nk: expected at least 0 and less than 2\*\*30, got 2147483648"),
     ],
 )
 def test_native_code_checks_its_arguments(change, message):
