@@ -321,20 +321,23 @@ def assemble(kernel, arch):
         subprocess.run(_nvcc(f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-lineinfo", source, "-o", cubin), check=True)
         ((_, resources),) = resource_usage(cubin)
         text = print_of("nvdisasm", "-c", "-gp", cubin)
-    blocks, line = [[]], None
+    blocks, line, label = [[]], None, None
     for row in text.splitlines():
         if found := re.search(r'"\.nv_debug_ptx_txt", line (\d+)', row):
             line = int(found[1])
         elif row.startswith(".L_x_"):
             blocks.append([])
+            label = row.strip(":")
         elif found := INSTRUCTION.search(row):
             opcode = found[2]
+            # What follows the end of the program: a branch to itself and padding.
+            if opcode == "BRA" and not blocks[-1] and f"({label})" in row:
+                break
             blocks[-1].append((line, opcode))
             if opcode.partition(".")[0] in ("BRA", "EXIT", "CALL", "RET"):
                 blocks.append([])
-    # What follows the end of the program: a branch to itself and padding.
-    last = max(number for number, block in enumerate(blocks) if block and block[-1][1] == "EXIT")
-    return resources, blocks[: last + 1]
+                label = None
+    return resources, blocks
 
 
 def count(launch, tensors, arch, images=IMAGES):
