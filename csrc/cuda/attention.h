@@ -85,9 +85,9 @@ struct Forward : Problem {
   float* share_out;    // (B, Nq, S) or null
   float* log_sum_exp;  // (B, H, Nq)
   // Set by `forward`: by what a sum over all heads becomes their mean, averaged with the residual if there is one;
-  // heads that a block takes in turn, and the bytes of Q, K and V from one to the next; shares of the queries and
-  // of the keys of an image, and fragments of its labels; what divides an image into blocks by heads in turn, and by
-  // queries.
+  // heads that a block takes in turn, and the bytes of Q, K and V from one to the next (as Rows have them, but in 32
+  // bits, for one instruction to multiply and add them); shares of the queries and of the keys of an image, and
+  // fragments of its labels; what divides an image into blocks by heads in turn, and by queries.
   float of_sum_of_heads;
   int heads_of_block, label_groups;
   uint32_t query_head_bytes, key_head_bytes, value_head_bytes;

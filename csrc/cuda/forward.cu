@@ -154,7 +154,8 @@ void launch(Forward p, cudaStream_t stream) {
 template <class T, int D, Kind KIND>
 void launch_for_keys(const Forward& p, cudaStream_t stream) {
   if (p.sources > 2) return launch<T, D, D <= 96 ? 8 : 4, 4, true, KIND, 4>(p, stream);
-  // Where blocks take heads in turn, labels of two sources take kernels of their own; few heads are so wide.
+  // Where blocks take heads in turn, labels of two sources take kernels of their own; wider heads, which are few,
+  // stream.
   if constexpr (KIND != Kind::offsets) {
     if (p.keys <= 64 && p.sources == 2) {
       constexpr bool TAKES_TURNS = KIND == Kind::windows ? D == 32 : D <= 64;

@@ -699,8 +699,8 @@ struct ForwardKernel {
 
   // The label of a source, which is the sum of its parts, and in windows the part of the attention that goes to labels.
   // Of the four threads that share two rows the even ones have those of the first row, the odd ones of the second. A
-  // thread has both, where blocks take heads in turn: in windows, if it is one of the first two. Elsewhere the first
-  // two have the label of a source, the others that of the next.
+  // thread has both, where blocks take heads in turn, so that two threads write the same: in windows, if it is one of
+  // the first two. Elsewhere the first two have the label of a source, the others that of the next.
   struct RowShare {
     float label, weight;
   };

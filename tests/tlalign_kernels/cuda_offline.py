@@ -307,8 +307,8 @@ def name_of(kernel):
     return re.search(r"\d([a-z]+(?:_[a-z]+)+)[IE]", kernel)[1]
 
 
-# Opcodes of which there is one for an instruction of PTX.
-ONE_FOR_ONE = ("HMMA", "LDSM", "MUFU.EX2")
+# Opcodes of which there is one for an instruction of PTX, and what the emulator calls these.
+ONE_FOR_ONE = {"HMMA": "mma", "LDSM": "ldmatrix", "MUFU.EX2": "ex2"}
 
 
 @functools.cache
@@ -354,13 +354,15 @@ def count(launch, tensors, arch, images=IMAGES):
     executed = execute(launch, tensors, arch, check_races=False, check_uninit=False, ctas=blocks)
     counts = collections.Counter()
     code = assemble(launch.kernel, arch)[1]
-    copies = collections.Counter(line for block in code for line, opcode in block if opcode.startswith(ONE_FOR_ONE))
-    for block in code:
+    known = [[line for line, opcode in block if opcode.startswith(tuple(ONE_FOR_ONE))] for block in code]
+    copies = collections.Counter(line for lines in known for line in lines)
+    for block, lines in zip(code, known, strict=True):
         times = collections.Counter(executed["lines"].get(line, 0) for line, _ in block)
-        of_block = [copies[line] for line, opcode in block if opcode.startswith(ONE_FOR_ONE)]
+        most = max(times, key=lambda number: (times[number], number), default=0)
+        of_copy = most / statistics.mode([copies[line] for line in lines] or [1])
         for _, opcode in block:
-            counts[opcode] += max(times, key=lambda number: (times[number], number)) / statistics.mode(of_block or [1])
-    for kind, opcode in (("mma", "HMMA"), ("ldmatrix", "LDSM"), ("ex2", "MUFU.EX2")):
+            counts[opcode] += of_copy
+    for opcode, kind in ONE_FOR_ONE.items():
         found = sum(times for of, times in counts.items() if re.match(rf"{re.escape(opcode)}(\.|$)", of))
         if round(found) != executed[kind]:
             warnings.warn(f"{name_of(launch.kernel)}: {executed[kind]} {kind}, counted as {found}", stacklevel=2)
