@@ -45,18 +45,20 @@ struct Windows {
   int padded_width, padding_tokens;
   // What divides windows into images, and into rows of them, and tokens of a window into rows.
   Divisor of_image, of_row, width;
-  // What products of queries and keys begin with, (1 or H, padded(N)**2), float32: the bias over `unit`, as
-  // `read_starts` has it. `start_head`: from a head to the next.
-  float* starts = nullptr;
   // Where the tokens of each window of a map lie, (W, padded(N)), as `Window` has it.
-  int* places;
-  int64_t start_head = 0;
+  int* places = nullptr;
   // (3, H, D), what lies in the padding, or null.
   const char* padding = nullptr;
-  // The absolute scale times log2(e); what is added to products of different regions; and which bits of 16-bit numbers
-  // to flip for the sign of the scale, in queries or in keys.
-  float unit, region_start;
-  uint32_t flipped;
+  // What is added to products of different regions.
+  float region_start;
+};
+
+// What products of queries and keys begin with, or what is added to them, in units of what they are multiplied by:
+// (1 or B, 1 or H, 1 or padded(Nq) / 16, padded(Nk) / 16, 256) float32, 16 x 16 of them as `read_starts` has them. From
+// an image, a head and 16 queries to the next, 0 where they are the same.
+struct Starts {
+  float* data = nullptr;
+  int64_t image = 0, head = 0, row = 0;
 };
 
 struct Problem {
@@ -67,7 +69,13 @@ struct Problem {
   // Each row begins at a multiple of 16 bytes, as in all Rows here; kernels get strides in bytes.
   Rows query, key, value;
   Offsets bias, mask;
-  // If `starts` are given, then rows are those of maps, `batch` and `queries` and `keys` count windows and their
+  // Scratch where there is a bias or a mask or the scale is not positive, and for windows: the bias, or zeros; and the
+  // mask, if there is one.
+  Starts bias_starts, mask_starts;
+  // The absolute scale times log2(e), and which bits of 16-bit numbers to flip for its sign, in queries or in keys.
+  float unit;
+  uint32_t flipped;
+  // If its `places` are given, then rows are those of maps, `batch` and `queries` and `keys` count windows and their
   // tokens; row i of a window is not i rows behind the first, but where `places` say.
   Windows windows;
 };
@@ -140,13 +148,26 @@ inline int label_groups(int sources, bool in_windows) {
 }
 inline int64_t labels_of_image(int groups, int keys) { return int64_t(groups) * 4 * padded(keys); }
 
-// How many numbers the products of a head of windows begin with.
-inline TLALIGN_BOTH int64_t starts_of_head(int tokens) { return int64_t(padded(tokens)) * padded(tokens); }
+// Sets the strides of starts for a bias or a mask of so many heads, queries and keys. Returns how many numbers the
+// scratch has.
+inline int64_t lay_out(Starts& starts, const Offsets& offsets, int64_t batch, int heads, int queries, int keys) {
+  int64_t numbers = 16 * int64_t(padded(keys));
+  const auto stride = [&](int64_t broadcast, int64_t count) {
+    if (broadcast == 0) return int64_t(0);
+    const int64_t own = numbers;
+    numbers *= count;
+    return own;
+  };
+  starts.row = stride(offsets.query, padded(queries) / 16);
+  starts.head = stride(offsets.head, heads);
+  starts.image = stride(offsets.image, batch);
+  return numbers;
+}
 
 // Launch on `stream` of the current device. Throw std::runtime_error with the kernel and its shape where CUDA fails.
 void forward(const Forward& arguments, cudaStream_t stream);
 void backward(const Backward& arguments, cudaStream_t stream);
-// What both of them launch first for windows: fills `starts` and `places`.
-void prepare_windows(const Problem& problem, cudaStream_t stream);
+// What both of them launch first where there is such scratch: fills starts and places.
+void prepare(const Problem& problem, cudaStream_t stream);
 
 }  // namespace tlalign::cuda

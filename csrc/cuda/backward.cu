@@ -35,7 +35,7 @@ __device__ inline float apply(const NormalisedRowTerm& term, float number) { ret
 template <class T, int D, Kind KIND>
 struct Block {
   using Tile = SharedRows<T, D>;
-  static constexpr bool OFFSETS = KIND == Kind::offsets, WINDOWS = KIND == Kind::windows;
+  static constexpr bool STARTS = KIND != Kind::plain, WINDOWS = KIND == Kind::windows;
   // A warp has so many times 16 rows: two where registers hold their sums, which halves what it reads of shared memory.
   // Those of windows hold the sum of dS, too.
   static constexpr int M = D <= (WINDOWS ? 32 : 64) ? 2 : 1;
@@ -129,9 +129,6 @@ struct Block {
       typename Tile::template Target<ROWS_OF_WARP>(rows, int(to.row), end - row, own_rows, lane).write(lane);
     }
   }
-
-  // In units of ln 2, after what is added; windows begin with that.
-  __device__ float unit() const { return OFFSETS ? 1.0f : WINDOWS ? p.windows.unit : p.scale * LOG2_E; }
 };
 
 template <int M, int N>
@@ -150,7 +147,7 @@ __device__ void multiply_elements(Scores<M>& scores, const Scores<M>& factors) {
 template <class T, int D, Kind KIND>
 struct QueryRows : Block<T, D, KIND> {
   using Base = Block<T, D, KIND>;
-  using Base::Base, Base::M, Base::ROWS_OF_WARP, Base::THREADS, Base::OFFSETS, Base::WINDOWS;
+  using Base::Base, Base::M, Base::ROWS_OF_WARP, Base::THREADS, Base::STARTS, Base::WINDOWS;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head;
   using typename Base::Tile;
   static constexpr bool NORMALISES = std::is_same_v<RowTermOf<T>, NormalisedRowTerm>;
@@ -173,18 +170,17 @@ struct QueryRows : Block<T, D, KIND> {
 
   __device__ void load_queries(Fragment (&query)[M][D / 16]) const {
     Base::load_own(query, shared);
-    if (WINDOWS) flip(query, p.windows.flipped);
+    if (STARTS) flip(query, p.flipped);
   }
 
-  // Products of this warp's queries and 16 keys from `key` on, `at` bytes behind `from`, with what they begin with.
+  // Scores of this warp's queries and 16 keys from `key` on, `at` bytes behind `from`.
   __device__ void multiply_keys(Scores<M>& scores, const Fragment (&query)[M][D / 16], const uint32_t (&from)[D / 16],
                                 uint32_t at, int key) const {
-    if constexpr (WINDOWS) {
+    if constexpr (STARTS) {
       const int own_query = first + warp * ROWS_OF_WARP;
-      read_starts(scores, find_starts(p.windows, head, own_query, 0, p.keys) + 16 * key, p.keys, lane);
+      begin_scores<KIND, false>(scores, p.bias_starts, image, head, own_query, key, lane);
       add_scores<T, D>(scores, query, from, at);
-      const Window window = Base::window();
-      if (window.has_regions()) add_regions(scores, p.windows, window, own_query, key, lane);
+      finish_scores<KIND, false>(scores, p, image, head, own_query, key, lane);
     } else {
       multiply_scores<T, D>(scores, query, from, at);
     }
@@ -238,22 +234,18 @@ struct QueryRows : Block<T, D, KIND> {
     }
   }
 
-  // Probabilities, not normalised, in place of the products with 16 keys from `key` on, and `total` += them. `ENDS`:
-  // there are fewer keys.
+  // Probabilities, not normalised, in place of the scores of 16 keys from `key` on, and `total` += them. `ENDS`: there
+  // are fewer keys.
   template <bool ENDS>
   __device__ void exponentiate(Scores<M>& scores, const RowTermOf<T> (&terms)[M][2], int key,
                                float (&total)[M][2]) const {
-    const float unit = Base::unit();
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float& score = scores[m][i / 4][i % 4];
-        const int of_query = first + warp * ROWS_OF_WARP + 16 * m + lane / 4 + i / 2 % 2 * 8;
-        const int of_key = key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (OFFSETS) score = with_offsets(p, score, image, head, of_query, of_key);
-        score = exp2_of(fmaf(score, unit, -terms[m][i / 2 % 2].log_sum_exp));
-        if (ENDS && !WINDOWS && of_key >= p.keys) score = 0.0f;
+        score = exp2_of(fmaf(score, p.unit, -terms[m][i / 2 % 2].log_sum_exp));
+        if (ENDS && !STARTS && key + i / 4 * 8 + lane % 4 * 2 + i % 2 >= p.keys) score = 0.0f;
         if (NORMALISES) total[m][i / 2 % 2] += score;
       }
     }
@@ -372,7 +364,7 @@ struct QueriesKernel : QueryRows<T, D, KIND> {
 template <class T, int D, Kind KIND>
 struct KeysKernel : Block<T, D, KIND> {
   using Base = Block<T, D, KIND>;
-  using Base::M, Base::ROWS_OF_WARP, Base::OFFSETS, Base::WINDOWS;
+  using Base::M, Base::ROWS_OF_WARP, Base::STARTS;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head;
   using typename Base::Tile;
   static constexpr int STEP = 32;  // as in QueriesKernel
@@ -433,20 +425,19 @@ struct KeysKernel : Block<T, D, KIND> {
         const uint32_t at = step % 2 * STAGE_BYTES + Tile::bytes(16 * tile);
         Scores<M> scores, grad_scores;
         if (!HOLDS) load_keys(key);
-        if constexpr (WINDOWS) {
+        if constexpr (STARTS) {
           const int own_key = first + warp * ROWS_OF_WARP;
-          read_starts_of_keys(scores, find_starts(p.windows, head, query, own_key, p.keys), lane);
+          begin_scores<KIND, true>(scores, p.bias_starts, image, head, own_key, query, lane);
           add_scores<T, D>(scores, key, scores_from, at);
-          const Window window = Base::window();
-          if (window.has_regions()) add_regions(scores, p.windows, window, own_key, query, lane);
+          finish_scores<KIND, true>(scores, p, image, head, own_key, query, lane);
         } else {
           multiply_scores<T, D>(scores, key, scores_from, at);
         }
         if (!HOLDS) Base::load_own(value, value_rows);
         multiply_scores<T, D>(grad_scores, value, scores_from, at + Tile::bytes(STEP));
         const uint32_t terms = stage(step) + 2 * Tile::bytes(STEP) + 16 * tile * sizeof(RowTermOf<T>);
-        find_grad_scores<0>(scores, grad_scores, terms, query);
-        find_grad_scores<1>(scores, grad_scores, terms, query);
+        find_grad_scores<0>(scores, grad_scores, terms);
+        find_grad_scores<1>(scores, grad_scores, terms);
         add_product<T, D>(grad_value, scores, sums_from, at + Tile::bytes(STEP));
         add_product<T, D>(grad_key, grad_scores, sums_from, at);
       }
@@ -463,30 +454,24 @@ struct KeysKernel : Block<T, D, KIND> {
 
   __device__ void load_keys(Fragment (&key)[M][D / 16]) const {
     Base::load_own(key, shared);
-    if (WINDOWS) flip(key, p.windows.flipped);
+    if (STARTS) flip(key, p.flipped);
   }
 
-  // Probabilities in place of products of keys with 8 queries, the lower or upper ones of 16, and gradients of scores
-  // in place of those of probabilities.
+  // Probabilities in place of scores of keys and 8 queries, the lower or upper ones of 16, and gradients of scores in
+  // place of those of probabilities.
   template <int HALF>
-  __device__ void find_grad_scores(Scores<M>& scores, Scores<M>& grad_scores, uint32_t terms, int query) const {
+  __device__ void find_grad_scores(Scores<M>& scores, Scores<M>& grad_scores, uint32_t terms) const {
     constexpr int BYTES = sizeof(RowTermOf<T>), WORDS = 2 * BYTES / 16;
-    const int own_query = 8 * HALF + lane % 4 * 2;
     uint4 words[WORDS];
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) words[i] = load_shared(terms + own_query * BYTES + 16 * i);
+    for (int i = 0; i < WORDS; ++i) words[i] = load_shared(terms + (8 * HALF + lane % 4 * 2) * BYTES + 16 * i);
     const RowTermOf<T>(&term)[2] = reinterpret_cast<const RowTermOf<T>(&)[2]>(words);
-    const float unit = Base::unit();
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float &score = scores[m][HALF][i], &grad = grad_scores[m][HALF][i];
-        if (OFFSETS) {
-          const int of_key = first + warp * ROWS_OF_WARP + 16 * m + lane / 4 + i / 2 * 8;
-          score = with_offsets(p, score, image, head, query + own_query + i % 2, of_key);
-        }
-        score = apply(term[i % 2], exp2_of(fmaf(score, unit, -term[i % 2].log_sum_exp)));
+        score = apply(term[i % 2], exp2_of(fmaf(score, p.unit, -term[i % 2].log_sum_exp)));
         grad = score * (grad - term[i % 2].row_sum);
       }
     }
@@ -499,7 +484,7 @@ struct KeysKernel : Block<T, D, KIND> {
 template <class T, int D, Kind KIND>
 struct HeadKernel : QueryRows<T, D, KIND> {
   using Base = QueryRows<T, D, KIND>;
-  using Base::M, Base::ROWS_OF_WARP, Base::NORMALISES, Base::WINDOWS;
+  using Base::M, Base::ROWS_OF_WARP, Base::NORMALISES, Base::STARTS, Base::WINDOWS;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::image, Base::head;
   using typename Base::Tile;
   using Square = SharedRows<T, ROWS_OF_BLOCK>;
@@ -610,7 +595,7 @@ struct HeadKernel : QueryRows<T, D, KIND> {
       Scores<M> scores, grad_scores;
       Base::multiply_keys(scores, query, scores_from, at, 16 * tile);
       Base::multiply_values(grad_scores, grad, terms, scores_from, at + TILE_BYTES);
-      if (WINDOWS || 16 * tile + 16 <= p.keys) {
+      if (STARTS || 16 * tile + 16 <= p.keys) {
         Base::template exponentiate<false>(scores, terms, 16 * tile, total);
       } else {
         Base::template exponentiate<true>(scores, terms, 16 * tile, total);
@@ -725,28 +710,18 @@ struct BiasKernel {
             query[0][i] = load_matrices(own_from[i]);
             grad[0][i] = load_matrices(own_from[i] + TILE_BYTES);
           }
-          if (WINDOWS) flip(query, p.windows.flipped);
+          flip(query, p.flipped);
         }
         Scores<1> scores, grad_scores;
-        if constexpr (WINDOWS) {
-          const int key = first_key + 16 * tile;
-          read_starts(scores, find_starts(p.windows, head, own_query, first_key, p.keys) + 256 * tile, p.keys, lane);
-          add_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
-          const Window window(p.windows, image);
-          if (window.has_regions()) add_regions(scores, p.windows, window, own_query, key, lane);
-        } else {
-          multiply_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
-        }
+        const int key = first_key + 16 * tile;
+        begin_scores<KIND, false>(scores, p.bias_starts, image, head, own_query, key, lane);
+        add_scores<T, D>(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile));
+        finish_scores<KIND, false>(scores, p, image, head, own_query, key, lane);
         multiply_scores<T, D>(grad_scores, grad, scores_from, 3 * TILE_BYTES + Tile::bytes(16 * tile));
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int of_query = own_query + lane / 4 + i / 2 % 2 * 8;
-          const int of_key = first_key + 16 * tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
-          const float product = scores[0][i / 4][i % 4];
-          const float score =
-              WINDOWS ? product * p.windows.unit : with_offsets(p, product, image, head, of_query, of_key);
           const RowTermOf<T>& term = terms[i / 2 % 2];
-          const float probability = apply(term, exp2_of(score - term.log_sum_exp));
+          const float probability = apply(term, exp2_of(fmaf(scores[0][i / 4][i % 4], p.unit, -term.log_sum_exp)));
           sum[tile][0][i / 4][i % 4] += probability * (grad_scores[0][i / 4][i % 4] - term.row_sum);
         }
       }
@@ -849,13 +824,13 @@ void backward(const Backward& arguments, cudaStream_t stream) {
   for (Rows* rows : {&p.query, &p.key, &p.value, &p.grad_output, &p.grad_query, &p.grad_key, &p.grad_value}) {
     rows->image *= sizeof(uint16_t), rows->head *= sizeof(uint16_t), rows->row *= sizeof(uint16_t);
   }
-  if (p.windows.starts != nullptr) prepare_windows(p, stream);
+  prepare(p, stream);
   if (launch_on_hopper(p, stream)) return;
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
-    if (p.windows.starts != nullptr) {
+    if (p.windows.places != nullptr) {
       launch_kernels<T, head_dim(), Kind::windows>(p, stream);
-    } else if (p.bias.data != nullptr || p.mask.data != nullptr) {
+    } else if (p.bias_starts.data != nullptr) {
       launch_kernels<T, head_dim(), Kind::offsets>(p, stream);
     } else {
       launch_kernels<T, head_dim(), Kind::plain>(p, stream);

@@ -36,9 +36,22 @@ Rows aligned_rows(const std::string& argument, const RowsTuple& tuple) {
   return r;
 }
 
+// Whether scores are more than products, of which the largest is that of the largest product.
+bool has_offsets(const std::optional<OffsetsTuple>& bias, const std::optional<OffsetsTuple>& mask, double scale) {
+  return bias.has_value() || mask.has_value() || !(scale > 0.0);
+}
+
+Starts starts(const std::string& argument, const Problem& p, const Offsets& offsets, Address address, bool needed) {
+  Starts s;
+  lay_out(s, offsets, p.batch, p.heads, p.queries, p.keys);
+  s.data = pointer<float>(argument, address, needed);
+  expect(address % 16 == 0, argument + ": expected an address that is a multiple of 16");
+  return s;
+}
+
 void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
                   const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                  const std::optional<OffsetsTuple>& mask, double scale) {
+                  const std::optional<OffsetsTuple>& mask, double scale, Address bias_starts, Address mask_starts) {
   p.batch = size("B", sizes[0], 1);
   p.heads = size("H", sizes[1], 1);
   p.queries = size("Nq", sizes[2], 1);
@@ -63,6 +76,11 @@ void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, cons
   p.value = aligned_rows("value", value);
   p.bias = offsets("bias", bias);
   p.mask = offsets("mask", mask);
+  p.bias_starts = starts("bias_starts", p, p.bias, bias_starts, has_offsets(bias, mask, scale));
+  p.mask_starts = starts("mask_starts", p, p.mask, mask_starts, mask.has_value());
+  // Large enough to divide by.
+  p.unit = std::max(std::abs(p.scale), std::ldexp(1.0f, -100)) * 1.4426950408889634f;
+  p.flipped = p.scale < 0.0f ? 0x80008000u : 0;
 }
 
 void read_outputs(Forward& f, Address share, Address residual, Address labels, Address head_share, Address output,
@@ -116,8 +134,7 @@ Windows::Axis axis(const std::string& name, int64_t tokens, int64_t window, int6
 }
 
 // `p` without a mask, whose images are windows.
-void read_windows(Problem& p, const MapSizes& map, Address padding, Address starts, Address places,
-                  int64_t bias_heads) {
+void read_windows(Problem& p, const MapSizes& map, Address padding, Address places) {
   Windows& w = p.windows;
   w.down = axis("rows", map[0], map[2], map[4]);
   w.across = axis("columns", map[1], map[3], map[5]);
@@ -133,51 +150,45 @@ void read_windows(Problem& p, const MapSizes& map, Address padding, Address star
   expect(p.batch % w.of_image.divisor == 0, "B: expected a multiple of the windows of a map");
   w.padding = pointer<const char>("pad_qkv", padding, w.padding_tokens > 0);
   expect(padding % 16 == 0, "pad_qkv: expected an address that is a multiple of 16");
-  w.starts = pointer<float>("starts", starts);
-  expect(starts % 16 == 0, "starts: expected an address that is a multiple of 16");
   w.places = pointer<int>("places", places);
-  expect(bias_heads == 1 || bias_heads == p.heads, "bias_heads: expected 1 or H, got " + std::to_string(bias_heads));
-  w.start_head = bias_heads == 1 ? 0 : starts_of_head(p.keys);
-  expect(bias_heads * starts_of_head(p.keys) <= std::numeric_limits<int>::max(),
+  expect(p.bias_starts.data != nullptr, "bias_starts: expected what the products of windows begin with");
+  expect(p.bias.image == 0, "bias: expected one for all windows");
+  expect(int64_t(p.heads) * padded(p.keys) * padded(p.keys) <= std::numeric_limits<int>::max(),
          "H, N: expected less than 2**31 numbers of a bias");
-  // Large enough to divide by.
-  const float scale = std::max(std::abs(p.scale), std::ldexp(1.0f, -100));
-  w.unit = scale * 1.4426950408889634f;
-  w.region_start = REGION_BIAS / scale;
-  w.flipped = p.scale < 0.0f ? 0x80008000u : 0;
+  w.region_start = REGION_BIAS * 1.4426950408889634f / p.unit;
 }
 
 void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
                        const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                       const std::optional<OffsetsTuple>& mask, double scale, Address share, Address residual,
-                       Address labels, Address head_share, Address output, Address share_out, Address log_sum_exp,
-                       Address stream) {
+                       const std::optional<OffsetsTuple>& mask, double scale, Address bias_starts, Address mask_starts,
+                       Address share, Address residual, Address labels, Address head_share, Address output,
+                       Address share_out, Address log_sum_exp, Address stream) {
   Forward f;
-  read_problem(f, sizes, dtype, query, key, value, bias, mask, scale);
+  read_problem(f, sizes, dtype, query, key, value, bias, mask, scale, bias_starts, mask_starts);
   read_outputs(f, share, residual, labels, head_share, output, share_out, log_sum_exp);
   forward(f, reinterpret_cast<cudaStream_t>(stream));
 }
 
 void window_attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
                               const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                              double scale, const MapSizes& map, Address pad_qkv, Address starts, Address places,
-                              int64_t bias_heads, Address share, Address residual, Address labels, Address head_share,
-                              Address output, Address share_out, Address log_sum_exp, Address stream) {
+                              double scale, Address bias_starts, const MapSizes& map, Address pad_qkv, Address places,
+                              Address share, Address residual, Address labels, Address head_share, Address output,
+                              Address share_out, Address log_sum_exp, Address stream) {
   Forward f;
-  read_problem(f, sizes, dtype, query, key, value, bias, std::nullopt, scale);
-  read_windows(f, map, pad_qkv, starts, places, bias_heads);
+  read_problem(f, sizes, dtype, query, key, value, bias, std::nullopt, scale, bias_starts, 0);
+  read_windows(f, map, pad_qkv, places);
   read_outputs(f, share, residual, labels, head_share, output, share_out, log_sum_exp);
   forward(f, reinterpret_cast<cudaStream_t>(stream));
 }
 
 void attention_backward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
                         const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                        const std::optional<OffsetsTuple>& mask, double scale, const RowsTuple& grad_output,
-                        Address output, Address log_sum_exp, Address row_terms, const RowsTuple& grad_query,
-                        const RowsTuple& grad_key, const RowsTuple& grad_value, Address bias_sums, int64_t bias_heads,
-                        int64_t images_of_sum, Address stream) {
+                        const std::optional<OffsetsTuple>& mask, double scale, Address bias_starts, Address mask_starts,
+                        const RowsTuple& grad_output, Address output, Address log_sum_exp, Address row_terms,
+                        const RowsTuple& grad_query, const RowsTuple& grad_key, const RowsTuple& grad_value,
+                        Address bias_sums, int64_t bias_heads, int64_t images_of_sum, Address stream) {
   Backward b;
-  read_problem(b, sizes, dtype, query, key, value, bias, mask, scale);
+  read_problem(b, sizes, dtype, query, key, value, bias, mask, scale, bias_starts, mask_starts);
   read_gradients(b, grad_output, output, log_sum_exp, row_terms, grad_query, grad_key, grad_value, bias_sums,
                  bias_heads, images_of_sum);
   backward(b, reinterpret_cast<cudaStream_t>(stream));
@@ -185,14 +196,13 @@ void attention_backward(const Sizes& sizes, const std::string& dtype, const Rows
 
 void window_attention_backward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
                                const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                               double scale, const MapSizes& map, Address pad_qkv, Address starts, Address places,
-                               int64_t bias_heads, const RowsTuple& grad_output, Address output, Address log_sum_exp,
-                               Address row_terms, const RowsTuple& grad_query, const RowsTuple& grad_key,
-                               const RowsTuple& grad_value, Address grad_padding, Address bias_sums,
-                               int64_t images_of_sum, Address stream) {
+                               double scale, Address bias_starts, const MapSizes& map, Address pad_qkv, Address places,
+                               const RowsTuple& grad_output, Address output, Address log_sum_exp, Address row_terms,
+                               const RowsTuple& grad_query, const RowsTuple& grad_key, const RowsTuple& grad_value,
+                               Address grad_padding, Address bias_sums, int64_t images_of_sum, Address stream) {
   Backward b;
-  read_problem(b, sizes, dtype, query, key, value, bias, std::nullopt, scale);
-  read_windows(b, map, pad_qkv, starts, places, bias_heads);
+  read_problem(b, sizes, dtype, query, key, value, bias, std::nullopt, scale, bias_starts, 0);
+  read_windows(b, map, pad_qkv, places);
   read_gradients(b, grad_output, output, log_sum_exp, row_terms, grad_query, grad_key, grad_value, bias_sums, b.heads,
                  images_of_sum);
   b.images_of_sum = size("images_of_sum", images_of_sum, 1);
@@ -220,8 +230,18 @@ void bind(py::module_& module) {
       },
       "Rows and columns of the scratch `row_terms` of a head.");
   module.def(
-      "cuda_starts", [](int tokens) { return std::make_pair(starts_of_head(tokens), padded(tokens)); },
-      "Numbers of the scratch `starts` of a head, and of the scratch `places` of a window.");
+      "cuda_starts",
+      [](const Sizes& sizes, const std::optional<OffsetsTuple>& bias, const std::optional<OffsetsTuple>& mask,
+         double scale, bool in_windows) {
+        const auto numbers = [&](const Offsets& offsets) {
+          Starts unused;
+          return lay_out(unused, offsets, sizes[0], int(sizes[1]), int(sizes[2]), int(sizes[3]));
+        };
+        return std::make_pair(in_windows || has_offsets(bias, mask, scale) ? numbers(offsets("bias", bias)) : 0,
+                              mask.has_value() ? numbers(offsets("mask", mask)) : 0);
+      },
+      "Numbers of the scratch `bias_starts` and `mask_starts`, 0 where there is none.");
+  module.def("cuda_places", &padded, "Numbers of the scratch `places` of a window with so many tokens.");
   module.def("cuda_window_attention_forward", &window_attention_forward);
   module.def("cuda_window_attention_backward", &window_attention_backward);
   module.def("cuda_attention_forward", &attention_forward);

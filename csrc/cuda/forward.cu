@@ -150,34 +150,37 @@ void launch(Forward p, cudaStream_t stream) {
   if (!Kernel::has_all_heads(p)) average<KIND>(p, stream);
 }
 
-// All keys in one step where registers hold their scores: up to 64, or up to 256 of heads of at most 64.
+// All keys in one step where registers hold their scores: up to 256, or up to 64 of windows or several sources.
 template <class T, int D, Kind KIND>
 void launch_for_keys(const Forward& p, cudaStream_t stream) {
   if (p.sources > 2) return launch<T, D, D <= 96 ? 8 : 4, 4, true, KIND, 4>(p, stream);
-  // Where blocks take heads in turn, labels of two sources take kernels of their own; wider heads, which are few,
-  // stream.
-  if constexpr (KIND != Kind::offsets) {
-    if (p.keys <= 64 && p.sources == 2) {
-      constexpr bool TAKES_TURNS = KIND == Kind::windows ? D == 32 : D <= 64;
-      return launch<T, D, 8, 4, !TAKES_TURNS, KIND, TAKES_TURNS ? 2 : 1>(p, stream);
-    }
+  // Where blocks take heads in turn, labels of two sources take kernels of their own; with a bias, or in wider heads,
+  // which are few, they stream.
+  if (p.keys <= 64 && p.sources == 2) {
+    constexpr bool TAKES_TURNS = KIND == Kind::windows ? D == 32 : KIND == Kind::plain && D <= 64;
+    return launch<T, D, 8, 4, !TAKES_TURNS, KIND, TAKES_TURNS ? 2 : 1>(p, stream);
   }
-  if constexpr (KIND != Kind::windows) {
+  if constexpr (KIND == Kind::plain) {
     if (p.keys <= 32) return launch<T, D, 4, 4, false, KIND, 1>(p, stream);
   }
-  if constexpr (KIND == Kind::windows ? D == 32 : KIND == Kind::plain && D <= 64) {
+  if constexpr (KIND == Kind::windows ? D == 32 : D <= 64) {
     if (p.keys <= 56) return launch<T, D, 7, 4, false, KIND, 1>(p, stream);
   }
   // Windows of wider heads, which no Swin has, would take more registers than there are.
   if constexpr (KIND != Kind::windows || D == 32) {
     if (p.keys <= 64) return launch<T, D, 8, 4, false, KIND, 1>(p, stream);
   }
-  if constexpr (D <= 64 && KIND == Kind::plain) {
-    if (p.keys <= 128) return launch<T, D, 16, 4, false, KIND, 1>(p, stream);
-    if (p.keys <= 192) return launch<T, D, 24, 4, false, KIND, 1>(p, stream);
+  if constexpr (KIND != Kind::windows) {
+    if constexpr (KIND == Kind::plain && D <= 64) {
+      if (p.keys <= 128) return launch<T, D, 16, 4, false, KIND, 1>(p, stream);
+      if (p.keys <= 192) return launch<T, D, 24, 4, false, KIND, 1>(p, stream);
+    }
     // As many queries as keys are 13 times 16: two blocks of 7 warps load K and V half as often as four of 4. But with
-    // heads of 32 ptxas does not get by with 128 registers, and with more only one such block is resident.
-    if (p.keys <= 200) return launch<T, D, 25, D == 64 ? 7 : 4, false, KIND, 1>(p, stream);
+    // heads of 32 or a bias ptxas does not get by with 128 registers, and with more only one such block is resident.
+    if constexpr (D <= 64) {
+      constexpr int WARPS = D == 64 && KIND == Kind::plain ? 7 : 4;
+      if (p.keys <= 200) return launch<T, D, 25, WARPS, false, KIND, 1>(p, stream);
+    }
     if (p.keys <= 256) return launch<T, D, 32, 4, false, KIND, 1>(p, stream);
   }
   launch<T, D, 8, 4, true, KIND, 1>(p, stream);
@@ -186,13 +189,12 @@ void launch_for_keys(const Forward& p, cudaStream_t stream) {
 }  // namespace
 
 void forward(const Forward& p, cudaStream_t stream) {
-  const bool in_windows = p.windows.starts != nullptr;
-  if (in_windows) prepare_windows(p, stream);
+  prepare(p, stream);
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
-    if (in_windows) return launch_for_keys<T, head_dim(), Kind::windows>(p, stream);
-    // A scale that is not positive can't wait for the exponential.
-    if (p.bias.data != nullptr || p.mask.data != nullptr || !(p.scale > 0.0f)) {
+    if (p.windows.places != nullptr) {
+      launch_for_keys<T, head_dim(), Kind::windows>(p, stream);
+    } else if (p.bias_starts.data != nullptr) {
       launch_for_keys<T, head_dim(), Kind::offsets>(p, stream);
     } else {
       launch_for_keys<T, head_dim(), Kind::plain>(p, stream);

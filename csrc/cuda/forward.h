@@ -16,8 +16,10 @@ namespace tlalign::cuda {
 constexpr int QUERIES_OF_WARP = 16;
 
 // Keys that there are at least where one step has all of them in so many times 8: see launch_for_keys.
-constexpr int least_keys(int octets) {
-  return octets == 32 ? 201 : octets == 25 ? 193 : octets == 24 ? 129 : octets == 16 ? 65 : octets > 4 ? 33 : 1;
+constexpr int least_keys(int octets, int head_dim, Kind kind) {
+  if (octets == 32) return head_dim <= 64 ? 201 : 65;
+  if (kind != Kind::plain) return octets > 8 ? 65 : 1;
+  return octets == 25 ? 193 : octets == 24 ? 129 : octets == 16 ? 65 : octets > 4 ? 33 : 1;
 }
 
 // share = hi + mid + lo, of two at once: a word has a part of both.
@@ -95,23 +97,21 @@ template <class T, int D, int OCTETS, int WARPS, bool STREAMS, Kind KIND, int LA
 struct ForwardKernel {
   using Tile = SharedRows<T, D>;
   static constexpr bool OFFSETS = KIND == Kind::offsets, WINDOWS = KIND == Kind::windows;
-  // Whether a query may see no key. Windows have a bias, too.
-  static constexpr bool MASKED = KIND != Kind::plain;
+  // Whether scores begin with something, so that a query may see no key.
+  static constexpr bool STARTS = KIND != Kind::plain;
   static constexpr int THREADS = 32 * WARPS, QUERIES = QUERIES_OF_WARP * WARPS;
   // Products take 16 keys at once, the last one 8 if there are no more.
   static constexpr int TILES = (OCTETS + 1) / 2, KEYS = 8 * OCTETS;
   static constexpr bool ENDS_IN_OCTET = OCTETS % 2 != 0;
-  static_assert(!ENDS_IN_OCTET || (!STREAMS && !OFFSETS),
-                "one step has all keys, and nothing is added to their scores");
+  static_assert(!ENDS_IN_OCTET || !STREAMS, "one step has all keys");
   static constexpr int STAGES = STREAMS ? 2 : 1;
-  // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels. Not with offsets,
-  // beside which these are little: rather have more warps to wait for them.
-  static constexpr bool TURNS = !STREAMS && !OFFSETS && TILES <= 4;
+  // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels.
+  static constexpr bool TURNS = !STREAMS && TILES <= 4;
   // Whether a block averages shares itself, since it has all heads of its queries.
   static TLALIGN_BOTH bool has_all_heads(const Forward& p) { return TURNS && p.turns.is_one(); }
   // Rows that are known to be there, and tiles that are not asked whether they have keys. Heads in turn with several
   // sources have one kernel for any number of keys up to 64.
-  static constexpr int CERTAIN_KEYS = STREAMS || (TURNS && LABEL_BLOCKS > 1) ? 0 : least_keys(OCTETS) - 1;
+  static constexpr int CERTAIN_KEYS = STREAMS || (TURNS && LABEL_BLOCKS > 1) ? 0 : least_keys(OCTETS, D, KIND) - 1;
   static constexpr int CERTAIN_TILES = STREAMS ? 1 : TURNS ? TILES : CERTAIN_KEYS / 16 + 1;
   static_assert(!TURNS || KEYS <= 64, "a warp splits the labels of a source");
   // Labels that lie in shared memory are rows of a column each: 16-byte chunks of 8 keys, an odd number of them, so
@@ -121,16 +121,19 @@ struct ForwardKernel {
   static constexpr int LABEL_PITCH = 16 * (LABEL_CHUNKS + 1);
   static constexpr int LABEL_BYTES =
       (LABEL_ROWS * LABEL_PITCH + Tile::ALIGNMENT - 1) / Tile::ALIGNMENT * Tile::ALIGNMENT;
-  static constexpr int STAGE_BYTES = 2 * Tile::bytes(KEYS) + (TURNS ? LABEL_BYTES : 0);
+  // All keys of wide heads leave room for two blocks only if V comes where K was.
+  static constexpr bool IN_PLACE = !STREAMS && !TURNS && D > 64;
+  static constexpr int VALUE_AT = IN_PLACE ? 0 : Tile::bytes(KEYS);
+  static constexpr int STAGE_BYTES = VALUE_AT + Tile::bytes(KEYS) + (TURNS ? LABEL_BYTES : 0);
   // Other ones are read so many tiles before they are needed, as registers allow.
   static constexpr int AHEAD = LABEL_BLOCKS == 1 ? 2 : 0;
   // Blocks that the registers of a multiprocessor are to hold at once.
   static constexpr bool IN_WIDE_WINDOWS = WINDOWS && D > 32;
-  static constexpr bool IS_WIDE = D > 64 || (STREAMS ? OFFSETS || LABEL_BLOCKS > 1 || IN_WIDE_WINDOWS : TILES > 13);
-  static constexpr int BLOCKS = WARPS > 4 || IS_WIDE                       ? 2
-                                : STREAMS || TILES > 8 || LABEL_BLOCKS > 1 ? 3
-                                : TURNS && D <= 32 && !WINDOWS             ? 5
-                                                                           : 4;
+  static constexpr bool IS_WIDE = D > 64 || (STREAMS ? LABEL_BLOCKS > 1 || IN_WIDE_WINDOWS : TILES > 13);
+  static constexpr int BLOCKS = WARPS > 4 || IS_WIDE                                                       ? 2
+                                : STREAMS || TILES > 8 || LABEL_BLOCKS > 1 || (TURNS && OFFSETS && D > 32) ? 3
+                                : TURNS && D <= 32 && KIND == Kind::plain                                  ? 5
+                                                                                                           : 4;
   // The output passes through shared memory: that of the queries, unless the next ones are already coming.
   static constexpr int END_OF_STAGES = Tile::bytes(QUERIES) + STAGES * STAGE_BYTES;
   static constexpr int OUTPUT_AT = TURNS ? END_OF_STAGES : 0;
@@ -144,8 +147,9 @@ struct ForwardKernel {
   struct Stage {
     uint32_t key, value, label;
   };
-  // Of two rows, over the heads that a block takes in turn: what a thread has of the labels of each source, and of
-  // windows, if it takes no turns, of the attention that goes to labels.
+  // Of two rows, over the heads that a block takes in turn: what a thread has of the labels of each source; of windows,
+  // if it takes no turns, of the attention that goes to labels; and with offsets, if it does, in how many heads a query
+  // sees a key.
   struct Shares {
     float label[LABEL_BLOCKS][2], weight[2];
   };
@@ -220,7 +224,7 @@ struct ForwardKernel {
 
   __device__ Stage stage(int number) const {
     const uint32_t at = shared + Tile::bytes(QUERIES) + number % STAGES * STAGE_BYTES;
-    return {at, at + Tile::bytes(KEYS), at + 2 * Tile::bytes(KEYS)};
+    return {at, at + VALUE_AT, at + VALUE_AT + Tile::bytes(KEYS)};
   }
 
   __device__ Window window() const { return Window(p.windows, image); }
@@ -265,7 +269,7 @@ struct ForwardKernel {
     query_rows.copy(shared);
     key_rows.copy(stage(0).key);
     commit_copies();
-    value_rows.copy(stage(0).value);
+    if (!IN_PLACE) value_rows.copy(stage(0).value);
     if (TURNS && warp < LABEL_BLOCKS) store_labels(stage(0).label, warp, lane);
     commit_copies();
     if constexpr (STREAMS) {
@@ -288,13 +292,14 @@ struct ForwardKernel {
     const PackedLabels packed = packed_labels();
     const int steps = (p.keys + KEYS - 1) / KEYS;
     for (int step = 0; step < steps; ++step) {
-      if (WINDOWS && works()) read_starts(scores, find_starts(step), step);
+      if (STARTS && works()) read_starts(scores, find_starts(p.bias_starts, step), step);
       wait_for_copies<1>();
       __syncthreads();
       if (works()) {
         if (step == 0) read_queries(query, query_address());
         multiply_keys(query, scores, step, key_address(step));
         if (WINDOWS) add_regions(scores, find_regions(step), step);
+        if (OFFSETS && has_mask()) add_starts(scores, find_starts(p.mask_starts, step), step);
       }
       if (step + 1 < steps) keys(step + 1).copy(stage(step + 1).key);
       commit_copies();
@@ -320,13 +325,21 @@ struct ForwardKernel {
     const bool works = this->works();
     // Where the block is, so that no registers keep it where most of them are needed.
     if (threadIdx.x == 0) store_shared(shared + END_OF_STAGES, make_uint4(turn, first, image, head));
+    if (STARTS && works) read_starts(scores, find_starts(p.bias_starts, 0), 0);
     wait_for_copies<1>();
     __syncthreads();
     if (works) {
       read_queries(query, query_address());
       multiply_keys(query, scores, 0, key_address(0));
-      exponentiate(scores, weights, highest, output, label, 0);
+      if (OFFSETS && has_mask()) add_starts(scores, find_starts(p.mask_starts, 0), 0);
     }
+    if constexpr (IN_PLACE) {
+      __syncthreads();
+      // No registers are to keep where K was copied to.
+      values(0).copy(stage(0).value, kept(threadIdx.x));
+      commit_copies();
+    }
+    if (works) exponentiate(scores, weights, highest, output, label, 0);
     wait_for_copies<0>();
     __syncthreads();
     if (!works) return;
@@ -359,8 +372,9 @@ struct ForwardKernel {
     destination.lane = kept(destination.lane);
     destination.rows.from = kept(destination.rows.from);
     Shares shares = {};
-    const float* starts = WINDOWS ? find_starts(0) : nullptr;
-    if (WINDOWS) read_starts(scores, starts, 0);
+    const float* starts = STARTS ? find_starts(p.bias_starts, 0) : nullptr;
+    if (STARTS) read_starts(scores, starts, 0);
+    const float* mask = OFFSETS && has_mask() ? find_starts(p.mask_starts, 0) : nullptr;
     const Differing differing = find_regions(0);
     wait_for_copies<1>();
     __syncthreads();
@@ -370,6 +384,7 @@ struct ForwardKernel {
       read_queries(query, from_query);
       multiply_keys(query, scores, 0, from_key);
       if (WINDOWS) add_regions(scores, differing, 0);
+      if (OFFSETS && mask != nullptr) add_starts(scores, mask, 0);
       exponentiate(scores, weights, highest, output, label, 0);
       // V is there, and nobody needs Q and K any more.
       wait_for_copies<0>();
@@ -381,7 +396,8 @@ struct ForwardKernel {
         commit_copies();
       }
       multiply_values(weights, output, label, labels, {}, 0, from_value, from_key);
-      if (WINDOWS && more > 0) read_starts(scores, starts += p.windows.start_head, 0);
+      if (STARTS && more > 0) read_starts(scores, starts += p.bias_starts.head, 0);
+      if (OFFSETS && mask != nullptr) mask += p.mask_starts.head;
       write(output, label, highest, shares, destination);
       if (more == 0) break;
       destination.rows.to += D * sizeof(T);
@@ -440,7 +456,7 @@ struct ForwardKernel {
   __device__ void read_queries(Fragment (&query)[D / 16], uint32_t from) const {
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) query[i] = load_matrices(Tile::beside(from, 2 * i));
-    if (WINDOWS) flip(reinterpret_cast<Fragment(&)[1][D / 16]>(query), p.windows.flipped);
+    if (STARTS) flip(reinterpret_cast<Fragment(&)[1][D / 16]>(query), p.flipped);
   }
 
   // Whether the keys of a step end before a tile; in one pass asked for every other tile.
@@ -460,7 +476,7 @@ struct ForwardKernel {
 #pragma unroll
       for (int i = 0; i < D / 16; ++i) {
         const Fragment key = load_matrices(Tile::beside(from, 2 * i) + 16 * tile * Tile::PITCH);
-        if (i == 0 && !WINDOWS) {
+        if (i == 0 && !STARTS) {
           multiply<T>(scores[2 * tile], query[i], key.x, key.y);
           multiply<T>(scores[2 * tile + 1], query[i], key.z, key.w);
         } else {
@@ -468,7 +484,6 @@ struct ForwardKernel {
           multiply_add<T>(scores[2 * tile + 1], query[i], key.z, key.w);
         }
       }
-      if (OFFSETS) add_offsets(scores[2 * tile], scores[2 * tile + 1], step * KEYS + 16 * tile);
     }
   }
 
@@ -478,7 +493,7 @@ struct ForwardKernel {
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
       const uint2 key = load_two_matrices(Tile::beside(from, 2 * i) + 16 * (TILES - 1) * Tile::PITCH);
-      if (i == 0 && !WINDOWS) {
+      if (i == 0 && !STARTS) {
         multiply<T>(scores, query[i], key.x, key.y);
       } else {
         multiply_add<T>(scores, query[i], key.x, key.y);
@@ -486,14 +501,25 @@ struct ForwardKernel {
     }
   }
 
-  __device__ const float* find_starts(int step) const {
-    return cuda::find_starts(p.windows, head, first + warp * QUERIES_OF_WARP, step * KEYS, p.keys);
+  __device__ const float* find_starts(const Starts& starts, int step) const {
+    return cuda::find_starts<KIND>(starts, image, head, first + warp * QUERIES_OF_WARP, step * KEYS);
   }
   __device__ void read_starts(float (&scores)[OCTETS][4], const float* from, int step) const {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
       if (i % 2 == 0 && ends_before(i / 2, step)) break;
       cuda::read_starts(scores[i], from + 128 * i, lane);
+    }
+  }
+  __device__ bool has_mask() const { return p.mask_starts.data != nullptr; }
+  __device__ void add_starts(float (&scores)[OCTETS][4], const float* from, int step) const {
+#pragma unroll
+    for (int i = 0; i < OCTETS; ++i) {
+      if (i % 2 == 0 && ends_before(i / 2, step)) break;
+      float starts[4];
+      cuda::read_starts(starts, from + 128 * i, lane);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) scores[i][j] += starts[j];
     }
   }
 
@@ -522,19 +548,6 @@ struct ForwardKernel {
     }
   }
 
-  // Scores in units of ln 2, with what is added to them.
-  __device__ void add_offsets(float (&left)[4], float (&right)[4], int key) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float& score = i < 4 ? left[i] : right[i - 4];
-      const int query = first + warp * QUERIES_OF_WARP + lane / 4 + i / 2 % 2 * 8;
-      score = with_offsets(p, score, image, head, query, key + i / 4 * 8 + lane % 4 * 2 + i % 2);
-    }
-  }
-
-  // Without offsets the factor, if it is positive, waits for the exponential.
-  __device__ float unit() const { return OFFSETS ? 1.0f : WINDOWS ? p.windows.unit : p.scale * LOG2_E; }
-
   // Of two rows, and what to subtract from their scores.
   __device__ void find_highest(const float (&scores)[OCTETS][4], float (&highest)[2], float (&shift)[2],
                                int step) const {
@@ -548,9 +561,9 @@ struct ForwardKernel {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       now[i] = fmaxf(now[i], __shfl_xor_sync(0xffffffffu, now[i], 1));
-      now[i] = fmaxf(now[i], __shfl_xor_sync(0xffffffffu, now[i], 2)) * unit();
+      now[i] = fmaxf(now[i], __shfl_xor_sync(0xffffffffu, now[i], 2)) * p.unit;
       highest[i] = STREAMS ? fmaxf(now[i], highest[i]) : now[i];
-      shift[i] = MASKED && highest[i] == -INFINITY ? 0.0f : highest[i];
+      shift[i] = STARTS && highest[i] == -INFINITY ? 0.0f : highest[i];
     }
   }
 
@@ -593,7 +606,7 @@ struct ForwardKernel {
   }
   __device__ uint2 weights_of(float (&scores)[4], const float (&shift)[2]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) scores[i] = exp2_of(fmaf(scores[i], unit(), -shift[i / 2]));
+    for (int i = 0; i < 4; ++i) scores[i] = exp2_of(fmaf(scores[i], p.unit, -shift[i / 2]));
     return {pack<T>(scores[0], scores[1]), pack<T>(scores[2], scores[3])};
   }
 
@@ -678,8 +691,8 @@ struct ForwardKernel {
       for (int i = 0; i < 2; ++i) total[i] = __shfl_sync(0xffffffffu, total[i], to.lane & ~3);
     }
     // Else a query sees every key.
-    const float inverse[2] = {MASKED && total[0] == 0.0f ? 0.0f : inverse_of(total[0]),
-                              MASKED && total[1] == 0.0f ? 0.0f : inverse_of(total[1])};
+    const float inverse[2] = {STARTS && total[0] == 0.0f ? 0.0f : inverse_of(total[0]),
+                              STARTS && total[1] == 0.0f ? 0.0f : inverse_of(total[1])};
     const bool is_odd = to.lane % 2 != 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -690,6 +703,7 @@ struct ForwardKernel {
             TURNS ? fmaf(second, inverse[i], shares.label[n][i]) : (is_odd ? first + second : second) * inverse[i];
       }
       if (WINDOWS && !TURNS) shares.weight[i] = label[0][2 * i] * inverse[i];
+      if (OFFSETS && TURNS) shares.weight[i] += total[i] == 0.0f ? 0.0f : 1.0f;
     }
     // log2(0) plus the maximum, -inf, is -inf: a query that sees no key.
     const float log_sum = (is_odd ? highest[1] : highest[0]) + log2_of(is_odd ? total[1] : total[0]);
@@ -697,7 +711,8 @@ struct ForwardKernel {
     return make_float2(inverse[0], inverse[1]);
   }
 
-  // The label of a source, which is the sum of its parts, and in windows the part of the attention that goes to labels.
+  // The label of a source, which is the sum of its parts, and what the mean over the heads divides it by, if it is not
+  // their number: in windows the part of the attention that goes to labels.
   // Of the four threads that share two rows the even ones have those of the first row, the odd ones of the second. A
   // thread has both, where blocks take heads in turn, so that two threads write the same: in windows, if it is one of
   // the first two. Elsewhere the first two have the label of a source, the others that of the next.
@@ -718,7 +733,7 @@ struct ForwardKernel {
       // The third thread has the last part, the fourth what says which keys have labels.
       return {own + other + from(is_odd ? other : own, 2), from(is_odd ? own : other, 2)};
     } else {
-      return {own + other + from(own + other, 2), 0.0f};
+      return {own + other + from(own + other, 2), is_odd ? shares.weight[1] : shares.weight[0]};
     }
   }
 
@@ -732,7 +747,7 @@ struct ForwardKernel {
       if (WINDOWS && !window().has(to.query)) return;
       const uint64_t first = WINDOWS ? window().token_of_all(to.query) * unsigned(p.sources)
                                      : uint64_t(kept(image)) * p.shares_of_queries + to.query * unsigned(p.sources);
-      const HeadMean mean = WINDOWS ? HeadMean(p, rows[0].weight) : HeadMean(p);
+      const HeadMean mean = STARTS ? HeadMean(p, rows[0].weight) : HeadMean(p);
 #pragma unroll
       for (int n = 0; n < LABEL_BLOCKS; ++n) {
         if (n == 0 || n < p.sources) mean.write(p, first + n, rows[n].label);

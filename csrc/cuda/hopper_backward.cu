@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(HopperKernel<T>::THREADS, 1)
 
 bool launch_on_hopper(const Backward& p, cudaStream_t stream) {
   const bool fits = p.queries > 192 && p.queries <= 208 && p.keys > 192 && p.keys <= 200;
-  const bool is_plain = p.windows.starts == nullptr && p.bias.data == nullptr && p.mask.data == nullptr;
+  const bool is_plain = p.bias_starts.data == nullptr;
   // float16 needs what normalises before anything else.
   if (p.dtype != DType::bfloat16 || p.head_dim != 64 || !fits || !is_plain) return false;
   // Fewer heads leave multiprocessors idle.

@@ -213,7 +213,7 @@ struct HopperStreamingKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 16, 4
     now.multiply_keys(hopper::descriptor(queries), hopper::descriptor(keys_of(step)));
     hopper::arrive_at(may_begin(1 - group), OF_TWO_GROUPS);
     hopper::wait_for_products(now.scores);
-    now.exponentiate(this->unit(), highest, kept);
+    now.exponentiate(p.unit, highest, kept);
     now.pack();
 #pragma unroll 1
     while (++step < last) {
@@ -253,7 +253,7 @@ struct HopperStreamingKernel : HopperForwardKernel<T, ForwardKernel<T, 64, 16, 4
     before.multiply_values(output, hopper::descriptor(values_of(step - 1), PART_BYTES));
     hopper::arrive_at(may_begin(1 - group), OF_TWO_GROUPS);
     hopper::wait_for_products<1>(now.scores);
-    now.exponentiate(this->unit(), highest, kept);
+    now.exponentiate(p.unit, highest, kept);
     hopper::wait_for_products(output);
     hopper::arrive_at(is_done(step - 1), OF_ALL);
 #pragma unroll

@@ -11,7 +11,7 @@ namespace tlalign::cuda {
 
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
-// What is added to scores: nothing, a bias or a mask, or what windows have, which is there before the products.
+// What scores begin with: nothing, a bias, to which a mask is added, or that of windows, which may have regions.
 enum class Kind { plain, offsets, windows };
 
 // Where a thread's part of 16 rows in shared memory begins: rows as the left factor of a product or, transposed while
@@ -87,51 +87,31 @@ __device__ void add_product(float (&sum)[M][D / 8][4], const Scores<M>& left, co
   add_product<T, D>(sum, packed, from, offset);
 }
 
-__device__ inline float offset_of(const Offsets& o, unsigned image, unsigned head, int query, int key) {
-  const int64_t at = image * o.image + head * o.head + query * o.query + key * o.key;
-  switch (o.dtype) {
-    case DType::float32:
-      return reinterpret_cast<const float*>(o.data)[at];
-    case DType::bfloat16:
-      return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(o.data)[at]);
-    case DType::float16:
-      return __half2float(reinterpret_cast<const __half*>(o.data)[at]);
-    default:
-      return reinterpret_cast<const uint8_t*>(o.data)[at] != 0 ? 0.0f : -INFINITY;
+// Where the starts of a head are, of 16 queries from `query` on and of keys from `key` on, both multiples of 16: those
+// of 16 more keys lie 256 numbers further on.
+template <Kind KIND>
+__device__ const float* find_starts(const Starts& starts, unsigned image, unsigned head, int query, int key) {
+  // Those of windows are the same for all images, and numbered by 32 bits.
+  if (KIND == Kind::windows) {
+    return starts.data + (head * unsigned(starts.head) + (unsigned(query) / 16 * unsigned(starts.row) + key * 16));
   }
+  return starts.data + (image * starts.image + head * starts.head + query / 16 * starts.row + int64_t(key) * 16);
 }
-
-// A product of query and key as a score in units of ln 2: scaled, with bias and mask; -inf outside of both lengths.
-__device__ inline float with_offsets(const Problem& p, float product, unsigned image, unsigned head, int query,
-                                     int key) {
-  if (query >= p.queries || key >= p.keys) return -INFINITY;
-  float score = product * (p.scale * LOG2_E);
-  if (p.bias.data != nullptr) score += offset_of(p.bias, image, head, query, key) * LOG2_E;
-  if (p.mask.data != nullptr) score += offset_of(p.mask, image, head, query, key) * LOG2_E;
-  return score;
-}
-
-// Where that lies what the products of 16 queries from `query` on and 16 keys from `key` on begin with, both multiples
-// of 16: of 16 more keys 256 numbers further on.
-__device__ inline const float* find_starts(const Windows& map, unsigned head, int query, int key, int tokens) {
-  const unsigned tiles = unsigned(padded(tokens)) / 16;
-  return map.starts + (head * unsigned(map.start_head) + (unsigned(query) / 16 * tiles + unsigned(key) / 16) * 256);
-}
-// That of 16 queries and 8 keys. Four numbers of a thread lie side by side, as registers hold them, and those of the
+// Those of 16 queries and 8 keys. Four numbers of a thread lie side by side, as registers hold them, and those of the
 // threads after each other.
 __device__ inline void read_starts(float (&scores)[4], const float* from, int lane) {
   const float4 words = __ldg(reinterpret_cast<const float4*>(from) + lane);
   scores[0] = words.x, scores[1] = words.y, scores[2] = words.z, scores[3] = words.w;
 }
-// That of 16 M queries and 16 keys.
+// Those of 16 M queries and 16 keys; of 16 more queries they lie `row` numbers further on.
 template <int M>
-__device__ void read_starts(Scores<M>& scores, const float* from, int tokens, int lane) {
+__device__ void read_starts(Scores<M>& scores, const float* from, int64_t row, int lane) {
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
-    read_starts(scores[i / 2][i % 2], from + (i % 2 * 128 + (i / 2 == 0 ? 0 : padded(tokens) / 16 * 256)), lane);
+    read_starts(scores[i / 2][i % 2], from + (i / 2 * row + i % 2 * 128), lane);
   }
 }
-// That of 16 M keys as rows and 16 queries as columns.
+// Those of 16 M keys as rows and 16 queries as columns.
 template <int M>
 __device__ void read_starts_of_keys(Scores<M>& scores, const float* from, int lane) {
   const float* own = from + ((lane % 4 * 8 + lane / 8) * 4 + lane / 4 % 2);
@@ -157,6 +137,31 @@ __device__ void add_regions(Scores<M>& scores, const Windows& map, const Window&
     const Regions regions(window, row + 16 * m, column, lane);
     add_regions(scores[m][0], map, regions, 0);
     add_regions(scores[m][1], map, regions, 8);
+  }
+}
+
+// What scores of 16 M rows from `row` on and 16 columns from `column` on begin with. Rows are queries, or keys.
+template <Kind KIND, bool OF_KEYS, int M>
+__device__ void begin_scores(Scores<M>& scores, const Starts& starts, unsigned image, unsigned head, int row,
+                             int column, int lane) {
+  if constexpr (OF_KEYS) {
+    read_starts_of_keys(scores, find_starts<KIND>(starts, image, head, column, row), lane);
+  } else {
+    read_starts(scores, find_starts<KIND>(starts, image, head, row, column), starts.row, lane);
+  }
+}
+// What is added to them when they have the products.
+template <Kind KIND, bool OF_KEYS, int M>
+__device__ void finish_scores(Scores<M>& scores, const Problem& p, unsigned image, unsigned head, int row, int column,
+                              int lane) {
+  if constexpr (KIND == Kind::windows) {
+    const Window window(p.windows, image);
+    if (window.has_regions()) add_regions(scores, p.windows, window, row, column, lane);
+  } else if (p.mask_starts.data != nullptr) {
+    Scores<M> mask;
+    begin_scores<KIND, OF_KEYS>(mask, p.mask_starts, image, head, row, column, lane);
+#pragma unroll
+    for (int i = 0; i < 8 * M; ++i) scores[i / 8][i / 4 % 2][i % 4] += mask[i / 8][i / 4 % 2][i % 4];
   }
 }
 

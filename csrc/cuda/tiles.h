@@ -255,9 +255,9 @@ struct SharedRows {
     }
 
     // Every thread of the block takes part.
-    __device__ void copy(uint32_t to) const {
+    __device__ void copy(uint32_t to, unsigned thread = threadIdx.x) const {
       if constexpr (IS_REGULAR) {
-        const int own_row = threadIdx.x / CHUNKS;
+        const int own_row = thread / CHUNKS;
 #pragma unroll
         for (int i = 0; i < ROWS; i += STEP) {
           const bool is_certain = i + STEP <= CERTAIN;
@@ -268,7 +268,7 @@ struct SharedRows {
       } else {
 #pragma unroll
         for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
-          const Place place(i + threadIdx.x);
+          const Place place(i + thread);
           if (i + THREADS > ROWS * CHUNKS && place.row >= ROWS) break;
           copy_async(to + at(place.row, place.chunk),
                      from + int64_t(min(place.row, left)) * row_bytes + 16 * place.chunk, REPEATS || place.row <= left);

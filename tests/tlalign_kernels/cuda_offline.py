@@ -250,6 +250,7 @@ def record(monkeypatch, run):
         cuda_attention_forward=running(recorder.cuda_attention_forward),
         cuda_attention_backward=running(recorder.cuda_attention_backward),
         cuda_starts=recorder.cuda_starts,
+        cuda_places=recorder.cuda_places,
         cuda_window_attention_forward=running(recorder.cuda_window_attention_forward),
         cuda_window_attention_backward=running(recorder.cuda_window_attention_backward),
     )
@@ -296,9 +297,13 @@ def record_windows(run, windows, head_dim, heads=HEADS, sources=1, bias=True, im
         output.sum().backward()
 
 
+# Kernels for what is the same for all images of record_attention and record_windows.
+PREPARE = ("pack_places", "pack_starts")
+
+
 def some_blocks(launch, images):
     """Of a launch for many images, the blocks of the first few; all blocks of what is the same for all images."""
-    executed = images if name_of(launch.kernel) == "pack_windows" else IMAGES
+    executed = images if name_of(launch.kernel) in PREPARE else IMAGES
     return [(number, 0, 0) for number in range(launch.grid[0] * executed // images)]
 
 
@@ -379,7 +384,7 @@ def counts_of_head(arch, heads=HEADS, images=IMAGES, windows=None, **options):
 
     def run(launch, tensors):
         for opcode, times in count(launch, tensors, arch, images).items():
-            executed = images if name_of(launch.kernel) == "pack_windows" else IMAGES
+            executed = images if name_of(launch.kernel) in PREPARE else IMAGES
             counts[name_of(launch.kernel)][opcode] += times / (executed * per_image)
 
     if windows is None:

@@ -72,7 +72,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   if (shared > 48 * 1024 && shared_limits[kernel] < static_cast<int>(shared)) return cudaErrorInvalidValue;
   const std::string& name = names().at(kernel);
   const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
-  const py::bytes parameters = has("pack_windows")         ? bytes_of<tlalign::cuda::Problem>(arguments[0])
+  const py::bytes parameters = has("pack_places") || has("pack_starts") ? bytes_of<tlalign::cuda::Problem>(arguments[0])
                                : has("attention_backward") ? bytes_of<tlalign::cuda::Backward>(arguments[0])
                                                            : bytes_of<tlalign::cuda::Forward>(arguments[0]);
   launches->append(py::make_tuple(name, py::make_tuple(grid.x, grid.y, grid.z),

@@ -116,7 +116,7 @@ def test_lengths_are_within_the_bound(monkeypatch, tokens, head_dim):
         (BFLOAT16, dict(heads=7, queries=197, keys=197, packed=True)),
         (BFLOAT16, dict(batch=2, heads=4, queries=208, keys=193)),
         (BFLOAT16, dict(heads=6, queries=193, keys=200)),
-        # Of the forward, the older kernel has scales that are not positive.
+        # The older kernels have scales that are not positive.
         (BFLOAT16, dict(heads=6, queries=196, keys=196, scale=-0.3)),
         (FLOAT16, dict(batch=2, heads=3, queries=208, keys=193, sources=2)),
         (FLOAT16, dict(heads=6, queries=193, keys=200, sources=2)),
@@ -136,8 +136,8 @@ def test_heads_on_hopper_are_within_the_bound(monkeypatch, dtype, sizes):
     recorder, _ = cuda_offline.build()
     recorder.set_device(1)
     try:
-        backward = ["hopper"] if dtype == BFLOAT16 and case.keys <= 200 else ["queries", "keys"]
-        kernels = check(monkeypatch, case, dtype, backward=backward)
+        on_hopper = dtype == BFLOAT16 and case.keys <= 200 and case.scale is None
+        kernels = check(monkeypatch, case, dtype, backward=["hopper"] if on_hopper else ["queries", "keys"])
     finally:
         recorder.set_device(0)
     assert any("attention_forward_hopper" in kernel for kernel in kernels) == (case.scale is None)
@@ -387,7 +387,7 @@ def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch, maps, heads, sou
     def blocks_of_last(launch):
         (blocks, _, _), of_map = launch.grid, launch.grid[0] // maps
         launches.append((launch.kernel, blocks))
-        return range(0 if "pack_windows" in launch.kernel else blocks - of_map, blocks)
+        return range(0 if "pack" in launch.kernel else blocks - of_map, blocks)
 
     options = dict(bias=inputs["bias"], window_size=windows.window_size, shift=windows.shift)
     options["pad_qkv"] = inputs["pad_qkv"]
@@ -515,6 +515,9 @@ def test_what_is_not_supported_is_said():
         (dict(query=(16, 128, 32, 33)), "query: expected rows that begin at multiples of 16 bytes"),
         (dict(query=(0, 128, 32, 32)), "query: expected an address, got 0"),
         (dict(labels=0), "labels: expected an address, got 0"),
+        (dict(bias=(16, "float32", 0, 0, 4, 1)), "bias_starts: expected an address, got 0"),
+        (dict(scale=-1.0), "bias_starts: expected an address, got 0"),
+        (dict(mask=(16, "bool", 4, 0, 0, 1), bias_starts=16), "mask_starts: expected an address, got 0"),
         (dict(sizes=(1, 1, 2**29, 4, 32, 2)), r"S \* Nq: expected at least 0 and less than 2\*\*30, got 1073741824"),
         (dict(sizes=(1, 1, 4, 2**28, 32, 8)), r"S \* Nk: expected at least 0 and less than 2\*\*30, got 2147483648"),
     ],
@@ -522,7 +525,8 @@ def test_what_is_not_supported_is_said():
 def test_native_code_checks_its_arguments(change, message):
     rows = (16, 128, 32, 32)
     arguments = dict(sizes=(1, 1, 4, 4, 32, 0), dtype="float16", query=rows, key=rows, value=rows, bias=None, mask=None)
-    arguments |= dict(scale=1.0, share=0, residual=0, labels=16, head_share=0, output=16, share_out=0, log_sum_exp=16)
+    arguments |= dict(scale=1.0, bias_starts=0, mask_starts=0, share=0, residual=0, labels=16, head_share=0)
+    arguments |= dict(output=16, share_out=0, log_sum_exp=16)
     with pytest.raises(ValueError, match=message):
         extension.compiled.cuda_attention_forward(*{**arguments, **change}.values(), 0)
 
@@ -541,7 +545,8 @@ def test_native_code_checks_its_arguments(change, message):
 def test_native_code_checks_the_arguments_of_the_backward(change, message):
     rows = (16, 128, 32, 32)
     arguments = dict(sizes=(1, 1, 4, 4, 32, 0), dtype="float16", query=rows, key=rows, value=rows, bias=None, mask=None)
-    arguments |= dict(scale=1.0, grad_output=rows, output=16, log_sum_exp=16, row_terms=16)
+    arguments |= dict(scale=1.0, bias_starts=16, mask_starts=0, grad_output=rows)
+    arguments |= dict(output=16, log_sum_exp=16, row_terms=16)
     arguments |= dict(grad_query=rows, grad_key=rows, grad_value=rows, bias_sums=0, bias_heads=0, images_of_sum=0)
     with pytest.raises(ValueError, match=message):
         extension.compiled.cuda_attention_backward(*{**arguments, **change}.values(), 0)
@@ -558,14 +563,15 @@ def test_native_code_checks_the_arguments_of_the_backward(change, message):
         (dict(sizes=(4, 1, 16, 16, 32, 0)), "B: expected a multiple of the windows of a map"),
         (dict(pad_qkv=0), "pad_qkv: expected an address, got 0"),
         (dict(pad_qkv=8), "pad_qkv: expected an address that is a multiple of 16"),
-        (dict(starts=0), "starts: expected an address, got 0"),
-        (dict(bias_heads=2), "bias_heads: expected 1 or H, got 2"),
+        (dict(bias_starts=0), "bias_starts: expected what the products of windows begin with"),
+        (dict(bias_starts=8), "bias_starts: expected an address that is a multiple of 16"),
+        (dict(bias=(16, "float32", 256, 0, 16, 1)), "bias: expected one for all windows"),
     ],
 )
 def test_native_code_checks_the_arguments_of_windows(change, message):
     rows = (16, 128, 32, 32)
     arguments = dict(sizes=(9, 1, 16, 16, 32, 0), dtype="float16", query=rows, key=rows, value=rows, bias=None)
-    arguments |= dict(scale=1.0, map=(9, 9, 4, 4, 2, 0), pad_qkv=16, starts=16, places=16, bias_heads=1)
+    arguments |= dict(scale=1.0, bias_starts=16, map=(9, 9, 4, 4, 2, 0), pad_qkv=16, places=16)
     arguments |= dict(share=0, residual=0, labels=16, head_share=0, output=16, share_out=0, log_sum_exp=16)
     with pytest.raises(ValueError, match=message):
         extension.compiled.cuda_window_attention_forward(*{**arguments, **change}.values(), 0)
@@ -577,7 +583,7 @@ def test_an_error_of_cuda_names_the_kernel_and_its_shape():
     rows = (16, 128, 32, 32)
     with pytest.raises(RuntimeError, match="attention_forward with B, H, Nq, Nk, D, S = 1, 1, 4, 4, 32, 0: "):
         extension.compiled.cuda_attention_forward(
-            (1, 1, 4, 4, 32, 0), "float16", rows, rows, rows, None, None, 1.0, 0, 0, 16, 0, 16, 0, 16, 0
+            (1, 1, 4, 4, 32, 0), "float16", rows, rows, rows, None, None, 1.0, 0, 0, 0, 0, 16, 0, 16, 0, 16, 0
         )  # fmt: skip
 
 

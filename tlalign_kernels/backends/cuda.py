@@ -71,9 +71,10 @@ def forward(
     head_share = None
     if sources:
         head_share = query.new_empty((batch, heads, sources, queries), dtype=torch.float32)
+    problem, _keep = _problem(query, key, value, sources, bias, mask, scale)
     with _current(device):
         _native.cuda_attention_forward(
-            *_problem(query, key, value, sources, bias, mask, scale),
+            *problem,
             whole("share", share, (batch, keys, sources), torch.float32, device),
             whole("residual", residual, (batch, queries, sources), torch.float32, device),
             packed_labels.data_ptr(),
@@ -116,9 +117,10 @@ def backward(
         bias_images, bias_heads = grad_bias.shape[:2]
         images = images_of_sum(batch, bias_images, -(-queries // 64) * -(-keys // 64) * bias_heads)
         bias_sums = query.new_empty((-(-batch // images), bias_heads, queries, keys), dtype=torch.float32)
+    problem, _keep = _problem(query, key, value, 0, bias, mask, scale)
     with _current(device):
         _native.cuda_attention_backward(
-            *_problem(query, key, value, 0, bias, mask, scale),
+            *problem,
             rows("grad_output", grad_output, of_queries, dtype, device),
             whole("output", output, (batch, queries, heads, head_dim), dtype, device),
             whole("log_sum_exp", log_sum_exp, (batch, heads, queries), torch.float32, device),
@@ -251,42 +253,55 @@ def _window_problem(
     of_map = (images, heads, tokens_of_map, head_dim)
     bias = float_or_smaller(bias)
     pad_qkv = None if pad_qkv is None else _aligned(pad_qkv).contiguous()
-    bias_heads = 1 if bias is None else bias.shape[1]
-    starts_of_head, places_of_window = _native.cuda_starts(tokens)
-    starts = qkv.new_empty((bias_heads, starts_of_head), dtype=torch.float32)
-    places = qkv.new_empty((windows.count, places_of_window), dtype=torch.int32)
+    sizes = (batch, heads, tokens, tokens, head_dim, sources)
+    bias_offsets = offsets("bias", bias, (1, heads, tokens, tokens), device)
+    starts, _ = _starts(sizes, bias_offsets, None, scale, qkv, in_windows=True)
+    places = qkv.new_empty((windows.count, _native.cuda_places(tokens)), dtype=torch.int32)
     views = zip(("query", "key", "value"), _unpack(qkv), strict=True)
     problem = (
-        (batch, heads, tokens, tokens, head_dim, sources),
+        sizes,
         DTYPES[dtype],
         *(rows(name, view, of_map, dtype, device) for name, view in views),
-        offsets("bias", bias, (1, bias_heads, tokens, tokens), device),
+        bias_offsets,
         scale,
+        starts.data_ptr(),
         (*windows.map_size, *windows.window_size, *windows.shift),
         whole("pad_qkv", pad_qkv, (3, heads, head_dim), dtype, device),
-        starts.data_ptr(),
         places.data_ptr(),
-        bias_heads,
     )
     return problem, (bias, pad_qkv, starts, places)
 
 
 def _problem(
     query: Tensor, key: Tensor, value: Tensor, sources: int, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple:
-    """What both directions are told first."""
+) -> tuple[tuple, tuple]:
+    """What both directions are told first, and the tensors that have to live until they are launched."""
     batch, heads, queries, head_dim = query.shape
     keys, device, dtype = key.shape[2], query.device, query.dtype
-    return (
-        (batch, heads, queries, keys, head_dim, sources),
+    sizes = (batch, heads, queries, keys, head_dim, sources)
+    bias_offsets = offsets("bias", bias, (batch, heads, queries, keys), device)
+    mask_offsets = offsets("mask", mask, (batch, heads, queries, keys), device)
+    starts = _starts(sizes, bias_offsets, mask_offsets, scale, query)
+    problem = (
+        sizes,
         DTYPES[dtype],
         rows("query", query, (batch, heads, queries, head_dim), dtype, device),
         rows("key", key, (batch, heads, keys, head_dim), dtype, device),
         rows("value", value, (batch, heads, keys, head_dim), dtype, device),
-        offsets("bias", bias, (batch, heads, queries, keys), device),
-        offsets("mask", mask, (batch, heads, queries, keys), device),
+        bias_offsets,
+        mask_offsets,
         scale,
+        *(0 if scratch is None else scratch.data_ptr() for scratch in starts),
     )
+    return problem, starts
+
+
+def _starts(
+    sizes: tuple, bias: tuple | None, mask: tuple | None, scale: float, query: Tensor, in_windows: bool = False
+) -> list[Tensor | None]:
+    """Scratch for a bias and a mask as products of queries and keys begin with them."""
+    numbers = _native.cuda_starts(sizes, bias, mask, scale, in_windows)
+    return [query.new_empty(count, dtype=torch.float32) if count else None for count in numbers]
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
