@@ -45,7 +45,7 @@ struct Windows {
   int padded_width, padding_tokens;
   // What divides windows into images, and into rows of them, and tokens of a window into rows.
   Divisor of_image, of_row, width;
-  // Where the tokens of each window of a map lie, (W, padded(N)), as `Window` has it.
+  // Where the tokens of each window of a map lie, (W, laid_out(N)), as `Window` has it.
   int* places = nullptr;
   // (3, H, D), what lies in the padding, or null.
   const char* padding = nullptr;
@@ -83,7 +83,7 @@ struct Problem {
 struct Forward : Problem {
   const float* share;     // (B, Nk, S) or null
   const float* residual;  // (B, Nq, S) or null
-  // Scratch (B, label_groups, padded(keys) / 32, 16, 8) of dtype, of one image if there are no labels; used for many
+  // Scratch (B, label_groups, laid_out(keys) / 32, 16, 8) of dtype, of one image if there are no labels; used for many
   // keys. It has what a thread holds of the right factor of a product with 32 keys: 8 numbers of one of 4 columns.
   void* labels;
   // Scratch (B, H, S, Nq), or null; used up to the number of blocks that share the heads, if several do. Of windows
@@ -136,9 +136,14 @@ constexpr int MAX_SOURCES = 8;
 // A share of float32 is the sum of three parts of 8 (bfloat16) or 11 (float16) bits.
 constexpr int PARTS = 3;
 constexpr int HEAD_DIMS[] = {32, 64, 80, 96, 128};
+// Of all models that have windows.
+constexpr int HEAD_DIM_OF_WINDOWS = 32;
 
 // Queries or keys rounded up to what a block or a step of the kernels takes.
 inline TLALIGN_BOTH int padded(int tokens) { return (tokens + 63) / 64 * 64; }
+
+// Of so many there are labels, and places in a window, as a step of up to 256 keys may ask for them.
+inline TLALIGN_BOTH int laid_out(int tokens) { return tokens <= 64 ? 64 : (tokens + 255) / 256 * 256; }
 
 // Labels are multiplied in groups of four columns, each of them the parts of a source behind ones, of keys that there
 // are. In windows the second group begins with ones where there are labels.
@@ -146,7 +151,7 @@ inline int label_groups(int sources, bool in_windows) {
   const int least = in_windows && sources > 0 ? 2 : 1;
   return sources > least ? sources : least;
 }
-inline int64_t labels_of_image(int groups, int keys) { return int64_t(groups) * 4 * padded(keys); }
+inline int64_t labels_of_image(int groups, int keys) { return int64_t(groups) * 4 * laid_out(keys); }
 
 // Sets the strides of starts for a bias or a mask of so many heads, queries and keys. Returns how many numbers the
 // scratch has.

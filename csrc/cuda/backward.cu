@@ -37,8 +37,7 @@ struct Block {
   using Tile = SharedRows<T, D>;
   static constexpr bool STARTS = KIND != Kind::plain, WINDOWS = KIND == Kind::windows;
   // A warp has so many times 16 rows: two where registers hold their sums, which halves what it reads of shared memory.
-  // Those of windows hold the sum of dS, too.
-  static constexpr int M = D <= (WINDOWS ? 32 : 64) ? 2 : 1;
+  static constexpr int M = D <= 64 ? 2 : 1;
   static constexpr int ROWS_OF_WARP = 16 * M, WARPS = ROWS_OF_BLOCK / ROWS_OF_WARP, THREADS = 32 * WARPS;
 
   const Backward& p;
@@ -794,16 +793,12 @@ void launch_kernels(const Backward& p, cudaStream_t stream) {
   // A bias comes with offsets, but for windows.
   using Bias = BiasKernel<T, D, KIND == Kind::windows ? Kind::windows : Kind::offsets>;
   const int64_t heads = p.batch * p.heads, query_blocks = p.query_blocks.divisor, key_blocks = p.key_blocks.divisor;
-  // Windows of the widest heads, which no Swin has, would take more registers than there are.
-  constexpr bool HAS_HEAD = KIND != Kind::windows || D < 128;
-  if (HAS_HEAD && query_blocks == 1 && key_blocks == 1) {
-    if constexpr (HAS_HEAD) {
-      using Head = HeadKernel<T, D, KIND>;
-      constexpr bool SUMS = KIND == Kind::windows;
-      const int64_t blocks = SUMS ? (p.batch + p.images_of_sum - 1) / p.images_of_sum * p.heads : heads;
-      launch<Head>(attention_backward_head<Head>, "attention_backward_head", blocks, p, stream);
-      if (SUMS) return;
-    }
+  if (query_blocks == 1 && key_blocks == 1) {
+    using Head = HeadKernel<T, D, KIND>;
+    constexpr bool SUMS = KIND == Kind::windows;
+    const int64_t blocks = SUMS ? (p.batch + p.images_of_sum - 1) / p.images_of_sum * p.heads : heads;
+    launch<Head>(attention_backward_head<Head>, "attention_backward_head", blocks, p, stream);
+    if (SUMS) return;
   } else {
     launch<Queries>(attention_backward_queries<Queries>, "attention_backward_queries", query_blocks * heads, p, stream);
     launch<Keys>(attention_backward_keys<Keys>, "attention_backward_keys", key_blocks * heads, p, stream);
@@ -826,11 +821,13 @@ void backward(const Backward& arguments, cudaStream_t stream) {
   }
   prepare(p, stream);
   if (launch_on_hopper(p, stream)) return;
+  if (p.windows.places != nullptr) {
+    return with_dtype(
+        p, [&](auto type) { launch_kernels<decltype(type), HEAD_DIM_OF_WINDOWS, Kind::windows>(p, stream); });
+  }
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
-    if (p.windows.places != nullptr) {
-      launch_kernels<T, head_dim(), Kind::windows>(p, stream);
-    } else if (p.bias_starts.data != nullptr) {
+    if (p.bias_starts.data != nullptr) {
       launch_kernels<T, head_dim(), Kind::offsets>(p, stream);
     } else {
       launch_kernels<T, head_dim(), Kind::plain>(p, stream);

@@ -67,7 +67,7 @@ void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, cons
   const int64_t most = std::numeric_limits<int>::max();
   expect(padded(std::max(p.queries, p.keys)) / 64 * p.batch * p.heads <= most,
          "B, H, Nq, Nk: expected less than 2**31 blocks of 64 queries or keys");
-  expect(p.batch * padded(p.keys) <= most, "B, Nk: expected less than 2**31 keys");
+  expect(p.batch * laid_out(p.keys) <= most, "B, Nk: expected less than 2**31 keys");
   p.dtype = dtype_of("query", dtype, false);
   expect(p.dtype != DType::float32, "query: expected bfloat16 or float16");
   p.scale = static_cast<float>(scale);
@@ -150,6 +150,9 @@ void read_windows(Problem& p, const MapSizes& map, Address padding, Address plac
   expect(p.batch % w.of_image.divisor == 0, "B: expected a multiple of the windows of a map");
   w.padding = pointer<const char>("pad_qkv", padding, w.padding_tokens > 0);
   expect(padding % 16 == 0, "pad_qkv: expected an address that is a multiple of 16");
+  expect(p.head_dim == HEAD_DIM_OF_WINDOWS,
+         "D: expected " + std::to_string(HEAD_DIM_OF_WINDOWS) + " in windows, got " + std::to_string(p.head_dim));
+  size("places of tokens", int64_t(w.of_image.divisor) * laid_out(p.keys), 1);
   w.places = pointer<int>("places", places);
   expect(p.bias_starts.data != nullptr, "bias_starts: expected what the products of windows begin with");
   expect(p.bias.image == 0, "bias: expected one for all windows");
@@ -215,6 +218,7 @@ void window_attention_backward(const Sizes& sizes, const std::string& dtype, con
 
 void bind(py::module_& module) {
   module.attr("CUDA_HEAD_DIMS") = std::vector<int>(std::begin(HEAD_DIMS), std::end(HEAD_DIMS));
+  module.attr("CUDA_HEAD_DIM_OF_WINDOWS") = HEAD_DIM_OF_WINDOWS;
   module.attr("CUDA_MAX_SOURCES") = MAX_SOURCES;
   module.def(
       "cuda_labels",
@@ -241,7 +245,7 @@ void bind(py::module_& module) {
                               mask.has_value() ? numbers(offsets("mask", mask)) : 0);
       },
       "Numbers of the scratch `bias_starts` and `mask_starts`, 0 where there is none.");
-  module.def("cuda_places", &padded, "Numbers of the scratch `places` of a window with so many tokens.");
+  module.def("cuda_places", &laid_out, "Numbers of the scratch `places` of a window with so many tokens.");
   module.def("cuda_window_attention_forward", &window_attention_forward);
   module.def("cuda_window_attention_backward", &window_attention_backward);
   module.def("cuda_attention_forward", &attention_forward);

@@ -26,7 +26,7 @@ constexpr __host__ __device__ unsigned blocks_of(unsigned threads, unsigned of_b
 // Lays labels out for blocks that do not do it themselves, zeros from key Nk on and where there are none.
 template <class T, bool WINDOWS>
 __global__ void pack_labels(const __grid_constant__ Forward p) {
-  const unsigned row = padded(p.keys), blocks = row / KEYS_OF_PACKING, image = blockIdx.x / blocks;
+  const unsigned row = laid_out(p.keys), blocks = row / KEYS_OF_PACKING, image = blockIdx.x / blocks;
   const unsigned pair = blockIdx.x % blocks * (KEYS_OF_PACKING / 2) + threadIdx.x;
   // 16 pairs after 16 others; and of those every fourth one lies beside the last, in a thread's 16 bytes.
   uint32_t* to = reinterpret_cast<uint32_t*>(static_cast<Fragment*>(p.labels) + image * p.labels_of_image) +
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(32 * WARPS, ForwardKernel<T, D, OCTETS, WARPS,
 
 template <class T, Kind KIND>
 void pack(const Forward& p, cudaStream_t stream) {
-  const int64_t blocks = (p.sources == 0 ? 1 : p.batch) * padded(p.keys) / KEYS_OF_PACKING;
+  const int64_t blocks = (p.sources == 0 ? 1 : p.batch) * laid_out(p.keys) / KEYS_OF_PACKING;
   pack_labels<T, KIND == Kind::windows><<<unsigned(blocks), KEYS_OF_PACKING / 2, 0, stream>>>(p);
   check(cudaGetLastError(), "pack_labels", p);
 }
@@ -137,7 +137,7 @@ void launch(Forward p, cudaStream_t stream) {
   const auto kernel = attention_forward<T, D, OCTETS, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
         "attention_forward", p);
-  p.blocks = Divisor(blocks_of(p.queries, Kernel::QUERIES));
+  p.blocks = Divisor(Kernel::QUERY_TURNS ? 1 : blocks_of(p.queries, Kernel::QUERIES));
   const int64_t pairs = p.blocks.divisor * p.batch * p.heads;
   count_in_bytes<T>(p);
   p.query_head_bytes = unsigned(p.query.head), p.key_head_bytes = unsigned(p.key.head);
@@ -150,51 +150,62 @@ void launch(Forward p, cudaStream_t stream) {
   if (!Kernel::has_all_heads(p)) average<KIND>(p, stream);
 }
 
-// All keys in one step where registers hold their scores: up to 256, or up to 64 of windows or several sources.
+// All keys in one step where registers hold their scores: up to 256.
 template <class T, int D, Kind KIND>
 void launch_for_keys(const Forward& p, cudaStream_t stream) {
-  if (p.sources > 2) return launch<T, D, D <= 96 ? 8 : 4, 4, true, KIND, 4>(p, stream);
+  if (p.sources > 2) {
+    if (p.keys > 64 && p.keys <= 256) return launch<T, D, 32, 4, false, KIND, 4>(p, stream);
+    return launch<T, D, D <= 96 ? 8 : 4, 4, true, KIND, 4>(p, stream);
+  }
   // Where blocks take heads in turn, labels of two sources take kernels of their own; with a bias, or in wider heads,
   // which are few, they stream.
   if (p.keys <= 64 && p.sources == 2) {
-    constexpr bool TAKES_TURNS = KIND == Kind::windows ? D == 32 : KIND == Kind::plain && D <= 64;
+    constexpr bool TAKES_TURNS = KIND == Kind::plain && D <= 64;
     return launch<T, D, 8, 4, !TAKES_TURNS, KIND, TAKES_TURNS ? 2 : 1>(p, stream);
   }
-  if constexpr (KIND == Kind::plain) {
-    if (p.keys <= 32) return launch<T, D, 4, 4, false, KIND, 1>(p, stream);
-  }
-  if constexpr (KIND == Kind::windows ? D == 32 : D <= 64) {
+  if constexpr (D <= 64) {
+    if constexpr (KIND == Kind::plain) {
+      if (p.keys <= 32) return launch<T, D, 4, 4, false, KIND, 1>(p, stream);
+    }
     if (p.keys <= 56) return launch<T, D, 7, 4, false, KIND, 1>(p, stream);
   }
-  // Windows of wider heads, which no Swin has, would take more registers than there are.
-  if constexpr (KIND != Kind::windows || D == 32) {
-    if (p.keys <= 64) return launch<T, D, 8, 4, false, KIND, 1>(p, stream);
-  }
-  if constexpr (KIND != Kind::windows) {
-    if constexpr (KIND == Kind::plain && D <= 64) {
+  if (p.keys <= 64) return launch<T, D, 8, 4, false, KIND, 1>(p, stream);
+  if constexpr (D <= 64) {
+    if constexpr (KIND == Kind::plain) {
       if (p.keys <= 128) return launch<T, D, 16, 4, false, KIND, 1>(p, stream);
       if (p.keys <= 192) return launch<T, D, 24, 4, false, KIND, 1>(p, stream);
     }
     // As many queries as keys are 13 times 16: two blocks of 7 warps load K and V half as often as four of 4. But with
     // heads of 32 or a bias ptxas does not get by with 128 registers, and with more only one such block is resident.
-    if constexpr (D <= 64) {
-      constexpr int WARPS = D == 64 && KIND == Kind::plain ? 7 : 4;
-      if (p.keys <= 200) return launch<T, D, 25, WARPS, false, KIND, 1>(p, stream);
-    }
-    if (p.keys <= 256) return launch<T, D, 32, 4, false, KIND, 1>(p, stream);
+    constexpr int WARPS = D == 64 && KIND == Kind::plain ? 7 : 4;
+    if (p.keys <= 200) return launch<T, D, 25, WARPS, false, KIND, 1>(p, stream);
   }
+  if (p.keys <= 256) return launch<T, D, 32, 4, false, KIND, 1>(p, stream);
   launch<T, D, 8, 4, true, KIND, 1>(p, stream);
+}
+
+template <class T>
+void launch_for_windows(const Forward& p, cudaStream_t stream) {
+  constexpr int D = HEAD_DIM_OF_WINDOWS;
+  // The scores of more keys would leave too few registers.
+  if (p.sources > 2) return launch<T, D, 8, 4, true, Kind::windows, 4>(p, stream);
+  if (p.keys <= 64 && p.sources == 2) return launch<T, D, 8, 4, false, Kind::windows, 2>(p, stream);
+  if (p.keys <= 56) return launch<T, D, 7, 4, false, Kind::windows, 1>(p, stream);
+  if (p.keys <= 64) return launch<T, D, 8, 4, false, Kind::windows, 1>(p, stream);
+  if (p.keys <= 256) return launch<T, D, 32, 4, false, Kind::windows, 1>(p, stream);
+  launch<T, D, 8, 4, true, Kind::windows, 1>(p, stream);
 }
 
 }  // namespace
 
 void forward(const Forward& p, cudaStream_t stream) {
   prepare(p, stream);
+  if (p.windows.places != nullptr) {
+    return with_dtype(p, [&](auto type) { launch_for_windows<decltype(type)>(p, stream); });
+  }
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
-    if (p.windows.places != nullptr) {
-      launch_for_keys<T, head_dim(), Kind::windows>(p, stream);
-    } else if (p.bias_starts.data != nullptr) {
+    if (p.bias_starts.data != nullptr) {
       launch_for_keys<T, head_dim(), Kind::offsets>(p, stream);
     } else {
       launch_for_keys<T, head_dim(), Kind::plain>(p, stream);

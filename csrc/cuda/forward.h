@@ -15,13 +15,6 @@ namespace tlalign::cuda {
 
 constexpr int QUERIES_OF_WARP = 16;
 
-// Keys that there are at least where one step has all of them in so many times 8: see launch_for_keys.
-constexpr int least_keys(int octets, int head_dim, Kind kind) {
-  if (octets == 32) return head_dim <= 64 ? 201 : 65;
-  if (kind != Kind::plain) return octets > 8 ? 65 : 1;
-  return octets == 25 ? 193 : octets == 24 ? 129 : octets == 16 ? 65 : octets > 4 ? 33 : 1;
-}
-
 // share = hi + mid + lo, of two at once: a word has a part of both.
 template <class T>
 __device__ void split(float2 shares, uint32_t (&parts)[PARTS]) {
@@ -107,11 +100,21 @@ struct ForwardKernel {
   static constexpr int STAGES = STREAMS ? 2 : 1;
   // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels.
   static constexpr bool TURNS = !STREAMS && TILES <= 4;
+  // More keys of windows: a block takes all queries in turn, so that K and V are read once.
+  static constexpr bool QUERY_TURNS = WINDOWS && !STREAMS && !TURNS;
   // Whether a block averages shares itself, since it has all heads of its queries.
   static TLALIGN_BOTH bool has_all_heads(const Forward& p) { return TURNS && p.turns.is_one(); }
-  // Rows that are known to be there, and tiles that are not asked whether they have keys. Heads in turn with several
-  // sources have one kernel for any number of keys up to 64.
-  static constexpr int CERTAIN_KEYS = STREAMS || (TURNS && LABEL_BLOCKS > 1) ? 0 : least_keys(OCTETS, D, KIND) - 1;
+  // Keys that there are at least where one step has all of them: see launch_for_keys.
+  static constexpr int least_keys() {
+    const bool has_several = D <= 64 && LABEL_BLOCKS == 1;
+    if (has_several && KIND == Kind::plain) {
+      return OCTETS == 32 ? 201 : OCTETS == 25 ? 193 : OCTETS == 24 ? 129 : OCTETS == 16 ? 65 : OCTETS > 4 ? 33 : 1;
+    }
+    if (has_several && KIND == Kind::offsets && OCTETS == 32) return 201;
+    return OCTETS > 8 ? 65 : 1;
+  }
+  // Rows that are known to be there, and tiles that are not asked whether they have keys.
+  static constexpr int CERTAIN_KEYS = STREAMS ? 0 : least_keys() - 1;
   static constexpr int CERTAIN_TILES = STREAMS ? 1 : TURNS ? TILES : CERTAIN_KEYS / 16 + 1;
   static_assert(!TURNS || KEYS <= 64, "a warp splits the labels of a source");
   // Labels that lie in shared memory are rows of a column each: 16-byte chunks of 8 keys, an odd number of them, so
@@ -128,16 +131,15 @@ struct ForwardKernel {
   // Other ones are read so many tiles before they are needed, as registers allow.
   static constexpr int AHEAD = LABEL_BLOCKS == 1 ? 2 : 0;
   // Blocks that the registers of a multiprocessor are to hold at once.
-  static constexpr bool IN_WIDE_WINDOWS = WINDOWS && D > 32;
-  static constexpr bool IS_WIDE = D > 64 || (STREAMS ? LABEL_BLOCKS > 1 || IN_WIDE_WINDOWS : TILES > 13);
+  static constexpr bool IS_WIDE = D > 64 || (STREAMS ? LABEL_BLOCKS > 1 : TILES > 13);
   static constexpr int BLOCKS = WARPS > 4 || IS_WIDE                                                       ? 2
                                 : STREAMS || TILES > 8 || LABEL_BLOCKS > 1 || (TURNS && OFFSETS && D > 32) ? 3
                                 : TURNS && D <= 32 && KIND == Kind::plain                                  ? 5
                                                                                                            : 4;
   // The output passes through shared memory: that of the queries, unless the next ones are already coming.
   static constexpr int END_OF_STAGES = Tile::bytes(QUERIES) + STAGES * STAGE_BYTES;
-  static constexpr int OUTPUT_AT = TURNS ? END_OF_STAGES : 0;
-  static constexpr int SHARED_BYTES = END_OF_STAGES + (TURNS ? Tile::bytes(QUERIES) : sizeof(uint4));
+  static constexpr int OUTPUT_AT = TURNS || QUERY_TURNS ? END_OF_STAGES : 0;
+  static constexpr int SHARED_BYTES = END_OF_STAGES + (OUTPUT_AT > 0 ? Tile::bytes(QUERIES) : sizeof(uint4));
 
   // Labels as the right factors of products, for two tiles each. Column 0 is that of the ones, column 4 s + i that of
   // part i = 1, 2, 3 of source s. Of windows column 4 says which keys have labels. Where blocks take heads in turn a
@@ -276,6 +278,8 @@ struct ForwardKernel {
       take_steps();
     } else if constexpr (TURNS) {
       take_heads(query_rows, key_rows, value_rows);
+    } else if constexpr (QUERY_TURNS) {
+      take_queries();
     } else {
       take_head();
     }
@@ -289,7 +293,7 @@ struct ForwardKernel {
     Labels labels;
     float scores[OCTETS][4], output[D / 8][4], label[LABEL_BLOCKS][4];
     float highest[2] = {-INFINITY, -INFINITY};
-    const PackedLabels packed = packed_labels();
+    const PackedLabels packed = packed_labels(lane);
     const int steps = (p.keys + KEYS - 1) / KEYS;
     for (int step = 0; step < steps; ++step) {
       if (STARTS && works()) read_starts(scores, find_starts(p.bias_starts, step), step);
@@ -298,7 +302,7 @@ struct ForwardKernel {
       if (works()) {
         if (step == 0) read_queries(query, query_address());
         multiply_keys(query, scores, step, key_address(step));
-        if (WINDOWS) add_regions(scores, find_regions(step), step);
+        if (WINDOWS) add_regions(scores, step);
         if (OFFSETS && has_mask()) add_starts(scores, find_starts(p.mask_starts, step), step);
       }
       if (step + 1 < steps) keys(step + 1).copy(stage(step + 1).key);
@@ -345,13 +349,45 @@ struct ForwardKernel {
     if (!works) return;
     const uint4 place = load_shared(shared + END_OF_STAGES);
     turn = place.x, first = int(place.y), image = place.z, head = place.w;
-    const PackedLabels packed = packed_labels();
-    read_labels(labels, 0, packed, 0);
+    const PackedLabels packed = packed_labels(lane);
+    if (AHEAD > 0) read_labels(labels, 0, packed, 0);
     multiply_values(weights, output, label, labels, packed, 0, value_address(0), key_address(0));
     // Hides from the compiler what registers could keep.
     unsigned thread = threadIdx.x;
     asm volatile("" : "+r"(thread));
     write_all(output, label, highest, Destination(*this, thread));
+  }
+
+  __device__ void take_queries() {
+    Fragment query[D / 16], weights[TILES];
+    Labels labels;
+    float scores[OCTETS][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
+    for (;;) {
+      const bool works = this->works();
+      if (works) read_starts(scores, find_starts(p.bias_starts, 0), 0);
+      wait_for_copies<0>();
+      __syncthreads();
+      if (works) read_queries(query, query_address());
+      // Nobody needs Q any more.
+      __syncthreads();
+      const int next = first + QUERIES;
+      if (next < p.queries) source<Queries>(p.query, 0, next, p.queries).copy(shared);
+      commit_copies();
+      if (works) {
+        multiply_keys(query, scores, 0, key_address(0));
+        add_regions(scores, 0);
+        exponentiate(scores, weights, highest, output, label, 0);
+        const PackedLabels packed = packed_labels(kept(lane));
+        if (AHEAD > 0) read_labels(labels, 0, packed, 0);
+        multiply_values(weights, output, label, labels, packed, 0, value_address(0), key_address(0));
+        write_all(output, label, highest, Destination(*this, kept(threadIdx.x)));
+      }
+      if (next >= p.queries) break;
+      first = next;
+      // No registers are to keep through the loop what it takes of the window, nor where labels are and the output
+      // goes.
+      image = kept(image);
+    }
   }
 
   __device__ void write_all(const float (&output)[D / 8][4], const float (&label)[LABEL_BLOCKS][4],
@@ -375,7 +411,13 @@ struct ForwardKernel {
     const float* starts = STARTS ? find_starts(p.bias_starts, 0) : nullptr;
     if (STARTS) read_starts(scores, starts, 0);
     const float* mask = OFFSETS && has_mask() ? find_starts(p.mask_starts, 0) : nullptr;
-    const Differing differing = find_regions(0);
+    // Those of all heads.
+    const bool has_regions = WINDOWS && window().has_regions();
+    Regions regions[(TILES + 1) / 2];
+    if (has_regions) {
+#pragma unroll
+      for (int i = 0; i < OCTETS; i += 4) regions[i / 4] = find_regions(window(), 8 * i);
+    }
     wait_for_copies<1>();
     __syncthreads();
     read_labels(labels, label_address(stage(0).label));
@@ -383,7 +425,10 @@ struct ForwardKernel {
     for (int more = min(p.heads_of_block, p.heads - int(head)) - 1;; --more) {
       read_queries(query, from_query);
       multiply_keys(query, scores, 0, from_key);
-      if (WINDOWS) add_regions(scores, differing, 0);
+      if (has_regions) {
+#pragma unroll
+        for (int i = 0; i < OCTETS; i += 4) add_regions(scores, regions[i / 4], i);
+      }
       if (OFFSETS && mask != nullptr) add_starts(scores, mask, 0);
       exponentiate(scores, weights, highest, output, label, 0);
       // V is there, and nobody needs Q and K any more.
@@ -432,13 +477,13 @@ struct ForwardKernel {
   struct PackedLabels {
     const Fragment* from[LABEL_BLOCKS];
   };
-  __device__ PackedLabels packed_labels() const {
+  __device__ PackedLabels packed_labels(unsigned lane) const {
     PackedLabels packed;
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) {
       const unsigned group = min(2 * n + lane / 16, p.label_groups - 1);
       packed.from[n] = static_cast<const Fragment*>(p.labels) + image * p.labels_of_image +
-                       (group * unsigned(padded(p.keys)) / 2 + lane % 16);
+                       (group * unsigned(laid_out(p.keys)) / 2 + lane % 16);
     }
     return packed;
   }
@@ -523,28 +568,23 @@ struct ForwardKernel {
     }
   }
 
-  // Of the keys of a step.
-  struct Differing {
-    bool is_needed;
-    Regions regions[(TILES + 1) / 2];
-  };
-  __device__ Differing find_regions(int step) const {
-    Differing d;
-    d.is_needed = WINDOWS && window().has_regions();
-    if (d.is_needed) {
-#pragma unroll
-      for (int i = 0; i < (TILES + 1) / 2; ++i) {
-        d.regions[i] = Regions(window(), first + warp * QUERIES_OF_WARP, step * KEYS + 32 * i, lane);
-      }
-    }
-    return d;
+  __device__ Regions find_regions(const Window& window, int key) const {
+    return Regions(window, first + warp * QUERIES_OF_WARP, key, lane);
   }
-  __device__ void add_regions(float (&scores)[OCTETS][4], const Differing& differing, int step) const {
-    if (!differing.is_needed) return;
+  // Of 32 keys; they begin with score number `from`.
+  __device__ void add_regions(float (&scores)[OCTETS][4], const Regions& regions, int from) const {
 #pragma unroll
-    for (int i = 0; i < OCTETS; ++i) {
-      if (i % 2 == 0 && ends_before(i / 2, step)) break;
-      cuda::add_regions(scores[i], p.windows, differing.regions[i / 4], i % 4 * 8);
+    for (int i = 0; i < 4; ++i) {
+      if (from + i < OCTETS) cuda::add_regions(scores[from + i], p.windows, regions, 8 * i);
+    }
+  }
+  __device__ void add_regions(float (&scores)[OCTETS][4], int step) const {
+    const Window window = this->window();
+    if (!window.has_regions()) return;
+#pragma unroll
+    for (int i = 0; i < OCTETS; i += 4) {
+      if (i > 0 && step * KEYS + 8 * i >= p.keys) break;
+      add_regions(scores, find_regions(window, step * KEYS + 8 * i), i);
     }
   }
 

@@ -46,6 +46,12 @@ void with_types(const Problem& p, Call call) {
   if (p.dtype == DType::bfloat16) return with_head_dim<__nv_bfloat16>(p, call);
   with_head_dim<__half>(p, call);
 }
+// Calls call(T()).
+template <class Call>
+void with_dtype(const Problem& p, Call call) {
+  if (p.dtype == DType::bfloat16) return call(__nv_bfloat16());
+  call(__half());
+}
 
 // Multiprocessors of the current device if it is a Hopper, else 0.
 int multiprocessors_of_hopper();

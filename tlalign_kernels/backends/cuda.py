@@ -35,8 +35,9 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"device: expected compute capability 8.0 or newer, got {capability}")
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
-    if problem.head_dim not in _native.CUDA_HEAD_DIMS:
-        reasons.append(f"head dimension: expected one of {_native.CUDA_HEAD_DIMS}, got {problem.head_dim}")
+    head_dims = _native.CUDA_HEAD_DIMS if problem.windows is None else [_native.CUDA_HEAD_DIM_OF_WINDOWS]
+    if problem.head_dim not in head_dims:
+        reasons.append(f"head dimension: expected one of {head_dims}, got {problem.head_dim}")
     if problem.sources > _native.CUDA_MAX_SOURCES:
         reasons.append(f"labels: expected at most {_native.CUDA_MAX_SOURCES} sources, got {problem.sources}")
     if problem.dropout_p > 0:
