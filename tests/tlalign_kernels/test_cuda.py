@@ -191,6 +191,33 @@ def test_blocks_take_heads_in_turn(monkeypatch, keys, images, heads, sources):
 
 
 @executed
+@pytest.mark.parametrize(("images", "heads"), [(820, 5), (2048, 2)])
+def test_blocks_take_heads_in_turn_in_which_a_query_may_see_no_key(monkeypatch, images, heads):
+    # A block has both heads and counts those that see a key, or two or the last of five. The last image is executed.
+    inputs = selftest.cast_inputs(make_inputs(Case("turns", images, heads, 20, 40, 32), DEVICE), BFLOAT16)
+    mask = torch.rand(1, heads, 20, 40, device=DEVICE) > 0.3
+    mask[:, 0, 3] = mask[:, :, 5] = False
+    bias = torch.randn(1, heads, 20, 40, device=DEVICE)
+    launches = []
+
+    def blocks_of_last(launch):
+        (blocks, _, _), of_image = launch.grid, launch.grid[0] // images
+        launches.append((launch.kernel, blocks))
+        return range(0 if "pack" in launch.kernel else blocks - of_image, blocks)
+
+    with monkeypatch.context() as patch:
+        record(patch, blocks=blocks_of_last)
+        tensors = [inputs[name] for name in ("query", "key", "value", "share", "residual")]
+        output, share = tlk.attention(*tensors, bias=bias, mask=mask, backend="cuda")
+    check_turns(launches, images * -(-heads // 2), heads == 2)
+    exact = [tensor[-1:].double() for tensor in tensors]
+    expected, expected_share = tlk.attention(*exact, bias=bias.double(), mask=mask, backend="reference")
+    assert (output[-1:] - expected).abs().max() <= 2 * selftest.ROUNDING[BFLOAT16] * expected.abs().max()
+    assert (share[-1:] - expected_share).abs().max() <= selftest.ROUNDING[BFLOAT16]
+    assert (share[-1, 5] == inputs["residual"][-1, 5]).all()
+
+
+@executed
 @pytest.mark.parametrize("keys", [40, 130])
 @pytest.mark.parametrize("mask", [None, "causal", "rows", "additive"])
 @pytest.mark.parametrize("bias_scale", [0.0, 1.0])
