@@ -31,7 +31,7 @@ CALLS = {
     "N=197 D=64": dict(tokens=197, head_dim=64),
     # Windows: so many that a block takes the heads of one in turn.
     "N=49 D=32 H=3": dict(tokens=49, head_dim=32, heads=3, images=2048),
-    "N=49 D=32 H=3, bias": dict(tokens=49, head_dim=32, heads=3, images=2048, offsets=True),
+    "N=49 D=32 H=3, bias": dict(tokens=49, head_dim=32, heads=3, offsets=True),
     "N=197 D=64, bias": dict(tokens=197, head_dim=64, offsets=True),
     # In place: windows of a map, 7 of 16 with regions, so many that a block takes the heads of one in turn.
     "windows of 49": dict(windows=Windows((28, 28), (7, 7), (0, 0)), head_dim=32, heads=3, images=128),

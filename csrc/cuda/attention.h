@@ -45,8 +45,9 @@ struct Windows {
   int padded_width, padding_tokens;
   // What divides windows into images, and into rows of them, and tokens of a window into rows.
   Divisor of_image, of_row, width;
-  // Where the tokens of each window of a map lie, (W, laid_out(N)), as `Window` has it.
+  // Where the tokens of each window of a map lie, (W, places_of_window), as `Window` has it.
   int* places = nullptr;
+  int places_of_window;
   // (3, H, D), what lies in the padding, or null.
   const char* padding = nullptr;
   // What is added to products of different regions.

@@ -152,7 +152,8 @@ void read_windows(Problem& p, const MapSizes& map, Address padding, Address plac
   expect(padding % 16 == 0, "pad_qkv: expected an address that is a multiple of 16");
   expect(p.head_dim == HEAD_DIM_OF_WINDOWS,
          "D: expected " + std::to_string(HEAD_DIM_OF_WINDOWS) + " in windows, got " + std::to_string(p.head_dim));
-  size("places of tokens", int64_t(w.of_image.divisor) * laid_out(p.keys), 1);
+  w.places_of_window = laid_out(p.keys);
+  size("places of tokens", int64_t(w.of_image.divisor) * w.places_of_window, 1);
   w.places = pointer<int>("places", places);
   expect(p.bias_starts.data != nullptr, "bias_starts: expected what the products of windows begin with");
   expect(p.bias.image == 0, "bias: expected one for all windows");

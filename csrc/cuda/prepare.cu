@@ -26,7 +26,7 @@ __device__ int find_place(const Windows& map, unsigned window, unsigned token) {
 }
 
 __global__ void pack_places(const __grid_constant__ Problem p) {
-  const unsigned number = blockIdx.x * THREADS + threadIdx.x, tokens = laid_out(p.keys);
+  const unsigned number = blockIdx.x * THREADS + threadIdx.x, tokens = p.windows.places_of_window;
   if (number >= p.windows.of_image.divisor * tokens) return;
   p.windows.places[number] = find_place(p.windows, number / tokens, number % tokens);
 }
@@ -81,7 +81,7 @@ void launch(const Problem& p, cudaStream_t stream) {
 
 void prepare(const Problem& p, cudaStream_t stream) {
   if (p.windows.places != nullptr) {
-    const unsigned places = p.windows.of_image.divisor * laid_out(p.keys);
+    const unsigned places = p.windows.of_image.divisor * p.windows.places_of_window;
     pack_places<<<(places + THREADS - 1) / THREADS, THREADS, 0, stream>>>(p);
     check(cudaGetLastError(), "pack_places", p);
   }

@@ -22,7 +22,7 @@ struct Window {
     image = map.of_image.quotient(number);
     const unsigned of_image = number - image * map.of_image.divisor;
     const unsigned row = map.of_row.quotient(of_image), column = of_image - row * map.of_row.divisor;
-    places = map.places + of_image * laid_out(map.down.window * map.across.window);
+    places = map.places + of_image * map.places_of_window;
     lower = map.down.window - (int(row) + 1 == map.down.windows ? map.down.shift : 0);
     right = map.across.window - (int(column) + 1 == map.across.windows ? map.across.shift : 0);
   }
