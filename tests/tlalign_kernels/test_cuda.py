@@ -229,7 +229,7 @@ def test_bias_and_mask_are_within_the_bound(monkeypatch, keys, mask, bias_scale,
 
 @executed
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-@pytest.mark.parametrize("keys", [20, 60, 100, 160, 197, 250, 257])
+@pytest.mark.parametrize("keys", [60, 160, 250, 257])
 def test_head_dims_with_a_bias_and_a_mask(monkeypatch, head_dim, keys):
     case = Case("offsets", 1, 2, 70, keys, head_dim, 1 + (keys < 200), bias_scale=1.0, mask="rows")
     check(monkeypatch, case, BFLOAT16)
