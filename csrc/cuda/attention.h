@@ -56,10 +56,12 @@ struct Windows {
 
 // What products of queries and keys begin with, or what is added to them, in units of what they are multiplied by:
 // (1 or B, 1 or H, 1 or padded(Nq) / 16, padded(Nk) / 16, 256) float32, 16 x 16 of them as `read_starts` has them. From
-// an image, a head and 16 queries to the next, 0 where they are the same.
+// an image, a head and 16 queries to the next, 0 where they are the same. The divisors are how many heads, rows of 16
+// queries and columns of 16 keys there are of them.
 struct Starts {
   float* data = nullptr;
   int64_t image = 0, head = 0, row = 0;
+  Divisor heads, rows, columns;
 };
 
 struct Problem {
@@ -157,17 +159,15 @@ inline int64_t labels_of_image(int groups, int keys) { return int64_t(groups) * 
 // Sets the strides of starts for a bias or a mask of so many heads, queries and keys. Returns how many numbers the
 // scratch has.
 inline int64_t lay_out(Starts& starts, const Offsets& offsets, int64_t batch, int heads, int queries, int keys) {
-  int64_t numbers = 16 * int64_t(padded(keys));
-  const auto stride = [&](int64_t broadcast, int64_t count) {
-    if (broadcast == 0) return int64_t(0);
-    const int64_t own = numbers;
-    numbers *= count;
-    return own;
-  };
-  starts.row = stride(offsets.query, padded(queries) / 16);
-  starts.head = stride(offsets.head, heads);
-  starts.image = stride(offsets.image, batch);
-  return numbers;
+  starts.columns = Divisor(padded(keys) / 16);
+  starts.rows = Divisor(offsets.query == 0 ? 1 : padded(queries) / 16);
+  starts.heads = Divisor(offsets.head == 0 ? 1 : heads);
+  const int64_t of_row = starts.columns.divisor * int64_t(256), of_head = of_row * starts.rows.divisor;
+  const int64_t of_image = of_head * starts.heads.divisor;
+  starts.row = offsets.query == 0 ? 0 : of_row;
+  starts.head = offsets.head == 0 ? 0 : of_head;
+  starts.image = offsets.image == 0 ? 0 : of_image;
+  return of_image * (offsets.image == 0 ? 1 : batch);
 }
 
 // Launch on `stream` of the current device. Throw std::runtime_error with the kernel and its shape where CUDA fails.

@@ -31,16 +31,18 @@ __global__ void pack_places(const __grid_constant__ Problem p) {
   p.windows.places[number] = find_place(p.windows, number / tokens, number % tokens);
 }
 
-__device__ float offset_of(const Offsets& o, int64_t at) {
-  switch (o.dtype) {
-    case DType::float32:
-      return reinterpret_cast<const float*>(o.data)[at];
-    case DType::bfloat16:
-      return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(o.data)[at]);
-    case DType::float16:
-      return __half2float(reinterpret_cast<const __half*>(o.data)[at]);
-    default:
-      return reinterpret_cast<const uint8_t*>(o.data)[at] != 0 ? 0.0f : -INFINITY;
+__device__ float offset_of(float number) { return number; }
+__device__ float offset_of(__nv_bfloat16 number) { return __bfloat162float(number); }
+__device__ float offset_of(__half number) { return __half2float(number); }
+__device__ float offset_of(uint8_t is_seen) { return is_seen != 0 ? 0.0f : -INFINITY; }
+
+// Of two queries, 8 apart, and two keys, those that are there.
+template <class T>
+__device__ void read_offsets(float (&words)[4], const Offsets& o, int64_t from, int queries, int keys) {
+  const T* data = reinterpret_cast<const T*>(o.data) + from;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i / 2 * 8 < queries && i % 2 < keys) words[i] = offset_of(data[i / 2 * 8 * o.query + i % 2 * o.key]);
   }
 }
 
@@ -50,23 +52,32 @@ template <bool OF_MASK>
 __global__ void pack_starts(const __grid_constant__ Problem p) {
   const Offsets& offsets = OF_MASK ? p.mask : p.bias;
   const Starts& starts = OF_MASK ? p.mask_starts : p.bias_starts;
-  const unsigned columns = padded(p.keys) / 16, rows = starts.row == 0 ? 1 : padded(p.queries) / 16;
-  const unsigned column = blockIdx.x % columns, tile = blockIdx.x / columns, row = tile % rows;
-  const unsigned heads = starts.head == 0 ? 1 : p.heads, image = tile / rows / heads, head = tile / rows % heads;
-  const unsigned lane = threadIdx.x % 32;
-  const int key = column * 16 + threadIdx.x / 32 * 8 + lane % 4 * 2, query = row * 16 + lane / 4;
+  const unsigned above = starts.columns.quotient(blockIdx.x), column = blockIdx.x - above * starts.columns.divisor;
+  const unsigned pair = starts.rows.quotient(above), row = above - pair * starts.rows.divisor;
+  const unsigned image = starts.heads.quotient(pair), head = pair - image * starts.heads.divisor;
+  const int query = row * 16 + threadIdx.x % 32 / 4, key = column * 16 + threadIdx.x / 32 * 8 + threadIdx.x % 4 * 2;
+  const int queries = p.queries - query, keys = p.keys - key;
+  float words[4] = {0.0f, keys > 1 ? 0.0f : -INFINITY, 0.0f, keys > 1 ? 0.0f : -INFINITY};
+  if (keys <= 0) words[0] = words[2] = -INFINITY;
   const int64_t from = image * offsets.image + head * offsets.head + query * offsets.query + key * offsets.key;
-  float words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool is_key = key + i % 2 < p.keys, is_query = query + i / 2 * 8 < p.queries;
-    words[i] = is_key ? 0.0f : -INFINITY;
-    if (offsets.data != nullptr && is_key && is_query) {
-      words[i] = offset_of(offsets, from + i / 2 * 8 * offsets.query + i % 2 * offsets.key) * (LOG2_E / p.unit);
+  if (offsets.data != nullptr) {
+    switch (offsets.dtype) {
+      case DType::float32:
+        read_offsets<float>(words, offsets, from, queries, keys);
+        break;
+      case DType::bfloat16:
+        read_offsets<__nv_bfloat16>(words, offsets, from, queries, keys);
+        break;
+      case DType::float16:
+        read_offsets<__half>(words, offsets, from, queries, keys);
+        break;
+      default:
+        read_offsets<uint8_t>(words, offsets, from, queries, keys);
     }
   }
-  const uint64_t at = uint64_t(blockIdx.x) * FOURS + threadIdx.x;
-  reinterpret_cast<float4*>(starts.data)[at] = make_float4(words[0], words[1], words[2], words[3]);
+  const float factor = LOG2_E * inverse_of(p.unit);
+  reinterpret_cast<float4*>(starts.data)[uint64_t(blockIdx.x) * FOURS + threadIdx.x] =
+      make_float4(words[0] * factor, words[1] * factor, words[2] * factor, words[3] * factor);
 }
 
 template <bool OF_MASK>
