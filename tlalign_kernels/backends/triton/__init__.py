@@ -341,6 +341,11 @@ def _registers(shape: Shape) -> int | None:
     return ALL_REGISTERS if _takes_narrow_blocks(shape.dtype, shape.head_dim, shape.has_offsets) else None
 
 
+def _forward_width(shape: Shape) -> int:
+    """Columns of a narrow block: beside a bias those of 16 spill on sm_100 and sm_120, as do wider ones that pad."""
+    return 32 if shape.capability >= 100 and shape.has_offsets and shape.head_dim in (96, 128) else 16
+
+
 def _takes_narrow_blocks(dtype: torch.dtype, head_dim: int, has_offsets: bool) -> bool:
     """Whether products of float32, of whose factors two parts are kept, are to leave registers for others."""
     return dtype == torch.float32 and head_dim > 32 and (head_dim > 64 or has_offsets)
@@ -424,7 +429,8 @@ def forward(
     has_offsets = bias is not None or mask is not None
     # A label more than there are sources: whether a key is real.
     padded = int(pad_qkv is not None)
-    (config,) = _chosen(forward_configs, _shape_of(query, key, has_offsets, windows))
+    shape = _shape_of(query, key, has_offsets, windows)
+    (config,) = _chosen(forward_configs, shape)
     grid = _blocks(queries, config.tiles["BLOCK_Q"]) * batch
     parts_row = _padded_keys(config.tiles, keys)
     sizes = (heads, queries, keys)
@@ -435,9 +441,9 @@ def forward(
     # constants.
     constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
     how = dict(
-        **_rows(query=query, key=key, value=value), **_columns(query, has_offsets), **_kinds(bias, mask, windows),
-        COLUMNS=max(8, _power_of_two(1 + fused * parts + padded)), SOURCES=fused, PARTS=parts,
-        PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
+        **_rows(query=query, key=key, value=value), **_columns(query, has_offsets, _forward_width(shape)),
+        **_kinds(bias, mask, windows), COLUMNS=max(8, _power_of_two(1 + fused * parts + padded)), SOURCES=fused,
+        PARTS=parts, PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
         PRECISION=_precision(query.device), WINDOWS=windows, **config.options,
     )  # fmt: skip
     with _device_of(query):

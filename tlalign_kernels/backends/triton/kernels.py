@@ -705,6 +705,12 @@ def attention_forward_stream(
     of_map, place = _place(image, WINDOWS)
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
+    if _is_narrow(WIDTHS) and (BIAS != 0 or MASK != 0):
+        # Rows beyond the last read the bias of the last, so that whether they are in it takes no registers in the loop;
+        # of a loop that is sure to run, no second set of first values is kept.
+        tl.assume(queries > 0)
+        tl.assume(keys > 0)
+        row = tl.minimum(row, queries - 1)
     query += of_map * query_image + head * query_head
     key += of_map * key_image + head * key_head
     value += of_map * value_image + head * value_head
