@@ -277,6 +277,15 @@ def test_nothing_spills_in_float32(arch, head_dim, offsets):
 
 @of_new_triton
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", [100, 120])
+@pytest.mark.parametrize(("head_dim", "mask"), [(96, False), (96, True), (128, False)])
+def test_a_bias_spills_nothing_in_wide_heads_of_float32(arch, head_dim, mask):
+    launches = offline.record_packed(arch, 197, head_dim, torch.float32, offsets=True, mask=mask)
+    check_compiled(launches["attention_forward_stream"], arch)
+
+
+@of_new_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -167,8 +167,8 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
                 return Config(name, dict(BLOCK_Q=64, TILE=16, TAIL=0), 4)
             if shape.queries > 64:
                 return Config(name, dict(BLOCK_Q=128, TILE=32, TAIL=0), 8)
-        # With all registers, heads of 96 and less spill more on sm_100 and sm_120. Tiles of 8 keys would need few,
-        # but Triton 3.8 compiles some products of that depth wrongly, and older Triton none.
+        # With all registers, heads of 96 and less spill more on sm_100 and sm_120. Tiles of 8 keys would need few, and
+        # a sixth more instructions; Triton 3.8 compiles them wrongly beside a mask of bytes, older Triton not at all.
         registers = None if shape.capability >= 100 and head_dim <= 96 else _registers(shape)
         # What is fetched ahead goes to shared memory directly.
         stages = 2 if shape.capability == 100 and head_dim > 64 and not shape.has_offsets else 1
