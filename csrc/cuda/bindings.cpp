@@ -36,7 +36,7 @@ Rows aligned_rows(const std::string& argument, const RowsTuple& tuple) {
   return r;
 }
 
-// Whether scores are more than products, of which the largest is that of the largest product.
+// Whether a score is more than a product of query and key times a positive number.
 bool has_offsets(const std::optional<OffsetsTuple>& bias, const std::optional<OffsetsTuple>& mask, double scale) {
   return bias.has_value() || mask.has_value() || !(scale > 0.0);
 }
@@ -79,7 +79,7 @@ void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, cons
   p.bias_starts = starts("bias_starts", p, p.bias, bias_starts, has_offsets(bias, mask, scale));
   p.mask_starts = starts("mask_starts", p, p.mask, mask_starts, mask.has_value());
   // Large enough to divide by.
-  p.unit = std::max(std::abs(p.scale), std::ldexp(1.0f, -100)) * 1.4426950408889634f;
+  p.unit = std::max(std::abs(p.scale), std::ldexp(1.0f, -100)) * LOG2_E;
   p.flipped = p.scale < 0.0f ? 0x80008000u : 0;
 }
 
@@ -159,7 +159,7 @@ void read_windows(Problem& p, const MapSizes& map, Address padding, Address plac
   expect(p.bias.image == 0, "bias: expected one for all windows");
   expect(int64_t(p.heads) * padded(p.keys) * padded(p.keys) <= std::numeric_limits<int>::max(),
          "H, N: expected less than 2**31 numbers of a bias");
-  w.region_start = REGION_BIAS * 1.4426950408889634f / p.unit;
+  w.region_start = REGION_BIAS * LOG2_E / p.unit;
 }
 
 void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,

@@ -40,17 +40,16 @@ void with_head_dim(const Problem& p, Call call) {
   }
 }
 
-// Calls call(T(), HeadDim<D>()) with the dtype and head dimension of a problem.
-template <class Call>
-void with_types(const Problem& p, Call call) {
-  if (p.dtype == DType::bfloat16) return with_head_dim<__nv_bfloat16>(p, call);
-  with_head_dim<__half>(p, call);
-}
-// Calls call(T()).
+// Calls call(T()) with the dtype of a problem.
 template <class Call>
 void with_dtype(const Problem& p, Call call) {
   if (p.dtype == DType::bfloat16) return call(__nv_bfloat16());
   call(__half());
+}
+// Calls call(T(), HeadDim<D>()) with the dtype and head dimension of a problem.
+template <class Call>
+void with_types(const Problem& p, Call call) {
+  with_dtype(p, [&](auto type) { with_head_dim<decltype(type)>(p, call); });
 }
 
 // Multiprocessors of the current device if it is a Hopper, else 0.

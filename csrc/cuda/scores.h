@@ -9,8 +9,6 @@
 
 namespace tlalign::cuda {
 
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
-
 // What scores begin with: nothing, a bias, to which a mask is added, or that of windows, which may have regions.
 enum class Kind { plain, offsets, windows };
 

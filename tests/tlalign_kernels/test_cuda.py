@@ -155,6 +155,17 @@ def test_two_sources_of_wide_heads_are_within_the_bound(monkeypatch):
     check(monkeypatch, replace(ONE, queries=20, keys=50, head_dim=80, sources=2), BFLOAT16)
 
 
+def blocks_of_last(count, images, launches):
+    """What executes the blocks of the last few images, and all of what is laid out for all; notes the launches."""
+
+    def blocks_of(launch):
+        blocks = launch.grid[0]
+        launches.append((launch.kernel, blocks))
+        return range(0 if "pack" in launch.kernel else blocks - count * (blocks // images), blocks)
+
+    return blocks_of
+
+
 def check_turns(launches, blocks, have_all_heads):
     """Checks that so many blocks computed attention, and that they averaged the shares if each had all heads."""
     if not ON_GPU:
@@ -172,13 +183,8 @@ def test_blocks_take_heads_in_turn(monkeypatch, keys, images, heads, sources):
     inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
     launches = []
 
-    def blocks_of_last(launch):
-        (blocks, _, _), of_image = launch.grid, launch.grid[0] // case.batch
-        launches.append((launch.kernel, blocks))
-        return range(blocks - 2 * of_image, blocks)
-
     with monkeypatch.context() as patch:
-        record(patch, blocks=blocks_of_last)
+        record(patch, blocks=blocks_of_last(2, images, launches))
         tensors = [inputs[name] for name in ("query", "key", "value", "share", "residual")]
         output, share = tlk.attention(*tensors, backend="cuda")
     check_turns(launches, images * -(-heads // 2), heads == 2)
@@ -200,13 +206,8 @@ def test_blocks_take_heads_in_turn_in_which_a_query_may_see_no_key(monkeypatch, 
     bias = torch.randn(1, heads, 20, 40, device=DEVICE)
     launches = []
 
-    def blocks_of_last(launch):
-        (blocks, _, _), of_image = launch.grid, launch.grid[0] // images
-        launches.append((launch.kernel, blocks))
-        return range(0 if "pack" in launch.kernel else blocks - of_image, blocks)
-
     with monkeypatch.context() as patch:
-        record(patch, blocks=blocks_of_last)
+        record(patch, blocks=blocks_of_last(1, images, launches))
         tensors = [inputs[name] for name in ("query", "key", "value", "share", "residual")]
         output, share = tlk.attention(*tensors, bias=bias, mask=mask, backend="cuda")
     check_turns(launches, images * -(-heads // 2), heads == 2)
@@ -419,16 +420,11 @@ def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch, maps, heads, sou
     inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
     launches = []
 
-    def blocks_of_last(launch):
-        (blocks, _, _), of_map = launch.grid, launch.grid[0] // maps
-        launches.append((launch.kernel, blocks))
-        return range(0 if "pack" in launch.kernel else blocks - of_map, blocks)
-
     options = dict(bias=inputs["bias"], window_size=windows.window_size, shift=windows.shift)
     options["pad_qkv"] = inputs["pad_qkv"]
     tensors = [inputs[name] for name in ("qkv", "share", "residual")]
     with monkeypatch.context() as patch:
-        record(patch, blocks=blocks_of_last)
+        record(patch, blocks=blocks_of_last(1, maps, launches))
         output, share = tlk.window_attention(*tensors, **options, backend="cuda")
     check_turns(launches, maps * windows.count * -(-heads // 2), heads == 2)
     options |= {name: options[name].double() for name in ("bias", "pad_qkv")}
