@@ -62,7 +62,7 @@ EXECUTED = (
     Case("ViT", heads=2, batch=1, packed=True),
     Case("odd tokens, several sources", heads=2, batch=1, queries=33, keys=33, sources=3, packed=True),
     Case("streaming", heads=1, batch=1, queries=20, keys=330),
-    Case("ViT-H heads", heads=1, batch=1, head_dim=80, queries=70, keys=50),
+    Case("wide heads", heads=1, batch=1, head_dim=80, queries=70, keys=50),
     Case("two blocks of columns, and a bias", heads=1, batch=1, head_dim=72, queries=70, keys=50, bias_scale=1.0),
     Case("dense labels of wide heads", heads=2, batch=1, head_dim=40, queries=20, keys=40, sources=10, mask="rows"),
     Case("two sources of 8", heads=1, batch=2, queries=5, keys=7, head_dim=9, sources=8, residual=False),
@@ -83,9 +83,35 @@ def check_executed(monkeypatch, case, dtype):
     assert any("backward" in name for name in names)
 
 
+def executed(cases, quick):
+    """Cases and types: in bfloat16, which the interpreter has not, all; in others those that take seconds are slow."""
+    return [
+        pytest.param(
+            case,
+            dtype,
+            marks=[] if dtype == torch.bfloat16 or case.name in quick[dtype] else pytest.mark.slow,
+            id=f"{case.name}-{dtype}",
+        )
+        for case in cases
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
+
+
+QUICK = {
+    torch.float16: {"ViT", "odd tokens, several sources", "extreme scores", "one token", "two sources of 8"},
+    torch.float32: {
+        "odd tokens, several sources",
+        "streaming",
+        "wide heads",
+        "causal",
+        "one token",
+        "two sources of 8",
+    },
+}
+
+
 @needs_ptxvm
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", EXECUTED, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "dtype"), executed(EXECUTED, QUICK))
 def test_compiled_code_is_within_the_bound(monkeypatch, case, dtype):
     check_executed(monkeypatch, case, dtype)
 
@@ -99,24 +125,11 @@ EXECUTED_IN_WINDOWS = (
     Case("dense labels in windows", heads=2, head_dim=24, sources=20, windows=Windows((10, 5), (4, 4), (2, 2))),
     Case("dropout in windows", heads=2, head_dim=16, dropout_p=0.25, windows=Windows((5, 6), (4, 4), (0, 1))),
 )
-# Beside bfloat16, which the interpreter has not: small ones.
-QUICK = {(torch.float16, "padded windows"), (torch.float32, "padded windows"), (torch.float32, "dropout in windows")}
+QUICK_IN_WINDOWS = {torch.float16: {"padded windows"}, torch.float32: {"dropout in windows"}}
 
 
 @needs_ptxvm
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        pytest.param(
-            case,
-            dtype,
-            marks=[] if dtype == torch.bfloat16 or (dtype, case.name) in QUICK else pytest.mark.slow,
-            id=f"{case.name}-{dtype}",
-        )
-        for case in EXECUTED_IN_WINDOWS
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    ],
-)
+@pytest.mark.parametrize(("case", "dtype"), executed(EXECUTED_IN_WINDOWS, QUICK_IN_WINDOWS))
 def test_compiled_code_of_windows_is_within_the_bound(monkeypatch, case, dtype):
     check_executed(monkeypatch, case, dtype)
 
@@ -198,10 +211,33 @@ def test_every_configuration_is_right(monkeypatch, arch, dtype):
 
 
 @needs_ptxvm
-@pytest.mark.parametrize("arch", [100, 120])
+@pytest.mark.parametrize("arch", [80, 86])  # blocks of 32 and of 16 keys
+def test_one_program_of_a_long_head_is_right(monkeypatch, arch):
+    names = []
+
+    def run(launch):
+        names.append(launch.name)
+        offline.execute(launch)
+
+    (head,) = backend.backward_configs(backend.Shape(arch, torch.bfloat16, 1, 193, 193, 32, False))[1]
+    monkeypatch.setattr(backend, "backward_configs", lambda shape: [(head,)])
+    offline.record(monkeypatch, run, arch)
+    case = Case("long", batch=1, heads=1, queries=193, keys=193, head_dim=32, packed=True)
+    assert [check for check in compare(case, torch.bfloat16, "triton") if not check.passed] == []
+    assert "attention_backward_head" in names
+
+
+@needs_ptxvm
 @pytest.mark.parametrize(
-    ("head_dim", "options"),
-    [(104, {}), (96, {"bias_scale": 1.0}), (104, {"bias_scale": 1.0, "mask": "causal"})],
+    ("arch", "head_dim", "options"),
+    [
+        (100, 104, {}),
+        pytest.param(120, 104, {}, marks=pytest.mark.slow),
+        pytest.param(100, 96, {"bias_scale": 1.0}, marks=pytest.mark.slow),
+        (120, 96, {"bias_scale": 1.0}),
+        pytest.param(100, 104, {"bias_scale": 1.0, "mask": "causal"}, marks=pytest.mark.slow),
+        pytest.param(120, 104, {"bias_scale": 1.0, "mask": "causal"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_wide_heads_of_float32_are_right(monkeypatch, arch, head_dim, options):
@@ -266,6 +302,15 @@ def test_nothing_spills(arch, head_dim, dtype, offsets):
     for tokens in (49, 197, 577):
         for launch in every_launch(arch, tokens, head_dim, dtype, offsets):
             check_compiled(launch, arch)
+
+
+@of_new_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("tokens", "head_dim"), [(49, 48), (128, 64), (197, 48)])
+def test_nothing_spills_at_other_lengths_and_head_dims(arch, tokens, head_dim):
+    for launch in every_launch(arch, tokens, head_dim, torch.bfloat16):
+        check_compiled(launch, arch)
 
 
 @of_new_triton

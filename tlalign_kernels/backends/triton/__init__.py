@@ -223,7 +223,8 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
     read too: the traffic of shared memory, which bounds all of these kernels, takes 41 k cycles a head on sm_80, where
     that of the two kernels takes 28 k. An H100 took 286 us, with more instructions than now, for what the two kernels
     did in 147. So it is for `tune` to try there. A bias leaves it no registers; sm_86, sm_89 and float16 on sm_90 have
-    room for 16 keys, sm_120 for none.
+    room for 16 keys, sm_120 for none. Nor have other architectures, with most lengths below 193, whose last tiles are
+    larger, and heads of neither 32 nor 64.
     """
     queries, head_dim = shape.queries, shape.head_dim
     split = _queries_config(shape), _keys_config(shape)
@@ -233,7 +234,7 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
         warps = 2 if head_dim <= 32 and not _has_warp_groups(shape) and not shape.is_crowded else 4
         head = Config("attention_backward_head", _head_tiles(shape, 64), warps)
         return [(head,), split]
-    if shape.has_offsets or shape.capability >= 120:
+    if shape.has_offsets or shape.capability >= 120 or queries <= 192 or head_dim not in (32, 64):
         return [split]
     is_tight = shape.capability in (86, 89) or (shape.capability == 90 and shape.dtype == torch.float16)
     head = Config("attention_backward_head", _head_tiles(shape, 16 if is_tight else 32), 8)
