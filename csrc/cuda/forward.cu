@@ -187,8 +187,10 @@ void launch_for_keys(const Forward& p, cudaStream_t stream) {
 template <class T>
 void launch_for_windows(const Forward& p, cudaStream_t stream) {
   constexpr int D = HEAD_DIM_OF_WINDOWS;
-  // The scores of more keys would leave too few registers.
-  if (p.sources > 2) return launch<T, D, 8, 4, true, Kind::windows, 4>(p, stream);
+  if (p.sources > 2) {
+    if (p.keys > 64 && p.keys <= 256) return launch<T, D, 32, 4, false, Kind::windows, 4>(p, stream);
+    return launch<T, D, 8, 4, true, Kind::windows, 4>(p, stream);
+  }
   if (p.keys <= 64 && p.sources == 2) return launch<T, D, 8, 4, false, Kind::windows, 2>(p, stream);
   if (p.keys <= 56) return launch<T, D, 7, 4, false, Kind::windows, 1>(p, stream);
   if (p.keys <= 64) return launch<T, D, 8, 4, false, Kind::windows, 1>(p, stream);

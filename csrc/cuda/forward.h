@@ -100,8 +100,8 @@ struct ForwardKernel {
   static constexpr int STAGES = STREAMS ? 2 : 1;
   // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels.
   static constexpr bool TURNS = !STREAMS && TILES <= 4;
-  // More keys of windows: a block takes all queries in turn, so that K and V are read once.
-  static constexpr bool QUERY_TURNS = WINDOWS && !STREAMS && !TURNS;
+  // More keys of windows: a block takes all queries in turn, so that K and V are read once, if registers suffice.
+  static constexpr bool QUERY_TURNS = WINDOWS && !STREAMS && !TURNS && LABEL_BLOCKS == 1;
   // Whether a block averages shares itself, since it has all heads of its queries.
   static TLALIGN_BOTH bool has_all_heads(const Forward& p) { return TURNS && p.turns.is_one(); }
   // Keys that there are at least where one step has all of them: see launch_for_keys.
@@ -335,6 +335,7 @@ struct ForwardKernel {
     if (works) {
       read_queries(query, query_address());
       multiply_keys(query, scores, 0, key_address(0));
+      if (WINDOWS) add_regions(scores, 0);
       if (OFFSETS && has_mask()) add_starts(scores, find_starts(p.mask_starts, 0), 0);
     }
     if constexpr (IN_PLACE) {
