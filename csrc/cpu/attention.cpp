@@ -71,6 +71,12 @@ const InstructionSet& choose(const std::string& wanted) {
   throw std::invalid_argument("TLALIGN_CPU_ISA: expected one of " + names + ", got " + wanted);
 }
 
+const Kernels& kernels_for(DType dtype, const std::string& isa) {
+  const InstructionSet* set = &choose(isa);
+  while (set->kernels->only_bfloat16 && dtype != DType::bfloat16) ++set;
+  return *set->kernels;
+}
+
 // Threads
 
 // An OpenMP runtime does not survive a fork: a child that asks it for threads waits forever. Children get one.
@@ -184,7 +190,7 @@ class Tasks {
 const char* instruction_set(const std::string& wanted) { return choose(wanted).name; }
 
 void forward(const Forward& f, const std::string& isa, int threads) {
-  const Kernels& kernels = *choose(isa).kernels;
+  const Kernels& kernels = kernels_for(f.dtype, isa);
   const bool dense = f.sources > MAX_FUSED_SOURCES, averages = f.sources > 0 && !dense;
   const Floats head_share = allocate(f.batch * f.heads * head_sums(f) * f.queries + 1);
   const Tasks tasks(f, f.bias.data != nullptr && f.bias.image == 0, 0, kernels.forward_chunks(f), threads);
@@ -207,7 +213,7 @@ void forward(const Forward& f, const std::string& isa, int threads) {
 }
 
 void backward(const Backward& b, const std::string& isa, int threads) {
-  const Kernels& kernels = *choose(isa).kernels;
+  const Kernels& kernels = kernels_for(b.dtype, isa);
   const int64_t padded = padded_queries(b, kernels.lanes), bias_sum = b.keys * padded;
   const bool sums_bias = b.grad_bias != nullptr;
   const bool shares_bias = b.bias.data != nullptr && (sums_bias ? b.bias_images == 1 : b.bias.image == 0);

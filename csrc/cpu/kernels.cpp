@@ -94,6 +94,21 @@ void with_type(DType dtype, Work work) {
   work(Float16{});
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool ONLY_BFLOAT16 = true;
+#else
+constexpr bool ONLY_BFLOAT16 = false;
+#endif
+
+// The same of query, key, value, output and their gradients.
+template <class Work>
+void with_type_of_tokens(DType dtype, Work work) {
+  if constexpr (ONLY_BFLOAT16)
+    work(BFloat16{});
+  else
+    with_type(dtype, work);
+}
+
 // Rows in order of the tokens of an image: evenly strided, or, in a window, those that its table names.
 template <class T>
 struct TokenRows {
@@ -1423,17 +1438,19 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
 // The functions of the table: by element type.
 
 void forward_task(const Forward& f, const Task& task, float* head_share, float* scratch) {
-  with_type(f.dtype, [&](auto element) { forward_of<decltype(element)>(f, task, head_share, scratch); });
+  with_type_of_tokens(f.dtype, [&](auto element) { forward_of<decltype(element)>(f, task, head_share, scratch); });
   finish_streams();
 }
 
 void backward_task(const Backward& b, const Task& task, float* grad_bias, float* grad_padding, float* scratch) {
-  with_type(b.dtype, [&](auto element) { backward_of<decltype(element)>(b, task, grad_bias, grad_padding, scratch); });
+  with_type_of_tokens(b.dtype,
+                      [&](auto element) { backward_of<decltype(element)>(b, task, grad_bias, grad_padding, scratch); });
   finish_streams();
 }
 
 void dense_share_task(const Forward& f, const float* head_share, int64_t image, int64_t chunk, float* scratch) {
-  with_type(f.dtype, [&](auto element) { dense_share_of<decltype(element)>(f, head_share, image, chunk, scratch); });
+  with_type_of_tokens(f.dtype,
+                      [&](auto element) { dense_share_of<decltype(element)>(f, head_share, image, chunk, scratch); });
 }
 
 void sum_grad_bias(const Backward& b, const float* parts, int64_t image_parts, int64_t image, int64_t head,
@@ -1461,7 +1478,7 @@ void sum_grad_bias(const Backward& b, const float* parts, int64_t image_parts, i
 }
 
 void sum_grad_padding(const Backward& b, const float* parts, int64_t image_parts, int64_t head) {
-  with_type(b.dtype, [&](auto element) {
+  with_type_of_tokens(b.dtype, [&](auto element) {
     using T = decltype(element);
     for (int64_t which = 0; which < 3; ++which)
       for (int64_t d = 0; d < b.head_dim; d += LANES) {
@@ -1489,6 +1506,7 @@ int64_t scratch_of(const Problem& p) {
 extern const Kernels TLALIGN_KERNELS;
 const Kernels TLALIGN_KERNELS = {
     LANES,
+    ONLY_BFLOAT16,
     &forward_chunks,
     &dense_share_chunks,
     &scratch_of<ForwardScratch>,
