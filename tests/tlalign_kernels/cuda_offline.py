@@ -48,7 +48,7 @@ def _nvcc(*options):
 
 
 def installed(source):
-    """What the installation compiled a source of kernels to, and its PTX for sm_80, if it did so and it is not old."""
+    """What the installation compiled a source of kernels to, and its PTX, if it did so and it is not old."""
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").glob("**/*.*"))
     for compiled in ROOT.glob(f"build/cmake-*/CMakeFiles/tlalign_cuda.dir/csrc/cuda/{source.name}.o"):
         if compiled.stat().st_mtime > newest:
@@ -62,7 +62,7 @@ def installed(source):
 def build():
     """The recorder as a Python module, and PTX of each source of kernels, for sm_80 but where it is for Hopper only.
 
-    Most of the time goes to sources that an installation with TLALIGN_CUDA_ARCHS=80 has compiled before.
+    Most of the time goes to sources that the installation has compiled before.
     """
     folder = Path(tempfile.mkdtemp())
     target = folder / f"cuda_recorder{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -92,39 +92,26 @@ def build():
     return recorder, texts
 
 
-@functools.cache
-def ptx(arch):
-    """PTX of each source of kernels, for a compute capability such as 80."""
-    if arch == 80:
-        return build()[1]
-    texts = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in SOURCES:
-            if source.suffix == ".cu" and source not in HOPPER:
-                target = Path(folder) / f"{source.stem}.ptx"
-                subprocess.run(_nvcc(f"-arch=sm_{arch}", "-ptx", source, "-o", target), check=True)
-                texts.append(target.read_text())
-    return texts
+def ptx():
+    """PTX of each source of kernels: of those for Hopper only for it, of the others for 8.0, from which all come."""
+    return build()[1]
 
 
-def ptx_of(kernel, arch):
+def ptx_of(kernel):
     """PTX of one kernel."""
-    (text,) = [text for text in ptx(arch) if f".entry {kernel}(" in text]
+    (text,) = [text for text in ptx() if f".entry {kernel}(" in text]
     header = text[: re.search(r"^.*\.entry", text, re.MULTILINE).start()]
     (body,) = re.findall(rf"^[^\n]*\.entry {re.escape(kernel)}\(.*?^}}", text, re.MULTILINE | re.DOTALL)
     return header + body
 
 
-def usage_of(is_wanted, arch, folder):
-    """Names of the kernels that are wanted, and what they take (`resource_usage`), all assembled at once."""
+def usage_of(arch, folder):
+    """Names of all kernels but Hopper's, and what they take (`resource_usage`)."""
     usage = []
-    for number, text in enumerate(ptx(arch)):
-        header = text[: re.search(r"^.*\.entry", text, re.MULTILINE).start()]
-        bodies = re.findall(r"^[^\n]*\.entry (\w+)(\(.*?^})", text, re.MULTILINE | re.DOTALL)
-        wanted = [f".visible .entry {name}{body}\n" for name, body in bodies if is_wanted(name)]
-        if wanted:
+    for number, text in enumerate(ptx()):
+        if ".target sm_80" in text:
             source, cubin = folder / f"{number}.ptx", folder / f"{number}.cubin"
-            source.write_text(header + "".join(wanted))
+            source.write_text(text)
             subprocess.run(_nvcc(f"-arch=sm_{arch}", "-cubin", source, "-o", cubin), check=True)
             usage += resource_usage(cubin)
     return usage
@@ -142,19 +129,19 @@ def usage_on_hopper(folder):
 
 
 @functools.cache
-def module_of(kernel, arch=80):
+def module_of(kernel):
     """One kernel as ptxvm has it."""
-    return import_ptxvm().Module(ptx_of(kernel, arch))
+    return import_ptxvm().Module(ptx_of(kernel))
 
 
-def execute(launch, tensors, arch=80, **options):
+def execute(launch, tensors, **options):
     """Runs a launch on the CPU, with bounds and shared-memory races checked; returns the counts.
 
     `tensors` are those that it may touch: an address in the parameters that lies in the memory of one points to it.
     Among the counts are "lines", how many warps executed a line of the PTX, and "conflicts", wavefronts of shared
     memory over the least possible by instruction, if asked for by `count_conflicts`.
     """
-    module = module_of(launch.kernel, arch)
+    module = module_of(launch.kernel)
 
     def bind(kernel, _):
         """Memory as ptxvm has it, what to copy back from it, and the parameters with its addresses."""
@@ -321,7 +308,7 @@ def assemble(kernel, arch):
     """What a kernel takes (`resource_usage`), and its SASS: basic blocks of instructions (line of the PTX, opcode)."""
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(ptx_of(kernel, arch))
+        source.write_text(ptx_of(kernel))
         # The lines change nothing of the code.
         subprocess.run(_nvcc(f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-lineinfo", source, "-o", cubin), check=True)
         ((_, resources),) = resource_usage(cubin)
@@ -356,7 +343,7 @@ def count(launch, tensors, arch, images=IMAGES):
     not as many as the emulator has executed, a warning says so.
     """
     blocks = some_blocks(launch, images)
-    executed = execute(launch, tensors, arch, check_races=False, check_uninit=False, ctas=blocks)
+    executed = execute(launch, tensors, check_races=False, check_uninit=False, ctas=blocks)
     counts = collections.Counter()
     code = assemble(launch.kernel, arch)[1]
     known = [[line for line, opcode in block if opcode.startswith(tuple(ONE_FOR_ONE))] for block in code]

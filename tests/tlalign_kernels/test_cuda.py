@@ -151,8 +151,10 @@ def test_sources_are_within_the_bound(monkeypatch, keys, sources, residual):
 
 
 @executed
-def test_two_sources_of_wide_heads_are_within_the_bound(monkeypatch):
-    check(monkeypatch, replace(ONE, queries=20, keys=50, head_dim=80, sources=2), BFLOAT16)
+@pytest.mark.parametrize(("head_dim", "sources", "bias_scale"), [(80, 2, 0.0), (128, 3, 0.0), (128, 8, 1.0)])
+def test_sources_of_wide_heads_are_within_the_bound(monkeypatch, head_dim, sources, bias_scale):
+    case = replace(ONE, queries=20, keys=50, head_dim=head_dim, sources=sources, bias_scale=bias_scale)
+    check(monkeypatch, case, BFLOAT16)
 
 
 def blocks_of_last(count, images, launches):
@@ -343,9 +345,10 @@ def test_windows_are_within_the_bound(monkeypatch, dtype, windows, options):
         (Windows((13, 20), (12, 12), (6, 6)), 1),
         (Windows((17, 16), (16, 16), (0, 8)), 1),
         (Windows((9, 20), (9, 17), (3, 0)), 2),
-        # More than one step takes, and more sources.
-        (Windows((18, 20), (18, 17), (9, 0)), 1),
         (Windows((9, 10), (9, 8), (0, 2)), 3),
+        (Windows((17, 15), (16, 16), (8, 8)), 8),
+        # More than one step takes.
+        (Windows((18, 20), (18, 17), (9, 0)), 1),
     ],
     ids=str,
 )
@@ -483,7 +486,7 @@ def test_windows_are_read_once_and_written_once():
 def test_nothing_is_added_in_an_arbitrary_order():
     import cuda_offline
 
-    assert [text for text in cuda_offline.ptx(80) if re.search(r"\s(?:atom|red)\.", text)] == []
+    assert [text for text in cuda_offline.ptx() if re.search(r"\s(?:atom|red)\.", text)] == []
 
 
 @offline
@@ -501,11 +504,11 @@ def test_kernels_of_swin_do_not_spill():
 @offline
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
-def test_no_kernel_of_windows_spills(arch, tmp_path):
+def test_no_kernel_spills_anywhere(arch, tmp_path):
     import cuda_offline
 
-    usage = cuda_offline.usage_of(lambda kernel: "4KindE2E" in kernel, arch, tmp_path)
-    assert len(usage) > 15
+    usage = cuda_offline.usage_of(arch, tmp_path)
+    assert len(usage) > 200
     assert [name for name, resources in usage if resources["STACK"] or resources["LOCAL"]] == []
 
 
