@@ -308,8 +308,8 @@ def assemble(kernel, arch):
     """What a kernel takes (`resource_usage`), and its SASS: basic blocks of instructions (line of the PTX, opcode)."""
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(ptx_of(kernel))
-        # The lines change nothing of the code.
+        # The lines change nothing of the code, but of PTX for 8.0 ptxas 13 may fail to tell those of other targets.
+        source.write_text(ptx_of(kernel).replace(".target sm_80", f".target sm_{arch}"))
         subprocess.run(_nvcc(f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-lineinfo", source, "-o", cubin), check=True)
         ((_, resources),) = resource_usage(cubin)
         text = print_of("nvdisasm", "-c", "-gp", cubin)
