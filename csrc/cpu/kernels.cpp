@@ -94,6 +94,7 @@ void with_type(DType dtype, Work work) {
   work(Float16{});
 }
 
+// Instructions that only bfloat16 has; compiled for them, all else would be the same as without.
 #if defined(__AVX512BF16__)
 constexpr bool ONLY_BFLOAT16 = true;
 #else

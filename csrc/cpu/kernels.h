@@ -25,7 +25,7 @@ struct Task {
 
 struct Kernels {
   int64_t lanes;
-  bool only_bfloat16;  // has no other tokens, which the next instruction set does as well
+  bool only_bfloat16;  // for other tokens the kernels of the next instruction set are to be taken
   // Parts that the queries are divided into by the forward, and by the pass over dense labels.
   int64_t (*forward_chunks)(const Problem&);
   int64_t (*dense_share_chunks)(const Problem&);

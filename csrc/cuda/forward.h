@@ -100,7 +100,8 @@ struct ForwardKernel {
   static constexpr int STAGES = STREAMS ? 2 : 1;
   // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels.
   static constexpr bool TURNS = !STREAMS && TILES <= 4;
-  // More keys of windows: a block takes all queries in turn, so that K and V are read once, if registers suffice.
+  // More keys of windows: a block takes all queries in turn, so that K and V are read once, unless labels leave too few
+  // registers.
   static constexpr bool QUERY_TURNS = WINDOWS && !STREAMS && !TURNS && LABEL_BLOCKS == 1;
   // Whether a block averages shares itself, since it has all heads of its queries.
   static TLALIGN_BOTH bool has_all_heads(const Forward& p) { return TURNS && p.turns.is_one(); }
