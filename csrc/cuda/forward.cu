@@ -155,6 +155,10 @@ template <class T, int D, Kind KIND>
 void launch_for_keys(const Forward& p, cudaStream_t stream) {
   if (p.sources > 2) {
     if (p.keys > 64 && p.keys <= 256) return launch<T, D, 32, 4, false, KIND, 4>(p, stream);
+    // A step of the streaming kernel has 64 keys, but for the widest heads.
+    if constexpr (D > 96) {
+      if (p.keys <= 64) return launch<T, D, 8, 4, false, KIND, 4>(p, stream);
+    }
     return launch<T, D, D <= 96 ? 8 : 4, 4, true, KIND, 4>(p, stream);
   }
   // Where blocks take heads in turn, labels of two sources take kernels of their own; with a bias, or in wider heads,

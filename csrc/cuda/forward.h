@@ -98,8 +98,9 @@ struct ForwardKernel {
   static constexpr bool ENDS_IN_OCTET = OCTETS % 2 != 0;
   static_assert(!ENDS_IN_OCTET || !STREAMS, "one step has all keys");
   static constexpr int STAGES = STREAMS ? 2 : 1;
-  // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels.
-  static constexpr bool TURNS = !STREAMS && TILES <= 4;
+  // Few keys, as in windows: a block takes several heads in turn, which share addresses and labels, of up to two
+  // sources.
+  static constexpr bool TURNS = !STREAMS && TILES <= 4 && LABEL_BLOCKS <= 2;
   // More keys of windows: a block takes all queries in turn, so that K and V are read once, unless labels leave too few
   // registers.
   static constexpr bool QUERY_TURNS = WINDOWS && !STREAMS && !TURNS && LABEL_BLOCKS == 1;
