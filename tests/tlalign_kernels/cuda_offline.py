@@ -54,7 +54,7 @@ def installed(source):
         if compiled.stat().st_mtime > newest:
             _, version, text = print_of("cuobjdump", "-ptx", "-arch", "sm_80", compiled).partition(".version")
             if text:
-                return compiled, version + text
+                return compiled, version + text[: text.rindex("}") + 2]
     return None
 
 
