@@ -70,17 +70,19 @@ EXECUTED = (
 )
 
 
-def check_executed(monkeypatch, case, dtype):
+def check_executed(monkeypatch, case, dtype, arch=80):
+    """Compares with the reference what is launched on an architecture; returns the names of the kernels."""
     names = []
 
     def run(launch):
         names.append(launch.name)
         offline.execute(launch)
 
-    offline.record(monkeypatch, run)
+    offline.record(monkeypatch, run, arch)
     assert [check for check in compare(case, dtype, "triton") if not check.passed] == []
     assert any("forward" in name for name in names)
     assert any("backward" in name for name in names)
+    return names
 
 
 def executed(cases, quick):
@@ -137,43 +139,26 @@ def test_compiled_code_of_windows_is_within_the_bound(monkeypatch, case, dtype):
 @needs_ptxvm
 @pytest.mark.parametrize("tokens", [1, 16, 49, 64, 65, 100, 196, 198, 257])
 def test_compiled_code_at_odd_lengths(monkeypatch, tokens):
-    offline.record(monkeypatch, offline.execute)
     case = Case("length", batch=1, heads=1, queries=tokens, keys=tokens, head_dim=32, packed=True)
-    assert [check for check in compare(case, torch.bfloat16, "triton") if not check.passed] == []
+    check_executed(monkeypatch, case, torch.bfloat16)
 
 
 @needs_ptxvm
 @pytest.mark.parametrize("sources", [1, 3])
 @pytest.mark.parametrize(("queries", "keys"), [(49, 49), (1, 1), (70, 17)])
 def test_heads_in_turn_are_right(monkeypatch, queries, keys, sources):
-    names = []
-
-    def run(launch):
-        names.append(launch.name)
-        offline.execute(launch)
-
     monkeypatch.setattr(backend, "MIN_PROGRAMS_OF_HEADS", 0)
-    offline.record(monkeypatch, run)
     case = Case("heads", queries=queries, keys=keys, head_dim=32, sources=sources, packed=queries == keys)
-    assert [check for check in compare(case, torch.bfloat16, "triton") if not check.passed] == []
-    assert "attention_forward_heads" in names
+    assert "attention_forward_heads" in check_executed(monkeypatch, case, torch.bfloat16)
 
 
 @needs_ptxvm
 @pytest.mark.parametrize("bias_scale", [0.0, 1.0])
 def test_heads_in_turn_are_right_in_windows(monkeypatch, bias_scale):
-    names = []
-
-    def run(launch):
-        names.append(launch.name)
-        offline.execute(launch)
-
     monkeypatch.setattr(backend, "MIN_PROGRAMS_OF_HEADS", 0)
-    offline.record(monkeypatch, run)
     windows = Windows((8, 14), (7, 7), (3, 2) if bias_scale else (0, 0))
     case = Case("heads", batch=1, head_dim=32, bias_scale=bias_scale, windows=windows)
-    assert [check for check in compare(case, torch.bfloat16, "triton") if not check.passed] == []
-    assert "attention_forward_heads" in names
+    assert "attention_forward_heads" in check_executed(monkeypatch, case, torch.bfloat16)
 
 
 @needs_ptxvm
@@ -213,18 +198,10 @@ def test_every_configuration_is_right(monkeypatch, arch, dtype):
 @needs_ptxvm
 @pytest.mark.parametrize("arch", [80, 86])  # blocks of 32 and of 16 keys
 def test_one_program_of_a_long_head_is_right(monkeypatch, arch):
-    names = []
-
-    def run(launch):
-        names.append(launch.name)
-        offline.execute(launch)
-
     (head,) = backend.backward_configs(backend.Shape(arch, torch.bfloat16, 1, 193, 193, 32, False))[1]
     monkeypatch.setattr(backend, "backward_configs", lambda shape: [(head,)])
-    offline.record(monkeypatch, run, arch)
     case = Case("long", batch=1, heads=1, queries=193, keys=193, head_dim=32, packed=True)
-    assert [check for check in compare(case, torch.bfloat16, "triton") if not check.passed] == []
-    assert "attention_backward_head" in names
+    assert "attention_backward_head" in check_executed(monkeypatch, case, torch.bfloat16, arch)
 
 
 @needs_ptxvm
@@ -242,9 +219,8 @@ def test_one_program_of_a_long_head_is_right(monkeypatch, arch):
 )
 def test_wide_heads_of_float32_are_right(monkeypatch, arch, head_dim, options):
     # There they have other tiles than on sm_80, and some heads other blocks of columns.
-    offline.record(monkeypatch, offline.execute, arch)
     case = Case("wide", batch=1, heads=2, queries=20, keys=40, head_dim=head_dim, **options)
-    assert [check for check in compare(case, torch.float32, "triton") if not check.passed] == []
+    check_executed(monkeypatch, case, torch.float32, arch)
 
 
 @needs_ptxvm
