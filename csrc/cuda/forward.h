@@ -136,7 +136,7 @@ struct ForwardKernel {
   static constexpr bool IS_WIDE = D > 64 || (STREAMS ? LABEL_BLOCKS > 1 : TILES > 13);
   static constexpr int BLOCKS = WARPS > 4 || IS_WIDE                                                       ? 2
                                 : STREAMS || TILES > 8 || LABEL_BLOCKS > 1 || (TURNS && OFFSETS && D > 32) ? 3
-                                : TURNS && D <= 32 && KIND == Kind::plain                                  ? 5
+                                : TURNS && D <= 32 && KIND == Kind::plain && OCTETS < 8                    ? 5
                                                                                                            : 4;
   // The output passes through shared memory: that of the queries, unless the next ones are already coming.
   static constexpr int END_OF_STAGES = Tile::bytes(QUERIES) + STAGES * STAGE_BYTES;
