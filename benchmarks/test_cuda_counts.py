@@ -36,7 +36,7 @@ CALLS = {
     # In place: windows of a map, 7 of 16 with regions, so many that a block takes the heads of one in turn.
     "windows of 49": dict(windows=Windows((28, 28), (7, 7), (0, 0)), head_dim=32, heads=3, images=128),
     "shifted": dict(windows=Windows((28, 28), (7, 7), (3, 3)), head_dim=32, heads=3, images=128),
-    "windows of 144": dict(windows=Windows((24, 24), (12, 12), (6, 6)), head_dim=32, heads=3),
+    "windows of 144": dict(windows=Windows((24, 24), (12, 12), (6, 6)), head_dim=32, heads=3, images=128),
     "N=577 D=64": dict(tokens=577, head_dim=64),
     "N=197 D=80": dict(tokens=197, head_dim=80),
     "N=197 D=128": dict(tokens=197, head_dim=128),
@@ -44,7 +44,7 @@ CALLS = {
 # Which Triton kernel is compared, where there is a choice.
 TRITON = {"N=197 D=64": "attention_forward_row", "N=49 D=32 H=3": "attention_forward_heads"}
 # Calls of windows, and that on windows which were copied before, with the same bias and its gradient.
-WINDOWS = ["windows of 49", "shifted", "N=49 D=32 H=3, bias"]
+WINDOWS = ["windows of 49", "shifted", "windows of 144", "N=49 D=32 H=3, bias"]
 
 
 def record(run, windows=None, **call):

@@ -5,7 +5,8 @@
 // product takes from scores is in the registers of the warp that formed them, nothing is summed across warps, and no
 // sum depends on an order that could change. One kernel that forms scores once would save two products of seven, but
 // pass both P and dS through shared memory, which is as busy as the tensor cores already. Where there are at most 64
-// queries and keys there is such a kernel: it spares loads of all rows, and those weigh more.
+// queries and keys, or 144 of windows, there is such a kernel: it spares loads of all rows and of the bias, and those
+// weigh more.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -21,7 +22,9 @@ namespace tlalign::cuda {
 namespace {
 
 constexpr int ROWS_OF_BLOCK = 64;
-// Blocks that the registers of a multiprocessor are to hold at once, at least.
+// Tokens of the largest windows that a block has all of, 12 x 12.
+constexpr int ROWS_OF_WINDOW = 144;
+// Blocks that the registers of a multiprocessor are to hold at once, at least, unless these have more rows.
 constexpr int BLOCKS = 2;
 
 template <class T>
@@ -32,13 +35,13 @@ __device__ inline float apply(const RowTerm&, float number) { return number; }
 __device__ inline float apply(const NormalisedRowTerm& term, float number) { return number * term.inverse; }
 
 // What the kernels share: whose rows a block has, and where rows are.
-template <class T, int D, Kind KIND>
+template <class T, int D, Kind KIND, int ROWS>
 struct Block {
   using Tile = SharedRows<T, D>;
   static constexpr bool STARTS = KIND != Kind::plain, WINDOWS = KIND == Kind::windows;
   // A warp has so many times 16 rows: two where registers hold their sums, which halves what it reads of shared memory.
-  static constexpr int M = D <= 64 ? 2 : 1;
-  static constexpr int ROWS_OF_WARP = 16 * M, WARPS = ROWS_OF_BLOCK / ROWS_OF_WARP, THREADS = 32 * WARPS;
+  static constexpr int M = D <= 64 && ROWS == ROWS_OF_BLOCK ? 2 : 1;
+  static constexpr int ROWS_OF_WARP = 16 * M, WARPS = ROWS / ROWS_OF_WARP, THREADS = 32 * WARPS;
 
   const Backward& p;
   const uint32_t shared;
@@ -53,7 +56,7 @@ struct Block {
   // `blocks` have a head.
   __device__ Block(const Backward& p, uint32_t shared, const Divisor& blocks) : p(p), shared(shared) {
     const unsigned pair = blocks.quotient(blockIdx.x);
-    first = int(blockIdx.x - pair * blocks.divisor) * ROWS_OF_BLOCK;
+    first = int(blockIdx.x - pair * blocks.divisor) * ROWS;
     find_head(pair);
   }
 
@@ -74,27 +77,27 @@ struct Block {
     return rows.data + uint64_t(of_rows) * uint32_t(rows.image) + uint64_t(head) * uint32_t(rows.head);
   }
 
-  template <int ROWS>
+  template <int COUNT>
   __device__ void load(uint32_t to, const Rows& rows, int from, int end) const {
     if constexpr (WINDOWS) {
-      WindowSource<Tile, ROWS, THREADS, false>(window(), from, start(rows), int(rows.row), nullptr).copy(to);
+      WindowSource<Tile, COUNT, THREADS, false>(window(), from, start(rows), int(rows.row), nullptr).copy(to);
     } else {
-      using Source = typename Tile::template Source<ROWS, THREADS, false>;
+      using Source = typename Tile::template Source<COUNT, THREADS, false>;
       Source(start(rows), int(rows.row), from, end).copy(to);
     }
   }
   // Of windows with what lies in the padding: 1 and 2 of keys and values.
-  template <int ROWS>
+  template <int COUNT>
   __device__ void load_padded(uint32_t to, const Rows& rows, int number, int from, int end) const {
     if constexpr (WINDOWS) {
       const char* padding = p.windows.padding + uint64_t(number * p.heads + head) * unsigned(D * sizeof(T));
-      WindowSource<Tile, ROWS, THREADS, true>(window(), from, start(rows), int(rows.row), padding).copy(to);
+      WindowSource<Tile, COUNT, THREADS, true>(window(), from, start(rows), int(rows.row), padding).copy(to);
     } else {
-      load<ROWS>(to, rows, from, end);
+      load<COUNT>(to, rows, from, end);
     }
   }
 
-  // The rows of this warp, of the 64 at `rows`.
+  // The rows of this warp, of those of the block at `rows`.
   __device__ uint32_t own(uint32_t rows) const { return rows + Tile::bytes(warp * ROWS_OF_WARP); }
 
   __device__ void load_own(Fragment (&fragments)[M][D / 16], uint32_t rows) const {
@@ -107,7 +110,7 @@ struct Block {
     }
   }
 
-  // A sum of this warp's rows, by way of those `offset` bytes behind the first 64 of shared memory. `number`: of keys
+  // A sum of this warp's rows, by way of those `offset` bytes behind the first ones of shared memory. `number`: of keys
   // and values, whose gradients in the padding of windows are wanted, 0 and 1.
   __device__ void write_own(const float (&sum)[M][D / 8][4], const float (&factor)[M][2], const uint32_t (&at)[D / 8],
                             uint32_t offset, const Rows& to, int end, int number = -1) const {
@@ -143,9 +146,9 @@ __device__ void multiply_elements(Scores<M>& scores, const Scores<M>& factors) {
 }
 
 // What the kernels do whose warps have queries.
-template <class T, int D, Kind KIND>
-struct QueryRows : Block<T, D, KIND> {
-  using Base = Block<T, D, KIND>;
+template <class T, int D, Kind KIND, int ROWS>
+struct QueryRows : Block<T, D, KIND, ROWS> {
+  using Base = Block<T, D, KIND, ROWS>;
   using Base::Base, Base::M, Base::ROWS_OF_WARP, Base::THREADS, Base::STARTS, Base::WINDOWS;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head;
   using typename Base::Tile;
@@ -153,18 +156,18 @@ struct QueryRows : Block<T, D, KIND> {
 
   // Queries and gradients to the first two tiles of shared memory, and the output.
   __device__ void load_rows(uint32_t output_rows) const {
-    Base::template load<ROWS_OF_BLOCK>(shared, p.query, first, p.queries);
-    Base::template load<ROWS_OF_BLOCK>(shared + Tile::bytes(ROWS_OF_BLOCK), p.grad_output, first, p.queries);
+    Base::template load<ROWS>(shared, p.query, first, p.queries);
+    Base::template load<ROWS>(shared + Tile::bytes(ROWS), p.grad_output, first, p.queries);
     const uint32_t row = p.heads * D * sizeof(T);
     if constexpr (WINDOWS) {
       const int64_t image_bytes = int64_t(p.windows.down.tokens) * p.windows.across.tokens * row;
       char* output = static_cast<char*>(const_cast<void*>(p.output));
-      Base::template load<ROWS_OF_BLOCK>(output_rows, {output, image_bytes, int64_t(D * sizeof(T)), row}, first, 0);
+      Base::template load<ROWS>(output_rows, {output, image_bytes, int64_t(D * sizeof(T)), row}, first, 0);
       return;
     }
     const char* output =
         static_cast<const char*>(p.output) + uint64_t(image) * p.queries * row + head * unsigned(D * sizeof(T));
-    typename Tile::template Source<ROWS_OF_BLOCK, THREADS, false>(output, int(row), first, p.queries).copy(output_rows);
+    typename Tile::template Source<ROWS, THREADS, false>(output, int(row), first, p.queries).copy(output_rows);
   }
 
   __device__ void load_queries(Fragment (&query)[M][D / 16]) const {
@@ -264,8 +267,8 @@ struct QueryRows : Block<T, D, KIND> {
 // dQ = scale dS K with dS = P * (dO V^T - rowsum(dO * O)): a block has 64 queries of a head, and the keys pass by.
 // Writes the row terms, too.
 template <class T, int D, Kind KIND>
-struct QueriesKernel : QueryRows<T, D, KIND> {
-  using Base = QueryRows<T, D, KIND>;
+struct QueriesKernel : QueryRows<T, D, KIND, ROWS_OF_BLOCK> {
+  using Base = QueryRows<T, D, KIND, ROWS_OF_BLOCK>;
   using Base::M, Base::ROWS_OF_WARP, Base::NORMALISES;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first;
   using typename Base::Tile;
@@ -361,8 +364,8 @@ struct QueriesKernel : QueryRows<T, D, KIND> {
 
 // dV = P^T dO and dK = scale dS^T Q: a block has 64 keys of a head, and the queries pass by.
 template <class T, int D, Kind KIND>
-struct KeysKernel : Block<T, D, KIND> {
-  using Base = Block<T, D, KIND>;
+struct KeysKernel : Block<T, D, KIND, ROWS_OF_BLOCK> {
+  using Base = Block<T, D, KIND, ROWS_OF_BLOCK>;
   using Base::M, Base::ROWS_OF_WARP, Base::STARTS;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::first, Base::image, Base::head;
   using typename Base::Tile;
@@ -477,23 +480,31 @@ struct KeysKernel : Block<T, D, KIND> {
   }
 };
 
-// All three where there are at most 64 queries and keys: a block has a head. Its warps form P and dS for their queries,
-// exchange them through shared memory, and multiply those of their keys. A block has that head of several windows, one
-// after the other, and sums dS in registers, which is the gradient of the bias.
-template <class T, int D, Kind KIND>
-struct HeadKernel : QueryRows<T, D, KIND> {
-  using Base = QueryRows<T, D, KIND>;
+// All three where there are at most ROWS queries and keys: a block has a head. Its warps form P and dS for their
+// queries, exchange them through shared memory, and multiply those of their keys. A block has that head of several
+// windows, one after the other, and sums dS in registers, which is the gradient of the bias.
+template <class T, int D, Kind KIND, int ROWS>
+struct HeadKernel : QueryRows<T, D, KIND, ROWS> {
+  using Base = QueryRows<T, D, KIND, ROWS>;
   using Base::M, Base::ROWS_OF_WARP, Base::NORMALISES, Base::STARTS, Base::WINDOWS;
   using Base::p, Base::shared, Base::lane, Base::warp, Base::image, Base::head;
   using typename Base::Tile;
-  using Square = SharedRows<T, ROWS_OF_BLOCK>;
+  using Square = SharedRows<T, ROWS>;
+  static constexpr int TILES = ROWS / 16;
+  // Whether dS waits in registers until P, which it takes the place of, has been read.
+  static constexpr bool WAITS = ROWS > ROWS_OF_BLOCK;
+  static constexpr int BLOCKS = WAITS ? 1 : cuda::BLOCKS;
   // Queries, gradients, keys and values, then P and dS, at first the output.
-  static constexpr int TILE_BYTES = Tile::bytes(ROWS_OF_BLOCK), SQUARE_BYTES = Square::bytes(ROWS_OF_BLOCK);
-  static constexpr int SHARED_BYTES = 4 * TILE_BYTES + 2 * SQUARE_BYTES;
-  static_assert(TILE_BYTES <= 2 * SQUARE_BYTES, "the output has room");
+  static constexpr int TILE_BYTES = Tile::bytes(ROWS), SQUARE_BYTES = Square::bytes(ROWS);
+  static constexpr int GRAD_AT = WAITS ? 0 : SQUARE_BYTES;
+  static constexpr int KEYS_AT = 2 * TILE_BYTES, VALUES_AT = 3 * TILE_BYTES, SQUARES_AT = 4 * TILE_BYTES;
+  static constexpr int SHARED_BYTES = SQUARES_AT + GRAD_AT + SQUARE_BYTES;
+  static_assert(TILE_BYTES <= GRAD_AT + SQUARE_BYTES, "the output has room");
 
   // Of windows the sum of dS: of this warp's queries and 16 keys each.
-  using GradBias = Scores<M>[ROWS_OF_BLOCK / 16];
+  using GradBias = Scores<M>[TILES];
+  // P or dS of this warp's queries and 16 keys, as the left factor of a product.
+  using Packed = Fragment[M];
 
   using Base::Base;
 
@@ -508,7 +519,7 @@ struct HeadKernel : QueryRows<T, D, KIND> {
 
   __device__ void run_windows(GradBias& grad_bias) {
 #pragma unroll
-    for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) clear(grad_bias[tile]);
+    for (int tile = 0; tile < TILES; ++tile) clear(grad_bias[tile]);
     const unsigned sum = image, end = unsigned(min(p.batch, (int64_t(sum) + 1) * p.images_of_sum));
     for (image = sum * p.images_of_sum;;) {
       run_head(grad_bias);
@@ -524,7 +535,7 @@ struct HeadKernel : QueryRows<T, D, KIND> {
       if (query >= p.queries) break;
       float* own = to + (query * p.keys + lane % 4 * 2);
 #pragma unroll
-      for (int i = 0; i < ROWS_OF_BLOCK / 4; ++i) {
+      for (int i = 0; i < ROWS / 4; ++i) {
         const int key = i / 2 * 8 + i % 2;
         if (key < keys) own[key] = grad_bias[i / 4][row / 2][i / 2 % 2][row % 2 * 2 + i % 2];
       }
@@ -532,67 +543,88 @@ struct HeadKernel : QueryRows<T, D, KIND> {
   }
 
   __device__ void run_head(GradBias& grad_bias) const {
-    const uint32_t squares = shared + 4 * TILE_BYTES;
+    const uint32_t squares = shared + SQUARES_AT;
     Base::load_rows(squares);
-    Base::template load_padded<ROWS_OF_BLOCK>(shared + 2 * TILE_BYTES, p.key, 1, 0, p.keys);
-    Base::template load_padded<ROWS_OF_BLOCK>(shared + 3 * TILE_BYTES, p.value, 2, 0, p.keys);
+    Base::template load_padded<ROWS>(shared + KEYS_AT, p.key, 1, 0, p.keys);
+    Base::template load_padded<ROWS>(shared + VALUES_AT, p.value, 2, 0, p.keys);
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
-    uint32_t sums_from[D / 16];
+    uint32_t sums_from[D / 16], square_to[ROWS / 8];
     find_rows<T, D>(sums_from, shared, lane);
+    find_sums<T, ROWS>(square_to, squares + Square::bytes(warp * ROWS_OF_WARP), lane);
     float sum[M][D / 8][4], factor[M][2];
-    clear(sum);
-    multiply_queries(squares, sums_from, sum, factor, grad_bias);
-    __syncthreads();
-    // The tiles of keys and values are free for what is to be written.
-    uint32_t to[D / 8];
-    find_sums<T, D>(to, Base::own(shared), lane);
-    Base::write_own(sum, factor, to, 2 * TILE_BYTES, p.grad_query, p.queries);
-    multiply_rows(squares, sums_from, TILE_BYTES, sum);
-#pragma unroll
-    for (int i = 0; i < 2 * M; ++i) factor[i / 2][i % 2] = 1.0f;
-    Base::write_own(sum, factor, to, 3 * TILE_BYTES, p.grad_value, p.keys, 1);
-    multiply_rows(squares + SQUARE_BYTES, sums_from, 0, sum);
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) factor[i / 2][i % 2] = p.scale;
-    Base::write_own(sum, factor, to, 2 * TILE_BYTES, p.grad_key, p.keys, 0);
+    clear(sum);
+    Packed waiting[WAITS ? TILES : 1];
+    multiply_queries(squares, square_to, sums_from, sum, grad_bias, waiting);
+    __syncthreads();
+    // The tile of values is free for what is to be written.
+    uint32_t to[D / 8];
+    find_sums<T, D>(to, Base::own(shared), lane);
+    if (!WAITS) Base::write_own(sum, factor, to, VALUES_AT, p.grad_query, p.queries);
+    multiply_rows(squares, sums_from, TILE_BYTES, sum);
+    float one[M][2];
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) one[i / 2][i % 2] = 1.0f;
+    Base::write_own(sum, one, to, VALUES_AT, p.grad_value, p.keys, 1);
+    if constexpr (WAITS) {
+      // Nobody reads P any more.
+      __syncthreads();
+      if (has_queries()) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) store(waiting[tile], square_to, 0, tile);
+      }
+      __syncthreads();
+      if (has_queries()) {
+        multiply_square(squares, sums_from, sum);
+        Base::write_own(sum, factor, to, VALUES_AT, p.grad_query, p.queries);
+      }
+    }
+    multiply_rows(squares + GRAD_AT, sums_from, 0, sum);
+    Base::write_own(sum, factor, to, VALUES_AT, p.grad_key, p.keys, 0);
   }
 
-  // P and dS of this warp's queries, and dQ, which lacks `factor`.
-  __device__ void multiply_queries(uint32_t squares, const uint32_t (&sums_from)[D / 16], float (&sum)[M][D / 8][4],
-                                   float (&factor)[M][2], GradBias& grad_bias) const {
+  // Whether this warp forms scores. Where there are only two warps it is not worth asking.
+  __device__ bool has_queries() const { return !WAITS || warp * ROWS_OF_WARP < p.queries; }
+
+  // P and dS of this warp's queries, and dQ, which lacks `factor`, unless dS WAITS.
+  __device__ void multiply_queries(uint32_t squares, const uint32_t (&square_to)[ROWS / 8],
+                                   const uint32_t (&sums_from)[D / 16], float (&sum)[M][D / 8][4], GradBias& grad_bias,
+                                   Packed (&waiting)[WAITS ? TILES : 1]) const {
     Fragment query[M][D / 16], grad[M][D / 16];
     Base::load_queries(query);
     Base::load_own(grad, shared + TILE_BYTES);
     RowTermOf<T> terms[M][2];
     Base::find_row_terms(grad, squares, terms);
-    uint32_t scores_from[D / 16], to[ROWS_OF_BLOCK / 8];
+    uint32_t scores_from[D / 16];
     find_rows_of_scores<T, D>(scores_from, shared, lane);
-    find_sums<T, ROWS_OF_BLOCK>(to, squares + Square::bytes(warp * ROWS_OF_WARP), lane);
+    // Nobody reads the output any more.
+    __syncthreads();
+    if (!has_queries()) return;
     const int tiles = (p.keys + 15) / 16;
     float total[M][2] = {};
     if (NORMALISES) {
 #pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
         Scores<M> scores;
-        Base::multiply_keys(scores, query, scores_from, 2 * TILE_BYTES + Tile::bytes(16 * tile), 16 * tile);
+        Base::multiply_keys(scores, query, scores_from, KEYS_AT + Tile::bytes(16 * tile), 16 * tile);
         Base::template exponentiate<true>(scores, terms, 16 * tile, total);
       }
       Base::normalise(terms, total);
     }
     if (!WINDOWS && p.bias_sums != nullptr) Base::write_row_terms(terms);
 #pragma unroll
-    for (int i = 0; i < 2 * M; ++i) factor[i / 2][i % 2] = p.scale;
-    // Nobody reads the output any more.
-    __syncthreads();
-#pragma unroll
-    for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) {
+    for (int tile = 0; tile < TILES; ++tile) {
       // There is one, as the compiler can't know.
       if (tile > 0 && tile >= tiles) break;
-      const uint32_t at = 2 * TILE_BYTES + Tile::bytes(16 * tile);
+      const uint32_t at = KEYS_AT + Tile::bytes(16 * tile);
       Scores<M> scores, grad_scores;
+      // What sums up and what waits leave no registers to hold these.
+      if (WAITS) Base::load_queries(query);
       Base::multiply_keys(scores, query, scores_from, at, 16 * tile);
+      if (WAITS) Base::load_own(grad, shared + TILE_BYTES);
       Base::multiply_values(grad_scores, grad, terms, scores_from, at + TILE_BYTES);
       if (STARTS || 16 * tile + 16 <= p.keys) {
         Base::template exponentiate<false>(scores, terms, 16 * tile, total);
@@ -610,23 +642,40 @@ struct HeadKernel : QueryRows<T, D, KIND> {
         for (int i = 0; i < 8 * M; ++i)
           grad_bias[tile][i / 8][i / 4 % 2][i % 4] += grad_scores[i / 8][i / 4 % 2][i % 4];
       }
-      store(scores, to, 0, tile);
-      store(grad_scores, to, SQUARE_BYTES, tile);
-      add_product<T, D>(sum, grad_scores, sums_from, at);
+      Packed probabilities;
+      Packed& grad_packed = waiting[WAITS ? tile : 0];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        probabilities[m] = pack_scores<T>(scores[m]), grad_packed[m] = pack_scores<T>(grad_scores[m]);
+      }
+      store(probabilities, square_to, 0, tile);
+      if (!WAITS) store(grad_packed, square_to, GRAD_AT, tile);
+      if (!WAITS) add_product<T, D>(sum, grad_packed, sums_from, at);
     }
   }
 
-  static __device__ void store(const Scores<M>& scores, const uint32_t (&to)[ROWS_OF_BLOCK / 8], uint32_t offset,
-                               int tile) {
+  static __device__ void store(const Packed& packed, const uint32_t (&to)[ROWS / 8], uint32_t offset, int tile) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      const Fragment words = pack_scores<T>(scores[m]);
       const uint32_t low = to[2 * tile] + (offset + Square::bytes(16 * m));
       const uint32_t high = to[2 * tile + 1] + (offset + Square::bytes(16 * m));
-      store_shared(low, words.x);
-      store_shared(low + Square::bytes(8), words.y);
-      store_shared(high, words.z);
-      store_shared(high + Square::bytes(8), words.w);
+      store_shared(low, packed[m].x);
+      store_shared(low + Square::bytes(8), packed[m].y);
+      store_shared(high, packed[m].z);
+      store_shared(high + Square::bytes(8), packed[m].w);
+    }
+  }
+
+  // sum = dS of this warp's queries, which the square has now, times the keys.
+  __device__ void multiply_square(uint32_t square, const uint32_t (&sums_from)[D / 16],
+                                  float (&sum)[M][D / 8][4]) const {
+    clear(sum);
+    const uint32_t from = square + Square::at(warp * ROWS_OF_WARP + lane % 16, lane / 16);
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      if (tile > 0 && 16 * tile >= p.keys) break;
+      const Packed left = {load_matrices(from + 32 * tile)};
+      add_product<T, D>(sum, left, sums_from, KEYS_AT + Tile::bytes(16 * tile));
     }
   }
 
@@ -640,7 +689,7 @@ struct HeadKernel : QueryRows<T, D, KIND> {
       from[m] = square + Square::at(lane % 8 + lane / 16 * 8, 2 * (warp * M + m) + lane / 8 % 2);
     }
 #pragma unroll
-    for (int tile = 0; tile < ROWS_OF_BLOCK / 16; ++tile) {
+    for (int tile = 0; tile < TILES; ++tile) {
       if (tile > 0 && 16 * tile >= p.queries) break;
       Fragment left[M];
 #pragma unroll
@@ -771,7 +820,8 @@ __global__ void __launch_bounds__(Kernel::THREADS, BLOCKS) attention_backward_ke
   run<Kernel>(p);
 }
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS, BLOCKS) attention_backward_head(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(Kernel::THREADS, Kernel::BLOCKS)
+    attention_backward_head(const __grid_constant__ Backward p) {
   run<Kernel>(p);
 }
 template <class Kernel>
@@ -786,6 +836,11 @@ void launch(void (*kernel)(Backward), const char* name, int64_t blocks, const Ba
   check(cudaGetLastError(), name, p);
 }
 
+template <class Head>
+void launch_head(int64_t blocks, const Backward& p, cudaStream_t stream) {
+  launch<Head>(attention_backward_head<Head>, "attention_backward_head", blocks, p, stream);
+}
+
 template <class T, int D, Kind KIND>
 void launch_kernels(const Backward& p, cudaStream_t stream) {
   using Queries = QueriesKernel<T, D, KIND>;
@@ -793,12 +848,13 @@ void launch_kernels(const Backward& p, cudaStream_t stream) {
   // A bias comes with offsets, but for windows.
   using Bias = BiasKernel<T, D, KIND == Kind::windows ? Kind::windows : Kind::offsets>;
   const int64_t heads = p.batch * p.heads, query_blocks = p.query_blocks.divisor, key_blocks = p.key_blocks.divisor;
-  if (query_blocks == 1 && key_blocks == 1) {
-    using Head = HeadKernel<T, D, KIND>;
-    constexpr bool SUMS = KIND == Kind::windows;
-    const int64_t blocks = SUMS ? (p.batch + p.images_of_sum - 1) / p.images_of_sum * p.heads : heads;
-    launch<Head>(attention_backward_head<Head>, "attention_backward_head", blocks, p, stream);
-    if (SUMS) return;
+  if constexpr (KIND == Kind::windows) {
+    const int64_t blocks = (p.batch + p.images_of_sum - 1) / p.images_of_sum * p.heads;
+    if (p.queries <= ROWS_OF_BLOCK) return launch_head<HeadKernel<T, D, KIND, ROWS_OF_BLOCK>>(blocks, p, stream);
+    if (p.queries <= ROWS_OF_WINDOW) return launch_head<HeadKernel<T, D, KIND, ROWS_OF_WINDOW>>(blocks, p, stream);
+  }
+  if (KIND != Kind::windows && query_blocks == 1 && key_blocks == 1) {
+    launch_head<HeadKernel<T, D, KIND, ROWS_OF_BLOCK>>(heads, p, stream);
   } else {
     launch<Queries>(attention_backward_queries<Queries>, "attention_backward_queries", query_blocks * heads, p, stream);
     launch<Keys>(attention_backward_keys<Keys>, "attention_backward_keys", key_blocks * heads, p, stream);

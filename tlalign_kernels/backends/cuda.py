@@ -206,8 +206,7 @@ def window_backward(
         grad_padding = qkv.new_empty((images, padding, 2, heads, head_dim))
     windows_of_sum = 1
     if grad_bias is not None:
-        blocks = -(-tokens // 64)
-        windows_of_sum = _windows_of_sum(batch, blocks * blocks * heads)
+        windows_of_sum = _windows_of_sum(batch, heads, tokens)
         bias_sums = qkv.new_empty((-(-batch // windows_of_sum), heads, tokens, tokens), dtype=torch.float32)
     problem, _keep = _window_problem(qkv, pad_qkv, bias, windows, 0, scale)
     with _current(device):
@@ -234,9 +233,13 @@ def window_backward(
         grad_bias.copy_(bias_sums.sum(dim=0 if grad_bias.shape[1] == heads else (0, 1), keepdim=True))
 
 
-def _windows_of_sum(windows: int, tiles: int) -> int:
-    """As `images_of_sum`, but of the kernel that does all of a window, of which a GPU holds many: about 4096."""
-    return -(-windows // max(1, min(windows, 4096 // tiles)))
+def _windows_of_sum(windows: int, heads: int, tokens: int) -> int:
+    """As `images_of_sum`, but of kernels of which a GPU holds many blocks: about 4096 of 64 x 64 scores.
+
+    Blocks of windows of 65 to 144 tokens have all of their scores, and a multiprocessor has one of them at once.
+    """
+    tiles = 4 if 64 < tokens <= 144 else (-(-tokens // 64)) ** 2
+    return -(-windows // max(1, min(windows, 4096 // (tiles * heads))))
 
 
 def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
