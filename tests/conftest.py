@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import dataclasses
 import os
 import zlib
 
@@ -7,10 +8,17 @@ import pytest
 import torch
 from hypothesis import settings
 
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+
 # Timings say nothing on a busy machine; fixed examples make a failure repeatable. Interpreted kernels are slow.
-EXAMPLES = 10 if os.environ.get("TRITON_INTERPRET") == "1" else 40
-settings.register_profile("tlalign", max_examples=EXAMPLES, deadline=None, derandomize=True)
+settings.register_profile("tlalign", max_examples=10 if INTERPRETS else 40, deadline=None, derandomize=True)
 settings.load_profile("tlalign")
+
+if INTERPRETS:
+    from triton.runtime.interpreter import interpreter_builder
+
+    # Else a third of the time goes into comparisons that are thrown away, as Triton's debug mode is off.
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
 
 # Of `pytest -n`, workers share the processors.
 if "PYTEST_XDIST_WORKER" in os.environ:
