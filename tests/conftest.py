@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import zlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,10 +16,22 @@ settings.register_profile("tlalign", max_examples=10 if INTERPRETS else 40, dead
 settings.load_profile("tlalign")
 
 if INTERPRETS:
-    from triton.runtime.interpreter import interpreter_builder
+    from triton.runtime import interpreter
 
-    # Else a third of the time goes into comparisons that are thrown away, as Triton's debug mode is off.
-    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    # What takes most of the time otherwise: comparisons that are thrown away, as Triton's debug mode is off ...
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+    # ... and replacing Triton's functions at each call of a function in a kernel. Once for a module is enough.
+    patch_language, patched_modules = interpreter._patch_lang, set()
+
+    def patch_language_once(function: Callable) -> object:
+        if function.__module__ not in patched_modules:
+            patched_modules.add(function.__module__)
+            patch_language(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_language_once
 
 # Of `pytest -n`, workers share the processors.
 if "PYTEST_XDIST_WORKER" in os.environ:
