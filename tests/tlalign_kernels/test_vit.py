@@ -578,6 +578,7 @@ def test_copies_follow_labels(run):
     assert torch.equal(copy.deepcopy(copied)(images, target=target)[1].ratio, ratio)
 
 
+@pytest.mark.minutes
 def test_distributed_wrappers_change_nothing():
     worker = Path(__file__).with_name("distributed_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
