@@ -102,7 +102,8 @@ def ptx_of(kernel):
     (text,) = [text for text in ptx() if f".entry {kernel}(" in text]
     header = text[: re.search(r"^.*\.entry", text, re.MULTILINE).start()]
     (body,) = re.findall(rf"^[^\n]*\.entry {re.escape(kernel)}\(.*?^}}", text, re.MULTILINE | re.DOTALL)
-    return header + body
+    # Without an end of its last line ptxas 13 may die.
+    return f"{header}{body}\n"
 
 
 def usage_of(arch, folder):
@@ -308,8 +309,7 @@ def assemble(kernel, arch):
     """What a kernel takes (`resource_usage`), and its SASS: basic blocks of instructions (line of the PTX, opcode)."""
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        # The lines change nothing of the code, but of PTX for 8.0 ptxas 13 may fail to tell those of other targets.
-        source.write_text(ptx_of(kernel).replace(".target sm_80", f".target sm_{arch}"))
+        source.write_text(ptx_of(kernel))
         subprocess.run(_nvcc(f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-lineinfo", source, "-o", cubin), check=True)
         ((_, resources),) = resource_usage(cubin)
         text = print_of("nvdisasm", "-c", "-gp", cubin)
