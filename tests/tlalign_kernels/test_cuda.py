@@ -364,7 +364,7 @@ def test_windows_have_scales_of_any_sign(monkeypatch, scale, window):
 
 
 @executed
-@pytest.mark.parametrize("window", [(4, 4), (6, 11)])
+@pytest.mark.parametrize("window", [(4, 4), (6, 11), (5, 29)])
 def test_windows_have_one_bias_for_all_heads(monkeypatch, window):
     def change(inputs):
         inputs["bias"] = inputs["bias"][:1]
