@@ -649,8 +649,9 @@ struct HeadKernel : QueryRows<T, D, KIND, ROWS> {
         probabilities[m] = pack_scores<T>(scores[m]), grad_packed[m] = pack_scores<T>(grad_scores[m]);
       }
       store(probabilities, square_to, 0, tile);
-      if (!WAITS) store(grad_packed, square_to, GRAD_AT, tile);
-      if (!WAITS) add_product<T, D>(sum, grad_packed, sums_from, at);
+      if (WAITS) continue;
+      store(grad_packed, square_to, GRAD_AT, tile);
+      add_product<T, D>(sum, grad_packed, sums_from, at);
     }
   }
 
