@@ -422,17 +422,29 @@ def test_labels_are_never_multiplied_as_tf32(monkeypatch, sources):
 
 VIT = dict(tokens=197, head_dim=64, prefer=["attention_forward_row"])
 WINDOWS = dict(tokens=49, head_dim=32, heads=3, prefer=["attention_forward_heads"])
+SHIFTED = Windows((14, 14), (7, 7), (3, 3))
 
 
 def count(launch, arch, heads=offline.HEADS):
     return offline.count_of_head(launch, arch, heads).total()
 
 
-@pytest.mark.parametrize(("tokens", "head_dim", "most"), [(197, 64, 1.4), (49, 32, 1.71)])
-def test_few_scores_are_padding(tokens, head_dim, most):
-    launch = offline.record_packed(80, tokens, head_dim)["attention_forward_row"]
-    rows = launch.constants["BLOCK_Q"] * launch.grid[0] // (offline.IMAGES * offline.HEADS)
-    assert tokens**2 <= rows * launch.constants["PARTS_ROW"] <= most * tokens**2
+@of_new_triton
+@pytest.mark.parametrize("arch", [80, 90])
+def test_few_scores_are_padding(arch):
+    # Each score takes one exponential.
+    def padding(launch, heads, windows=1):
+        opcodes = offline.count_of_head(launch, arch, heads, offline.IMAGES * windows)
+        tokens = launch.constants["QUERIES"]
+        return opcodes["MUFU.EX2"] * 32 / tokens**2
+
+    assert 1 <= padding(offline.record_packed(arch, **VIT)["attention_forward_row"], offline.HEADS) <= 1.4
+    launches = offline.record_packed(arch, **WINDOWS)
+    assert 1 <= padding(launches["attention_forward_heads"], 3) <= 1.5
+    assert 1 <= padding(launches["attention_backward_head"], 3) <= 1.5
+    launches = offline.record_windows(arch, SHIFTED, head_dim=32, heads=3, prefer=["attention_forward_heads"])
+    assert 1 <= padding(launches["attention_forward_heads"], 3, SHIFTED.count) <= 1.5
+    assert 1 <= padding(launches["attention_backward_head"], 3, SHIFTED.count) <= 1.5
 
 
 @of_new_triton
@@ -473,9 +485,6 @@ def test_labels_take_no_program_from_a_multiprocessor(arch, options):
 def test_labels_cost_few_bytes(most, options):
     none, labels = (offline.forward_bytes(sources=sources, **options) for sources in (0, 1))
     assert none < labels <= most * none
-
-
-SHIFTED = Windows((14, 14), (7, 7), (3, 3))
 
 
 @of_new_triton

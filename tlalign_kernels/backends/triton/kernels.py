@@ -409,9 +409,15 @@ ARRANGED = tl.constexpr(3)
 
 
 @triton.jit
+def _in_octets(number, end):
+    """Whether numbers lie in groups of eight that begin before an end: of constants, the compiler knows which do."""
+    return number < (end + 7) // 8 * 8
+
+
+@triton.jit
 def _arranged(row, rows, row_stride, column, columns, data):
     """The bias of windows at some rows and columns, from `arrange_bias`; -inf beyond the last of either."""
-    inside = (row < rows) & (column < (columns + 7) // 8 * 8)
+    inside = (row < rows) & _in_octets(column, columns)
     return tl.load(data + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
 
 
@@ -544,6 +550,18 @@ def _with_offsets(
 
 
 @triton.jit
+def _without_padding(values, other, first, keys, SIZE: tl.constexpr, ENDS: tl.constexpr, BIAS: tl.constexpr):
+    """Scores or weights of SIZE keys from `first` on, of a constant number, and `other` beyond their last octet.
+
+    What becomes of the latter the compiler then leaves out, as it does by itself where no bias of windows is loaded.
+    """
+    if ENDS and BIAS == ARRANGED:
+        return tl.where(_in_octets(first + tl.arange(0, SIZE), keys)[None, :], values, other)
+    else:
+        return values
+
+
+@triton.jit
 def _add_values(
     p, accumulated, labels, value, VALUE_ROW: tl.constexpr, w, row, queries, first, keys, pair,
     seed, threshold, kept_factor, place, pad_value,
@@ -615,15 +633,18 @@ def attention_forward_row(
     COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
     scores = ()
     for i in tl.static_range(COUNT):
-        scores = scores + (
-            _scores(
-                q, key, KEY_ROW, row, QUERIES, TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS,
-                1.0 if FOLDS else factor,
-                bias, bias_query, bias_key, mask, mask_query, mask_key,
-                TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
-                D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
-            ),
+        of_tile = _scores(
+            q, key, KEY_ROW, row, QUERIES, TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS,
+            1.0 if FOLDS else factor,
+            bias, bias_query, bias_key, mask, mask_query, mask_key,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
+            D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
         )  # fmt: skip
+        of_tile = _without_padding(
+            of_tile, float("-inf"), TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS,
+            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, BIAS,
+        )  # fmt: skip
+        scores = scores + (of_tile,)
     lanes = _max_of_lanes(scores[0])
     for i in tl.static_range(1, COUNT):
         lanes = tl.maximum(lanes, _max_of_lanes(scores[i]))
@@ -642,7 +663,11 @@ def attention_forward_row(
             TILE if i < TILES else (TAIL if i == TILES else TAIL_2), PACKED, COLUMNS, q[0].dtype,
         )  # fmt: skip
         accumulated, labels = _add_values(
-            tl.exp2(scores[i] * unit - shift[:, None]), accumulated, labels, value, VALUE_ROW, w, row, QUERIES,
+            _without_padding(
+                tl.exp2(scores[i] * unit - shift[:, None]), 0.0, TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS,
+                TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, BIAS,
+            ),
+            accumulated, labels, value, VALUE_ROW, w, row, QUERIES,
             TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS, image * HEADS + head, seed, threshold, kept_factor,
             place, pad_value, TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
             D, WIDTHS, DROPS, PRECISION, WINDOWS,
@@ -808,6 +833,7 @@ def attention_forward_heads(
             _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
             BLOCK_K, True, D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
         )  # fmt: skip
+        scores = _without_padding(scores, float("-inf"), 0, KEYS, BLOCK_K, True, BIAS)
         unit = factor if FOLDS else _unit(BIAS, MASK)
         highest = tl.max(scores, 1) * unit
         shift = highest
@@ -815,9 +841,9 @@ def attention_forward_heads(
             shift = tl.where(highest == float("-inf"), 0.0, highest)
             seeing += tl.where(highest == float("-inf"), 0.0, 1.0)
         accumulated, labels = _add_values(
-            tl.exp2(scores * unit - shift[:, None]), _zeros(BLOCK_Q, WIDTHS),
-            tl.zeros((BLOCK_Q, COLUMNS), tl.float32), at_value, VALUE_ROW, w, row, QUERIES, 0, KEYS,
-            image * HEADS + head, seed, threshold, kept_factor, place, pad_value,
+            _without_padding(tl.exp2(scores * unit - shift[:, None]), 0.0, 0, KEYS, BLOCK_K, True, BIAS),
+            _zeros(BLOCK_Q, WIDTHS), tl.zeros((BLOCK_Q, COLUMNS), tl.float32), at_value, VALUE_ROW, w, row, QUERIES,
+            0, KEYS, image * HEADS + head, seed, threshold, kept_factor, place, pad_value,
             BLOCK_K, True, D, WIDTHS, DROPS, PRECISION, WINDOWS,
         )  # fmt: skip
         inverse = _finish(
@@ -1144,6 +1170,10 @@ def _head_step(
         bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
         KEYS_END, BIAS, MASK, DROPS, NORMALISES, PRECISION, WIDTHS,
     )  # fmt: skip
+    if QUERIES <= SIZE:
+        # As `_without_padding`; of several tiles the compiler sees it, and this would only be in its way.
+        inside = _in_octets(row, QUERIES)[None, :]
+        p, d_s = tl.where(inside, p, 0.0), tl.where(inside, d_s, 0.0)
     d_v = _add_mixed(p.to(d_o[0].dtype), d_o, d_v, WIDTHS, PRECISION)
     d_s = d_s.to(q[0].dtype)
     d_k = _add_mixed(d_s, q, d_k, WIDTHS, PRECISION)
