@@ -132,8 +132,8 @@ struct TokenRows {
 // processor's own prefetching, and many lines at once fill its queue of misses and wait there.
 class Prefetcher {
  public:
-  // `work`, an estimate: vector operations until then. The last rows are fetched after six tenths of them, since few
-  // queries make less work, and what comes late is waited for.
+  // `work`, an estimate: vector operations until then. The last rows are fetched after eight tenths of them: many at
+  // once are waited for, as is what comes late, and few queries make less work.
   explicit Prefetcher(int64_t work) : work_(work) {}
 
   template <class T>
@@ -142,32 +142,31 @@ class Prefetcher {
     parts_[count_++] = {reinterpret_cast<const char*>(source.data), source.stride * static_cast<int64_t>(sizeof(T)),
                         source.tokens, rows};
     rows_ = larger(rows_, rows);
-    interval_ = larger(work_ * 6 / 10 / rows_, 1);
+    interval_ = larger(work_ * 8 / 10 / rows_, 1);
   }
 
   // So many vector operations are done.
   void advance(int64_t work) {
-    for (credit_ += work; credit_ >= interval_ && rows_ > 0; credit_ -= interval_, --rows_)
-      for (int i = 0; i < count_; ++i) {
-        Part& part = parts_[i];
-        if (--part.rows < 0) continue;
-        const char* row = part.tokens == nullptr ? part.row : part.row + larger(*part.tokens++, 0) * part.stride;
-        for (int64_t line = 0; line < row_bytes_; line += LINE)
-          __builtin_prefetch(row + line, 0, 2);  // to read, into the second level
-        if (part.tokens == nullptr) part.row += part.stride;
+    for (credit_ += work; credit_ >= interval_ && row_ < rows_; credit_ -= interval_, ++row_)
+      for (const Part* part = parts_; part < parts_ + count_; ++part) {
+        if (row_ >= part->rows) continue;
+        const int64_t token = part->tokens == nullptr ? row_ : larger(part->tokens[row_], 0);
+        const char* row = part->data + token * part->stride;
+        for (const char* line = row; line < row + row_bytes_; line += LINE)
+          __builtin_prefetch(line, 0, 2);  // to read, into the second level
       }
   }
 
  private:
   static constexpr int64_t LINE = 64;
   struct Part {
-    const char* row;
+    const char* data;
     int64_t stride;
     const int32_t* tokens;
     int64_t rows;
   };
   Part parts_[5];
-  int64_t work_, row_bytes_ = 0, rows_ = 0, interval_ = 1, credit_ = 0;
+  int64_t work_, row_bytes_ = 0, row_ = 0, rows_ = 0, interval_ = 1, credit_ = 0;
   int count_ = 0;
 };
 
@@ -350,11 +349,15 @@ TLALIGN_INLINE Vector load_words_of(const T* p, int64_t count) {
 template <bool PAIRS = false, class T>
 void pack_rows(const TokenRows<T> source, int64_t count, int64_t width, float* rows, int64_t row) {
   constexpr int64_t STEP = PAIRS ? 2 * LANES : LANES;
-  for (int64_t i = 0; i < count; ++i) {
-    const T* from = source[i];
-    for (int64_t d = 0; d < width; d += STEP)
-      store(rows + i * row + d / STEP * LANES, load_words_of<PAIRS>(from + d, width - d));
-  }
+  // Outside of the loops, what all rows have in common.
+  const auto pack = [&](auto whole) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; ++i, rows += row) {
+      const T* from = source[i];
+      for (int64_t d = 0; d < width; d += STEP)
+        store(rows + d / STEP * LANES, load_words_of<PAIRS>(from + d, decltype(whole)::count ? STEP : width - d));
+    }
+  };
+  width % STEP == 0 ? pack(Vectors<1>{}) : pack(Vectors<0>{});
 }
 
 // The same rows as columns of words: (words, vectors * LANES), 0 in the lanes beyond `count`. Floats are multiplied
@@ -874,11 +877,10 @@ Split chunks_of(const Problem& p, int64_t queries) { return Split(padded_queries
 void gather_labels(const Forward& f, int64_t image, bool padded, float* labels) {
   const int64_t fused = fused_sources(f), sources = fused + padded;
   const TokenRows<Float32> rows = labels_of(f, f.share, image, f.keys, 0);
-  for (int64_t key = 0; key < f.keys; ++key, labels += sources) {
-    const Float32* own = rows[key];
-    for (int64_t s = 0; s < fused; ++s) labels[s] = own[s].value;
-    if (padded) labels[fused] = own != rows.padding ? 1.0f : 0.0f;
-  }
+  for (int64_t s = 0; s < fused; ++s)
+    for (int64_t key = 0; key < f.keys; ++key) labels[key * sources + s] = rows[key][s].value;
+  for (int64_t key = 0; padded && key < f.keys; ++key)
+    labels[key * sources + fused] = rows.tokens[key] < 0 ? 0.0f : 1.0f;
 }
 
 struct ForwardScratch {
