@@ -551,9 +551,9 @@ def _with_offsets(
 
 @triton.jit
 def _without_padding(values, other, first, keys, SIZE: tl.constexpr, ENDS: tl.constexpr, BIAS: tl.constexpr):
-    """Scores or weights of SIZE keys from `first` on, of a constant number, and `other` beyond their last octet.
+    """Scores or weights of SIZE keys from `first` on, but `other` beyond the last octet of `keys`, a constant.
 
-    What becomes of the latter the compiler then leaves out, as it does by itself where no bias of windows is loaded.
+    What would be computed there the compiler then leaves out, as it does by itself where no bias of windows is loaded.
     """
     if ENDS and BIAS == ARRANGED:
         return tl.where(_in_octets(first + tl.arange(0, SIZE), keys)[None, :], values, other)
