@@ -168,8 +168,7 @@ def record_call(arch, prefer, call):
 @triton.jit
 def plain_forward_row(
     query, output, log_sum_exp, factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, ROW: tl.constexpr,
-    GAP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    TAIL: tl.constexpr,
+    GAP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """What `attention_forward_row` is without labels if the row sum is formed by additions, to compare with."""
     block, head, image = kernels._program((QUERIES + BLOCK_Q - 1) // BLOCK_Q, HEADS)
@@ -179,23 +178,26 @@ def plain_forward_row(
     value = key + GAP
     q = kernels._load_rows(query, ROW, first, QUERIES, BLOCK_Q, D, (D,), True)
     row = first + tl.arange(0, BLOCK_Q)
+    COUNT: tl.constexpr = len(TILES)
     scores = ()
-    for i in tl.static_range(TILES + 1):
+    for i in tl.static_range(COUNT):
         of_tile = kernels._scores(
-            q, key, ROW, row, QUERIES, TILE * i, QUERIES, 1.0, None, 0, 0, None, 0, 0,
-            TILE if i < TILES else TAIL, i == TILES, D, (D,), 0, 0, "ieee",
+            q, key, ROW, row, QUERIES, kernels._first(TILES, i), QUERIES, 1.0, None, 0, 0, None, 0, 0,
+            kernels._size(TILES, i), i == COUNT - 1, D, (D,), 0, 0, "ieee",
         )  # fmt: skip
         scores = scores + (of_tile,)  # noqa: RUF005 - Triton takes no unpacking
     lanes = kernels._max_of_lanes(scores[0])
-    for i in tl.static_range(1, TILES + 1):
+    for i in tl.static_range(1, COUNT):
         lanes = tl.maximum(lanes, kernels._max_of_lanes(scores[i]))
     highest = tl.max(lanes, 1) * factor
     accumulated = kernels._zeros(BLOCK_Q, (D,))
     sums = tl.zeros(lanes.shape, tl.float32)
-    for i in tl.static_range(TILES + 1):
+    for i in tl.static_range(COUNT):
         p = tl.exp2(scores[i] * factor - highest[:, None])
         sums += tl.sum(tl.reshape(p, (BLOCK_Q, p.shape[1] // 8, 8)), 1)
-        v = kernels._load_rows(value, ROW, TILE * i, QUERIES, TILE if i < TILES else TAIL, D, (D,), i == TILES)
+        v = kernels._load_rows(
+            value, ROW, kernels._first(TILES, i), QUERIES, kernels._size(TILES, i), D, (D,), i == COUNT - 1
+        )
         accumulated = kernels._add_mixed(p.to(v[0].dtype), v, accumulated, (D,), "ieee")
     total = tl.sum(sums, 1)
     start = output + (image * QUERIES * HEADS + head) * D

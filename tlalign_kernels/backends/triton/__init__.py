@@ -74,13 +74,13 @@ class Config(NamedTuple):
     """
 
     kernel: str
-    tiles: dict[str, int]
+    tiles: dict[str, int | tuple[int, ...]]
     warps: int
     stages: int = 1
     registers: int | None = None
 
     @property
-    def options(self) -> dict[str, int | None]:
+    def options(self) -> dict[str, int | tuple[int, ...] | None]:
         """Tiles and options of a launch."""
         return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
@@ -198,17 +198,16 @@ def _stream_tiles(keys: int, tile: int) -> dict[str, int]:
     return dict(TILE=tile, TAIL=rest and max(16, _power_of_two(rest)))
 
 
-def _row_tiles(tokens: int) -> dict[str, int]:
+def _row_tiles(tokens: int) -> dict[str, tuple[int, ...]]:
     """Tiles of 64 and one or two smaller ones, powers of two as Triton wants them, for tokens rounded up to 16."""
     rest = (tokens % 64 + 15) // 16 * 16
-    tail, tail_2 = {0: (0, 0), 16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0)}[rest]
-    return dict(TILE=64, TILES=tokens // 64, TAIL=tail, TAIL_2=tail_2)
+    return dict(TILES=(64,) * (tokens // 64) + {0: (), 48: (32, 16)}.get(rest, (rest,)))
 
 
-def _padded_keys(tiles: dict[str, int], keys: int) -> int:
+def _padded_keys(tiles: dict[str, int | tuple[int, ...]], keys: int) -> int:
     """The keys of all tiles of a forward together."""
     if "TILES" in tiles:
-        return tiles["TILE"] * tiles["TILES"] + tiles["TAIL"] + tiles["TAIL_2"]
+        return sum(tiles["TILES"])
     tile = tiles.get("BLOCK_K") or tiles["TILE"]
     tail = tiles.get("TAIL", 0)
     return keys // tile * tile + tail if tail else _blocks(keys, tile) * tile
@@ -241,7 +240,7 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
     return [split, (head,)]
 
 
-def _head_tiles(shape: Shape, block: int) -> dict[str, int]:
+def _head_tiles(shape: Shape, block: int) -> dict[str, int | tuple[int, ...]]:
     """Tiles of all queries, and blocks of keys; the last one is a tail of its own where that is shorter."""
     tail = _stream_tiles(shape.keys, block)["TAIL"]
     return dict(BLOCK_K=block, TAIL_K=tail if tail < block else 0, **_row_tiles(shape.queries))

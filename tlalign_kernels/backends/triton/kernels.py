@@ -81,14 +81,15 @@ def _precise(precision):
 
 
 @triton.constexpr_function
-def _width(widths, block):
-    """One of the widths, which older Triton takes for a number that is none of a kernel's."""
-    return widths[block]
+def _size(sizes, block):
+    """One of the sizes, which older Triton takes for a number that is none of a kernel's."""
+    return sizes[block]
 
 
 @triton.constexpr_function
-def _first_column(widths, block):
-    return sum(widths[:block])
+def _first(sizes, block):
+    """Where a block begins, if they lie one behind the other."""
+    return sum(sizes[:block])
 
 
 @triton.constexpr_function
@@ -263,7 +264,7 @@ def _load_rows(
     """ROWS rows of D numbers from `first` on, a matrix (ROWS, width) for each of the WIDTHS."""
     blocks = ()
     for i in tl.static_range(len(WIDTHS)):
-        column = _first_column(WIDTHS, i) + tl.arange(0, _width(WIDTHS, i))
+        column = _first(WIDTHS, i) + tl.arange(0, _size(WIDTHS, i))
         blocks = blocks + (
             _load(
                 data, tl.arange(0, ROWS)[:, None], column[None, :], stride, first, end, place, pad,
@@ -281,7 +282,7 @@ def _load_columns(
     """The same transposed, (width, ROWS), without a way round through shared memory."""
     blocks = ()
     for i in tl.static_range(len(WIDTHS)):
-        column = _first_column(WIDTHS, i) + tl.arange(0, _width(WIDTHS, i))
+        column = _first(WIDTHS, i) + tl.arange(0, _size(WIDTHS, i))
         blocks = blocks + (
             _load(
                 data, tl.arange(0, ROWS)[None, :], column[:, None], stride, first, end, place, pad,
@@ -299,7 +300,7 @@ def _store_rows(
     """Writes ROWS rows of D numbers from `first` on; of windows, those that are not padding."""
     row = tl.arange(0, ROWS)[:, None]
     for i in tl.static_range(len(WIDTHS)):
-        column = (_first_column(WIDTHS, i) + tl.arange(0, _width(WIDTHS, i)))[None, :]
+        column = (_first(WIDTHS, i) + tl.arange(0, _size(WIDTHS, i)))[None, :]
         inside = first + row < end
         if _exceeds(WIDTHS, i, D):
             inside = inside & (column < D)
@@ -318,7 +319,7 @@ def _zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
     """Sums to begin with, for rows of D numbers."""
     blocks = ()
     for i in tl.static_range(len(WIDTHS)):
-        blocks = blocks + (tl.zeros((ROWS, _width(WIDTHS, i)), tl.float32),)
+        blocks = blocks + (tl.zeros((ROWS, _size(WIDTHS, i)), tl.float32),)
     return blocks
 
 
@@ -348,7 +349,7 @@ def _products_in_turn(
     WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Products of LEFT and RIGHT rows of D numbers in memory; registers hold one narrow block of columns at a time."""
-    WIDTH: tl.constexpr = _width(WIDTHS, 0)
+    WIDTH: tl.constexpr = _size(WIDTHS, 0)
     products = tl.zeros((LEFT, RIGHT), tl.float32)
     for first_column in range(0, D, WIDTH):
         column = first_column + tl.arange(0, WIDTH)
@@ -599,10 +600,9 @@ def attention_forward_row(
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
     D: tl.constexpr, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
-    PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Keys lie in TILES tiles of TILE, then one of TAIL and one of TAIL_2 unless these are 0.
+    """Keys lie in tiles of sizes TILES.
 
     GAP: elements from query to key and from key to value in a packed projection: one set of addresses serves all three.
     Else 0.
@@ -630,19 +630,15 @@ def attention_forward_row(
     pad_value = _pad_row(pad, 2, head, HEADS, D)
     q = _load_rows(query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
 
-    COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
+    COUNT: tl.constexpr = len(TILES)
     scores = ()
     for i in tl.static_range(COUNT):
         of_tile = _scores(
-            q, key, KEY_ROW, row, QUERIES, TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS,
-            1.0 if FOLDS else factor,
-            bias, bias_query, bias_key, mask, mask_query, mask_key,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
+            q, key, KEY_ROW, row, QUERIES, _first(TILES, i), KEYS, 1.0 if FOLDS else factor,
+            bias, bias_query, bias_key, mask, mask_query, mask_key, _size(TILES, i), i == COUNT - 1,
             D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
         )  # fmt: skip
-        of_tile = _without_padding(
-            of_tile, float("-inf"), TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS, i == COUNT - 1, BIAS
-        )
+        of_tile = _without_padding(of_tile, float("-inf"), _first(TILES, i), KEYS, i == COUNT - 1, BIAS)
         scores = scores + (of_tile,)
     lanes = _max_of_lanes(scores[0])
     for i in tl.static_range(1, COUNT):
@@ -657,18 +653,12 @@ def attention_forward_row(
     accumulated = _zeros(BLOCK_Q, WIDTHS)
     labels = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
     for i in tl.static_range(COUNT):
-        w = _label_columns(
-            parts, TILE * i if i <= TILES else TILE * TILES + TAIL, PARTS_ROW,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), PACKED, COLUMNS, q[0].dtype,
-        )  # fmt: skip
+        w = _label_columns(parts, _first(TILES, i), PARTS_ROW, _size(TILES, i), PACKED, COLUMNS, q[0].dtype)
+        p = tl.exp2(scores[i] * unit - shift[:, None])
         accumulated, labels = _add_values(
-            _without_padding(
-                tl.exp2(scores[i] * unit - shift[:, None]), 0.0, TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS,
-                i == COUNT - 1, BIAS,
-            ),
-            accumulated, labels, value, VALUE_ROW, w, row, QUERIES,
-            TILE * i if i <= TILES else TILE * TILES + TAIL, KEYS, image * HEADS + head, seed, threshold, kept_factor,
-            place, pad_value, TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1,
+            _without_padding(p, 0.0, _first(TILES, i), KEYS, i == COUNT - 1, BIAS),
+            accumulated, labels, value, VALUE_ROW, w, row, QUERIES, _first(TILES, i), KEYS, image * HEADS + head,
+            seed, threshold, kept_factor, place, pad_value, _size(TILES, i), i == COUNT - 1,
             D, WIDTHS, DROPS, PRECISION, WINDOWS,
         )  # fmt: skip
     inverse = _finish(
@@ -1205,7 +1195,7 @@ def _store_pad_sums(
         if down | across:
             _, is_real = _token(column, place, WINDOWS)
             for i in tl.static_range(len(WIDTHS)):
-                dimension = _first_column(WIDTHS, i) + tl.arange(0, _width(WIDTHS, i))
+                dimension = _first(WIDTHS, i) + tl.arange(0, _size(WIDTHS, i))
                 at = pad_sums + (part * heads + head) * 2 * D + dimension
                 tl.store(at, tl.sum(tl.where(is_real[:, None], 0.0, d_k[i]), 0), mask=dimension < D)
                 tl.store(at + D, tl.sum(tl.where(is_real[:, None], 0.0, d_v[i]), 0), mask=dimension < D)
@@ -1220,8 +1210,7 @@ def _head_block(
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GRAD_OUTPUT_ROW: tl.constexpr,
     GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, NORMALISES: tl.constexpr, PRECISION: tl.constexpr,
-    WINDOWS: tl.constexpr, BLOCK_K: tl.constexpr, SIZE: tl.constexpr, ENDS: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
+    WINDOWS: tl.constexpr, BLOCK_K: tl.constexpr, SIZE: tl.constexpr, ENDS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradients of SIZE keys and values from `start` on; returns those of queries, with what they add."""
     COUNT: tl.constexpr = len(terms)
@@ -1235,10 +1224,9 @@ def _head_block(
     for i in tl.static_range(COUNT):
         d_q_of_tile, d_k, d_v = _head_step(
             d_q[i], d_k, d_v, terms[i], k, v, column, query, pad_query, grad_output, log_sum_exp, inverse, place,
-            TILE * i if i <= TILES else TILE * TILES + TAIL, factor,
+            _first(TILES, i), factor,
             bias, bias_query, bias_key, mask, mask_query, mask_key, pair, seed, threshold, kept_factor,
-            QUERY_ROW, GRAD_OUTPUT_ROW, QUERIES, KEYS,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, ENDS,
+            QUERY_ROW, GRAD_OUTPUT_ROW, QUERIES, KEYS, _size(TILES, i), i == COUNT - 1, ENDS,
             D, WIDTHS, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS,
         )  # fmt: skip
         sums = sums + (d_q_of_tile,)
@@ -1265,9 +1253,9 @@ def attention_backward_head(
     GRAD_QUERY_ROW: tl.constexpr, GRAD_KEY_ROW: tl.constexpr, GRAD_VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
     D: tl.constexpr, WIDTHS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr,
     NORMALISES: tl.constexpr, PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    TAIL_K: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_2: tl.constexpr,
+    TAIL_K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Queries lie in tiles as the keys of `attention_forward_row`; row_terms is written unless it is None.
+    """Queries lie in tiles of sizes TILES; row_terms is written unless it is None.
 
     TAIL_K: size of a block of its own for the last keys, which alone is masked; 0: they are in blocks of BLOCK_K, too.
     GAP: as there, of the gradients too.
@@ -1298,20 +1286,20 @@ def attention_backward_head(
     pad_key = _pad_row(pad, 1, head, HEADS, D)
     pad_value = _pad_row(pad, 2, head, HEADS, D)
 
-    COUNT: tl.constexpr = TILES + (1 if TAIL > 0 else 0) + (1 if TAIL_2 > 0 else 0)
+    COUNT: tl.constexpr = len(TILES)
     terms = ()
     d_q = ()
     for i in tl.static_range(COUNT):
         d_o = _load_rows(
-            grad_output, GRAD_OUTPUT_ROW, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, WIDTHS, i == COUNT - 1, place, None, WINDOWS,
+            grad_output, GRAD_OUTPUT_ROW, _first(TILES, i), QUERIES, _size(TILES, i), D, WIDTHS, i == COUNT - 1,
+            place, None, WINDOWS,
         )  # fmt: skip
         term = _row_term(
-            d_o, output, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES, HEADS * D, place,
-            TILE if i < TILES else (TAIL if i == TILES else TAIL_2), i == COUNT - 1, D, WIDTHS, WINDOWS,
+            d_o, output, _first(TILES, i), QUERIES, HEADS * D, place, _size(TILES, i), i == COUNT - 1, D, WIDTHS,
+            WINDOWS,
         )  # fmt: skip
         if row_terms is not None:
-            row = (TILE * i if i <= TILES else TILE * TILES + TAIL) + tl.arange(0, term.shape[0])
+            row = _first(TILES, i) + tl.arange(0, term.shape[0])
             tl.store(row_terms + pair * QUERIES + row, term, mask=row < QUERIES)
         terms = terms + (term,)
         d_q = d_q + (_zeros(term.shape[0], WIDTHS),)
@@ -1322,8 +1310,7 @@ def attention_backward_head(
             log_sum_exp, inverse, grad_key, grad_value, pad_sums, bias_query, bias_key, mask_query, mask_key,
             image, head, place, scale, factor, threshold, kept_factor, HEADS, QUERIES, KEYS,
             QUERY_ROW, KEY_ROW, VALUE_ROW, GRAD_OUTPUT_ROW, GRAD_KEY_ROW, GRAD_VALUE_ROW,
-            D, WIDTHS, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS, BLOCK_K, BLOCK_K,
-            WHOLE % BLOCK_K > 0, TILE, TILES, TAIL, TAIL_2,
+            D, WIDTHS, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS, BLOCK_K, BLOCK_K, WHOLE % BLOCK_K > 0, TILES,
         )  # fmt: skip
     if TAIL_K > 0:
         d_q = _head_block(
@@ -1331,14 +1318,12 @@ def attention_backward_head(
             log_sum_exp, inverse, grad_key, grad_value, pad_sums, bias_query, bias_key, mask_query, mask_key,
             image, head, place, scale, factor, threshold, kept_factor, HEADS, QUERIES, KEYS,
             QUERY_ROW, KEY_ROW, VALUE_ROW, GRAD_OUTPUT_ROW, GRAD_KEY_ROW, GRAD_VALUE_ROW,
-            D, WIDTHS, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS, BLOCK_K, TAIL_K,
-            True, TILE, TILES, TAIL, TAIL_2,
+            D, WIDTHS, BIAS, MASK, DROPS, NORMALISES, PRECISION, WINDOWS, BLOCK_K, TAIL_K, True, TILES,
         )  # fmt: skip
     for i in tl.static_range(COUNT):
         _store_rows(
-            grad_query, GRAD_QUERY_ROW, TILE * i if i <= TILES else TILE * TILES + TAIL, QUERIES,
-            _times(d_q[i], scale, WIDTHS), TILE if i < TILES else (TAIL if i == TILES else TAIL_2), D, WIDTHS, place,
-            WINDOWS,
+            grad_query, GRAD_QUERY_ROW, _first(TILES, i), QUERIES, _times(d_q[i], scale, WIDTHS), _size(TILES, i),
+            D, WIDTHS, place, WINDOWS,
         )  # fmt: skip
 
 
