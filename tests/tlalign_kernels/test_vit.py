@@ -579,9 +579,19 @@ def test_copies_follow_labels(run):
 
 
 @pytest.mark.minutes
-def test_distributed_wrappers_change_nothing():
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        ["vit_tiny_patch16_224"],
+        pytest.param(
+            ["deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "pvt_v2_b0"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["vit", "others"],
+)
+def test_distributed_wrappers_change_nothing(compiled):
     worker = Path(__file__).with_name("distributed_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, *compiled]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("passed") == 2, result.stdout
