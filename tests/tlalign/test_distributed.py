@@ -68,6 +68,7 @@ def test_two_processes_learn_what_one_does_and_continue_when_stopped(tmp_path, w
             assert record.eval_loss == pytest.approx(one.eval_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_changes_nothing(tmp_path):
     arguments = [*options(tmp_path, checkpoint_steps=3, epochs=2), "--resume=auto"]
     printed = torchrun(HERE / "mortal.py", 4, tmp_path / "whole", tmp_path / "killed", "train", *arguments, restarts=2)
