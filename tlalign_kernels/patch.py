@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 import torch
+from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
 
 from tlalign_kernels.backends import BACKENDS
 from tlalign_kernels.labels import MixedTarget
@@ -33,6 +35,7 @@ class LabelFollower:
     `share` is a flat argument, so that activation checkpointing sees it.
 
     Attributes:
+        label_follows: Whether the module takes labels; `patch_model` sets False in blocks that `layers` leaves out.
         label_residual: Whether residual connections average labels (Y^ + Y) / 2, set by `patch_model`.
         label_stochastic_depth: Whether labels stay where an attention is dropped, set by `patch_model`.
         label_backend: Backend of the attention operators, set by `patch_model`.
@@ -41,6 +44,7 @@ class LabelFollower:
         untouched: Names of children that no labelled token passes through.
     """
 
+    label_follows: bool = True
     label_residual: bool = True
     label_stochastic_depth: bool = False
     label_backend: str = "auto"
@@ -96,6 +100,8 @@ class ModelFollower(LabelFollower):
             raise TypeError(f"target: expected a MixedTarget, got {type(target).__name__}")
         if images.dim() != 4:
             raise ValueError(f"images: expected 4 dimensions (B, channels, Hi, Wi), got shape {tuple(images.shape)}")
+        if images.shape[0] == 0:
+            raise ValueError("images: expected at least one with a target, got none")
         if target.batch_size != images.shape[0]:
             raise ValueError(f"target: expected a batch of {images.shape[0]} images, got {target.batch_size}")
         if target.device != images.device:
@@ -140,6 +146,45 @@ class ImageModelFollower(ModelFollower):
     def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """Logits (B, C) of images, and the label (B, S) that arrives at the head; that after each block is appended."""
         raise NotImplementedError
+
+
+def follows_labels(block: nn.Module) -> bool:
+    """Whether a block of a patched model takes labels, or `layers` leaves it out.
+
+    It is asked for its attribute, which wrappers hand on, since the class of a block that is compiled, checkpointed or
+    sharded alone is the wrapper's.
+
+    Raises:
+        TypeError: If it is neither, as a block is that came into the model later.
+    """
+    follows = getattr(block, "label_follows", None)
+    if follows is None:
+        raise TypeError(
+            f"model: expected blocks that were there when it was patched, got {type(block).__name__}; patch it again"
+        )
+    return follows
+
+
+def run_block(block: nn.Module, *arguments: object, share: Tensor, checkpoints: bool = False) -> tuple[Tensor, Tensor]:
+    """Runs a block of a patched model.
+
+    Args:
+        block: A follower, also in a wrapper of its own, or a block that `layers` leaves out.
+        arguments: Those of its forward, tokens first.
+        share: Labels of the tokens.
+        checkpoints: Whether its activations are computed again in the backward.
+
+    Returns:
+        Tokens and labels; of a block that is left out the labels as they were.
+
+    Raises:
+        TypeError: If the block is neither.
+    """
+    follows = follows_labels(block)
+    # Flat arguments: reentrant checkpointing gives no gradient to tensors inside containers.
+    arguments = (*arguments, share) if follows else arguments
+    result = checkpoint(block, *arguments) if checkpoints else block(*arguments)
+    return result if follows else (result, share)
 
 
 def drop_path_factor(drop_path: nn.Module, x: Tensor) -> Tensor:
@@ -226,7 +271,7 @@ def patch_model(
             )
         layers, residual = [-1], False
     _check_bare(model)
-    plan = list(_plan(model, layers))
+    plan, left_out = _plan(model, layers)
     if method == "transmix":
         plan[0][1].check_transmix(model)
     unpatch_model(model)
@@ -235,6 +280,8 @@ def patch_model(
         module.label_residual = residual
         module.label_stochastic_depth = stochastic_depth
         module.label_backend = backend
+    for block in left_out:
+        block.label_follows = False
     model.label_method = method
     return model
 
@@ -250,15 +297,20 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: If `model` is no module.
-        ValueError: If `model` is compiled or wrapped.
+        ValueError: If `model` is compiled or wrapped, or parametrized since it was patched.
     """
     _check_bare(model)
+    for name, module in model.named_modules():
+        if isinstance(module, LabelFollower) and ("forward" in module.__dict__ or is_parametrized(module)):
+            raise ValueError(
+                f"{name or 'model'}: expected {_describe(module)} as it was when patched, got one with a forward or "
+                "parametrization of its own; unpatch before that"
+            )
     for module in model.modules():
-        original = _originals.get(type(module))
-        if original is not None:
-            module.__class__ = original
-            for option in ("label_residual", "label_stochastic_depth", "label_backend", "label_method"):
-                module.__dict__.pop(option, None)
+        if isinstance(module, LabelFollower):
+            module.__class__ = _own_class(module)
+        for option in ("label_follows", "label_residual", "label_stochastic_depth", "label_backend", "label_method"):
+            module.__dict__.pop(option, None)
     return model
 
 
@@ -266,7 +318,7 @@ def unfollowable_reason(model: nn.Module) -> str | None:
     """Why `patch_model(model)` would raise, or None if it would not; changes nothing."""
     try:
         _check_bare(model)
-        list(_plan(model, None))
+        _plan(model, None)
     except (NotImplementedError, ValueError) as error:
         return str(error)
     return None
@@ -281,8 +333,10 @@ def source_digest(function: object) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-def _plan(model: nn.Module, layers: Iterable[int] | None) -> Iterator[tuple[nn.Module, type[LabelFollower]]]:
-    """All modules to swap and their followers; raises on the first module that can't be followed."""
+def _plan(
+    model: nn.Module, layers: Iterable[int] | None
+) -> tuple[list[tuple[nn.Module, type[LabelFollower]]], list[nn.Module]]:
+    """All modules to swap with their followers, and the blocks left out; raises on the first that can't be followed."""
     follower = _followers.get(_own_class(model))
     if follower is None or not issubclass(follower, ModelFollower):
         known = sorted(cls.__name__ for cls, f in _followers.items() if f is not None and issubclass(f, ModelFollower))
@@ -291,7 +345,7 @@ def _plan(model: nn.Module, layers: Iterable[int] | None) -> Iterator[tuple[nn.M
         )
     blocks = follower.label_blocks(model)
     chosen = range(len(blocks)) if layers is None else _chosen(layers, len(blocks))
-    left_out = {id(block) for index, block in enumerate(blocks) if index not in chosen}
+    left_out = {id(block): block for index, block in enumerate(blocks) if index not in chosen}
 
     def visit(module: nn.Module, name: str) -> Iterator[tuple[nn.Module, type[LabelFollower]]]:
         if id(module) in left_out:
@@ -312,7 +366,7 @@ def _plan(model: nn.Module, layers: Iterable[int] | None) -> Iterator[tuple[nn.M
             if follower is None or child_name not in follower.untouched:
                 yield from visit(child, f"{name}.{child_name}" if name else child_name)
 
-    yield from visit(model, "")
+    return list(visit(model, "")), list(left_out.values())
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:

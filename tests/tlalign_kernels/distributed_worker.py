@@ -1,4 +1,4 @@
-"""Runs by torchrun in two processes: patched models under DDP and FSDP2 must give what one process gives.
+"""Runs by torchrun in two processes: patched models under DDP and FSDP must give what one process gives.
 
 Arguments are the names of those that DDP has compiled as well.
 """
@@ -11,7 +11,8 @@ from functools import partial
 import timm
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import tlalign_kernels as tlk
@@ -34,6 +35,7 @@ def main() -> None:
     for name in MODELS:
         check_ddp(name, compiled)
         check_fsdp(name)
+        check_first_fsdp(name)
     check_tune()
     dist.destroy_process_group()
     print(f"rank {os.environ['RANK']} passed", flush=True)
@@ -127,6 +129,23 @@ def check_fsdp(name):
         assert "cast_forward_inputs=False" in str(error)
     else:
         raise AssertionError("a share that was cast to bfloat16 was accepted")
+
+
+def check_first_fsdp(name):
+    # Unlike FSDP2 it puts each block into a module of its own.
+    aligned, gradients = expected(name)
+    model = build(name)
+    policy = ModuleWrapPolicy({type(block) for block in blocks_of(model)})
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
+    )
+    assert all(isinstance(block, FullyShardedDataParallel) for block in model.label_blocks(model))
+    half = step(wrapped, *batch(own_half()))
+    torch.testing.assert_close(half.ratio, aligned.ratio[own_half()], rtol=0, atol=1e-6)
+    with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+        for key, parameter in model.named_parameters():
+            name_of_own = key.replace("_fsdp_wrapped_module.", "")
+            torch.testing.assert_close(parameter.grad, gradients[name_of_own], rtol=1e-4, atol=1e-6)
 
 
 def check_tune():

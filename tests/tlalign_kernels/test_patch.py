@@ -1,16 +1,25 @@
 """Patching: what it changes, what it leaves alone, and what it refuses."""
 
+import copy
 import io
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from timm.models import vision_transformer
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize
 
 import tlalign_kernels as tlk
 from tlalign_kernels import LabelFollower, MixedTarget, patch
 from tlalign_kernels.models import vit
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import following
 
 
 def vit_tiny(**options):
@@ -159,6 +168,62 @@ def test_a_forward_set_on_a_module_is_noticed(where):
     module.forward = module.forward
     with pytest.raises(NotImplementedError, match=rf"{where or 'model'}\.forward: .* before it is wrapped"):
         tlk.patch_model(model)
+
+
+def set_forward(module):
+    module.forward = module.forward
+
+
+def parametrize_positions(model):
+    parametrize.register_parametrization(model, "pos_embed", nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("where", "change"), [("", set_forward), ("blocks.1", set_forward), ("", parametrize_positions)]
+)
+def test_a_module_that_was_changed_since_is_not_unpatched(where, change, images, target):
+    model = tlk.patch_model(vit_tiny())
+    change(model.get_submodule(where))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{where or 'model'}: expected .* as it was when patched"):
+        tlk.unpatch_model(model)
+    assert snapshot(model) == before
+    assert model(images, target=target)[1].ratio.shape == (2, 1)
+
+
+SMALL = {
+    "vit_tiny_patch16_224": dict(img_size=32, patch_size=8, embed_dim=48, depth=4),
+    "swin_tiny_patch4_window7_224": dict(
+        img_size=32, patch_size=2, window_size=5, embed_dim=32, depths=(2, 2), num_heads=(2, 4)
+    ),
+    "pvt_v2_b0": dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
+    "twins_svt_small": dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
+}
+
+
+def replace_blocks(model, replacement):
+    blocks = {id(block) for block in model.label_blocks(model)}
+    for container in list(model.modules()):
+        for name, child in container.named_children():
+            if id(child) in blocks:
+                setattr(container, name, replacement(child))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_blocks_that_are_wrapped_one_by_one_follow_labels(name, images, target):
+    model = following.randomised(timm.create_model(name, num_classes=10, **SMALL[name])).eval()
+    _, nowhere = tlk.patch_model(model, layers=[])(images, target=target, collect_layers=True)
+    _, expected = tlk.patch_model(model, layers=[0, -1])(images, target=target, collect_layers=True)
+    assert not torch.equal(expected.layer_shares[0], nowhere.layer_shares[0])
+    for wrap in (partial(torch.compile, backend="eager"), checkpoint_wrapper):
+        wrapped = copy.deepcopy(model)
+        replace_blocks(wrapped, wrap)
+        _, aligned = wrapped(images, target=target, collect_layers=True)
+        assert torch.equal(aligned.ratio, expected.ratio)
+        assert all(torch.equal(*pair) for pair in zip(aligned.layer_shares, expected.layer_shares, strict=True))
+    replace_blocks(model, lambda block: nn.Identity())
+    with pytest.raises(TypeError, match="model: expected blocks that were there when it was patched, got Identity"):
+        model(images, target=target)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")

@@ -212,6 +212,13 @@ def test_transmix_equals_transmix_from_a_materialised_attention_matrix(name):
             assert (expected - mixed.image_share()).abs().max() > 1e-3
 
 
+def test_transmix_leaves_labels_of_a_class_token_that_sees_no_patch():
+    model = tlk.patch_model(small("vit_tiny_patch16_224"), method="transmix")
+    images, target = images_and_target(model)
+    _, aligned = model(images, target=target, is_causal=True)
+    assert torch.equal(aligned.ratio, target.ratio)
+
+
 def test_alignment_in_the_last_block_without_residual_restricted_to_patches_is_transmix():
     model = small("vit_tiny_patch16_224")
     images, target = images_and_target(model)

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint, pvt_v2
+from timm.models import pvt_v2
 from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention
 from tlalign_kernels.labels import MixedTarget, pool_share
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register, run_block
 
 
 class AlignedAttention(LabelFollower, pvt_v2.Attention):
@@ -148,10 +148,7 @@ class AlignedPyramidVisionTransformerStage(LabelFollower, pvt_v2.PyramidVisionTr
         feat_size = tuple(x.shape[1:3])
         x, share, layer_shares = x.flatten(1, 2), share.flatten(1, 2), []
         for block in self.blocks:
-            # Flat arguments: reentrant checkpointing gives no gradient to tensors inside containers.
-            arguments = (x, feat_size) + ((share,) if isinstance(block, LabelFollower) else ())
-            result = checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
-            x, share = result if isinstance(block, LabelFollower) else (result, share)
+            x, share = run_block(block, x, feat_size, share=share, checkpoints=self.grad_checkpointing)
             if collect_layers:
                 layer_shares.append(share.detach().unflatten(1, feat_size))
         x = self.norm(x).unflatten(1, feat_size).permute(0, 3, 1, 2)

@@ -12,13 +12,13 @@ from typing import ClassVar
 import timm.layers as tl
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint, swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
+from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor, nn
 
 from tlalign_kernels.functional import window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.vit import check_image_size, check_patch_embed
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register, run_block
 from tlalign_kernels.windows import Windows
 
 
@@ -268,14 +268,11 @@ class StageFollower(LabelFollower):
         """
         if share is None:
             return super().forward(x)
-        if isinstance(self.downsample, LabelFollower):
+        if not isinstance(self.downsample, nn.Identity):
             x, share = self.downsample(x, share=share)
         layer_shares = []
         for block in self.blocks:
-            # Flat arguments: reentrant checkpointing gives no gradient to tensors inside containers.
-            arguments = (x, share) if isinstance(block, LabelFollower) else (x,)
-            result = checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
-            x, share = result if isinstance(block, LabelFollower) else (result, share)
+            x, share = run_block(block, x, share=share, checkpoints=self.grad_checkpointing)
             if collect_layers:
                 layer_shares.append(share.detach())
         return (x, share, tuple(layer_shares)) if collect_layers else (x, share)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tlalign_kernels.functional import attention, window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.pvt_v2 import check_average_pooling, check_convolution
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register, run_block
 from tlalign_kernels.windows import Windows
 
 
@@ -190,7 +190,7 @@ class AlignedTwins(ImageModelFollower, twins.Twins):
                 x, size, share = embed(x.transpose(1, 2).unflatten(2, size), share.unflatten(1, size))
             x = drop(x)
             for index, block in enumerate(blocks):
-                x, share = block(x, size, share) if isinstance(block, LabelFollower) else (block(x, size), share)
+                x, share = run_block(block, x, size, share=share)
                 if index == 0:
                     x = encode(x, size)
                 if layer_shares is not None:

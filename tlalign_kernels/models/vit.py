@@ -15,13 +15,13 @@ from timm.layers import activations as timm_activations
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.layers.patch_dropout import patch_dropout_forward
-from timm.models import checkpoint, deit, vision_transformer, vitamin
+from timm.models import deit, vision_transformer, vitamin
 from torch import Tensor, nn
 
 from tlalign_kernels import ops
 from tlalign_kernels.functional import attention, attention_qkv
 from tlalign_kernels.labels import MixedTarget, gather_share, residual_share
-from tlalign_kernels.patch import LabelFollower, ModelFollower, drop_path_factor, register
+from tlalign_kernels.patch import LabelFollower, ModelFollower, drop_path_factor, follows_labels, register, run_block
 
 
 class AlignedAttention(LabelFollower, tl.Attention):
@@ -297,20 +297,18 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
         x = self.patch_embed(x)
         share = self._first_share(x, target, image_size)
         x = self._pos_embed(x)
-        if isinstance(self.patch_drop, AlignedPatchDropout):
+        if not isinstance(self.patch_drop, nn.Identity):
             x, share = self.patch_drop(x, share)
         x = self.norm_pre(x)
         layer_shares = [] if collect_layers else None
         for block in self.blocks:
-            # Flat arguments: reentrant checkpointing gives no gradient to tensors inside containers.
-            aligned = isinstance(block, LabelFollower)
-            if aligned and self.label_method == "transmix":
+            before, marks = share, self.label_method == "transmix" and follows_labels(block)
+            if marks:
                 share = _mark_patches(share, self.num_prefix_tokens)
-            arguments = (x, attn_mask, is_causal) + ((share,) if aligned else ())
-            result = checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
-            x, share = result if aligned else (result, share)
-            if aligned and self.label_method == "transmix":
-                share = share[..., :-1] / share[..., -1:]
+            x, share = run_block(block, x, attn_mask, is_causal, share=share, checkpoints=self.grad_checkpointing)
+            if marks:
+                of_patches = share[..., -1:]
+                share = torch.where(of_patches > 0, share[..., :-1] / of_patches, before)
             if collect_layers:
                 layer_shares.append(share.detach())
         logits, share = self._aligned_head(self.norm(x), share)

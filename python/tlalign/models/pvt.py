@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import tlalign_kernels as tlk
 from tlalign_kernels.labels import pool_share
-from tlalign_kernels.patch import ImageModelFollower
+from tlalign_kernels.patch import ImageModelFollower, run_block
 
 # Of the blocks and before the classifier; the others have PyTorch's own epsilon.
 _LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -246,10 +246,7 @@ class AlignedPyramidVisionTransformer(ImageModelFollower, PyramidVisionTransform
             if has_prefix:
                 share = torch.cat((target.image_share(dtype)[:, None], share), dim=1)
             for block in self._blocks(stage):
-                # Flat arguments: reentrant checkpointing gives no gradient to tensors inside containers.
-                arguments = (x, size) + ((share,) if isinstance(block, tlk.LabelFollower) else ())
-                result = checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
-                x, share = result if isinstance(block, tlk.LabelFollower) else (result, share)
+                x, share = run_block(block, x, size, share=share, checkpoints=self.grad_checkpointing)
                 if layer_shares is not None:
                     layer_shares.append(share.detach() if has_prefix else share.detach().unflatten(1, size))
         pooled = share[:, 0] if self.global_pool == "token" else share[:, self.num_prefix_tokens :].mean(dim=1)
