@@ -203,6 +203,8 @@ def check_errors(model, images, target):
         model(images, collect_layers=True)
     with pytest.raises(ValueError, match="target: expected a batch of 2 images, got 3"):
         model(images[:2], target=target)
+    with pytest.raises(ValueError, match="images: expected at least one with a target, got none"):
+        model(images[:0], target=target)
     with pytest.raises(TypeError, match="target: expected a MixedTarget, got Tensor"):
         model(images, target=torch.rand(3, CLASSES))
     model.reset_classifier(CLASSES, global_pool="")

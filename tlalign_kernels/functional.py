@@ -321,8 +321,10 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
         _check_is_tensor("bias", bias)
         if not bias.is_floating_point():
             raise TypeError(f"bias: expected a floating dtype, got {bias.dtype}")
-        if query.dtype == torch.float32 and tuple(bias.shape[-2:]) != scores[2:]:
-            bias = bias.float()  # its gradient is summed over queries or keys, before it is rounded
+        # The gradient of what broadcasts over queries or keys is summed before it is rounded.
+        is_summed = query.dtype == torch.float32 and tuple(bias.shape[-2:]) != scores[2:]
+        if is_summed or (bias.dtype == torch.float64 and query.dtype != torch.float64):
+            bias = bias.float()
         bias = _over_scores("bias", bias, scores, query.device)
     if mask is not None:
         _check_is_tensor("mask", mask)
@@ -330,7 +332,7 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
             raise TypeError(f"mask: expected bool or a floating dtype, got {mask.dtype}")
         if mask.requires_grad:
             raise ValueError("mask: expected a constant, got one that requires a gradient; pass it as bias")
-        mask = _over_scores("mask", _without_overflow(mask), scores, query.device)
+        mask = _over_scores("mask", _without_overflow(mask, query.dtype), scores, query.device)
     problem = Problem(
         device_type=query.device.type,
         dtype=query.dtype,
@@ -350,11 +352,12 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
     return bias, mask, head_dim**-0.5 if scale is None else float(scale), problem
 
 
-def _without_overflow(mask: Tensor) -> Tensor:
-    """A mask whose finite values stay so within the kernels: a row of finfo.min alone sees all keys alike."""
-    if mask.dtype not in (torch.float32, torch.bfloat16):
+def _without_overflow(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask whose finite values stay so within kernels of `dtype`: a row of finfo.min alone sees all keys alike."""
+    if mask.dtype in (torch.bool, torch.float16) or dtype == torch.float64:
         return mask
-    return torch.where(mask == -math.inf, mask, mask.clamp(min=_LOWEST_MASK))
+    mask = torch.where(mask == -math.inf, mask, mask.clamp(min=_LOWEST_MASK))
+    return mask.float() if mask.dtype == torch.float64 else mask
 
 
 def _check_labels(

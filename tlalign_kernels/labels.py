@@ -8,6 +8,7 @@ written for shares instead of C-class vectors).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -60,7 +61,8 @@ class MixedTarget:
 
         Args:
             classes: int64 (B, S + 1), class ids, the image's own first.
-            boxes: int64 (B, S, 4) as y0, x0, y1, x1 in pixels, half open; later sources overwrite earlier ones.
+            boxes: int64 (B, S, 4) as y0, x0, y1, x1 in pixels, half open; later sources overwrite earlier ones. Kept,
+                not copied.
             image_size: (Hi, Wi) in pixels.
 
         Raises:
@@ -427,10 +429,13 @@ def _check_classes(classes: Tensor) -> int:
 
 
 def _check_image_size(image_size: tuple[int, int]) -> tuple[int, int]:
-    sizes = tuple(image_size)
-    if len(sizes) != 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
+    try:
+        height, width = map(operator.index, image_size)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
         raise ValueError(f"image_size: expected two positive integers (Hi, Wi), got {image_size!r}")
-    return sizes
+    return height, width
 
 
 def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int | None, ...]) -> None:
@@ -450,6 +455,7 @@ def _check_distribution(name: str, values: Tensor, dim: int, exactly_one: bool) 
     """Checks that values are finite, not negative, and sum along `dim` to (at most) one."""
     if values.numel() == 0:
         return
+    values = values.detach()
     total = values.sum(dim, dtype=torch.float64)
     lowest, least, most = (float(limit) for limit in (values.min(), *total.aminmax()))
     if not math.isfinite(lowest + most):

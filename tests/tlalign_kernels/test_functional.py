@@ -198,7 +198,7 @@ def test_queries_that_see_no_key_give_zero_and_keep_their_label(backend):
 
 
 @backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_queries_masked_by_the_lowest_finite_number_see_all_keys_alike(backend, dtype):
     case = Case("rows", queries=5, keys=7)
     inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
@@ -215,6 +215,19 @@ def test_queries_masked_by_the_lowest_finite_number_see_all_keys_alike(backend, 
     torch.testing.assert_close(share[:, 1], inputs["share"].mean(dim=1))
     torch.testing.assert_close(share[:, 2], inputs["share"][:, 0])
     assert all(torch.isfinite(tensor).all() for tensor in results.values())
+
+
+@backends
+def test_a_bias_in_float64_counts_as_float32(backend):
+    inputs = cast_inputs(make_inputs(Case("bias", queries=5, keys=7), "cpu"), torch.float32)
+    bias = torch.randn(5, 7, dtype=torch.float64).requires_grad_()
+    output, share = call(inputs, bias=bias, backend=backend)
+    expected = call(inputs, bias=bias.detach().float(), backend=backend)
+    assert torch.equal(output, expected[0])
+    assert torch.equal(share, expected[1])
+    output.square().sum().backward()
+    assert bias.grad.dtype == torch.float64
+    assert bias.grad.any()
 
 
 @backends

@@ -175,6 +175,7 @@ BAD_TARGETS = [
     ("from_boxes", pair(boxes=torch.tensor([[[5, 0, 4, 4]]] * 2), image_size=(8, 8)), ValueError, "boxes: .*5, 0"),
     ("from_boxes", pair(boxes=torch.zeros(2, 1, 4).long(), image_size=(8,)), ValueError, "image_size: expected two"),
     ("from_boxes", pair(boxes=torch.zeros(2, 1, 4).long(), image_size=(8, 0)), ValueError, "image_size: expected two"),
+    ("from_boxes", pair(boxes=torch.zeros(2, 1, 4).long(), image_size=8), ValueError, "image_size: .*two.*got 8"),
     ("from_masks", pair(masks=torch.ones(2, 1, 4).long()), TypeError, "masks: expected a floating dtype"),
     ("from_masks", pair(masks=torch.ones(2, 2, 4, 4)), ValueError, "masks: expected shape"),
     ("from_masks", pair(masks=torch.full((2, 1, 4, 4), 2.0)), ValueError, "masks: expected sums of at most 1"),
