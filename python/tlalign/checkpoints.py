@@ -74,6 +74,15 @@ class Checkpoints:
             raise CheckpointError(f"cannot write the checkpoint of step {step} in {self.path}: {error}") from error
         return written
 
+    def drop_newest(self) -> None:
+        """Removes the newest checkpoint, whose weights turned out to be no good; the one before it is the last then."""
+        newest, *older = self._newest_first()
+        if older:
+            _name_also(older[0], self.last)
+        else:
+            self.last.unlink(missing_ok=True)
+        newest.unlink()
+
     def load_newest(self, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
         """Reads the newest checkpoint that is not damaged.
 

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import time
+import typing
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -376,7 +377,12 @@ def _parse(
         parsed = checker.parse_object({name: getattr(parsed, name) for name in names})
     except argparse.ArgumentError as error:
         raise UsageError(_without_parser_words(error)) from error
-    return config_class(**{name: getattr(parsed, name) for name in names})
+    values = {name: getattr(parsed, name) for name in names}
+    for name, of_type in typing.get_type_hints(config_class).items():
+        # What a file leaves empty jsonargparse takes for any type.
+        if values.get(name, "") is None and type(None) not in typing.get_args(of_type):
+            raise UsageError(f"{name}: expected a value, got null")
+    return config_class(**values)
 
 
 def _parse_flags(parser: jsonargparse.ArgumentParser, flags: Sequence[str], known: list[str]) -> jsonargparse.Namespace:
@@ -433,7 +439,9 @@ def _is_to_resume(config: TrainConfig) -> bool:
     saved = _parse(parser, TrainConfig, _saved(Path(config.output)), ())
     for name in field_names(TrainConfig):
         before, now = getattr(saved, name), getattr(config, name)
-        if before != now and name not in MAY_CHANGE:
+        # A folder of images may have moved.
+        has_moved = name == "data" and all(str(value).startswith("folder:") for value in (before, now))
+        if before != now and name not in MAY_CHANGE and not has_moved:
             raise UsageError(f"resume: {name} of the run in {config.output} is {before}, got {now}")
     return True
 
@@ -467,7 +475,8 @@ def _describe(trainer: Trainer) -> None:
     processes = f"{trainer.processes.world_size} processes, " if trainer.processes.several else ""
     print(
         f"{config.method} trains {config.model} ({parameters:,} parameters) on {config.data} "
-        f"({images[0]} images, {images[1]} held out), {processes}device {trainer.device}",
+        f"({images[0]} images, {images[1]} held out, {trainer.num_classes} classes), {processes}device "
+        f"{trainer.device}",
         flush=True,
     )
 

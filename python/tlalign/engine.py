@@ -76,7 +76,8 @@ class Trainer:
         train_loader: Loader of the training images.
         eval_loader: Loader of the held-out images.
         image_config: Size and normalisation of the images.
-        class_names: Names of the classes, where the data set has any.
+        num_classes: Number of classes.
+        class_names: Their names, where the data set has any.
         steps_per_epoch: Steps of an epoch.
         step: Steps done since the start of the run.
         records: What the epochs done gave.
@@ -93,7 +94,7 @@ class Trainer:
         with self.processes.first_before_others():
             data = load_data_sets(config)
             self.model = create_initial_model(config, data.num_classes).to(self.device)
-        self.class_names = data.class_names
+        self.num_classes, self.class_names = data.num_classes, data.class_names
         self.image_config = resolve_image_config(config, self.model)
         self._check_mixing()
         members = self.processes.rank, self.processes.world_size
@@ -103,7 +104,7 @@ class Trainer:
         if config.aligns:
             align_targets(self.model, config)
         if config.labels_tokens:
-            self._check_token_labels(data.num_classes)
+            self._check_token_labels(self.num_classes)
         if config.grad_checkpointing:
             self._checkpoint_activations()
         if config.channels_last:
@@ -152,10 +153,19 @@ class Trainer:
         checkpoints = None if folder is None else Checkpoints(folder.path)
         opened = nullcontext() if folder is None else RunLog(folder.path, self.records, self.step)
         with StopSignals() as signals, opened as log:
-            while self.step < self.total_steps:
-                epoch = self.step // self.steps_per_epoch + 1
+            while len(self.records) < self.config.epochs:
+                epoch = len(self.records) + 1
                 self._train_epoch(epoch, progress, log, checkpoints, signals)
-                record = self._end_epoch(epoch)
+                # So that an evaluation that fails, or is killed, costs nothing that was trained.
+                self._save(checkpoints, best=False)
+                if self._agree(signals):
+                    raise TrainingInterrupted(signals.number or signal.SIGTERM)
+                try:
+                    record = self._end_epoch(epoch)
+                except NonFiniteLossError:
+                    if checkpoints is not None:
+                        checkpoints.drop_newest()
+                    raise
                 ratio_changes, self._totals = self._totals.ratio_changes, _Totals()
                 best = record.metric > max((each.metric for each in self.records), default=-math.inf)
                 self.records.append(record)
@@ -181,6 +191,7 @@ class Trainer:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "amp_scaler": self.scaler.state_dict(),
             "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
             "records": [dataclasses.asdict(record) for record in self.records],
             "totals": vars(self._totals).copy(),
         }
@@ -190,8 +201,14 @@ class Trainer:
         """Continues from what `state` returned, also in another process.
 
         Raises:
-            UsageError: If it is not of this model.
+            UsageError: If it is not of this model, or not of as many images.
         """
+        steps = state.get("steps_per_epoch")
+        if steps is not None and steps != self.steps_per_epoch:
+            raise UsageError(
+                f"resume: the run has epochs of {steps} steps, but with the images that are there now they have "
+                f"{self.steps_per_epoch}"
+            )
         try:
             self.task.load_checkpoint_state(state["state_dict"])
             if self.task.has_ema():

@@ -2,14 +2,16 @@
 
 import dataclasses
 import io
+import math
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from training import TINY, FewDigits, fit, quiet, tiny
+from training import TINY, FewDigits, fit, quiet, resume, tiny
 
+from tlalign.checkpoints import load_checkpoint
 from tlalign.config import TrainConfig, UsageError, load_recipe, save_config
 from tlalign.engine import NonFiniteLossError, Trainer
 from tlalign.progress import ComparisonProgress, TrainingProgress
@@ -159,20 +161,25 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monk
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
 
 
-def test_weights_broken_by_the_last_step_are_not_saved(tmp_path, monkeypatch):
-    config = tiny(tmp_path / "run")
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(math.inf, r"weights after step \d+ are not finite"), (3e38, "the loss of the evaluation after epoch 2 is")],
+)
+def test_weights_broken_by_the_last_step_are_not_kept(tmp_path, monkeypatch, value, message):
+    config = tiny(tmp_path / "run", epochs=2)
     trainer, folder = Trainer(config), RunFolder(config)
     update = trainer.optimizer.step
 
     def break_the_last_step():
         update()
-        if trainer.step == trainer.steps_per_epoch - 1:
-            trainer.optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+        if trainer.step == trainer.total_steps - 1:
+            trainer.optimizer.param_groups[0]["params"][0].data.fill_(value)
 
     monkeypatch.setattr(trainer.optimizer, "step", break_the_last_step)
-    with pytest.raises(NonFiniteLossError, match="evaluation after epoch 1"):
+    with pytest.raises(NonFiniteLossError, match=message):
         trainer.fit(folder, quiet(trainer))
-    assert not folder.last_checkpoint.exists()
+    assert resume(config)[0].step == trainer.steps_per_epoch
+    assert load_checkpoint(folder.last_checkpoint)["step"] == trainer.steps_per_epoch
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Nothing is lost: a run that was stopped anywhere continues to the bits that it would have had."""
 
+import dataclasses
 import os
 import resource
 import signal
@@ -13,9 +14,11 @@ from training import PYTHONPATH, FewDigits, became, differences, fit, options, q
 
 from tlalign.checkpoints import CheckpointError, Checkpoints
 from tlalign.cli import main
+from tlalign.config import UsageError
 from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
 from tlalign.listing import read_run
 from tlalign.log import RunLog
+from tlalign.readers import Digits
 from tlalign.runs import RunFolder, read_log, write_log
 
 # Everything that a step draws from or keeps: dropout and dropped paths, momentum, averages, a schedule, erasing.
@@ -78,14 +81,22 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(tmp_path, values):
     assert differences(became(trainer), expected) == []
 
 
-def test_without_checkpoints_within_an_epoch_a_run_continues_from_its_last_end(tmp_path):
+def test_an_evaluation_that_failed_is_done_again_and_no_step(tmp_path):
     config = small(tmp_path / "run", epochs=3)
-    trainer, folder = Trainer(config), RunFolder(config)
-    trainer.fit(folder, quiet(trainer))
-    files = sorted((folder.path / "checkpoints").iterdir())
-    files[-1].unlink()
+    trainer, _, _ = fit(dataclasses.replace(config, output=str(tmp_path / "whole")))
+    stopped, folder = Trainer(config), RunFolder(config)
+    evaluate = stopped.evaluate
+
+    def fail(ema=False):
+        if len(stopped.records) == 2:
+            raise OSError("cannot read an image")
+        return evaluate(ema)
+
+    stopped.evaluate = fail
+    with pytest.raises(OSError, match="cannot read an image"):
+        stopped.fit(folder, quiet(stopped))
     continued, _ = resume(config)
-    assert continued.step == 2 * trainer.steps_per_epoch
+    assert (continued.step, len(continued.records)) == (continued.total_steps, 2)
     continued.fit(folder, quiet(continued))
     assert differences(became(continued), became(trainer)) == []
     rows = folder.log.read_text().splitlines()
@@ -167,6 +178,14 @@ def test_a_second_signal_acts_at_once(tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_run_whose_images_are_others_is_refused(tmp_path, monkeypatch):
+    config = small(tmp_path / "run")
+    fit(config)
+    monkeypatch.setattr("tlalign.readers.Digits", Digits)
+    with pytest.raises(UsageError, match=r"resume: the run has epochs of 5 steps, but with the images .* have 71"):
+        resume(config)
+
+
 def test_another_run_s_checkpoint_is_refused(tmp_path):
     trainer, _, _ = fit(small(tmp_path / "run"))
     state = trainer.state()
@@ -240,6 +259,13 @@ def test_a_run_whose_checkpoints_are_gone_is_not_written_over(tmp_path, capsys, 
     assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path in before} == before
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_a_folder_of_images_may_move(tmp_path, capsys):
+    RunFolder(small(tmp_path / "run", data=f"folder:{tmp_path / 'before'}"))
+    arguments = ["train", "--resume", str(tmp_path / "run"), f"--data=folder:{tmp_path / 'now'}"]
+    assert main(arguments) == 2
+    assert f"data: no folder {tmp_path / 'now'}; expected PATH/train/CLASS/IMAGE" in capsys.readouterr().err
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(tmp_path, capsys):
