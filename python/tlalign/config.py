@@ -177,7 +177,7 @@ class TrainConfig(EvalConfig):
         crop_scale: Least and greatest area of the random crop, as parts of the image's.
         crop_ratio: Least and greatest aspect ratio of the random crop.
         hflip: Probability of a horizontal flip.
-        color_jitter: Strength of colour jitter; not used with auto_augment.
+        color_jitter: Strength of colour jitter; not used with auto_augment but 3a.
         auto_augment: Policy of timm.data, such as rand-m9-mstd0.5-inc1, or 3a (3-Augment of DeiT III); null: none.
         random_erasing: Probability that a rectangle is erased.
         aug_repeats: How often an epoch takes an image, each time augmented anew; it then takes so much fewer images

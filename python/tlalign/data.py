@@ -48,20 +48,24 @@ class DataSets:
     """The parts of a data set, of PIL images and class ids.
 
     Attributes:
-        train: Images to train on.
+        train: Images to train on; None if they were not asked for, and are not there.
         held_out: Images to evaluate on.
         num_classes: Number of classes.
         class_names: Their names, where the data set has any.
     """
 
-    train: Dataset
+    train: Dataset | None
     held_out: Dataset
     num_classes: int
     class_names: list[str]
 
 
-def load_data_sets(config: EvalConfig) -> DataSets:
+def load_data_sets(config: EvalConfig, trains: bool = True) -> DataSets:
     """Opens the data set of a configuration.
+
+    Args:
+        config: The configuration.
+        trains: Whether there must be images to train on; a folder may do without.
 
     Raises:
         UsageError: If there is no such data set, or it isn't where it should be.
@@ -71,7 +75,7 @@ def load_data_sets(config: EvalConfig) -> DataSets:
     if config.data in ("digits", "mnist-5k"):
         train, held_out, names = open_small(config)
     elif kind == "folder" and place:
-        train, held_out, names = open_folder(Path(place))
+        train, held_out, names = open_folder(Path(place).expanduser(), trains)
     elif family == "torch":
         train, held_out, names = open_torchvision(config)
     elif family == "wds":

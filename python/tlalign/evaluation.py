@@ -56,7 +56,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
     """
     device = choose_device(config)
     weights = load_all_weights("checkpoint", path)
-    data = load_data_sets(config)
+    data = load_data_sets(config, trains=False)
     model = create_model(config, data.num_classes)
     loader = create_eval_loader(data.held_out, config, resolve_image_config(config, model), device)
     results = {}

@@ -18,11 +18,12 @@ import numpy as np
 import torchvision
 from PIL import Image
 from timm.data import create_dataset
-from timm.data.readers import create_reader
+from timm.data.readers import add_img_extensions, create_reader, get_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.reader_wds import ReaderWds
 from timm.utils.misc import natural_key
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tlalign.config import EvalConfig, UsageError
 from tlalign.unreadable import (
@@ -49,7 +50,7 @@ _CARS_LAYOUT = (
 )
 _HELD_OUT_NAMES = ("val", "validation", "test")
 
-Parts = tuple[Dataset, Dataset, list[str]]
+Parts = tuple[Dataset | None, Dataset, list[str]]
 
 
 class SmallImages(Dataset):
@@ -134,6 +135,10 @@ class ReaderImages(Dataset):
         return path if os.path.isabs(path) else f"image {index} {path}".strip()
 
 
+# timm's readers would leave out files of other kinds than png and jpeg, and classes that have no such file.
+add_img_extensions([ending for ending in IMG_EXTENSIONS if ending not in get_img_extensions()])
+
+
 class FolderImages(ReaderImages):
     """Images at CLASS/IMAGE of a folder or an archive; hidden files and what is in hidden folders is left out.
 
@@ -142,7 +147,8 @@ class FolderImages(ReaderImages):
         classes: Names of the classes; None: of those with an image, in natural order.
 
     Raises:
-        UsageError: If there are no images, or some lie elsewhere or are of other classes.
+        UsageError: If there are no images, or some lie elsewhere or are of other classes, or if a class to train on has
+            none.
     """
 
     def __init__(self, place: Path, classes: list[str] | None = None) -> None:
@@ -154,6 +160,9 @@ class FolderImages(ReaderImages):
         names = {folder: posixpath.basename(folder) for folder in folders}
         # Sorted twice, since names may differ and be alike to the key.
         self.classes = sorted(sorted(set(names.values())), key=natural_key) if classes is None else classes
+        empty = [] if classes is not None else sorted(_folders_in(place) - set(self.classes))
+        if empty:
+            raise UsageError(f"data: {place} has no images of the classes {', '.join(empty)}; {_FOLDER_LAYOUT}")
         unknown = sorted(set(names.values()) - set(self.classes))
         if unknown:
             raise UsageError(f"data: {place} has classes that the images to train on lack: {', '.join(unknown)}")
@@ -281,8 +290,12 @@ def open_small(config: EvalConfig) -> Parts:
     return train, held_out, train.classes
 
 
-def open_folder(root: Path) -> Parts:
+def open_folder(root: Path, trains: bool) -> Parts:
     """Opens an image folder, or archives of one.
+
+    Args:
+        root: The folder.
+        trains: Whether there must be images to train on; without any, classes are those of the held-out ones.
 
     Raises:
         UsageError: If it is not there, or its parts don't fit each other.
@@ -296,9 +309,12 @@ def open_folder(root: Path) -> Parts:
     for paths in candidates:
         place = next((path for path in paths if path.exists()), None)
         # timm would fall back to all of PATH, and so evaluate on what was trained on.
-        if place is None:
+        if place is None and (trains or places):
             raise UsageError(f"data: no folder {paths[0]}; {_FOLDER_LAYOUT}")
         places.append(place)
+    if places[0] is None:
+        held_out = FolderImages(places[1])
+        return None, held_out, held_out.classes
     train = FolderImages(places[0])
     # A class without held-out images would else shift the ids of those after it.
     return train, FolderImages(places[1], train.classes), train.classes
@@ -418,6 +434,13 @@ def _require(package: str, extra: str) -> None:
         raise UsageError(f"data: {package} is not installed; pip install 'tlalign-kernels[{extra}]'") from error
 
 
+def _folders_in(place: Path) -> set[str]:
+    """Names of the folders in a folder that are not hidden; none of an archive."""
+    if place.is_file():
+        return set()
+    return {path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")}
+
+
 def _depth(folder: str) -> int:
     return folder.count("/") + bool(folder)
 
@@ -429,6 +452,9 @@ def _class_ids(reader: Any) -> dict[str, int]:
 def _torchvision_part(config: EvalConfig, option: str) -> Dataset:
     split = getattr(config, option)
     name = config.data.removeprefix("torch/").lower()
+    if name in ("folder", "image_folder"):
+        # timm would number the classes of each part anew.
+        raise UsageError(f"data: expected folder:PATH for a folder of images, got {config.data}")
     files = {"root": config.data_dir, "download": config.download, "loader": open_image}
     try:
         if name == "flowers102":
@@ -449,8 +475,9 @@ def _torchvision_part(config: EvalConfig, option: str) -> Dataset:
     except AssertionError as error:
         raise UsageError(f"data: {error}") from error
     except (RuntimeError, ValueError, OSError) as error:
-        remedy = _CARS_LAYOUT if name == "stanford_cars" else "--download true fetches it"
-        raise UsageError(f"data: {config.data} is not in {config.data_dir} ({error}); {remedy}") from error
+        remedy = "; --download true fetches it" if not config.download and name != "imagenet" else ""
+        remedy = f"; {_CARS_LAYOUT}" if name == "stanford_cars" else remedy
+        raise UsageError(f"data: {config.data} is not in {config.data_dir} ({error}){remedy}") from error
 
 
 def _create_hugging_face_reader(config: EvalConfig, arguments: dict[str, Any]) -> Any:

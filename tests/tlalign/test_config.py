@@ -143,6 +143,14 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         load_config_file(file)
 
 
+@pytest.mark.parametrize("name", ["mixing", "lr", "epochs", "residual", "crop_scale", "model_kwargs"])
+def test_a_value_left_empty_in_a_file_is_a_usage_error(tmp_path, capsys, name):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{name}:\n")
+    assert cli.main(["train", "--config", str(file)]) == 2
+    assert f"{name}: expected a value, got null" in capsys.readouterr().err
+
+
 def test_a_wrong_type_in_a_file_is_a_usage_error(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: many\n")

@@ -85,6 +85,46 @@ def test_a_missing_folder_says_which_layout_is_expected(tmp_path, image_folder):
         load_data_sets(folder_config(image_folder))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_of_all_usual_kinds_are_read(image_folder, packed):
+    endings = {"train": (".webp", ".BMP", ".tif"), "val": (".jpeg", ".ppm", ".tiff")}
+    for split, kinds in endings.items():
+        for number, ending in enumerate(kinds):
+            path = image_folder / split / "a" / f"{number}.png"
+            Image.open(path).save(path.with_suffix(ending))
+            path.unlink()
+    if packed:
+        archived(image_folder)
+    data = load_data_sets(folder_config(image_folder))
+    assert data.class_names == ["a", "b", "c"]
+    assert (len(data.train), len(data.held_out)) == (9, 6)
+    for part in (data.train, data.held_out):
+        for number in range(3):
+            image, target = part[number]
+            assert target == 0
+            assert image.getpixel((9, 9))[0] > 250
+
+
+def test_a_class_without_images_to_train_on_is_refused(image_folder):
+    for image in (image_folder / "train" / "b").iterdir():
+        image.rename(image.with_suffix(".heic"))
+    with pytest.raises(UsageError, match=r"train has no images of the classes b; expected PATH/train/CLASS/IMAGE"):
+        load_data_sets(folder_config(image_folder))
+
+
+def test_held_out_images_alone_are_enough_to_evaluate_on(image_folder):
+    shutil.rmtree(image_folder / "train")
+    data = load_data_sets(folder_config(image_folder), trains=False)
+    assert data.train is None
+    assert data.class_names == ["a", "c"]
+    assert len(data.held_out) == 6
+
+
+def test_a_home_folder_is_found(image_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(image_folder))
+    assert len(load_data_sets(folder_config("~")).train) == 9
+
+
 def test_an_unknown_held_out_class_is_refused(image_folder):
     (image_folder / "val" / "a").rename(image_folder / "val" / "new")
     with pytest.raises(UsageError, match="lack: new"):
@@ -159,6 +199,7 @@ def test_classes_are_numbered_in_natural_order_always_the_same(image_folder):
         ({"data": "imagenet"}, "expected digits, mnist-5k, folder:PATH, .*, got 'imagenet'"),
         ({"data": "torch/cifar10"}, "data_dir: expected a folder"),
         ({"data": "torch/cifar11", "data_dir": "."}, "Unknown torchvision dataset"),
+        ({"data": "torch/image_folder", "data_dir": "."}, "expected folder:PATH for a folder of images, got torch/im"),
         ({"data": "digits", "num_classes": 5}, "num_classes: expected at least the 10 of digits, got 5"),
     ],
 )
@@ -169,7 +210,10 @@ def test_a_data_set_that_does_not_exist_is_a_usage_error(values, message):
 
 def test_a_torchvision_set_that_is_not_there_says_how_to_fetch_it(tmp_path):
     config = EvalConfig(data="torch/cifar10", model="vit_tiny_patch16_224", data_dir=str(tmp_path))
-    with pytest.raises(UsageError, match="--download true"):
+    with pytest.raises(UsageError, match="--download true fetches it"):
+        load_data_sets(config)
+    config = EvalConfig(data="torch/imagenet", model="vit_tiny_patch16_224", data_dir=str(tmp_path))
+    with pytest.raises(UsageError, match=r"torch/imagenet is not in .*\)$"):
         load_data_sets(config)
 
 

@@ -64,7 +64,7 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None, console: Consol
         UsageError: If something asked for can't be done.
     """
     console = Console() if console is None else console
-    subject = create_subject(config, load_data_sets(config), checkpoint)
+    subject = create_subject(config, load_data_sets(config, trains=False), checkpoint)
     folder = Path(config.output or ("analysis" if checkpoint is None else checkpoint.parent / "analysis"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
