@@ -27,6 +27,7 @@ from tlalign.config import PATCH_MIXING, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config, sample_images
 from tlalign.evaluation import autocast, choose_device, evaluate
 from tlalign.log import RunLog
+from tlalign.mixing import AttentiveCutMix, MixingStrategy
 from tlalign.mixing.puzzle import GRIDS
 from tlalign.networks import align_targets, create_initial_model, create_teacher
 from tlalign.processes import Processes
@@ -34,6 +35,7 @@ from tlalign.progress import TrainingProgress
 from tlalign.runs import EpochRecord, RunFolder
 from tlalign.signals import StopSignals
 from tlalign.task import AlignedClassificationTask, create_mixing
+from tlalign.teacher import Teacher
 from tlalign_kernels import MixedTarget
 
 # Reading the loss waits for an accelerator, so it is read every so many steps there.
@@ -110,9 +112,12 @@ class Trainer:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         teacher = create_teacher(config, data.num_classes, self.device) if config.needs_teacher else None
+        mixing = create_mixing(config, self.model, teacher)
+        if teacher is not None:
+            self._check_teacher(teacher, mixing)
         self.task = AlignedClassificationTask(
             self.model,
-            create_mixing(config, self.model, teacher),
+            mixing,
             align=config.aligns,
             teacher=teacher if config.teacher_labels else None,
             loss=config.loss,
@@ -301,6 +306,22 @@ class Trainer:
             ) from error
         finally:
             self.model.train(training)
+
+    def _check_teacher(self, teacher: Teacher, mixing: MixingStrategy) -> None:
+        """Shows the teacher an image, since not of every network the features form a map, and one of many cells."""
+        images = torch.zeros(1, *self.image_config["input_size"], device=self.device)
+        try:
+            cells = teacher.activation(images)[0].numel()
+            if self.config.teacher_labels:
+                teacher.class_scores(images)
+        except (AttributeError, AssertionError, TypeError, ValueError, RuntimeError) as error:
+            name = type(teacher.model).__name__
+            raise UsageError(f"teacher_checkpoint: the features of {name} form no map of cells: {error}") from error
+        if isinstance(mixing, AttentiveCutMix) and cells <= mixing.count:
+            raise UsageError(
+                f"img_size: expected images in which the teacher has more than the {mixing.count} cells that "
+                f"attentive-cutmix chooses, got {cells} in {tuple(images.shape[-2:])} pixels"
+            )
 
     def _checkpoint_activations(self) -> None:
         try:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from rich.console import Console
 from training import TINY, FewDigits, fit, quiet, resume, tiny
@@ -107,6 +108,27 @@ def test_a_run_s_checkpoint_teaches_another(tmp_path, mixing, target):
     # Its model can be given by name instead, but this name has other weights.
     with pytest.raises(UsageError, match=r"teacher_checkpoint: .* is not of this resnet10t"):
         Trainer(dataclasses.replace(config, teacher_model="resnet10t"))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "mixing", "target", "message"),
+    [
+        (
+            "resnet10t",
+            "attentive-cutmix",
+            "ratio",
+            "img_size: expected images in which the teacher has more than",
+        ),
+        ("mixer_s32_224", "cutmix", "teacher", "teacher_checkpoint: the features of MlpMixer form no map of cells"),
+    ],
+)
+def test_a_teacher_that_has_no_map_of_enough_cells_is_refused(tmp_path, teacher, mixing, target, message):
+    checkpoint = tmp_path / "teacher.pth"
+    options = {"img_size": 32} if teacher.startswith("mixer") else {}
+    torch.save(timm.create_model(teacher, num_classes=10, in_chans=1, **options).state_dict(), checkpoint)
+    of_teacher = {"teacher_checkpoint": str(checkpoint), "teacher_model": teacher}
+    with pytest.raises(UsageError, match=message):
+        Trainer(tiny(tmp_path, img_size=32, mixing=mixing, target=target, **of_teacher))
 
 
 def test_bfloat16_and_no_average_train(tmp_path):
