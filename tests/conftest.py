@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Before the folder of the tests is on the path, where one of them would pass for the package.
+import tlalign  # noqa: F401
+
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Timings say nothing on a busy machine; fixed examples make a failure repeatable. Interpreted kernels are slow.
