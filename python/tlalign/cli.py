@@ -439,11 +439,16 @@ def _is_to_resume(config: TrainConfig) -> bool:
     saved = _parse(parser, TrainConfig, _saved(Path(config.output)), ())
     for name in field_names(TrainConfig):
         before, now = getattr(saved, name), getattr(config, name)
-        # A folder of images may have moved.
-        has_moved = name == "data" and all(str(value).startswith("folder:") for value in (before, now))
-        if before != now and name not in MAY_CHANGE and not has_moved:
+        if before != now and name not in MAY_CHANGE and not _has_moved(name, str(before), str(now)):
             raise UsageError(f"resume: {name} of the run in {config.output} is {before}, got {now}")
     return True
+
+
+def _has_moved(name: str, before: str, now: str) -> bool:
+    """Whether what an option names may be the same in another place: a folder of images, or a teacher."""
+    if name == "data":
+        return before.startswith("folder:") and now.startswith("folder:")
+    return name == "teacher_checkpoint" and Path(before).name == Path(now).name
 
 
 def _try(config: TrainConfig) -> int:
@@ -483,9 +488,12 @@ def _describe(trainer: Trainer) -> None:
 
 def _run(config: TrainConfig, resume: bool) -> int:
     """Makes or opens the folder of a run, and trains."""
+    from tlalign.checkpoints import Checkpoints
     from tlalign.engine import Trainer
 
-    trainer = Trainer(config)
+    # Weights to start from that a checkpoint replaces need not be there any more.
+    has_trained = resume and bool(Checkpoints(Path(config.output)).traces())
+    trainer = Trainer(config, initialises=not has_trained)
     if not trainer.processes.first:
         return _train(trainer, None, resume)
     folder = RunFolder(config, resume)

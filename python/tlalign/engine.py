@@ -29,7 +29,7 @@ from tlalign.evaluation import autocast, choose_device, evaluate
 from tlalign.log import RunLog
 from tlalign.mixing import AttentiveCutMix, MixingStrategy
 from tlalign.mixing.puzzle import GRIDS
-from tlalign.networks import align_targets, create_initial_model, create_teacher
+from tlalign.networks import align_targets, create_initial_model, create_model, create_teacher
 from tlalign.processes import Processes
 from tlalign.progress import TrainingProgress
 from tlalign.runs import EpochRecord, RunFolder
@@ -66,6 +66,7 @@ class Trainer:
 
     Args:
         config: Configuration of the run.
+        initialises: Whether the model gets the weights to start from; not needed before `resume`.
 
     Attributes:
         config: Configuration of the run.
@@ -88,14 +89,15 @@ class Trainer:
         UsageError: If the configuration can't be run.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, initialises: bool = True) -> None:
         self.config = config
         self.processes = Processes.start(choose_device(config))
         self.device = self.processes.device
         random_seed(config.seed)
         with self.processes.first_before_others():
             data = load_data_sets(config)
-            self.model = create_initial_model(config, data.num_classes).to(self.device)
+            create = create_initial_model if initialises else create_model
+            self.model = create(config, data.num_classes).to(self.device)
         self.num_classes, self.class_names = data.num_classes, data.class_names
         self.image_config = resolve_image_config(config, self.model)
         self._check_mixing()

@@ -268,6 +268,36 @@ def test_a_folder_of_images_may_move(tmp_path, capsys):
     assert f"data: no folder {tmp_path / 'now'}; expected PATH/train/CLASS/IMAGE" in capsys.readouterr().err
 
 
+def test_a_teacher_may_move_but_not_become_another(tmp_path, capsys):
+    teacher = {"target": "teacher", "teacher_model": "resnet10t"}
+    config = small(tmp_path / "run", teacher_checkpoint="before/best.pth", **teacher)
+    RunFolder(config)
+    assert main(["train", "--resume", config.output, "--teacher_checkpoint=now/best.pth"]) == 2
+    assert "teacher_checkpoint: cannot read now/best.pth" in capsys.readouterr().err
+    assert main(["train", "--resume", config.output, "--teacher_checkpoint=before/last.pth"]) == 2
+    assert f"teacher_checkpoint of the run in {config.output} is before/best.pth" in capsys.readouterr().err
+
+
+def test_a_run_continues_without_the_weights_that_it_began_with(tmp_path, capsys):
+    path = tmp_path / "initial.pth"
+    torch.save(Trainer(small(tmp_path / "before", seed=1)).model.state_dict(), path)
+    config = small(tmp_path / "run", initial_checkpoint=str(path))
+    expected = became(fit(dataclasses.replace(config, output=str(tmp_path / "whole")))[0])
+    trainer, folder = Trainer(config), RunFolder(config)
+    stop_after(trainer, 2)
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit(folder, quiet(trainer))
+    path.unlink()
+    assert main(["train", "--resume", config.output]) == 0
+    continued, _ = resume(config, initialises=False)
+    assert differences(became(continued), expected) == []
+    # A run that has not trained yet begins with them.
+    config = small(tmp_path / "new", initial_checkpoint=str(path))
+    RunFolder(config)
+    assert main(["train", "--resume", config.output]) == 2
+    assert f"initial_checkpoint: cannot read {path}" in capsys.readouterr().err
+
+
 def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(tmp_path, capsys):
     config = small(tmp_path / "run")
     write_log(RunFolder(config).log, [])

@@ -67,9 +67,9 @@ def fit(config: TrainConfig) -> tuple[Trainer, RunFolder, list]:
     return trainer, folder, trainer.fit(folder, quiet(trainer))
 
 
-def resume(config: TrainConfig, report=None) -> tuple[Trainer, RunFolder]:
+def resume(config: TrainConfig, report=None, initialises: bool = True) -> tuple[Trainer, RunFolder]:
     """A trainer that continues the run in a folder, or starts it if it has no checkpoint yet."""
-    trainer, folder = Trainer(config), RunFolder(config, resume=True)
+    trainer, folder = Trainer(config, initialises), RunFolder(config, resume=True)
     found = Checkpoints(folder.path).load_newest(report or _unexpected)
     if found is not None:
         trainer.resume(found[1])
