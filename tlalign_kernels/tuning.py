@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -58,62 +59,73 @@ def tune(step: Callable[[], object], cache: str | os.PathLike | None = None) -> 
         step: A forward, or forward and backward, of the model or the operator, as in training. Gradients that it
             leaves are the caller's to clear; torch's random state is left as it was.
         cache: JSON file with the choices of earlier calls, which are not timed again on the same kind of device with
-            the same versions; new ones are added. None: nothing is read or written.
+            the same versions; new ones are added, each as soon as it is made. None: nothing is read or written.
 
     Returns:
         The choice for each class of problems, in the order of their first appearance.
 
     Raises:
         ValueError: If `step` asks for nothing, or the cache is no such file.
-        RuntimeError: If a problem can be run by no candidate, with the reasons.
+        RuntimeError: If a problem can be run by no candidate, with the reasons; on other ranks whatever rank 0 raised.
+        OSError: If the cache can't be read, or choices can't be added to it.
     """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    is_first = not distributed or torch.distributed.get_rank() == 0
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices):
-        with listen() as heard:
-            step()
-        problems: dict[Problem, Problem] = {}
-        for problem in heard:
-            seen = problems.get(problem_class(problem))
-            if seen is None or problem.needs_gradient > seen.needs_gradient:
-                problems[problem_class(problem)] = problem
-        if not problems:
-            raise ValueError(
-                "step: expected calls of attention with backend='auto', got none; patch the model, pass it a target, "
-                "and tune before torch.compile"
-            )
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        found: list[object] = [None]
-        if not distributed or torch.distributed.get_rank() == 0:
-            try:
-                found = [_find(list(problems.values()), None if cache is None else Path(cache))]
-            except (ValueError, RuntimeError, OSError) as error:
-                # The others wait for rank 0: they have to hear of it.
-                found = [error]
-        if distributed:
-            torch.distributed.broadcast_object_list(found, src=0)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    choices = {choice.problem: choice for choice in found[0]}
-    for problem in problems.values():
-        if _text(problem) not in choices:
+    choices, failure = [], None
+    try:
+        with torch.random.fork_rng(devices):
+            problems = _problems_of(step)
+            if is_first:
+                choices = _find(problems, None if cache is None else Path(cache))
+    except Exception as error:
+        if not (distributed and is_first):
+            raise
+        failure = error
+    if distributed:
+        # The others wait for rank 0, so whatever happened there, they have to hear of it.
+        said = [choices, None if failure is None else f"{type(failure).__name__}: {failure}"]
+        torch.distributed.broadcast_object_list(said, src=0)
+        choices, message = said
+        if message is not None:
+            raise failure or RuntimeError(f"tune failed on rank 0: {message}")
+    found = {choice.problem: choice for choice in choices}
+    for problem in problems:
+        if _text(problem) not in found:
             raise RuntimeError(f"step: expected the same problems as on rank 0, got {_text(problem)} here only")
-        _follow(problem, choices[_text(problem)])
-    return found[0]
+        _follow(problem, found[_text(problem)])
+    return choices
+
+
+def _problems_of(step: Callable[[], object]) -> list[Problem]:
+    """A problem of each class that a step asks for, with a gradient if any of them needs one."""
+    with listen() as heard:
+        step()
+    problems: dict[Problem, Problem] = {}
+    for problem in heard:
+        seen = problems.get(problem_class(problem))
+        if seen is None or problem.needs_gradient > seen.needs_gradient:
+            problems[problem_class(problem)] = problem
+    if not problems:
+        raise ValueError(
+            "step: expected calls of attention with backend='auto', got none; patch the model, pass it a target, "
+            "and tune before torch.compile"
+        )
+    return list(problems.values())
 
 
 def _find(problems: list[Problem], cache: Path | None) -> list[Choice]:
-    known = {} if cache is None else _read(cache)
-    here = known.setdefault(_environment(problems[0].device_type), {})
-    if cache is not None:
-        _write(cache, known)  # before anything is timed: whether it can be kept
-    choices = [here.get(_text(problem)) for problem in problems]
-    choices = [
-        choice if choice is not None and _candidate(problem, choice) is not None else _time_all(problem)
-        for problem, choice in zip(problems, choices, strict=True)
-    ]
-    here.update({choice.problem: choice for choice in choices})
-    if cache is not None:
-        _write(cache, known)
+    """Takes the choices from the cache, or makes them and adds each to it as soon as it is made."""
+    environment = _environment(problems[0].device_type)
+    known = {} if cache is None else _read(cache).get(environment, {})
+    choices = [known.get(_text(problem)) for problem in problems]
+    missing = [i for i, choice in enumerate(choices) if choice is None or _candidate(problems[i], choice) is None]
+    if cache is not None and missing:
+        _add(cache, environment, [])  # before anything is timed: whether it can be kept
+    for i in missing:
+        choices[i] = _time_all(problems[i])
+        if cache is not None:
+            _add(cache, environment, [choices[i]])
     return choices
 
 
@@ -132,7 +144,8 @@ def _environment(device_type: str) -> str:
         versions.append("no triton")
     if device_type == "cuda":
         return ", ".join([torch.cuda.get_device_name(), *versions])
-    return ", ".join([f"{device_type} {platform.machine()}, {torch.get_num_threads()} threads", *versions])
+    processor = f"{device_type} {platform.machine()} {BACKENDS['cpu'].instruction_set() or 'without kernels'}"
+    return ", ".join([f"{processor}, {torch.get_num_threads()} threads", *versions])
 
 
 def _candidates(problem: Problem) -> dict[str, tuple[str, tuple | None]]:
@@ -169,12 +182,11 @@ def _follow(problem: Problem, choice: Choice) -> None:
 def _time_all(problem: Problem) -> Choice:
     """Times the candidates, and leaves the backends as they were."""
     candidates = _candidates(problem)
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in BACKENDS.values():
+            if hasattr(module, "preferences_kept"):
+                stack.enter_context(module.preferences_kept())
         times, failures = _time_in_turn(problem, candidates)
-    finally:
-        for backend, configuration in candidates.values():
-            if configuration is not None:
-                BACKENDS[backend].prefer(problem, None)
     if not times:
         raise RuntimeError(f"no candidate can run {_text(problem)}: {failures}")
     medians = {name: 1000 * statistics.median(measured) for name, measured in times.items()}
@@ -324,8 +336,10 @@ def _read(cache: Path) -> dict[str, dict[str, Choice]]:
         raise ValueError(f"cache: expected a file that tune has written, got {cache}: {error}") from error
 
 
-def _write(cache: Path, known: dict[str, dict[str, Choice]]) -> None:
-    """Writes all of it or leaves the file as it was."""
+def _add(cache: Path, environment: str, choices: list[Choice]) -> None:
+    """Adds to what the file holds now, maybe by another process; writes all of it or leaves it as it was."""
+    known = _read(cache)
+    known.setdefault(environment, {}).update({choice.problem: choice for choice in choices})
     text = json.dumps({place: [asdict(choice) for choice in known[place].values()] for place in known}, indent=1)
     cache.parent.mkdir(parents=True, exist_ok=True)
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")

@@ -8,6 +8,7 @@ import os
 import sys
 from functools import partial
 
+import pytest
 import timm
 import torch
 import torch.distributed as dist
@@ -158,6 +159,9 @@ def check_tune():
     dist.all_gather_object(everywhere, choices)
     assert everywhere[0] == everywhere[1]
     assert list(tuning.TUNED.values()) == [choices[0].backend]
+    # Whatever fails on rank 0, the other does not wait for it.
+    with pytest.raises(RuntimeError if dist.get_rank() else TypeError, match="PathLike"):
+        tlk.tune(lambda: step(model, *batch(own_half())), cache=5)
 
 
 if __name__ == "__main__":

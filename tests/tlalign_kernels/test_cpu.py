@@ -147,6 +147,10 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("TLALIGN_CPU_ISA", "mmx")
     with pytest.raises(ValueError, match=r"TLALIGN_CPU_ISA: expected one of .*portable, got mmx"):
         tlk.attention(*torch.randn(3, 1, 1, 4, 8).unbind(0), backend="cpu")
+    # Nor is another backend taken instead, or said to be.
+    for function in (tlk.attention, tlk.explain):
+        with pytest.raises(ValueError, match="got mmx"):
+            function(*torch.randn(3, 1, 1, 4, 8).unbind(0))
 
 
 # Threads

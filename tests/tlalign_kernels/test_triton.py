@@ -352,6 +352,28 @@ def test_nothing_spills_in_windows(arch, tokens, dtype):
 # Chosen
 
 
+def test_what_tune_prefers_is_for_one_class_of_problems(monkeypatch):
+    """Two stages of a Swin differ in their heads alone; calls with labels and without, in the forward alone."""
+    monkeypatch.setattr(backend, "_preferred", {})
+    problem = Problem("cpu", torch.bfloat16, 2, 3, 49, 49, 32, 1, torch.float32, True, False, 0.0, True)
+    others = [
+        problem._replace(heads=6),
+        problem._replace(has_bias=False),
+        problem._replace(has_mask=True),
+        problem._replace(dropout_p=0.1),
+        problem._replace(windows=Windows((7, 7), (7, 7), (0, 0))),
+    ]
+    default, *_, chosen = backend.configurations(problem)
+    with backend.preferences_kept():
+        backend.prefer(problem, chosen)
+        assert backend.configuration_of(problem._replace(batch=5)) == chosen
+        for other in others:
+            assert backend.configuration_of(other) == backend.configurations(other)[0]
+        forward, *backward = backend.configuration_of(problem._replace(sources=0, share_dtype=None))
+        assert (forward, tuple(backward)) == (default[0], chosen[1:])
+    assert backend.configuration_of(problem) == default
+
+
 def test_what_tune_prefers_is_launched(monkeypatch):
     names = []
     offline.record(monkeypatch, lambda launch: names.append(launch.name))
@@ -369,7 +391,7 @@ def test_what_tune_prefers_is_launched(monkeypatch):
             tlk.attention_qkv(qkv, torch.zeros(batch, 50, 1), backend="triton")[0].sum().backward()
             assert {config.kernel for config in configuration} <= set(names)
         query = torch.zeros(1, 3, 50, 32, dtype=torch.bfloat16, requires_grad=True)
-        explained = tlk.explain(query, query, query, backend="triton")
+        explained = tlk.explain(query, query, query, torch.zeros(1, 50, 1), backend="triton")
         assert explained.configuration == tuple(map(str, configuration))
 
 

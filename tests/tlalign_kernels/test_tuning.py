@@ -136,6 +136,32 @@ def test_a_choice_that_is_no_longer_there_is_made_again(tmp_path):
     assert "abacus" not in cache.read_text()
 
 
+def test_choices_are_kept_as_soon_as_they_are_made_beside_those_of_another_process(monkeypatch, tmp_path):
+    cache = tmp_path / "tuned.json"
+    time_all = tuning._time_all
+
+    def interrupted(problem):
+        if problem.queries == 10:
+            monkeypatch.setattr(tuning, "_time_all", time_all)
+            tlk.tune(lambda: step(tokens=11), cache=cache)  # another process
+            raise KeyboardInterrupt
+        return time_all(problem)
+
+    monkeypatch.setattr(tuning, "_time_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tlk.tune(lambda: (step(), step(tokens=10)), cache=cache)
+    (stored,) = json.loads(cache.read_text()).values()
+    assert [" queries=9 " in choice["problem"] for choice in stored] == [True, False]
+    assert " queries=11 " in stored[1]["problem"]
+
+
+def test_a_cache_that_has_all_need_not_be_written(monkeypatch, tmp_path):
+    cache = tmp_path / "tuned.json"
+    expected = tlk.tune(step, cache=cache)
+    monkeypatch.setattr(tuning, "_add", None)
+    assert tlk.tune(step, cache=cache) == expected
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"here": [{"backend": "cpu"}]}', '{"here": 3}'])
 def test_a_file_that_is_no_cache_is_refused_and_kept(tmp_path, text):
     cache = tmp_path / "notes.json"

@@ -2,7 +2,7 @@
 
 A backend is a module with launchers (`forward`, `backward`, `window_forward` and `window_backward`, see `reference`)
 and `unsupported_reasons(problem) -> list[str]`. One whose kernels can be compiled in several ways has `configurations`,
-`prefer` and `configuration_of` as well, see `triton`. Backends never import one another.
+`prefer`, `preferences_kept` and `configuration_of` as well, see `triton`. Backends never import one another.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def explain_choice(problem: Problem, backend: str = "auto") -> Explanation:
     Raises:
         ValueError: If `backend` is neither "auto" nor the name of a backend.
     """
-    if backend != "auto" and backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     reasons = {name: module.unsupported_reasons(problem) for name, module in BACKENDS.items()}
     candidates = _auto_candidates(problem) if backend == "auto" else (backend,)
@@ -132,7 +132,7 @@ def choose(problem: Problem, backend: str = "auto") -> str:
         _listening.append(problem)
     # The common case builds no explanation: this runs at every call.
     for name in _auto_candidates(problem) if backend == "auto" else (backend,):
-        if name in BACKENDS and not BACKENDS[name].unsupported_reasons(problem):
+        if isinstance(name, str) and name in BACKENDS and not BACKENDS[name].unsupported_reasons(problem):
             return name
     explanation = explain_choice(problem, backend)
     if explanation.backend is None:

@@ -28,12 +28,29 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     if extension.compiled is None:
         reasons.append(extension.missing_reason)
     elif not hasattr(extension.compiled, "cpu_attention_forward"):
-        reasons.append("the compiled extension was built without CPU kernels, which need gcc or clang")
+        reasons.append("the compiled extension was built without CPU kernels, which need gcc 10 or clang 9, or newer")
     if problem.device_type != "cpu":
         reasons.append(f"device: expected cpu, got {problem.device_type}")
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype: expected one of {list(DTYPES)}, got {problem.dtype}")
+    if not reasons and not torch.compiler.is_compiling():  # a call that is compiled asks when it runs
+        instruction_set()
     return reasons
+
+
+def instruction_set() -> str | None:
+    """Instruction set of the kernels: the best that the processor has, or the forced one; None: there are no kernels.
+
+    Raises:
+        ValueError: If `TLALIGN_CPU_ISA` names none, or one that the processor lacks; no other is taken instead.
+    """
+    return _instruction_set(os.environ.get("TLALIGN_CPU_ISA", ""))
+
+
+@functools.cache
+def _instruction_set(wanted: str) -> str:
+    has_kernels = hasattr(extension.compiled, "cpu_instruction_set")
+    return extension.compiled.cpu_instruction_set(wanted) if has_kernels else None
 
 
 def forward(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,8 +23,8 @@ try:
 
     # Decided where the kernels are decorated: at import.
     _interpreted = triton.knobs.runtime.interpret
-except ImportError as error:
-    triton, _interpreted, _missing = None, False, str(error)
+except Exception as error:  # an older Triton, or a broken one, has errors of many classes
+    triton, _interpreted, _missing = None, False, f"{type(error).__name__}: {error}"
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
@@ -356,44 +356,67 @@ def _has_warp_groups(shape: Shape) -> bool:
     return shape.capability in (90, 100)
 
 
-# What `prefer` was told, for a direction and a class of shapes; the batch is not part of it.
-_preferred: dict[tuple[Callable[[Shape], list[tuple[Config, ...]]], Shape], tuple[Config, ...]] = {}
+# What `prefer` was told, for a direction and a class of problems.
+_preferred: dict[tuple, tuple[Config, ...]] = {}
 
 
-def _chosen(configs: Callable[[Shape], list[tuple[Config, ...]]], shape: Shape) -> tuple[Config, ...]:
-    return (_preferred and _preferred.get((configs, shape._replace(batch=0)))) or configs(shape)[0]
+def _chosen(configs: Callable[[Shape], list[tuple[Config, ...]]], shape: Shape, *others: object) -> tuple[Config, ...]:
+    return (_preferred and _preferred.get(_class_of(configs, shape, *others))) or configs(shape)[0]
 
 
-def _shape_and_directions(problem: Problem) -> tuple[Shape, tuple]:
-    _, dtype, batch, _, queries, keys, head_dim, *_ = problem
+def _class_of(
+    configs: Callable[[Shape], list[tuple[Config, ...]]],
+    shape: Shape,
+    heads: int,
+    has_bias: bool,
+    has_mask: bool,
+    dropout_p: float,
+    windows: Windows | None,
+    sources: int,
+) -> tuple:
+    """All but the batch, and in a backward the labels, of which it knows nothing."""
+    labels = () if configs is backward_configs else (sources,)
+    return (configs, shape._replace(batch=0), heads, has_bias, has_mask, dropout_p, windows, *labels)
+
+
+def _directions(problem: Problem) -> list[tuple]:
+    """What `_chosen` is asked in the forward and, if needed, the backward of a problem."""
+    _, dtype, batch, heads, queries, keys, head_dim, sources, _, has_bias, has_mask, dropout_p, _, windows = problem
     capability = _capability(torch.device(problem.device_type))
-    has_offsets = problem.has_bias or problem.has_mask
-    shape = Shape(capability, dtype, batch, queries, keys, head_dim, has_offsets, problem.windows is not None)
-    return shape, (forward_configs, backward_configs) if problem.needs_gradient else (forward_configs,)
+    in_windows = windows is not None
+    shape = Shape(capability, dtype, batch, queries, keys, head_dim, has_bias or has_mask, in_windows)
+    asked = shape, heads, has_bias, has_mask, dropout_p, windows, sources
+    directions = (forward_configs, backward_configs) if problem.needs_gradient else (forward_configs,)
+    return [(configs, *asked) for configs in directions]
 
 
 def configurations(problem: Problem) -> list[tuple[Config, ...]]:
     """What `tune` may choose from: kernels of forward and, if needed, backward; the first is the default."""
-    shape, directions = _shape_and_directions(problem)
-    return [sum(chosen, ()) for chosen in itertools.product(*(configs(shape) for configs in directions))]
+    of_each = (configs(shape) for configs, shape, *_ in _directions(problem))
+    return [sum(chosen, ()) for chosen in itertools.product(*of_each)]
 
 
-def prefer(problem: Problem, configuration: tuple[Config, ...] | None) -> None:
-    """Has launches of such shapes, of any batch, take this configuration from now on; None: their default again."""
-    shape, directions = _shape_and_directions(problem)
-    if configuration is None:
-        for configs in directions:
-            _preferred.pop((configs, shape._replace(batch=0)), None)
-        return
+def prefer(problem: Problem, configuration: tuple[Config, ...]) -> None:
+    """Has launches for such problems, of any batch, take this configuration from now on."""
     forward, *backward = configuration
-    for configs, chosen in zip(directions, ((forward,), tuple(backward)), strict=False):
-        _preferred[configs, shape._replace(batch=0)] = chosen
+    for direction, chosen in zip(_directions(problem), ((forward,), tuple(backward)), strict=False):
+        _preferred[_class_of(*direction)] = chosen
+
+
+@contextlib.contextmanager
+def preferences_kept() -> Iterator[None]:
+    """Context at whose end everything is preferred again that was at its start, and nothing else."""
+    before = _preferred.copy()
+    try:
+        yield
+    finally:
+        _preferred.clear()
+        _preferred.update(before)
 
 
 def configuration_of(problem: Problem) -> tuple[Config, ...]:
     """The kernels that launches for a problem take."""
-    shape, directions = _shape_and_directions(problem)
-    return sum((_chosen(configs, shape) for configs in directions), ())
+    return sum((_chosen(*direction) for direction in _directions(problem)), ())
 
 
 def forward(
@@ -420,6 +443,7 @@ def forward(
     batch, heads, queries, keys, _ = _sizes(query, key, windows)
     tokens, sources = key.shape[2], 0 if share is None else share.shape[-1]
     bias, mask = _readable(bias), _readable(mask)
+    given = _given(bias, mask, windows)
     if windows is not None:
         bias = _arranged(bias, query, windows)
     share = None if share is None else share.contiguous()
@@ -430,7 +454,7 @@ def forward(
     # A label more than there are sources: whether a key is real.
     padded = int(pad_qkv is not None)
     shape = _shape_of(query, key, has_offsets, windows)
-    (config,) = _chosen(forward_configs, shape)
+    (config,) = _chosen(forward_configs, shape, heads, *given, dropout_p, windows, sources)
     grid = _blocks(queries, config.tiles["BLOCK_Q"]) * batch
     parts_row = _padded_keys(config.tiles, keys)
     sizes = (heads, queries, keys)
@@ -522,11 +546,12 @@ def backward(
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
     bias, mask = _readable(bias), _readable(mask)
+    given = _given(bias, mask, windows)
     if windows is not None:
         bias = _arranged(bias, query, windows)
     has_offsets = bias is not None or mask is not None
     shape = _shape_of(query, key, has_offsets, windows)
-    config, *of_keys = _chosen(backward_configs, shape)
+    config, *of_keys = _chosen(backward_configs, shape, heads, *given, dropout_p, windows, 0)
     factor, dropout = _factor(scale, has_offsets), _dropout(dropout_p)
     with _device_of(query):
         inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
@@ -692,6 +717,11 @@ def _inverse(
         num_warps=4,
     )  # fmt: skip
     return inverse
+
+
+def _given(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) -> tuple[bool, bool]:
+    """Whether there is a bias and, as regions of windows are, a mask."""
+    return bias is not None, mask is not None or (windows is not None and windows.has_regions)
 
 
 def _shape_of(query: Tensor, key: Tensor, has_offsets: bool, windows: Windows | None) -> Shape:
