@@ -69,7 +69,10 @@ def _report() -> int:
     for device in _devices():
         problem = Problem(device, torch.float32, 8, 6, 197, 197, 64, 1, torch.float32, False, False, 0.0, True)
         for name, module in BACKENDS.items():
-            reasons = module.unsupported_reasons(problem)
+            try:
+                reasons = module.unsupported_reasons(problem)
+            except ValueError as error:  # of an environment variable
+                reasons = [str(error)]
             print(f"  {name:<16} on {device}: {'usable' if not reasons else '; '.join(reasons)}")
     return 0
 
@@ -79,6 +82,10 @@ def _selftest(device: str) -> int:
     failures = 0
     for backend, case, dtype, results in selftest(device):
         line = f"{backend:<10} {case.name:<30} {str(dtype).removeprefix('torch.'):<9}"
+        if isinstance(results, Exception):
+            failures += 1
+            print(f"{line} FAILED: {type(results).__name__}: {next(iter(str(results).splitlines()), '')}")
+            continue
         if isinstance(results[0], str):
             print(f"{line} not supported: {'; '.join(results)}")
             continue

@@ -193,7 +193,7 @@ def window_problem(
             raise ValueError(f"{name}: expected two integers of at least {int(most is None)}, got {sizes!r}")
         if most is not None and any(size >= limit for size, limit in zip(sizes, most, strict=True)):
             raise ValueError(f"{name}: expected less than the window of {tuple(most)}, got {tuple(sizes)}")
-    windows = Windows((rows, columns), tuple(window_size), tuple(shift))
+    windows = Windows((rows, columns), tuple(map(int, window_size)), tuple(map(int, shift)))
     tokens = windows.tokens
     for name, labels in (("share", share), ("residual", residual)):
         if isinstance(labels, Tensor) and (labels.dim() != 4 or labels.shape[:3] != (batch, rows, columns)):
@@ -227,7 +227,7 @@ def window_problem(
 
 
 def _are_integers(sizes: object) -> bool:
-    return isinstance(sizes, (tuple, list)) and len(sizes) == 2 and all(isinstance(size, int) for size in sizes)
+    return isinstance(sizes, (tuple, list)) and len(sizes) == 2 and all(hasattr(size, "__index__") for size in sizes)
 
 
 def _flat(labels: Tensor | None) -> Tensor | None:
@@ -274,8 +274,10 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return list(tensors)
+    # float64 is left alone, as PyTorch's own autocast does; then what goes with it is, too.
+    if isinstance(tensors[0], Tensor) and tensors[0].dtype == torch.float64:
+        return list(tensors)
     dtype = torch.get_autocast_dtype(device_type)
-    # float64 is left alone, as PyTorch's own autocast does.
     return [
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
@@ -314,13 +316,15 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
     if not 8 <= head_dim <= 256:
         raise ValueError(f"query: expected a head dimension D of 8 to 256, got {head_dim}")
     _check_labels(query, batch, queries, keys, share, residual)
+    _check_number("dropout_p", dropout_p)
+    if scale is not None:
+        _check_number("scale", scale)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}")
     scores = sizes[:4]
     if bias is not None:
         _check_is_tensor("bias", bias)
-        if not bias.is_floating_point():
-            raise TypeError(f"bias: expected a floating dtype, got {bias.dtype}")
+        _check_dtype("bias", bias.dtype)
         # The gradient of what broadcasts over queries or keys is summed before it is rounded.
         is_summed = query.dtype == torch.float32 and tuple(bias.shape[-2:]) != scores[2:]
         if is_summed or (bias.dtype == torch.float64 and query.dtype != torch.float64):
@@ -328,8 +332,8 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
         bias = _over_scores("bias", bias, scores, query.device)
     if mask is not None:
         _check_is_tensor("mask", mask)
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(f"mask: expected bool or a floating dtype, got {mask.dtype}")
+        if mask.dtype not in (torch.bool, *_DTYPES):
+            raise TypeError(f"mask: expected torch.bool or one of {list(_DTYPES)}, got {mask.dtype}")
         if mask.requires_grad:
             raise ValueError("mask: expected a constant, got one that requires a gradient; pass it as bias")
         mask = _over_scores("mask", _without_overflow(mask, query.dtype), scores, query.device)
@@ -395,9 +399,17 @@ def _over_scores(name: str, tensor: Tensor, scores: tuple[int, ...], device: tor
     return tensor.view(shape).expand(shape[0], shape[1], scores[2], scores[3])
 
 
+def _check_number(name: str, value: float) -> None:
+    """Not a tensor, whose gradient would be lost; what learns a temperature multiplies the query with it."""
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
 def _check_is_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
 
 
 def _check_dtype(name: str, dtype: torch.dtype, wanted: torch.dtype | None = None) -> None:

@@ -449,6 +449,8 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: t
     if tensor.dim() != len(shape) or any(w is not None and g != w for g, w in zip(tensor.shape, shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
+    if 0 in tensor.shape[2:]:
+        raise ValueError(f"{name}: expected at least one pixel or token, got shape {tuple(tensor.shape)}")
 
 
 def _check_distribution(name: str, values: Tensor, dim: int, exactly_one: bool) -> None:

@@ -61,7 +61,8 @@ def mixed_binary_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: f
 
 def _loss(logits: Tensor, target: MixedTarget, smoothing: float, binary: bool) -> Tensor:
     if target.classes is not None:
-        return _MixtureLoss.apply(logits, target.classes, target.source_weights(), smoothing, binary)
+        weights = target.source_weights().to(_loss_dtype(logits)) * (smoothing - 1)
+        return _MixtureLoss.apply(logits, target.classes, weights, smoothing, binary)
     logits = logits.to(_loss_dtype(logits))
     dense = target.image_share(logits.dtype).detach() * (1 - smoothing) + smoothing / logits.shape[1]
     return (F.binary_cross_entropy_with_logits if binary else F.cross_entropy)(logits, dense)
@@ -70,22 +71,27 @@ def _loss(logits: Tensor, target: MixedTarget, smoothing: float, binary: bool) -
 class _MixtureLoss(torch.autograd.Function):
     """Either loss; the gradient is the softmax (or sigmoid) of the logits minus the smoothed target, over the count.
 
-    Left to autograd, the gather and the smoothing would each make a gradient of all classes of their own.
+    Left to autograd, the gather and the smoothing would each make a gradient of all classes of their own. `weights` are
+    those of the sources times smoothing - 1.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, classes: Tensor, weights: Tensor, smoothing: float, binary: bool) -> Tensor:
+    def forward(logits: Tensor, classes: Tensor, weights: Tensor, smoothing: float, binary: bool) -> Tensor:
         dtype = _loss_dtype(logits)
         values = logits.to(dtype) if binary else F.log_softmax(logits, dim=1, dtype=dtype)
-        weights = weights.to(dtype) * (smoothing - 1)
-        ctx.save_for_backward(logits, classes, weights)
-        ctx.smoothing, ctx.binary, ctx.count = smoothing, binary, logits.numel() if binary else len(logits)
         loss = (values.gather(1, classes) * weights).sum()
         if smoothing:
             loss = loss.sub(values.sum(), alpha=smoothing / logits.shape[1])
         if binary:
             loss = loss + F.softplus(values).sum()
-        return loss / (ctx.count or math.nan)
+        return loss / (_count(logits, binary) or math.nan)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.smoothing, ctx.binary = inputs[3:]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,7 +105,12 @@ class _MixtureLoss(torch.autograd.Function):
         # One source after another: of two of the same class, a GPU would add the weights in any order.
         for source, weight in zip(classes.split(1, dim=1), weights.split(1, dim=1), strict=True):
             result.scatter_add_(1, source, weight)
-        return result.mul_(gradient / ctx.count).to(logits.dtype), None, None, None, None
+        return result.mul_(gradient / _count(logits, ctx.binary)).to(logits.dtype), None, None, None, None
+
+
+def _count(logits: Tensor, binary: bool) -> int:
+    """What a mean is taken over: images, and with binary losses classes."""
+    return logits.numel() if binary else len(logits)
 
 
 def _loss_dtype(logits: Tensor) -> torch.dtype:

@@ -321,6 +321,16 @@ def call(name: str, *arguments) -> tuple[Tensor, ...]:
     operator, kernel, function = _OPERATORS[name]
     is_plain = type(arguments[0]) in (Tensor, torch.nn.Parameter)
     is_watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    if torch._C._are_functorch_transforms_active():
+        try:
+            return operator(*arguments)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"{name}: transforms of torch.func that differentiate can't see what torch.library registers; take "
+                "torch.autograd instead"
+            ) from error
     if is_watched or not is_plain:
         return operator(*arguments)
     return function.apply(*arguments) if torch.is_grad_enabled() else kernel(*arguments)

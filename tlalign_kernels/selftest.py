@@ -283,14 +283,16 @@ def compare(
     ]
 
 
-def selftest(device: torch.device | str) -> Iterator[tuple[str, Case, torch.dtype, list[Check] | list[str]]]:
+def selftest(
+    device: torch.device | str,
+) -> Iterator[tuple[str, Case, torch.dtype, list[Check] | list[str] | Exception]]:
     """Runs all cases in all precisions on every backend that can do them.
 
     Args:
         device: Device to test.
 
     Yields:
-        Backend, case, precision, and its checks, or the reasons why the backend can't do it.
+        Backend, case, precision, and its checks, or the reasons why the backend can't do it, or what it raised.
     """
     on_cpu = torch.device(device).type == "cpu"
     for backend in BACKENDS:
@@ -298,8 +300,11 @@ def selftest(device: torch.device | str) -> Iterator[tuple[str, Case, torch.dtyp
             if case.dropout_p > 0 and not on_cpu:
                 continue
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                reasons = reasons_against(case, dtype, backend, device)
-                yield backend, case, dtype, reasons or compare(case, dtype, backend, device)
+                try:
+                    results = reasons_against(case, dtype, backend, device) or compare(case, dtype, backend, device)
+                except Exception as error:  # a kernel that does not compile, or start: others are to be tried too
+                    results = error
+                yield backend, case, dtype, results
 
 
 def reasons_against(case: Case, dtype: torch.dtype, backend: str, device: torch.device | str) -> list[str]:

@@ -75,7 +75,8 @@ class Windows(NamedTuple):
         numbers = self.token_numbers(tokens.device)
         flat = tokens.flatten(1, 2)[:, numbers.clamp(min=0).flatten()].unflatten(1, numbers.shape)
         is_padding = (numbers < 0).view(1, *numbers.shape, *(1,) * (tokens.dim() - 3))
-        return torch.where(is_padding, torch.as_tensor(padding, dtype=tokens.dtype), flat).flatten(0, 1)
+        filling = torch.as_tensor(padding, dtype=tokens.dtype, device=tokens.device)
+        return torch.where(is_padding, filling, flat).flatten(0, 1)
 
     def scatter(self, windows: Tensor, tokens: Tensor) -> None:
         """Copies windows (B * W, N, ...) to a map (B, Ht, Wt, ...); what lies in the padding is dropped."""

@@ -381,6 +381,26 @@ def test_output_lies_in_memory_with_heads_beside_each_other():
     assert share is None
 
 
+def test_transforms_that_differentiate_are_refused_and_others_computed():
+    qkv, share = torch.randn(3, 5, 3, 2, 8), torch.rand(3, 5, 1)
+
+    def attended(qkv, share):
+        return tlk.attention_qkv(qkv[None], share[None])[0].sum()
+
+    with pytest.raises(NotImplementedError, match=r"attention_qkv: transforms of torch\.func"):
+        torch.func.grad(attended)(qkv[0], share[0])
+    with torch.no_grad():
+        expected = torch.stack([attended(*each) for each in zip(qkv, share, strict=True)])
+        torch.testing.assert_close(torch.vmap(attended)(qkv, share), expected)
+
+
+def test_autocast_leaves_what_goes_with_float64_alone():
+    qkv, bias = torch.randn(1, 7, 3, 2, 8, dtype=torch.float64), torch.randn(2, 7, 7)
+    expected = tlk.attention_qkv(qkv, bias=bias)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tlk.attention_qkv(qkv, bias=bias)[0], expected)
+
+
 def test_a_second_derivative_raises():
     query, key, value = torch.randn(3, 1, 2, 5, 8, requires_grad=True).unbind(0)
     output, _ = tlk.attention(query, key, value)
@@ -614,10 +634,20 @@ BAD_CALLS = [
     ({"share": torch.rand(2, 7, 1), "residual": torch.rand(2, 5, 1).half()}, TypeError, "residual: .* torch.float32"),
     ({"bias": torch.randn(3, 7, 5)}, ValueError, "bias: expected a shape broadcastable"),
     ({"bias": torch.randn(1, 2, 3, 5, 7)}, ValueError, "bias: expected a shape broadcastable"),
-    ({"bias": torch.ones(5, 7).bool()}, TypeError, "bias: expected a floating dtype, got torch.bool"),
-    ({"mask": torch.ones(5, 7).long()}, TypeError, "mask: expected bool or a floating dtype, got torch.int64"),
+    ({"bias": torch.ones(5, 7).bool()}, TypeError, r"bias: expected one of \(torch.float32, .*got torch.bool"),
+    ({"mask": torch.ones(5, 7).long()}, TypeError, "mask: expected torch.bool or one of .*got torch.int64"),
     ({"mask": torch.ones(5, 7, requires_grad=True)}, ValueError, "mask: expected a constant"),
     ({"mask": torch.ones(4, 7).bool()}, ValueError, "mask: expected a shape broadcastable"),
+    ({"bias": torch.ones(5, 7).to(torch.float8_e4m3fn)}, TypeError, "bias: expected one of .*got torch.float8_e4m3fn"),
+    ({"mask": torch.ones(5, 7).to(torch.float8_e4m3fn)}, TypeError, "mask: expected torch.bool or .*float8_e4m3fn"),
+    (
+        {"share": torch.rand(2, 7, 1).to_sparse()},
+        TypeError,
+        "share: expected a dense tensor, got layout",
+    ),
+    ({"scale": torch.tensor(0.3, requires_grad=True)}, TypeError, "scale: expected a number, got Tensor"),
+    ({"scale": "0.5"}, TypeError, "scale: expected a number, got str"),
+    ({"backend": ["cpu"]}, ValueError, r"backend: expected 'auto' or one of .*, got \['cpu'\]"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a value in"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a value in"),
 ]

@@ -180,6 +180,8 @@ BAD_TARGETS = [
     ("from_masks", pair(masks=torch.ones(2, 2, 4, 4)), ValueError, "masks: expected shape"),
     ("from_masks", pair(masks=torch.full((2, 1, 4, 4), 2.0)), ValueError, "masks: expected sums of at most 1"),
     ("from_masks", pair(masks=torch.full((2, 1, 4, 4), torch.inf)), ValueError, "masks: expected finite values"),
+    ("from_masks", pair(masks=torch.ones(2, 1, 0, 4)), ValueError, "masks: expected at least one pixel or token"),
+    ("from_dense", {"token_labels": torch.ones(2, 5, 3, 0)}, ValueError, "token_labels: expected at least one pixel"),
     ("from_dense", {"token_labels": torch.rand(2, 5)}, ValueError, "token_labels: expected shape"),
     ("from_dense", {"token_labels": torch.full((2, 5, 2, 2), 0.1)}, ValueError, "token_labels: expected sums of 1 "),
 ]

@@ -96,6 +96,14 @@ def test_target_gets_no_gradient(loss):
     assert torch.autograd.grad(loss(logits, target), (logits, ratio), allow_unused=True)[1] is None
 
 
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_transforms_of_torch_func_see_the_gradient(loss):
+    logits, target = torch.randn(4, 7, requires_grad=True), random_target(4, 7)
+    (expected,) = torch.autograd.grad(loss(logits, target, 0.1), logits)
+    gradient = torch.func.grad(lambda logits: loss(logits, target, 0.1))(logits.detach())
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
 def test_cross_entropy_makes_one_tensor_of_the_size_of_the_logits_each_way():
     class Sizes(TorchDispatchMode):
         def __init__(self):

@@ -60,6 +60,22 @@ def test_selftest_fails_where_a_backend_is_wrong(two_cases, monkeypatch, capsys)
     assert not any("FAILED" in line for line in output.splitlines() if line.startswith("reference"))
 
 
+def test_selftest_goes_on_after_a_kernel_that_does_not_start(two_cases, monkeypatch, capsys):
+    class Broken:
+        unsupported_reasons = staticmethod(reference.unsupported_reasons)
+
+        @staticmethod
+        def forward(*arguments):
+            raise RuntimeError("no kernel image\nand more")
+
+    for registry in (BACKENDS, ops.LAUNCHERS):
+        monkeypatch.setitem(registry, "broken", Broken)
+    assert __main__.main(["selftest", "--device", "cpu"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("FAILED: RuntimeError: no kernel image") for line in lines) == 6
+    assert lines[-1] == "6 cases failed"
+
+
 def test_models_lists_names_with_reasons(capsys):
     assert __main__.main(["models", "vit_d*wee_patch16_reg1_gap_256"]) == 0
     lines = capsys.readouterr().out.splitlines()
