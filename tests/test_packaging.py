@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,19 @@ def test_compiler_that_has_gone_leaves_no_old_extension_behind(compiled_tree, tm
     moved = shutil.copytree(compiled_tree, tmp_path / "moved")
     assert WARNING in built(moved, "bdist_wheel", **NO_COMPILER)
     assert extensions(wheel_contents(moved)) == []
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler")
+def test_compiler_that_is_too_old_leaves_out_the_cpu_kernels_alone(compiled_tree, tmp_path):
+    moved = shutil.copytree(compiled_tree, tmp_path / "moved")
+    old = tmp_path / "c++"
+    old.write_text('#!/bin/sh\ncase "$*" in *-mavx512bf16*) exit 1;; esac\nexec c++ "$@"\n')
+    old.chmod(0o755)
+    output = built(moved, "bdist_wheel", CXX=str(old))
+    if platform.machine() == "x86_64":
+        assert "no CPU kernels: they need gcc 10 or clang 9" in output
+        assert "tlalign_cpu" not in output
+    assert len(extensions(wheel_contents(moved))) == 1
 
 
 def test_editable_install_without_a_compiler_warns_once_and_finds_both_packages(tree):
