@@ -296,8 +296,12 @@ def analyze(options: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", help="Checkpoint of timm or tlalign; without one, weights are random.")
     given, config = _parse_over_checkpoint(parser, options, {}, AnalyzeConfig)
     from tlalign.analysis.report import write_report
+    from tlalign.unreadable import UnreadableImagesError
 
-    page = write_report(config, None if given.checkpoint is None else Path(given.checkpoint))
+    try:
+        page = write_report(config, None if given.checkpoint is None else Path(given.checkpoint))
+    except UnreadableImagesError as error:
+        raise UsageError(f"data: {error}") from error
     print(f"page      {page}\npictures and tables beside it")
     return 0
 
@@ -356,8 +360,8 @@ def _parse_over_checkpoint(
         of_run = load_config_file(beside) if beside.is_file() else {}
         if config_class is AnalyzeConfig:
             # The tokens of all layers are kept of a batch; and the seed is another's.
-            of_run = {name: value for name, value in of_run.items() if name in field_names(EvalConfig)}
-            of_run.pop("batch_size", None)
+            names = [*field_names(EvalConfig), "layers", "residual"]
+            of_run = {name: value for name, value in of_run.items() if name in names and name != "batch_size"}
         values = values | of_run
     config = _parse(parser, config_class, {name: values[name] for name in values if name in known}, flags)
     return given, config
@@ -586,9 +590,12 @@ def _draw_picture(trainer: Trainer, folder: RunFolder) -> Path | str:
     if trainer.config.fsdp:
         return "none: the weights are in parts"
     mean, std = trainer.image_config["mean"], trainer.image_config["std"]
+    alignment = {"layers": trainer.config.layers, "residual": trainer.config.residual}
     try:
         images, classes = trainer.sample_held_out(20)
-        draw_token_labels(trainer.model, images, classes, folder.picture, mean, std, trainer.class_names)
+        draw_token_labels(
+            trainer.model, images, classes, folder.picture, mean, std, trainer.class_names, alignment=alignment
+        )
     except Exception as error:  # whatever it is, the run is finished
         return f"none: {error}"
     return folder.picture

@@ -113,6 +113,9 @@ class AnalyzeConfig(EvalConfig):
     Attributes:
         images: Held-out images to take.
         batch_size: Images in a batch, which bounds the memory taken.
+        layers: Blocks in which labels are aligned, counted from 0, negative from the end; null: all. A run is analysed as
+            it was trained, if that was by `tl-align` or `token-labels`.
+        residual: Average labels over residual connections in them.
         map_layers: Blocks after which token labels are drawn, counted from 0, negative from the end; null: the last of
             each stage, or of each quarter of the blocks.
         table1: Measure how far targets move in the eight models of the paper's Table 1 as well.
@@ -125,6 +128,8 @@ class AnalyzeConfig(EvalConfig):
 
     images: int = 64
     batch_size: int = 16
+    layers: tuple[int, ...] | None = None
+    residual: bool = True
     map_layers: tuple[int, ...] | None = None
     table1: bool = False
     table1_weights: str | None = None

@@ -36,6 +36,7 @@ def draw_token_labels(
     class_names: Sequence[str] = (),
     columns: int = 5,
     layers: Sequence[int] | None = None,
+    alignment: dict[str, Any] | None = None,
 ) -> None:
     """Draws a few images mixed by CutMix, and the labels of their tokens before and after alignment.
 
@@ -53,6 +54,7 @@ def draw_token_labels(
         columns: Number of mixed images.
         layers: Blocks after which labels are drawn, counted from 0, beside the last one; None: where a model merges
             tokens, the last of each stage.
+        alignment: How labels are aligned, as for `patch_model`; None: in all blocks, as in the paper.
 
     Raises:
         NotImplementedError: If labels can't be followed through the model.
@@ -64,7 +66,7 @@ def draw_token_labels(
     pairs = torch.stack((classes[chosen], classes.flip(0)[chosen]), dim=1)
     mixed = torch.where(box_masks(boxes, image_size)[:, None], partners, images)
     target = MixedTarget.from_boxes(pairs, boxes[:, None], image_size)
-    followed = following(model)
+    followed = following(model, **alignment or {})
     with torch.inference_mode():
         # Aligned in no block, labels stay what they were before the first one.
         _, before = following(model, layers=[])(mixed, target=target, collect_layers=True)

@@ -107,6 +107,36 @@ def test_rmse_is_told_of_the_weights_it_is_of_and_over_training(run):
     assert checkpoints[2.0] == by_model["last.pth.tar"]
 
 
+def test_a_run_is_analysed_as_it_aligned(tmp_path):
+    folder = tmp_path / "run"
+    assert main(["train", *VIT, *IMAGES, *TRAINING, "--epochs=1", "--layers=[]", "--output", str(folder)]) == 0
+    checkpoint, *_ = (folder / "checkpoints").glob("epoch-*")
+    for options, moves in ((["--residual=false"], False), (["--layers=[0]"], True), (["--layers=null"], True)):
+        assert main(["analyze", "--checkpoint", str(checkpoint), "--images=8", "--batch_size=8", *options]) == 0
+        training = rows(folder / "analysis" / "training.csv")
+        assert [float(row["value"]) for row in training if row["what"].startswith("log")] == [0.0]
+        assert all((float(row["value"]) > 0) == moves for row in training if row["what"].endswith("rmse"))
+        text = (folder / "analysis" / "index.html").read_text()
+        assert ("these align labels" in text) == (options != ["--layers=null"])
+        assert ("not averaged over residual connections" in text) == (options == ["--residual=false"])
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("L", (16, 16)).save(tmp_path / "val" / name / "whole.png")
+    cut = tmp_path / "val" / "cat" / "cut.png"
+    cut.write_bytes((tmp_path / "val" / "cat" / "whole.png").read_bytes()[:40])
+    images = [f"--data=folder:{tmp_path}", *IMAGES[1:], f"--output={tmp_path / 'analysis'}"]
+    assert main(["analyze", *VIT, *images]) == 2
+    assert f"data: a held-out image can't be read; repair or remove it: {cut}" in capsys.readouterr().err
+
+
+def test_blocks_that_are_not_there_are_refused(capsys):
+    assert main(["analyze", *VIT, *IMAGES, "--layers=[7]"]) == 2
+    assert "layers: expected" in capsys.readouterr().err
+
+
 def test_page_holds_all_pictures_and_asks_for_nothing(run):
     folder = run / "analysis"
     elements = assert_is_complete_in_itself(folder / "index.html")

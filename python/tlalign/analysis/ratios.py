@@ -87,13 +87,14 @@ class RatioFollower:
 
     Args:
         model: A timm model that `patch_model` can follow, patched or not; it is left as it is.
+        alignment: How labels are aligned, as for `patch_model`.
 
     Raises:
         NotImplementedError: If labels can't be followed through the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = following(model)
+    def __init__(self, model: nn.Module, **alignment: Any) -> None:
+        self.model = following(model, **alignment)
         self.unaligned = following(model, layers=[])
         try:
             self.transmix = following(model, method="transmix")
@@ -108,8 +109,8 @@ class RatioFollower:
         def keep(_: int, __: nn.Module, ___: tuple[Any, ...], tokens: Tensor) -> None:
             unmixed.append(tokens)
 
-        def compare(index: int, _: nn.Module, __: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> None:
-            tokens, _ = result
+        def compare(index: int, _: nn.Module, __: tuple[Any, ...], result: tuple[Tensor, Tensor] | Tensor) -> None:
+            tokens = result if isinstance(result, Tensor) else result[0]  # of a block that aligns no labels, or does
             own, unmixed[index] = unmixed[index], None
             reference.append(similarity_ratio(tokens, own, own.flip(0)))
 
@@ -228,9 +229,9 @@ def token_paths(model: nn.Module, batch: MixedBatch, ratios: LayerRatios) -> tup
 
 
 @torch.inference_mode()
-def target_rmse(model: nn.Module, batches: Iterable[MixedBatch]) -> float:
-    """Root mean square of aligned - original mixing ratio over mixed images (figure 3)."""
-    model = following(model)
+def target_rmse(model: nn.Module, batches: Iterable[MixedBatch], **alignment: Any) -> float:
+    """Root mean square of aligned - original mixing ratio over mixed images (figure 3), aligned as by `patch_model`."""
+    model = following(model, **alignment)
     squares = [
         (model(mixed, target=target)[1].ratio - target.ratio)[:, 0].double().square().cpu()
         for _, mixed, target in batches

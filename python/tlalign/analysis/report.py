@@ -38,11 +38,12 @@ from tlalign.analysis.subject import (
     create_subject,
     create_subject_of_table_1,
 )
-from tlalign.config import CONFIG_FILE, AnalyzeConfig, UsageError
+from tlalign.config import ALIGNED_TARGETS, CONFIG_FILE, AnalyzeConfig, UsageError, load_config_file
 from tlalign.data import load_data_sets
 from tlalign.evaluation import autocast
 from tlalign.networks import load_weights, set_weights
 from tlalign.pictures import draw_token_labels
+from tlalign.runs import config_beside
 
 _LOG = "log.csv"
 # A picture of maps has so many images side by side, of the first batch or of some more.
@@ -65,7 +66,7 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None, console: Consol
     """
     console = Console() if console is None else console
     subject = create_subject(config, load_data_sets(config, trains=False), checkpoint)
-    folder = Path(config.output or ("analysis" if checkpoint is None else checkpoint.parent / "analysis"))
+    folder = Path(config.output or ("analysis" if checkpoint is None else config_beside(checkpoint).parent / "analysis"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Before the work is done: whether a file can be written.
@@ -97,7 +98,7 @@ class FirstBatch(NamedTuple):
 
 def _follow(subject: Subject, console: Console) -> tuple[FirstBatch, MixingRatios, list[PresenceOfLayer]]:
     """Sends all images through the model, batch by batch."""
-    follower, presence, firsts = RatioFollower(subject.model), [], []
+    follower, presence, firsts = RatioFollower(subject.model, **subject.alignment), [], []
 
     def batches() -> Iterator[tuple[MixedBatch, LayerRatios]]:
         for batch in _shown_batches(console, "mixing ratio and presence", subject):
@@ -132,7 +133,7 @@ def _label_maps(subject: Subject, first: FirstBatch, folder: Path) -> Section:
     try:
         draw_token_labels(
             subject.model, images, classes, path, subject.image_config["mean"], subject.image_config["std"],
-            subject.data.class_names, _COLUMNS, layers,
+            subject.data.class_names, _COLUMNS, layers, subject.alignment,
         )  # fmt: skip
     except ValueError as error:
         section.text.append(f"Not drawn: {error}.")
@@ -287,14 +288,17 @@ def _over_training(
     subject: Subject, ratios: MixingRatios, checkpoint: Path, untrained: float, console: Console
 ) -> tuple[list[tuple[float, float]], list[tuple[float, str, float]]]:
     """Change by epoch in the log of a run; and epoch, name and RMSE of its checkpoints."""
-    folder, logged = checkpoint.parent, []
-    if (folder / _LOG).is_file():
+    folder, logged = config_beside(checkpoint).parent, []
+    is_run = (folder / CONFIG_FILE).is_file()
+    # What other targets changed is not what is measured here.
+    has_aligned = is_run and load_config_file(folder / CONFIG_FILE).get("target", "tl-align") in ALIGNED_TARGETS
+    if has_aligned and (folder / _LOG).is_file():
         with (folder / _LOG).open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("ratio_change")]
         logged = [(float(row["epoch"]), float(row["ratio_change"])) for row in rows]
     measured = {0.0: (RANDOM, untrained)}
     measured[_epoch_of(checkpoint) or (logged[-1][0] if logged else 1.0)] = (checkpoint.name, ratios.rmse)
-    if (folder / CONFIG_FILE).is_file():  # a run of tlalign, all of whose checkpoints are of this model
+    if is_run:  # all of whose checkpoints are of this model
         other = create_subject(subject.config, subject.data, None)
         for path in sorted(folder.glob("*.pth.tar")):
             epoch = _epoch_of(path)
@@ -306,7 +310,8 @@ def _over_training(
 
 def _rmse(subject: Subject, what: str, console: Console) -> float:
     with autocast(subject.device, subject.config.precision):
-        return target_rmse(subject.model, _shown_batches(console, f"targets of {what}", subject))
+        batches = _shown_batches(console, f"targets of {what}", subject)
+        return target_rmse(subject.model, batches, **subject.alignment)
 
 
 def _epoch_of(checkpoint: Path) -> float | None:
@@ -404,8 +409,18 @@ def _summary(
         f"Alignment moves the mixing ratio by {(ratios.target - ratios.cutmix).abs().mean():.4f} on average (root mean "
         f"square {ratios.rmse:.4f}). Tokens differ most in presence in block {worst + 1} (root mean square of p - 1: "
         f"{presence[worst].distance:.2f}).",
+        *_deviations(config),
         "TL-Align: Xiao et al., Token-Label Alignment for Vision Transformers, ICCV 2023, arXiv 2210.06455.",
     ]
+
+
+def _deviations(config: AnalyzeConfig) -> Iterator[str]:
+    """Says in what labels are aligned otherwise than in the paper."""
+    if config.layers is not None:
+        blocks = ", ".join(map(str, config.layers)) or "none"
+        yield f"Of its blocks, counted from 0 and negative from the end, these align labels: {blocks}."
+    if not config.residual:
+        yield "Labels are not averaged over residual connections."
 
 
 def _first_images(subject: Subject, count: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class Subject:
         data: The data sets.
         model: The model, on the device of the configuration.
         weights: What its weights are.
+        alignment: How labels are aligned in it, as for `patch_model`.
 
     Attributes:
         image_config: Size and normalisation of the images.
@@ -45,17 +47,22 @@ class Subject:
         UsageError: If labels can't be followed through the model.
     """
 
-    def __init__(self, config: AnalyzeConfig, data: DataSets, model: nn.Module, weights: str) -> None:
+    def __init__(
+        self, config: AnalyzeConfig, data: DataSets, model: nn.Module, weights: str, **alignment: Any
+    ) -> None:
         self.config = config
         self.data = data
         self.model = model.eval()
         self.weights = weights
+        self.alignment = alignment
         self.device = next(model.parameters()).device
         self.image_config = resolve_image_config(config, model)
         try:
-            following(model)
+            following(model, **alignment)
         except NotImplementedError as error:
             raise UsageError(f"model: {error}") from error
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images and class ids, always the same: from all over the held-out ones, of shards the first."""
@@ -95,7 +102,8 @@ def create_subject(config: AnalyzeConfig, data: DataSets, checkpoint: Path | Non
     model = create_model(config, data.num_classes)
     if checkpoint is not None:
         set_weights("checkpoint", checkpoint, load_weights("checkpoint", checkpoint, True), model, config.model)
-    return Subject(config, data, model.to(choose_device(config)), checkpoint.name if checkpoint else RANDOM)
+    weights, model = checkpoint.name if checkpoint else RANDOM, model.to(choose_device(config))
+    return Subject(config, data, model, weights, layers=config.layers, residual=config.residual)
 
 
 def create_subject_of_table_1(name: str, config: AnalyzeConfig, data: DataSets) -> Subject:
