@@ -123,6 +123,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def load_metadata(path: Path) -> dict[str, Any]:
+    """What a checkpoint of timm or tlalign says beside its tensors; nothing if the file is something else."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # files that are something else have errors of many classes
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def folder_classes_of(path: Path) -> list[str] | None:
+    """Names of the classes that a checkpoint knows, in order of their ids, if it is of a run on a folder of images."""
+    content = load_metadata(path)
+    data = getattr(content.get("args"), "data", None)
+    return content.get("class_names") if str(data).startswith("folder:") else None
+
+
 class _DigestFile:
     """A file for torch.save that forms the digest of what is written, and keeps the error that torch hides."""
 

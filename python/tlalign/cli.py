@@ -502,6 +502,8 @@ def _run(config: TrainConfig, resume: bool) -> int:
         return _train(trainer, None, resume)
     folder = RunFolder(config, resume)
     with folder.locked():
+        if resume:
+            folder.update_places(config)
         return _train(trainer, folder, resume)
 
 

@@ -16,7 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from tlalign.config import ALIGNED_TARGETS, CONFIG_FILE, MAY_CHANGE, Mixing, Target, TrainConfig, UsageError, suggestion
+from tlalign.config import (
+    ALIGNED_TARGETS,
+    CONFIG_FILE,
+    MAY_CHANGE,
+    MAY_MOVE,
+    Mixing,
+    Target,
+    TrainConfig,
+    UsageError,
+    suggestion,
+)
 from tlalign.listing import Run, read_run
 from tlalign.progress import ComparisonProgress
 from tlalign.runs import RunFolder, written_whole
@@ -84,7 +94,7 @@ def start_training(config: TrainConfig, threads: int) -> subprocess.Popen:
         UsageError: If the folder can't be made, or a process trains this run already.
     """
     folder = RunFolder(config, resume=(Path(config.output) / CONFIG_FILE).is_file()).path
-    changing = {name: getattr(config, name) for name in MAY_CHANGE if name != "output"}
+    changing = {name: getattr(config, name) for name in (*MAY_CHANGE, *MAY_MOVE) if name != "output"}
     flags = [f"--{name}={'null' if value is None else value}" for name, value in changing.items()]
     try:
         printed = (folder / PRINTED_FILE).open("ab")

@@ -31,6 +31,8 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINTS_FOLDER = "checkpoints"
 
 # What may be another when a run continues: it decides where and how it runs, but not what it learns.
+# What a run reads, which may have moved when it continues.
+MAY_MOVE = ("data", "teacher_checkpoint")
 MAY_CHANGE = ("data_dir", "download", "workers", "max_unreadable", "device", "checkpoint_steps", "output")
 
 
@@ -113,8 +115,8 @@ class AnalyzeConfig(EvalConfig):
     Attributes:
         images: Held-out images to take.
         batch_size: Images in a batch, which bounds the memory taken.
-        layers: Blocks in which labels are aligned, counted from 0, negative from the end; null: all. A run is analysed as
-            it was trained, if that was by `tl-align` or `token-labels`.
+        layers: Blocks in which labels are aligned, counted from 0, negative from the end; null: all. A run is analysed
+            as it was trained, if that was by `tl-align` or `token-labels`.
         residual: Average labels over residual connections in them.
         map_layers: Blocks after which token labels are drawn, counted from 0, negative from the end; null: the last of
             each stage, or of each quarter of the blocks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,13 @@ class DataSets:
     class_names: list[str]
 
 
-def load_data_sets(config: EvalConfig, trains: bool = True) -> DataSets:
+def load_data_sets(config: EvalConfig, trains: bool = True, folder_classes: Sequence[str] | None = None) -> DataSets:
     """Opens the data set of a configuration.
 
     Args:
         config: The configuration.
         trains: Whether there must be images to train on; a folder may do without.
+        folder_classes: Names of the classes of a folder, in order of their ids; None: those that it has.
 
     Raises:
         UsageError: If there is no such data set, or it isn't where it should be.
@@ -75,7 +77,7 @@ def load_data_sets(config: EvalConfig, trains: bool = True) -> DataSets:
     if config.data in ("digits", "mnist-5k"):
         train, held_out, names = open_small(config)
     elif kind == "folder" and place:
-        train, held_out, names = open_folder(Path(place).expanduser(), trains)
+        train, held_out, names = open_folder(Path(place).expanduser(), trains, folder_classes)
     elif family == "torch":
         train, held_out, names = open_torchvision(config)
     elif family == "wds":

@@ -199,6 +199,7 @@ class Trainer:
             "amp_scaler": self.scaler.state_dict(),
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
+            "class_names": [str(name) for name in self.class_names],
             "records": [dataclasses.asdict(record) for record in self.records],
             "totals": vars(self._totals).copy(),
         }
@@ -208,8 +209,14 @@ class Trainer:
         """Continues from what `state` returned, also in another process.
 
         Raises:
-            UsageError: If it is not of this model, or not of as many images.
+            UsageError: If it is not of this model, of other classes, or not of as many images.
         """
+        before, now = state.get("class_names"), [str(name) for name in self.class_names]
+        if before is not None and before != now:
+            differ = next(pair for pair in itertools.zip_longest(before, now) if pair[0] != pair[1])
+            raise UsageError(
+                f"resume: the run has class {differ[0]} where the images that are there now have {differ[1]}"
+            )
         steps = state.get("steps_per_epoch")
         if steps is not None and steps != self.steps_per_epoch:
             raise UsageError(

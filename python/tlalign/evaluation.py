@@ -9,6 +9,7 @@ import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 
+from tlalign.checkpoints import folder_classes_of
 from tlalign.config import EvalConfig, UsageError
 from tlalign.data import create_eval_loader, load_data_sets, resolve_image_config
 from tlalign.networks import create_model, load_all_weights, set_weights
@@ -56,7 +57,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
     """
     device = choose_device(config)
     weights = load_all_weights("checkpoint", path)
-    data = load_data_sets(config, trains=False)
+    data = load_data_sets(config, trains=False, folder_classes=folder_classes_of(path))
     model = create_model(config, data.num_classes)
     loader = create_eval_loader(data.held_out, config, resolve_image_config(config, model), device)
     results = {}

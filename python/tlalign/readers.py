@@ -10,7 +10,7 @@ import os
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ class FolderImages(ReaderImages):
             none.
     """
 
-    def __init__(self, place: Path, classes: list[str] | None = None) -> None:
+    def __init__(self, place: Path, classes: Sequence[str] | None = None) -> None:
         try:
             super().__init__(create_reader("", root=str(place)))
         except (RuntimeError, ValueError, OSError, tarfile.TarError) as error:
@@ -159,7 +159,7 @@ class FolderImages(ReaderImages):
         folders = self._folders(place)
         names = {folder: posixpath.basename(folder) for folder in folders}
         # Sorted twice, since names may differ and be alike to the key.
-        self.classes = sorted(sorted(set(names.values())), key=natural_key) if classes is None else classes
+        self.classes = sorted(sorted(set(names.values())), key=natural_key) if classes is None else list(classes)
         empty = [] if classes is not None else sorted(_folders_in(place) - set(self.classes))
         if empty:
             raise UsageError(f"data: {place} has no images of the classes {', '.join(empty)}; {_FOLDER_LAYOUT}")
@@ -290,12 +290,14 @@ def open_small(config: EvalConfig) -> Parts:
     return train, held_out, train.classes
 
 
-def open_folder(root: Path, trains: bool) -> Parts:
+def open_folder(root: Path, trains: bool, classes: Sequence[str] | None = None) -> Parts:
     """Opens an image folder, or archives of one.
 
     Args:
         root: The folder.
-        trains: Whether there must be images to train on; without any, classes are those of the held-out ones.
+        trains: Whether there must be images to train on.
+        classes: Names of the classes in order of their ids; None: those of the images to train on in natural order,
+            without any those of the held-out ones.
 
     Raises:
         UsageError: If it is not there, or its parts don't fit each other.
@@ -312,12 +314,10 @@ def open_folder(root: Path, trains: bool) -> Parts:
         if place is None and (trains or places):
             raise UsageError(f"data: no folder {paths[0]}; {_FOLDER_LAYOUT}")
         places.append(place)
-    if places[0] is None:
-        held_out = FolderImages(places[1])
-        return None, held_out, held_out.classes
-    train = FolderImages(places[0])
+    train = None if places[0] is None else FolderImages(places[0], classes)
     # A class without held-out images would else shift the ids of those after it.
-    return train, FolderImages(places[1], train.classes), train.classes
+    held_out = FolderImages(places[1], classes if train is None else train.classes)
+    return train, held_out, held_out.classes
 
 
 def open_torchvision(config: EvalConfig) -> Parts:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tlalign.config import CHECKPOINTS_FOLDER, CONFIG_FILE, TrainConfig, UsageError, save_config
+from tlalign.config import CHECKPOINTS_FOLDER, CONFIG_FILE, TrainConfig, UsageError, load_config_file, save_config
 
 LAST_CHECKPOINT = "last.pth.tar"
 BEST_CHECKPOINT = "model_best.pth.tar"
@@ -97,9 +97,21 @@ class RunFolder:
             if not all(file.name.startswith(_UNFINISHED) for file in self.path.iterdir()):
                 raise UsageError(f"output: expected a new or empty folder, but {self.path} holds files")
             with written_whole(self.path / CONFIG_FILE) as unfinished:
-                save_config(config, unfinished)
+                save_config(dataclasses.replace(config, **_places(config)), unfinished)
         except OSError as error:
             raise UsageError(f"output: cannot make a run in {where}: {error}") from error
+
+    def update_places(self, config: TrainConfig) -> None:
+        """Has the configuration in the folder say where images and teacher are now: others read it, too."""
+        path = self.path / CONFIG_FILE
+        values = load_config_file(path)
+        if values == values | _places(config):
+            return
+        try:
+            with written_whole(path) as unfinished:
+                save_config(TrainConfig(**values | _places(config)), unfinished)
+        except OSError as error:
+            raise UsageError(f"output: cannot write to {self.path}: {error}") from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -146,6 +158,21 @@ class RunFolder:
     def picture(self) -> Path:
         """Mixed images and their token labels."""
         return self.path / "token_labels.png"
+
+
+def _places(config: TrainConfig) -> dict[str, str]:
+    """Where what a run reads is, from wherever it is asked."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    kind, _, place = config.data.partition(":")
+    places = {"data": f"folder:{absolute(place)}" if kind == "folder" else config.data}
+    if config.teacher_checkpoint is not None:
+        places["teacher_checkpoint"] = absolute(config.teacher_checkpoint)
+    if config.data_dir is not None:
+        places["data_dir"] = absolute(config.data_dir)
+    return places
 
 
 def config_beside(checkpoint: Path) -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -63,7 +64,7 @@ def test_a_run_writes_its_files_and_prints_where(finished):
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), TypeError("text"), RuntimeError("expected {")])
 def test_a_picture_that_cannot_be_drawn_does_not_fail_a_finished_run(monkeypatch, error):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr("tlalign.pictures.draw_token_labels", fail)
@@ -126,6 +127,39 @@ def test_image_folders_train_and_evaluate(on_images, tmp_path, capsys):
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "data: " in error and "red/3.png" in error
+
+
+def test_classes_of_a_folder_keep_the_ids_that_a_run_gave_them(on_images, tmp_path, capsys):
+    images, run = tmp_path / "images", tmp_path / "run"
+    assert main(["train", *on_images, "--model=vit_tiny_patch16_224", "--model_kwargs", str(MODEL)]) == 0
+    shutil.rmtree(images / "val" / "blue")  # by their names the first of three
+    outputs = []
+    for rest in ("train", "moved"):
+        capsys.readouterr()
+        assert main(["eval", "--checkpoint", str(run / "last.pth.tar")]) == 0
+        outputs.append(percentages(capsys.readouterr().out))
+        if rest == "train":
+            (images / "train").rename(images / "moved")
+    assert outputs[0] == outputs[1]
+    assert main(["analyze", "--checkpoint", str(run / "last.pth.tar"), "--images=4", "--batch_size=4"]) == 0
+    (images / "val" / "green").rename(images / "val" / "pink")
+    assert main(["eval", "--checkpoint", str(run / "last.pth.tar")]) == 2
+    assert "has classes that the images to train on lack: pink" in capsys.readouterr().err
+    (images / "moved").rename(images / "train")
+    (images / "train" / "green").rename(images / "train" / "pink")
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "resume: the run has class green where the images that are there now have pink" in capsys.readouterr().err
+
+
+def test_a_run_knows_where_its_images_are_from_anywhere(on_images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [option.replace(f"folder:{tmp_path}/", "folder:") for option in on_images]
+    assert main(["train", *options, "--model=vit_tiny_patch16_224", "--model_kwargs", str(MODEL)]) == 0
+    monkeypatch.chdir("/")
+    assert main(["eval", "--checkpoint", str(tmp_path / "run" / "last.pth.tar")]) == 0
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert main(["train", "--resume", str(tmp_path / "run"), f"--data=folder:{tmp_path / 'moved'}"]) == 0
+    assert main(["eval", "--checkpoint", str(tmp_path / "run" / "last.pth.tar")]) == 0
 
 
 def test_a_model_that_labels_cannot_be_followed_through_trains_without_alignment(on_images, capsys):

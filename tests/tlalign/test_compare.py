@@ -1,6 +1,7 @@
 """The comparison of methods: what is trained, in which order and how often, and what the table says of it."""
 
 import csv
+import dataclasses
 import itertools
 import os
 import re
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import TINY
-from training import PYTHONPATH
+from training import PYTHONPATH, tiny
 
 from tlalign import compare
 from tlalign.cli import main
@@ -107,6 +108,16 @@ def names(processes):
 def log(folder) -> list[dict[str, str]]:
     with (folder / LOG_FILE).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_runs_continue_where_the_images_are_now(tmp_path, monkeypatch):
+    """The process of a run is told what may differ from the configuration in its folder."""
+    (config,) = plan_runs(tiny(tmp_path, data="folder:/before"), ["cutmix"], 1, tmp_path)
+    RunFolder(config)
+    commands = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
+    start_training(dataclasses.replace(config, data="folder:/now", workers=3), threads=1)
+    assert {"--data=folder:/now", "--workers=3", "--teacher_checkpoint=null"} <= set(commands[0])
 
 
 def test_seeds_are_trained_one_after_the_other_with_all_methods(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import math
@@ -38,6 +37,7 @@ from tlalign.analysis.subject import (
     create_subject,
     create_subject_of_table_1,
 )
+from tlalign.checkpoints import folder_classes_of, load_metadata
 from tlalign.config import ALIGNED_TARGETS, CONFIG_FILE, AnalyzeConfig, UsageError, load_config_file
 from tlalign.data import load_data_sets
 from tlalign.evaluation import autocast
@@ -65,8 +65,11 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None, console: Consol
         UsageError: If something asked for can't be done.
     """
     console = Console() if console is None else console
-    subject = create_subject(config, load_data_sets(config, trains=False), checkpoint)
-    folder = Path(config.output or ("analysis" if checkpoint is None else config_beside(checkpoint).parent / "analysis"))
+    classes = None if checkpoint is None else folder_classes_of(checkpoint)
+    subject = create_subject(config, load_data_sets(config, trains=False, folder_classes=classes), checkpoint)
+    folder = Path(
+        config.output or ("analysis" if checkpoint is None else config_beside(checkpoint).parent / "analysis")
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Before the work is done: whether a file can be written.
@@ -316,12 +319,7 @@ def _rmse(subject: Subject, what: str, console: Console) -> float:
 
 def _epoch_of(checkpoint: Path) -> float | None:
     """Epoch of a checkpoint, or None if it says none."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(checkpoint, map_location="meta", weights_only=True)
-    except Exception:  # files that are something else have errors of many classes
-        return None
-    epoch = content.get("epoch") if isinstance(content, dict) else None
+    epoch = load_metadata(checkpoint).get("epoch")
     return float(epoch) if isinstance(epoch, (int, float)) else None
 
 

@@ -47,9 +47,7 @@ class Subject:
         UsageError: If labels can't be followed through the model.
     """
 
-    def __init__(
-        self, config: AnalyzeConfig, data: DataSets, model: nn.Module, weights: str, **alignment: Any
-    ) -> None:
+    def __init__(self, config: AnalyzeConfig, data: DataSets, model: nn.Module, weights: str, **alignment: Any) -> None:
         self.config = config
         self.data = data
         self.model = model.eval()
