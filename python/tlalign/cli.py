@@ -19,6 +19,7 @@ try:
     import jsonargparse
 
     from tlalign.config import (
+        BOX_MIXING,
         CONFIG_FILE,
         MAY_CHANGE,
         AnalyzeConfig,
@@ -135,6 +136,7 @@ def train(options: Sequence[str]) -> int:
     )
     parser.add_class_arguments(TrainConfig, None)
     config = _parse_training(parser, values, flags)
+    _check_used(config, flags)
     if not continued:
         _check_recipe(given.recipe, config)
     elif config.output is None or Path(config.output).resolve() != Path(given.resume).resolve():
@@ -335,6 +337,20 @@ def _check_recipe(recipe: str | None, config: TrainConfig) -> None:
         raise UsageError(f"recipe: the default, {_DEFAULT_RECIPE}, is not made for {config.data}; give --recipe none")
 
 
+def _check_used(config: TrainConfig, flags: Sequence[str]) -> None:
+    """Raises UsageError if flags give what nothing asks for, so that something else is trained than was meant."""
+    trained = f"mixing {config.mixing} and target {config.target}"
+    unused = {"box_grid": f"mixing {config.mixing}"} if config.mixing not in BOX_MIXING else {}
+    if not config.needs_teacher:
+        unused |= dict.fromkeys(("teacher_checkpoint", "teacher_model"), trained)
+    if not config.aligns:
+        unused |= dict.fromkeys(("layers", "residual", "stochastic_depth"), trained)
+    for name, by in unused.items():
+        default = getattr(TrainConfig, name)
+        if _is_among(name, flags) and getattr(config, name) != default:
+            raise UsageError(f"{name}: expected none, for {by} makes no use of it, got {getattr(config, name)}")
+
+
 def _parse_over_checkpoint(
     parser: jsonargparse.ArgumentParser,
     flags: Sequence[str],
@@ -358,6 +374,8 @@ def _parse_over_checkpoint(
     else:
         beside = config_beside(Path(given.checkpoint))
         of_run = load_config_file(beside) if beside.is_file() else {}
+        if _model_among(flags) not in (None, of_run.get("model")):
+            of_run.pop("model_kwargs", None)
         if config_class is AnalyzeConfig:
             # The tokens of all layers are kept of a batch; and the seed is another's.
             names = [*field_names(EvalConfig), "layers", "residual"]

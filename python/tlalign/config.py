@@ -21,6 +21,8 @@ Target = Literal["ratio", "tl-align", "token-labels", "transmix", "teacher"]
 # Targets for which labels are propagated from layer to layer.
 ALIGNED_TARGETS = ("tl-align", "token-labels")
 
+# Strategies that draw boxes on a grid, if asked.
+BOX_MIXING = ("cutmix", "mixup-cutmix")
 # Strategies whose masks consist of patches.
 PATCH_MIXING = ("random", "block", "tokenmix")
 
@@ -30,9 +32,9 @@ GREATEST_SEED = 2**32 - 1
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS_FOLDER = "checkpoints"
 
-# What may be another when a run continues: it decides where and how it runs, but not what it learns.
 # What a run reads, which may have moved when it continues.
 MAY_MOVE = ("data", "teacher_checkpoint")
+# What may be another when a run continues: it decides where and how it runs, but not what it learns.
 MAY_CHANGE = ("data_dir", "download", "workers", "max_unreadable", "device", "checkpoint_steps", "output")
 
 
@@ -50,7 +52,8 @@ class EvalConfig:
             torch/cifar10, `hfds/NAME` or, streamed, `hfids/NAME` of Hugging Face, `wds/` of WebDataset shards.
         model: Name of a timm model, see timm.list_models(); with `pretrained` NAME.TAG says which weights.
         model_kwargs: Further arguments of timm.create_model, such as {drop_path_rate: 0.1, depth: 4}; those of a recipe
-            go with its model only.
+            go with its model only. Given as a whole they take the place of all of a recipe's, --model_kwargs.NAME sets
+            one.
         data_dir: Folder of a torchvision set or of shards; the cache of a Hugging Face set.
         download: Download a set of torchvision or Hugging Face if it isn't in data_dir.
         train_split: Name of the part to train on, in sets that name their parts, some joined (train+val); of shards
@@ -176,7 +179,8 @@ class TrainConfig(EvalConfig):
         mix_patch_size: Side in pixels of the patches that random, block and tokenmix mix, best the model's own, and
             that `token-labels` labels: the model's own or a divisor of it.
         mix_mode: What one draw is for: the whole batch, a pair of images, or one image (elem).
-        box_grid: Side in pixels of the cells that boxes of CutMix consist of; null: boxes of any pixels.
+        box_grid: Side in pixels of the cells that boxes of CutMix consist of, at least three along an image; null:
+            boxes of any pixels.
         loss: Cross entropy (ce), or binary cross entropy of each class (bce).
         smoothing: Label smoothing.
         crop_mode: How training images are cropped: a random part, resized (rrc); or resized by their shorter side, then
@@ -194,15 +198,17 @@ class TrainConfig(EvalConfig):
         opt_betas: Decays of the optimiser's averages; null: its own.
         opt_eps: Epsilon of the optimiser; null: its own.
         momentum: Momentum, of optimisers that have one.
-        lr: Greatest learning rate, for this batch_size.
+        lr: Learning rate that the schedule begins with, for this batch_size.
         weight_decay: Weight decay of the optimiser.
-        sched: Name of a timm learning-rate schedule.
-        warmup_epochs: Epochs over which the learning rate rises from warmup_lr to lr.
+        sched: Name of a timm learning-rate schedule. `step` and `multistep` divide it by 10 after each 30 % of the
+            epochs.
+        warmup_epochs: Epochs over which the learning rate rises from warmup_lr towards lr, in place of the schedule's
+            first ones.
         warmup_lr: Learning rate at the first step, for this batch_size.
-        min_lr: Learning rate at the end, likewise.
+        min_lr: Learning rate at the end, of schedules that have one, likewise.
         clip_grad: Greatest norm of the gradient; null: not clipped.
         ema_decay: Decay of the moving average of the weights, by steps; null: no average. The decay grows to this value
-            during training as 1 - (1 + steps) ** (-2/3).
+            during training as 1 - steps ** (-2/3).
         accumulate: Parts that a batch is computed in, one after the other, to save memory.
         compile: Compile the model.
         channels_last: Keep images and feature maps in channels-last memory format.

@@ -70,6 +70,7 @@ def draw_comparison(runs: Mapping[str, Sequence[EpochRecord]], path: Path) -> No
         "loss": "training loss (nats)",
         "eval_loss": "held-out loss (nats)",
     }
+    legend = {}
     for (name, records), (colour, line, marker) in zip(runs.items(), styles, strict=False):
         epochs = [record.epoch for record in records]
         # Names of folders need not be UTF-8, and between dollars would stand a formula.
@@ -77,11 +78,13 @@ def draw_comparison(runs: Mapping[str, Sequence[EpochRecord]], path: Path) -> No
         for axis, field in zip(axes, panels, strict=True):
             values = [getattr(record, field) for record in records]
             every = max(1, len(epochs) // _MOST_MARKERS)
-            axis.plot(epochs, values, color=colour, linestyle=line, marker=marker, markevery=every, ms=4, label=name)
+            style = {"color": colour, "linestyle": line, "marker": marker, "markevery": every, "ms": 4}
+            (handle,) = axis.plot(epochs, values, **style)
+        # As labels of the lines matplotlib would hide names that begin with "_".
+        legend[name] = handle
     for axis, label in zip(axes, panels.values(), strict=True):
         axis.set_ylabel(label)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, handlelength=4)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2, handlelength=4)
     _finish(axes, max(len(records) for records in runs.values()))
     _save(figure, path)
 
@@ -99,7 +102,9 @@ def draw_methods(top1: Mapping[str, Sequence[float]], relative_times: Mapping[st
         OSError: If it can't be written.
     """
     figure = Figure(figsize=(11, 1.5 + 0.4 * len(top1)), layout="constrained")
-    accuracy, time = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    knows_times = any(time is not None for time in relative_times.values())
+    axes = figure.subplots(1, 1 + knows_times, sharey=True, width_ratios=(2, 1)[: 1 + knows_times], squeeze=False)[0]
+    accuracy = axes[0]
     for row, values in enumerate(top1.values()):
         accuracy.plot(values, [row] * len(values), "o", color=_COLOURS[0], alpha=0.4, mec="none", label="a seed")
         spread = np.std(values, ddof=1) if len(values) > 1 else None
@@ -108,13 +113,14 @@ def draw_methods(top1: Mapping[str, Sequence[float]], relative_times: Mapping[st
     accuracy.set_xlabel("top-1, held-out images (%)")
     accuracy.set_yticks(range(len(top1)), list(top1))
     accuracy.set_ylim(len(top1) - 0.5, -0.5)
-    for row, name in enumerate(top1):
-        if relative_times[name] is not None:
-            bar = time.barh(row, relative_times[name], height=0.6, color=_COLOURS[6])
-            time.bar_label(bar, fmt="%.2f", label_type="center")
-    time.axvline(1.0, color=_COLOURS[2], linewidth=1, zorder=0)
-    time.set_xlabel("time of a step without data,\nrelative to CutMix")
-    for axis in (accuracy, time):
+    for time in axes[1:]:
+        for row, name in enumerate(top1):
+            if relative_times[name] is not None:
+                bar = time.barh(row, relative_times[name], height=0.6, color=_COLOURS[6])
+                time.bar_label(bar, fmt="%.2f", label_type="center")
+        time.axvline(1.0, color=_COLOURS[2], linewidth=1, zorder=0)
+        time.set_xlabel("time of a step without data,\nrelative to CutMix")
+    for axis in axes:
         axis.grid(alpha=0.3)
     handles, names = accuracy.get_legend_handles_labels()
     by_name = dict(zip(names, handles, strict=True))

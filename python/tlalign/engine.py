@@ -23,7 +23,7 @@ from timm.utils import dispatch_clip_grad, random_seed
 from torch import Tensor
 
 from tlalign.checkpoints import Checkpoints
-from tlalign.config import PATCH_MIXING, TrainConfig, UsageError
+from tlalign.config import BOX_MIXING, PATCH_MIXING, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config, sample_images
 from tlalign.evaluation import autocast, choose_device, evaluate
 from tlalign.log import RunLog
@@ -287,8 +287,12 @@ class Trainer:
 
     def _check_mixing(self) -> None:
         side, config = self.image_config["input_size"][-1], self.config
-        if config.box_grid is not None and side % config.box_grid:
-            raise UsageError(f"box_grid: expected a divisor of the {side} pixels of an image, got {config.box_grid}")
+        cell = config.box_grid if config.mixing in BOX_MIXING else None
+        if cell is not None and side % cell:
+            raise UsageError(f"box_grid: expected a divisor of the {side} pixels of an image, got {cell}")
+        # A box has as many cells on either side of its middle: with two cells along an image, none.
+        if cell is not None and side // cell < 3:
+            raise UsageError(f"box_grid: expected at most a third of the {side} pixels of an image, got {cell}")
         if config.mixing == "puzzlemix" and side % min(GRIDS):
             raise UsageError(f"img_size: expected a multiple of {min(GRIDS)} for puzzlemix, got {side}")
         patches = config.mixing in PATCH_MIXING or config.labels_tokens
@@ -372,6 +376,9 @@ class Trainer:
                 warmup_epochs=config.warmup_epochs,
                 warmup_lr=config.warmup_lr,
                 min_lr=config.min_lr,
+                # timm's own are of 300 epochs.
+                decay_epochs=0.3 * config.epochs if config.sched == "step" else None,
+                decay_milestones=[part * config.epochs for part in (0.3, 0.6, 0.9)],
                 step_on_epochs=False,
                 updates_per_epoch=self.steps_per_epoch,
             )

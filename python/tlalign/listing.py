@@ -173,11 +173,13 @@ class RunTable:
         """Draws the curves of the runs over each other.
 
         Raises:
-            UsageError: If there are none, or they can't be written.
+            UsageError: If there are none, or they can't be written, or the file is to be no PNG.
         """
         # Here, since it takes as long as the rest.
         from tlalign.curves import draw_comparison
 
+        if path.suffix != ".png":
+            raise UsageError(f"plot: expected a file NAME.png, got {path}")
         curves = {run.name: run.records for run in self.runs if run.records}
         if not curves:
             raise UsageError("plot: expected a run with an epoch, got none")

@@ -136,7 +136,8 @@ class ReaderImages(Dataset):
 
 
 # timm's readers would leave out files of other kinds than png and jpeg, and classes that have no such file.
-add_img_extensions([ending for ending in IMG_EXTENSIONS if ending not in get_img_extensions()])
+_ENDINGS = (*IMG_EXTENSIONS, ".avif", ".gif", ".jfif")
+add_img_extensions([ending for ending in _ENDINGS if ending not in get_img_extensions()])
 
 
 class FolderImages(ReaderImages):

@@ -189,6 +189,9 @@ def test_what_cannot_be_done_ends_with_a_message_and_code_2(arguments, message, 
 
 def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(run, tmp_path, capsys):
     checkpoint = run / "last.pth.tar"
+    # Another model has its own arguments.
+    assert main(["eval", "--checkpoint", str(checkpoint), "--model=resnet10t"]) == 2
+    assert "is not of this resnet10t" in capsys.readouterr().err
     assert main(["eval", "--checkpoint", str(checkpoint), "--model_kwargs.embed_dim", "32"]) == 2
     assert "is not of this vit_tiny_patch16_224" in capsys.readouterr().err
     damaged = tmp_path / "damaged.pth.tar"

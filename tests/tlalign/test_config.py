@@ -102,6 +102,18 @@ def test_every_field_is_explained_in_the_help(capsys):
         ),
         (["--target", "teacher"], "teacher_checkpoint: expected weights of a trained network for the target teacher"),
         (["--mixing", "attentive-cutmix"], "teacher_checkpoint: expected weights of a trained network for attentive"),
+        (
+            ["--teacher_checkpoint", "some.pth"],
+            "teacher_checkpoint: expected none, for mixing cutmix and target",
+        ),
+        (
+            ["--mixing", "none", "--layers", "[0]"],
+            "layers: expected none, for mixing none and target tl-align",
+        ),
+        (
+            ["--mixing", "mixup", "--box_grid", "4"],
+            "box_grid: expected none, for mixing mixup makes no use",
+        ),
         (["--lr", "fast"], "lr"),
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["--smoothing", "2"], "smoothing: expected 0 to 1, got 2"),

@@ -241,6 +241,7 @@ def test_weights_broken_by_the_last_step_are_not_kept(tmp_path, monkeypatch, val
         ({"opt": "lookahead_adahessian"}, "opt: expected one that needs no second derivatives, got lookahead_adahess"),
         ({"sched": "cosinus"}, "cosinus"),
         ({"box_grid": 5}, "box_grid: expected a divisor of the 16 pixels"),
+        ({"box_grid": 8}, "box_grid: expected at most a third of the 16 pixels of an image, got 8"),
         ({"device": "cuda:99"}, "device: cannot use 'cuda:99'"),
         ({"device": "abacus"}, "device: cannot use 'abacus'"),
     ],
@@ -248,6 +249,17 @@ def test_weights_broken_by_the_last_step_are_not_kept(tmp_path, monkeypatch, val
 def test_what_cannot_be_run_is_a_usage_error(tmp_path, values, message):
     with pytest.raises(UsageError, match=message):
         Trainer(tiny(tmp_path, **values))
+
+
+@pytest.mark.parametrize("sched", ["step", "multistep"])
+def test_schedules_by_steps_are_of_the_length_of_the_run(tmp_path, sched):
+    config = tiny(tmp_path / "run", sched=sched, lr=1.0, epochs=10, warmup_epochs=0)
+    trainer, rates = Trainer(config), []
+    for step in range(trainer.total_steps):
+        trainer.scheduler.step_update(step)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    of_epochs = rates[:: trainer.steps_per_epoch]
+    assert of_epochs == pytest.approx([1.0] * 3 + [0.1] * 3 + [0.01] * 3 + [0.001])
 
 
 def test_without_mixing_patches_need_not_fit(tmp_path):

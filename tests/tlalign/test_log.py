@@ -11,12 +11,13 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tlalign import log as log_module
-from tlalign.curves import draw_comparison, draw_curves
+from tlalign.curves import draw_comparison, draw_curves, draw_methods
 from tlalign.log import RunLog
 from tlalign.progress import TrainingProgress
 from tlalign.runs import CURVES_FILE, LOG_FILE, TENSORBOARD_FOLDER, EpochRecord, read_log
@@ -171,10 +172,20 @@ def test_curves_of_one_epoch_and_of_many_are_pictures(tmp_path, without):
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
-def test_runs_of_any_name_number_and_length_are_drawn_over_each_other(tmp_path):
+@pytest.mark.parametrize("times", [{"a": None, "b": None}, {"a": 1.0, "b": None}])
+def test_methods_are_drawn_with_the_times_that_are_known(tmp_path, times):
+    draw_methods({"a": [97.0, 98.0], "b": [96.0]}, times, tmp_path / "methods.png")
+    with Image.open(tmp_path / "methods.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_runs_of_any_name_number_and_length_are_drawn_over_each_other(tmp_path, monkeypatch):
     runs = {f"run {number}": [record(epoch) for epoch in range(1, number + 2)] for number in range(9)}
-    runs |= {name: [record(1)] for name in ("$a_{$", os.fsdecode(b"\xfc"), "a $ b")}
+    runs |= {name: [record(1)] for name in ("$a_{$", os.fsdecode(b"\xfc"), "a $ b", "_hidden")}
+    legends = []
+    monkeypatch.setattr(Figure, "legend", lambda self, handles, labels, **_: legends.append([*labels]))
     draw_comparison(runs, tmp_path / "runs.png")
+    assert [len(legend) for legend in legends] == [13] and "_hidden" in legends[0]
     with Image.open(tmp_path / "runs.png") as picture:
         assert min(picture.size) > 500
 

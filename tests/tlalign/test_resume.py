@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -275,7 +276,9 @@ def test_a_teacher_may_move_but_not_become_another(tmp_path, capsys):
     assert main(["train", "--resume", config.output, "--teacher_checkpoint=now/best.pth"]) == 2
     assert "teacher_checkpoint: cannot read now/best.pth" in capsys.readouterr().err
     assert main(["train", "--resume", config.output, "--teacher_checkpoint=before/last.pth"]) == 2
-    assert f"teacher_checkpoint of the run in {config.output} is before/best.pth" in capsys.readouterr().err
+    assert re.search(
+        r"teacher_checkpoint of the run in .* is .*/before/best\.pth, got before/last", capsys.readouterr().err
+    )
 
 
 def test_a_run_continues_without_the_weights_that_it_began_with(tmp_path, capsys):

@@ -160,6 +160,7 @@ def test_runs_of_one_name_in_several_folders_are_told_apart(tmp_path, monkeypatc
         (["nowhere"], "expected a folder of runs, got nowhere"),
         (["--plto=x.png"], "did you mean plot?"),
         (["more", "--plot=x.png"], "plot: expected a run with an epoch"),
+        (["plain", "--plot=x.pdf"], "plot: expected a file NAME.png, got x.pdf"),
         (["plain", "--plot=nowhere/x.png"], "plot: cannot write nowhere/x.png"),
         (["plain", "--csv=nowhere/x.csv"], "csv: cannot write nowhere/x.csv"),
     ],

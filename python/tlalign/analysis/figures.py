@@ -175,7 +175,11 @@ def draw_training(logged: Sequence[tuple[float, float]], measured: Sequence[tupl
     """
     figure, axis = _chart()
     if logged:
-        axis.plot(*zip(*logged, strict=True), color="#0072b2", label="log: mean |change|, training images")
+        # A single epoch is no line.
+        marker = "o" if len(logged) == 1 else ""
+        axis.plot(
+            *zip(*logged, strict=True), color="#0072b2", marker=marker, label="log: mean |change|, training images"
+        )
     style = {"linestyle": "", "marker": "D", "color": "#d55e00", "markersize": 7}
     axis.plot(*zip(*measured, strict=True), **style, label="checkpoints (0: random): RMSE, held-out images")
     axis.set(xlabel="epoch", ylabel="aligned - original ratio")
