@@ -424,7 +424,9 @@ def run(output: Path) -> Path:
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.json"
-    results.unlink(missing_ok=True)
+    # Of an earlier run: the archive is to hold nothing else than this one's.
+    for old in (results, output / "report.md", *output.glob("*.png")):
+        old.unlink(missing_ok=True)
     for name, command in {
         "environment.txt": ["-m", "tlalign_kernels"],
         "benchmarks.txt": ["-m", "pytest", "benchmarks/", "--benchmark-only", f"--benchmark-json={results}"],

@@ -87,7 +87,7 @@ def test_a_missing_folder_says_which_layout_is_expected(tmp_path, image_folder):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_images_of_all_usual_kinds_are_read(image_folder, packed):
-    endings = {"train": (".webp", ".BMP", ".jfif"), "val": (".jpeg", ".ppm", ".gif")}
+    endings = {"train": (".webp", ".BMP", ".tif"), "val": (".jfif", ".ppm", ".gif")}
     for split, kinds in endings.items():
         for number, ending in enumerate(kinds):
             path = image_folder / split / "a" / f"{number}.png"
