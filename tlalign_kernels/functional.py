@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,8 +10,9 @@ from tlalign_kernels.backends import Explanation, Problem, choose, explain_choic
 from tlalign_kernels.windows import Windows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What finite values of a mask are raised to: kernels multiply scores by log2(e), and what then overflows is -inf.
-_LOWEST_MASK = -2e38
+# What finite values of a mask are brought to, the greatest of float16. Keys that are masked by it have no weight beside
+# others, and a query all of whose keys are can still tell their scores apart: added to 1e9, float32 rounds them away.
+_GREATEST_MASK = 65504.0
 
 
 def attention(
@@ -336,7 +335,7 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
             raise TypeError(f"mask: expected torch.bool or one of {list(_DTYPES)}, got {mask.dtype}")
         if mask.requires_grad:
             raise ValueError("mask: expected a constant, got one that requires a gradient; pass it as bias")
-        mask = _over_scores("mask", _without_overflow(mask, query.dtype), scores, query.device)
+        mask = _over_scores("mask", _without_rounding(mask, query.dtype), scores, query.device)
     problem = Problem(
         device_type=query.device.type,
         dtype=query.dtype,
@@ -356,11 +355,11 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
     return bias, mask, head_dim**-0.5 if scale is None else float(scale), problem
 
 
-def _without_overflow(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask whose finite values stay so within kernels of `dtype`: a row of finfo.min alone sees all keys alike."""
+def _without_rounding(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask beside whose finite values scores keep their differences: all of a query's keys at -1e9 are as at 0."""
     if mask.dtype in (torch.bool, torch.float16) or dtype == torch.float64:
         return mask
-    mask = torch.where(mask == -math.inf, mask, mask.clamp(min=_LOWEST_MASK))
+    mask = torch.where(mask.isinf(), mask, mask.clamp(-_GREATEST_MASK, _GREATEST_MASK))
     return mask.float() if mask.dtype == torch.float64 else mask
 
 

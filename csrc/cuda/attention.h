@@ -143,7 +143,7 @@ constexpr int HEAD_DIMS[] = {32, 64, 80, 96, 128};
 // That of all models of timm that have windows, but for swinv2_cr_huge_224, whose heads of 44 have no kernels at all.
 constexpr int HEAD_DIM_OF_WINDOWS = 32;
 
-// Queries or keys rounded up to what a block or a step of the kernels takes.
+// Queries or keys rounded up to what a block takes; a step of more keys stops at the tile where they end.
 inline TLALIGN_BOTH int padded(int tokens) { return (tokens + 63) / 64 * 64; }
 
 // Of so many there are labels, and places in a window, as a step of up to 256 keys may ask for them.

@@ -507,9 +507,11 @@ struct ForwardKernel {
     if (STARTS) flip(reinterpret_cast<Fragment(&)[1][D / 16]>(query), p.flipped);
   }
 
-  // Whether the keys of a step end before a tile; in one pass asked for every other tile.
+  // Whether the keys of a step end before a tile; in one pass asked for every other tile, but where scores begin with
+  // what is in memory, since nothing is there beyond padded(keys).
   __device__ bool ends_before(int tile, int step) const {
-    return tile >= CERTAIN_TILES && (STREAMS || (tile - CERTAIN_TILES) % 2 == 0) && step * KEYS + 16 * tile >= p.keys;
+    const bool asks = STREAMS || STARTS || (tile - CERTAIN_TILES) % 2 == 0;
+    return tile >= CERTAIN_TILES && asks && step * KEYS + 16 * tile >= p.keys;
   }
 
   __device__ void multiply_keys(const Fragment (&query)[D / 16], float (&scores)[OCTETS][4], int step,

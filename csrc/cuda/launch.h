@@ -15,6 +15,7 @@ namespace tlalign::cuda {
 // Throws unless the status of a launch is success.
 inline void check(cudaError_t status, const char* kernel, const Problem& p) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would be told of it again
   throw std::runtime_error(std::string(kernel) + " with B, H, Nq, Nk, D, S = " + std::to_string(p.batch) + ", " +
                            std::to_string(p.heads) + ", " + std::to_string(p.queries) + ", " + std::to_string(p.keys) +
                            ", " + std::to_string(p.head_dim) + ", " + std::to_string(p.sources) + ": " +
@@ -55,7 +56,7 @@ void with_types(const Problem& p, Call call) {
 // Multiprocessors of the current device if it is a Hopper, else 0.
 int multiprocessors_of_hopper();
 // Launch a kernel for Hopper, if the device is one and there is one for the problem; else say no. Of the forward the
-// second one is for more keys than one step takes; they set what divides an image into heads. Of the backward strides
+// second one is for more keys than that takes; they set what divides an image into heads. Of the backward strides
 // are in bytes.
 bool launch_on_hopper(Forward& p, cudaStream_t stream);
 bool stream_on_hopper(Forward& p, cudaStream_t stream);

@@ -221,7 +221,7 @@ def test_blocks_take_heads_in_turn_in_which_a_query_may_see_no_key(monkeypatch, 
 
 
 @executed
-@pytest.mark.parametrize("keys", [40, 130])
+@pytest.mark.parametrize("keys", [40, 128, 130])
 @pytest.mark.parametrize("mask", [None, "causal", "rows", "additive"])
 @pytest.mark.parametrize("bias_scale", [0.0, 1.0])
 @pytest.mark.parametrize("sources", [1, 3])
@@ -232,7 +232,7 @@ def test_bias_and_mask_are_within_the_bound(monkeypatch, keys, mask, bias_scale,
 
 @executed
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-@pytest.mark.parametrize("keys", [60, 160, 250, 257])
+@pytest.mark.parametrize("keys", [60, 128, 160, 192, 250, 257])
 def test_head_dims_with_a_bias_and_a_mask(monkeypatch, head_dim, keys):
     case = Case("offsets", 1, 2, 70, keys, head_dim, 1 + (keys < 200), bias_scale=1.0, mask="rows")
     check(monkeypatch, case, BFLOAT16)
@@ -258,7 +258,7 @@ def test_gradients_of_a_bias_are_summed_in_parts(monkeypatch):
 
 @executed
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
-@pytest.mark.parametrize("keys", [40, 130])
+@pytest.mark.parametrize("keys", [40, 130, 192])
 def test_scales_of_any_sign(monkeypatch, scale, keys):
     check(monkeypatch, replace(ONE, queries=40, keys=keys, head_dim=32, scale=scale), FLOAT16)
 
@@ -342,6 +342,10 @@ def test_windows_are_within_the_bound(monkeypatch, dtype, windows, options):
 @pytest.mark.parametrize(
     ("windows", "sources"),
     [
+        # Of 121, 128 and 192 tokens the last tile is the last that scores begin with.
+        (Windows((12, 11), (11, 11), (0, 5)), 1),
+        (Windows((8, 16), (8, 16), (0, 0)), 3),
+        (Windows((12, 16), (12, 16), (0, 0)), 1),
         (Windows((13, 20), (12, 12), (6, 6)), 1),
         (Windows((17, 16), (16, 16), (0, 8)), 1),
         (Windows((9, 20), (9, 17), (3, 0)), 2),

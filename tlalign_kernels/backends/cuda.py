@@ -109,7 +109,7 @@ def backward(
     keys = key.shape[2]
     device, dtype = query.device, query.dtype
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    grad_output = _aligned(grad_output.to(dtype).transpose(1, 2))
+    grad_output, output = _aligned(grad_output.to(dtype).transpose(1, 2)), _aligned(output)
     bias, mask = float_or_smaller(bias), float_or_smaller(mask)
     of_queries, of_keys = (batch, heads, queries, head_dim), (batch, heads, keys, head_dim)
     row_terms = query.new_empty((batch, heads, *_native.cuda_row_terms(queries, DTYPES[dtype])), dtype=torch.float32)
@@ -199,6 +199,7 @@ def window_backward(
     images, head_dim, device, dtype = qkv.shape[0], qkv.shape[5], qkv.device, qkv.dtype
     of_map = (images, heads, windows.map_size[0] * windows.map_size[1], head_dim)
     qkv, grad_output = _aligned(qkv.flatten(1, 2)), _aligned(grad_output.to(dtype).flatten(1, 2))
+    output = _aligned(output)
     row_terms = qkv.new_empty((batch, heads, *_native.cuda_row_terms(tokens, DTYPES[dtype])), dtype=torch.float32)
     padding = grad_padding = bias_sums = None
     if grad_pad_qkv is not None:
