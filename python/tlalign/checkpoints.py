@@ -74,6 +74,22 @@ class Checkpoints:
             raise CheckpointError(f"cannot write the checkpoint of step {step} in {self.path}: {error}") from error
         return written
 
+    def name_found(self, found: Path, best: bool) -> None:
+        """Gives the checkpoint that a run continues from its other names, which a kill right after it left undone.
+
+        Args:
+            found: The checkpoint.
+            best: Whether it is the best of the run.
+
+        Raises:
+            CheckpointError: If a name can't be given.
+        """
+        try:
+            for name in (self.last, self.best) if best else (self.last,):
+                _name_also(found, name)
+        except OSError as error:
+            raise CheckpointError(f"cannot name {found} {name}: {error}") from error
+
     def drop_newest(self) -> None:
         """Removes the newest checkpoint, whose weights turned out to be no good; the one before it is the last then."""
         newest, *older = self._newest_first()
@@ -199,6 +215,8 @@ def _name_also(file: Path, name: Path) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         shutil.copyfile(file, unfinished)
+        with unfinished.open("rb+") as copy:
+            os.fsync(copy.fileno())
     unfinished.replace(name)
     _sync(name.parent)
 

@@ -567,7 +567,7 @@ def _train(trainer: Trainer, folder: RunFolder | None, resume: bool) -> int:
 
 def _resume(trainer: Trainer, folder: Path) -> None:
     """Continues from the newest good checkpoint of a folder, if there is any."""
-    from tlalign.checkpoints import Checkpoints, load_checkpoint
+    from tlalign.checkpoints import CheckpointError, Checkpoints, load_checkpoint
 
     def report(message: str) -> None:
         print(f"tlalign: {message}", file=sys.stderr)
@@ -585,6 +585,11 @@ def _resume(trainer: Trainer, folder: Path) -> None:
     if path is None:
         return
     trainer.resume(load_checkpoint(path) if found is None else found[1])
+    if found is not None:
+        try:
+            checkpoints.name_found(found[0], trainer.is_best)
+        except CheckpointError as error:
+            raise UsageError(f"resume: {error}") from error
 
 
 def _summarise(trainer: Trainer, folder: RunFolder, records: Sequence[EpochRecord], seconds: float) -> None:

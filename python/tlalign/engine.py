@@ -137,6 +137,14 @@ class Trainer:
         self._totals = _Totals()
 
     @property
+    def is_best(self) -> bool:
+        """Whether the weights are those after an epoch that was better than all before it."""
+        if not self.records or self.step != len(self.records) * self.steps_per_epoch:
+            return False
+        *before, last = (record.metric for record in self.records)
+        return last > max(before, default=-math.inf)
+
+    @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.config.epochs * self.steps_per_epoch
@@ -174,9 +182,8 @@ class Trainer:
                         checkpoints.drop_newest()
                     raise
                 ratio_changes, self._totals = self._totals.ratio_changes, _Totals()
-                best = record.metric > max((each.metric for each in self.records), default=-math.inf)
                 self.records.append(record)
-                self._save(checkpoints, best)
+                self._save(checkpoints, self.is_best)
                 # Only now, for by its rows a run counts as trained; one that is missing comes from the checkpoint.
                 if log is not None:
                     log.epoch(record, ratio_changes.numpy())

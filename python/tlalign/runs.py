@@ -222,12 +222,12 @@ def read_log(path: Path) -> list[EpochRecord]:
     rows = csv.DictReader(lines)
     if list(rows.fieldnames or ()) != list(fields):
         raise ValueError(f"expected the columns {', '.join(fields)} in {path}")
-    records = []
-    for row in rows:
-        try:
+    records, row = [], None
+    try:
+        for row in rows:
             records.append(EpochRecord(**{name: _value_of(text, fields[name].type) for name, text in row.items()}))
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"expected numbers in {path}, got {row}") from error
+    except (TypeError, ValueError, KeyError, csv.Error) as error:
+        raise ValueError(f"expected numbers in {path}, got {row}") from error
     return records
 
 

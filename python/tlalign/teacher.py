@@ -73,6 +73,8 @@ class Teacher:
         if int(classes.max()) >= scores.shape[3]:
             raise ValueError(f"classes: expected ids below the teacher's {scores.shape[3]}, got {int(classes.max())}")
         chosen = scores.take_along_dim(classes[:, None, None, None], dim=3)[..., 0]
+        # A class may be so improbable that all of its probabilities are 0; then no cell shows more of it than others.
+        chosen = chosen.clamp(min=torch.finfo(chosen.dtype).tiny)
         return chosen / chosen.sum(dim=(1, 2), keepdim=True)
 
     def target(self, mixing: MixingStrategy, images: Tensor, target: MixedTarget) -> MixedTarget:

@@ -138,6 +138,11 @@ def test_rollout_in_several_passes_is_the_same():
     torch.testing.assert_close(in_passes.head, at_once.head, atol=1e-6, rtol=0)
 
 
+def test_patches_need_not_be_square():
+    model = sharp(timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=(8, 16), embed_dim=24, depth=1))
+    assert attention_rollout(model, torch.randn(1, 3, 64, 64)).grid == (8, 4)
+
+
 def test_rollout_leaves_the_model_alone():
     model = vit().train()
     classes, keys = [type(module) for module in model.modules()], list(model.state_dict())

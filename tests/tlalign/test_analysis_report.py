@@ -16,6 +16,7 @@ from PIL import Image
 
 from tlalign.analysis.figures import draw_rmse_by_model
 from tlalign.analysis.page import Picture, Section, Table, write_page
+from tlalign.analysis.report import _epoch_of
 from tlalign.analysis.subject import RANDOM, create_subject, create_subject_of_table_1
 from tlalign.cli import main
 from tlalign.config import AnalyzeConfig, UsageError
@@ -135,6 +136,12 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, capsys):
 def test_blocks_that_are_not_there_are_refused(capsys):
     assert main(["analyze", *VIT, *IMAGES, "--layers=[7]"]) == 2
     assert "layers: expected" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_the_first_epoch_is_of_a_part_of_it(tmp_path):
+    for content, epoch in (({"epoch": 0, "step": 2, "steps_per_epoch": 5}, 0.4), ({"epoch": 7}, 7.0), ({}, None)):
+        torch.save(content, tmp_path / "checkpoint.pth")
+        assert _epoch_of(tmp_path / "checkpoint.pth") == epoch
 
 
 def test_page_holds_all_pictures_and_asks_for_nothing(run):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from training import PYTHONPATH, FewDigits, became, differences, fit, options, quiet, resume, small
 
+from tlalign import checkpoints
 from tlalign.checkpoints import CheckpointError, Checkpoints
 from tlalign.cli import main
 from tlalign.config import UsageError
@@ -102,6 +103,31 @@ def test_an_evaluation_that_failed_is_done_again_and_no_step(tmp_path):
     assert differences(became(continued), became(trainer)) == []
     rows = folder.log.read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_names_of_a_checkpoint_that_a_kill_left_undone_are_given_when_the_run_continues(tmp_path, monkeypatch, epochs):
+    config = small(tmp_path / "run", epochs=epochs, ema_decay=None)
+    trainer, folder = Trainer(config), RunFolder(config)
+    tops = iter((10.0, 90.0, 50.0))
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"loss": 1.0, "top1": next(tops), "top5": 99.0})
+    name_also = checkpoints._name_also
+
+    def kill_after_the_second_epoch(file, name):
+        if len(trainer.records) == 2:
+            raise KeyboardInterrupt
+        name_also(file, name)
+
+    def metrics():
+        files = folder.last_checkpoint, folder.best_checkpoint
+        return [checkpoints.load_checkpoint(file)["metric"] for file in files]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "_name_also", kill_after_the_second_epoch)
+        trainer.fit(folder, quiet(trainer))
+    assert metrics() == [10.0, 10.0]
+    assert main(["train", "--resume", config.output]) == 0
+    assert metrics() == [90.0 if epochs == 2 else 50.0, 90.0]
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path):

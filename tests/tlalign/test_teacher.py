@@ -184,3 +184,10 @@ def test_a_target_of_a_teacher_is_a_mixed_target():
     strategy, images = CutMix(), torch.randn(2, 3, 16, 16)
     target = strategy(images, torch.arange(2))[1]
     assert isinstance(KnownMaps(torch.ones(2, 2, 2)).target(strategy, images, target), MixedTarget)
+
+
+def test_a_class_that_the_teacher_sees_nowhere_is_spread_evenly():
+    scores = torch.zeros(2, 3, 4, 5)
+    scores[..., 1] = 1
+    maps = KnownScores(scores, 16).class_activation(torch.zeros(2, 3, 48, 64), torch.tensor([0, 1]))
+    torch.testing.assert_close(maps, torch.full((2, 3, 4), 1 / 12))

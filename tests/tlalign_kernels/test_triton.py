@@ -352,6 +352,14 @@ def test_nothing_spills_in_windows(arch, tokens, dtype):
 # Chosen
 
 
+def test_amd_is_asked_for_no_limit_of_registers(monkeypatch):
+    config = backend.Config("attention_forward_row", {"BLOCK_Q": 64}, 4, registers=168)
+    assert config.options["maxnreg"] == 168
+    assert "maxnreg" not in config._replace(registers=None).options
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "maxnreg" not in config.options
+
+
 def test_what_tune_prefers_is_for_one_class_of_problems(monkeypatch):
     """Two stages of a Swin differ in their heads alone; calls with labels and without, in the forward alone."""
     monkeypatch.setattr(backend, "_preferred", {})

@@ -91,10 +91,19 @@ def prefix_of(model: nn.Module, share: Tensor) -> int:
 
 
 def map_size(model: nn.Module, share: Tensor, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Ht and Wt of the tokens with these labels; (B, N, S) lie on the image so that they are closest to squares."""
+    """Ht and Wt of the tokens with these labels.
+
+    Where the model does not say it (PVT, whose stages differ), (B, N, S) lie on the image so that they are closest to
+    squares.
+    """
     if share.dim() == 4:
         return share.shape[1], share.shape[2]
-    tokens, aspect = share.shape[1] - prefix_of(model, share), image_size[0] / image_size[1]
+    tokens = share.shape[1] - prefix_of(model, share)
+    if hasattr(getattr(model, "patch_embed", None), "dynamic_feat_size"):
+        rows, columns = model.patch_embed.dynamic_feat_size(image_size)
+        if rows * columns == tokens:
+            return rows, columns
+    aspect = image_size[0] / image_size[1]
     divisors = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
     rows = min(divisors, key=lambda rows: abs(math.log(rows * rows / tokens / aspect)))
     return rows, tokens // rows

@@ -300,7 +300,10 @@ def _over_training(
             rows = [row for row in csv.DictReader(file) if row.get("ratio_change")]
         logged = [(float(row["epoch"]), float(row["ratio_change"])) for row in rows]
     measured = {0.0: (RANDOM, untrained)}
-    measured[_epoch_of(checkpoint) or (logged[-1][0] if logged else 1.0)] = (checkpoint.name, ratios.rmse)
+    epoch = _epoch_of(checkpoint)
+    if epoch is None:
+        epoch = logged[-1][0] if logged else 1.0
+    measured[epoch] = (checkpoint.name, ratios.rmse)
     if is_run:  # all of whose checkpoints are of this model
         other = create_subject(subject.config, subject.data, None)
         for path in sorted(folder.glob("*.pth.tar")):
@@ -318,8 +321,11 @@ def _rmse(subject: Subject, what: str, console: Console) -> float:
 
 
 def _epoch_of(checkpoint: Path) -> float | None:
-    """Epoch of a checkpoint, or None if it says none."""
-    epoch = load_metadata(checkpoint).get("epoch")
+    """Epochs that a checkpoint was trained, of a run of tlalign to the step; None if it says nothing."""
+    content = load_metadata(checkpoint)
+    epoch = content.get("epoch")
+    if "steps_per_epoch" in content:
+        epoch = content["step"] / content["steps_per_epoch"]
     return float(epoch) if isinstance(epoch, (int, float)) else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,6 +60,9 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
     if _interpreted and problem.dtype == torch.bfloat16:
         reasons.append("dtype: Triton's interpreter has no products of bfloat16")
+    tokens = problem.queries if problem.windows is None else math.prod(problem.windows.map_size)
+    if tokens * problem.heads * problem.head_dim >= 2**31:
+        reasons.append("query: expected less than 2**31 elements in an image, which are counted in 32 bits")
     return reasons
 
 
@@ -80,14 +84,14 @@ class Config(NamedTuple):
     registers: int | None = None
 
     @property
-    def options(self) -> dict[str, int | tuple[int, ...] | None]:
+    def options(self) -> dict[str, int | tuple[int, ...]]:
         """Tiles and options of a launch."""
-        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        # AMD's compiler has no such option, not even for none.
+        limit = {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
+        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages, **limit}
 
     def __str__(self) -> str:
-        return " ".join(
-            [self.kernel, *(f"{name}={value}" for name, value in self.options.items() if value is not None)]
-        )
+        return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.options.items())])
 
 
 class Shape(NamedTuple):
@@ -513,7 +517,7 @@ def forward(
                 **_kinds(bias, mask, windows), PRECISION=_precision(query.device),
                 NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
                 BLOCK_Q=32, TILE=32, LABELS=32, num_warps=8, num_stages=2 if is_float else 3,
-                maxnreg=ALL_REGISTERS if is_float else None,
+                **({"maxnreg": ALL_REGISTERS} if is_float and not torch.version.hip else {}),
             )  # fmt: skip
 
 
