@@ -44,7 +44,7 @@ def attention(
             no average.
         bias: floating, broadcastable to (B, H, Nq, Nk), added to the scores; differentiable.
         mask: bool (True: the query sees the key) or floating (added to the scores), broadcastable to
-            (B, H, Nq, Nk); constant. Finite numbers beyond 65504 count as that.
+            (B, H, Nq, Nk); constant. Finite numbers beyond 65504 count as that, but in float64.
         scale: Factor of the products of queries and keys; None: 1 / sqrt(D).
         dropout_p: Probability with which attention weights are dropped from A.V; labels take part undropped.
         backend: Name of a backend, or "auto".

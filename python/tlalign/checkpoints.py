@@ -64,8 +64,7 @@ class Checkpoints:
             for unfinished in self.path.glob(f"*{_UNFINISHED}"):
                 unfinished.unlink()
             written = _write(state, self.path, f"epoch-{epoch:05d}-step-{step:09d}")
-            for name in (self.last, self.best) if best else (self.last,):
-                _name_also(written, name)
+            self.give_names(written, best)
             # Those that claim to be newer were found damaged, else the run had continued from them.
             older = [path for path in self._newest_first() if _place(path) < _place(written)]
             for path in {*self._newest_first()} - {written, *older[:1]}:
@@ -74,11 +73,11 @@ class Checkpoints:
             raise CheckpointError(f"cannot write the checkpoint of step {step} in {self.path}: {error}") from error
         return written
 
-    def name_found(self, found: Path, best: bool) -> None:
-        """Gives the checkpoint that a run continues from its other names, which a kill right after it left undone.
+    def give_names(self, newest: Path, best: bool) -> None:
+        """Gives the newest checkpoint its other names; to one that is found, too, for a kill may have left it undone.
 
         Args:
-            found: The checkpoint.
+            newest: The checkpoint.
             best: Whether it is the best of the run.
 
         Raises:
@@ -86,9 +85,9 @@ class Checkpoints:
         """
         try:
             for name in (self.last, self.best) if best else (self.last,):
-                _name_also(found, name)
+                _name_also(newest, name)
         except OSError as error:
-            raise CheckpointError(f"cannot name {found} {name}: {error}") from error
+            raise CheckpointError(f"cannot name {newest} {name}: {error}") from error
 
     def drop_newest(self) -> None:
         """Removes the newest checkpoint, whose weights turned out to be no good; the one before it is the last then."""

@@ -587,7 +587,7 @@ def _resume(trainer: Trainer, folder: Path) -> None:
     trainer.resume(load_checkpoint(path) if found is None else found[1])
     if found is not None:
         try:
-            checkpoints.name_found(found[0], trainer.is_best)
+            checkpoints.give_names(found[0], trainer.is_best)
         except CheckpointError as error:
             raise UsageError(f"resume: {error}") from error
 

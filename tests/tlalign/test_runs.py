@@ -189,3 +189,11 @@ def test_a_disk_that_cannot_be_written_is_an_error_that_names_the_folder(output,
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"output: cannot make a run in file/x: .*Not a directory"):
         make_run("file/x", [10])
+
+
+def test_a_log_with_an_overlong_field_is_no_log(tmp_path):
+    make_run(tmp_path / "run", [10])
+    log = tmp_path / "run" / LOG_FILE
+    log.write_text(log.read_text() + "9" * 200_000 + "\n")
+    with pytest.raises(ValueError, match="expected numbers in"):
+        read_log(log)
