@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,10 +173,9 @@ class Trainer:
                 self._train_epoch(epoch, progress, log, checkpoints, signals)
                 # So that an evaluation that fails, or is killed, costs nothing that was trained.
                 self._save(checkpoints, best=False)
-                if self._agree(signals):
-                    raise TrainingInterrupted(signals.number or signal.SIGTERM)
+                self._stop_if_told(signals)
                 try:
-                    record = self._end_epoch(epoch)
+                    record = self._end_epoch(epoch, signals)
                 except NonFiniteLossError:
                     if checkpoints is not None:
                         checkpoints.drop_newest()
@@ -188,8 +187,8 @@ class Trainer:
                 if log is not None:
                     log.epoch(record, ratio_changes.numpy())
                 progress.epoch_done(record.top1)
-                if self.step < self.total_steps and self._agree(signals):
-                    raise TrainingInterrupted(signals.number or signal.SIGTERM)
+                if self.step < self.total_steps:
+                    self._stop_if_told(signals)
         return self.records
 
     def state(self) -> dict[str, Any]:
@@ -244,10 +243,11 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"resume: the checkpoint is not of this run: {error!r}") from error
 
-    def evaluate(self, ema: bool = False) -> dict[str, float]:
+    def evaluate(self, ema: bool = False, after_batch: Callable[[], None] | None = None) -> dict[str, float]:
         """Evaluates the model or its averaged weights on the held-out images, as `evaluate`."""
         model = self.task.get_eval_model(ema=ema)
-        return evaluate(model, self.eval_loader, self.device, self.config.precision, self.processes.several)
+        several = self.processes.several
+        return evaluate(model, self.eval_loader, self.device, self.config.precision, several, after_batch)
 
     def sample_held_out(self, count: int) -> tuple[Tensor, Tensor]:
         """Takes images from all over the held-out ones, always the same.
@@ -485,9 +485,15 @@ class Trainer:
             totals.part_seconds[name] = totals.part_seconds.get(name, 0.0) + seconds
         return loss, stop > 0
 
-    def _end_epoch(self, epoch: int) -> EpochRecord:
-        result = self.evaluate()
-        averaged = self.evaluate(ema=True) if self.task.has_ema() else {}
+    def _end_epoch(self, epoch: int, signals: StopSignals) -> EpochRecord:
+        batches = itertools.count(1)
+
+        def stop_if_told() -> None:
+            if self.device.type == "cpu" or next(batches) % _STEPS_BETWEEN_READS == 0:
+                self._stop_if_told(signals)
+
+        result = self.evaluate(after_batch=stop_if_told)
+        averaged = self.evaluate(ema=True, after_batch=stop_if_told) if self.task.has_ema() else {}
         # The last step may have broken the weights without a loss to show it.
         for name, value in (("evaluation", result["loss"]), ("evaluation of the average", averaged.get("loss", 0.0))):
             _check_finite(value, f"of the {name} after epoch {epoch}")
@@ -516,10 +522,11 @@ class Trainer:
         if checkpoints is not None:
             checkpoints.save(state, len(self.records), self.step, best)
 
-    def _agree(self, signals: StopSignals) -> bool:
-        """Whether any process was told to stop."""
+    def _stop_if_told(self, signals: StopSignals) -> None:
+        """Raises TrainingInterrupted in all processes if one was told to stop."""
         told = torch.tensor(float(signals.number is not None), device=self.device)
-        return self.processes.mean(told).item() > 0
+        if self.processes.mean(told).item() > 0:
+            raise TrainingInterrupted(signals.number or signal.SIGTERM)
 
     def _learning_rate(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from tlalign.unreadable import UnreadableImagesError
 
 @torch.no_grad()  # inference mode is not for sharded models
 def evaluate(
-    model: nn.Module, loader: Any, device: torch.device, precision: str = "float32", several: bool = False
+    model: nn.Module,
+    loader: Any,
+    device: torch.device,
+    precision: str = "float32",
+    several: bool = False,
+    after_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Evaluates a model on all images of a loader.
 
@@ -28,6 +34,7 @@ def evaluate(
         device: Device of the model.
         precision: What the model computes in; but for float32 by autocast.
         several: Add up what all processes of the run counted.
+        after_batch: Is called after each batch, and may end the evaluation by an exception. All processes have as many.
 
     Returns:
         `loss` (cross entropy), `top1` and `top5` (per cent).
@@ -38,6 +45,8 @@ def evaluate(
         with autocast(device, precision):
             output = model(images)
         evaluator.update(output, classes)
+        if after_batch is not None:
+            after_batch()
     return evaluator.compute(distributed=several)
 
 

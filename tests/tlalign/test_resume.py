@@ -89,10 +89,10 @@ def test_an_evaluation_that_failed_is_done_again_and_no_step(tmp_path):
     stopped, folder = Trainer(config), RunFolder(config)
     evaluate = stopped.evaluate
 
-    def fail(ema=False):
+    def fail(*arguments, **options):
         if len(stopped.records) == 2:
             raise OSError("cannot read an image")
-        return evaluate(ema)
+        return evaluate(*arguments, **options)
 
     stopped.evaluate = fail
     with pytest.raises(OSError, match="cannot read an image"):
@@ -105,12 +105,36 @@ def test_an_evaluation_that_failed_is_done_again_and_no_step(tmp_path):
     assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3"]
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4], ids=["first batch", "second batch", "of the average"])
+def test_an_evaluation_stops_after_a_batch_and_is_done_again(tmp_path, batch):
+    config = small(tmp_path / "run", epochs=1)
+    whole, _, _ = fit(dataclasses.replace(config, output=str(tmp_path / "whole")))
+    stopped, folder = Trainer(config), RunFolder(config)
+    batches = []
+
+    def interrupt(module, inputs):
+        if not module.training:
+            batches.append(inputs)
+            if len(batches) == batch:
+                signal.raise_signal(signal.SIGTERM)
+
+    for model in (stopped.model, stopped.task.get_eval_model(ema=True)):
+        model.register_forward_pre_hook(interrupt)
+    with pytest.raises(TrainingInterrupted, match="SIGTERM"):
+        stopped.fit(folder, quiet(stopped))
+    assert len(batches) == batch
+    continued, _ = resume(config)
+    assert (continued.step, len(continued.records)) == (continued.total_steps, 0)
+    continued.fit(folder, quiet(continued))
+    assert differences(became(continued), became(whole)) == []
+
+
 @pytest.mark.parametrize("epochs", [2, 3])
 def test_names_of_a_checkpoint_that_a_kill_left_undone_are_given_when_the_run_continues(tmp_path, monkeypatch, epochs):
     config = small(tmp_path / "run", epochs=epochs, ema_decay=None)
     trainer, folder = Trainer(config), RunFolder(config)
     tops = iter((10.0, 90.0, 50.0))
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"loss": 1.0, "top1": next(tops), "top5": 99.0})
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, **_: {"loss": 1.0, "top1": next(tops), "top5": 99.0})
     name_also = checkpoints._name_also
 
     def kill_after_the_second_epoch(file, name):
