@@ -219,6 +219,17 @@ def test_transmix_leaves_labels_of_a_class_token_that_sees_no_patch():
     assert torch.equal(aligned.ratio, target.ratio)
 
 
+@pytest.mark.parametrize("options", [{"method": "transmix"}, {"layers": [-1]}], ids=str)
+def test_blocks_that_follow_labels_and_were_pruned_are_missed(options):
+    model = tlk.patch_model(small("vit_tiny_patch16_224"), **options)
+    images, target = images_and_target(model)
+    model.prune_intermediate_layers([0], prune_head=False)
+    with pytest.raises(ValueError, match="model: none of its 1 blocks follows labels"):
+        model(images, target=target)
+    _, aligned = tlk.patch_model(model, **options)(images, target=target)
+    assert (aligned.ratio - target.ratio).abs().max() > 1e-4
+
+
 def test_alignment_in_the_last_block_without_residual_restricted_to_patches_is_transmix():
     model = small("vit_tiny_patch16_224")
     images, target = images_and_target(model)

@@ -318,7 +318,7 @@ def _current(device: torch.device) -> torch.cuda.device:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Kernels copy 16 bytes at a time: a tensor whose rows begin elsewhere, or have gaps, is copied, once."""
+    """Kernels copy 16 bytes at a time: a tensor whose rows begin elsewhere, have gaps or are far apart is copied."""
     if tensor.data_ptr() % 16 == 0 and _has_aligned_rows(tensor.shape, tensor.stride()):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -326,6 +326,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(4096)
 def _has_aligned_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether rows of numbers of 16 bits lie at multiples of 16 bytes from one another, without gaps in them."""
+    """Whether rows of numbers of 16 bits lie at multiples of 16 bytes from one another, of 31 bits, without gaps."""
     *between, last = strides
-    return last == 1 and all(stride % 8 == 0 for size, stride in zip(shape, between, strict=False) if size > 1)
+    return last == 1 and all(
+        stride % 8 == 0 and stride < 2**30 for size, stride in zip(shape, between, strict=False) if size > 1
+    )

@@ -112,8 +112,10 @@ def map_size(model: nn.Module, share: Tensor, image_size: tuple[int, int]) -> tu
 def image_value(model: nn.Module, share: Tensor) -> Tensor:
     """Of labels (B, N, S) or (B, Ht, Wt, S) that of the image, (B, S): of the class token, else the tokens' mean.
 
-    In distilled DeiT, whose two heads are averaged, it is the mean of both tokens'. What is not a number is left out.
+    In distilled DeiT, whose two heads are averaged, it is the mean of both tokens'. Register tokens count where the
+    model's own mean has them. What is not a number is left out.
     """
     if has_class_token(model, share):
         return share[:, :2].nanmean(dim=1) if hasattr(model, "dist_token") else share[:, 0]
-    return share.flatten(1, -2)[:, prefix_of(model, share) :].nanmean(dim=1)
+    prefix = 0 if getattr(model, "pool_include_prefix", False) else prefix_of(model, share)
+    return share.flatten(1, -2)[:, prefix:].nanmean(dim=1)

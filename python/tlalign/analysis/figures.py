@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -188,21 +189,21 @@ def draw_training(logged: Sequence[tuple[float, float]], measured: Sequence[tupl
     _save(figure, path)
 
 
-def draw_rollout(images: np.ndarray, rollout: Rollout, has_class_token: bool, path: Path) -> None:
+def draw_rollout(images: np.ndarray, rollout: Rollout, head: str, path: Path) -> None:
     """What the head sees: how much of each token arrives there.
 
     Args:
         images: (B, Hi, Wi, channels) in [0, 1].
         rollout: Of these images.
-        has_class_token: Whether the head sees a class token, else the mean over the tokens.
+        head: What it sees, such as "class token".
         path: PNG file to write.
     """
     rows, columns = rollout.grid
     seen = rollout.head[:, -rows * columns :].unflatten(1, rollout.grid).cpu() * rows * columns
     figure = Figure(figsize=(1.45 * len(images) + 1.9, 5.0), layout="constrained")
     axes = figure.subplots(3, len(images), squeeze=False)
-    what = "class token" if has_class_token else "mean of the\ntokens"
-    for axis, label in zip(axes[:, 0], ("image", f"what the\n{what} sees", "both"), strict=True):
+    seen_by = textwrap.fill(f"what the {head} sees", 14)
+    for axis, label in zip(axes[:, 0], ("image", seen_by, "both"), strict=True):
         axis.set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     limit = seen.max()
     smooth = F.interpolate(seen[:, None].float(), images.shape[1:3], mode="bilinear")[:, 0]

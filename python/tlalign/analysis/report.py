@@ -127,7 +127,7 @@ def _label_maps(subject: Subject, first: FirstBatch, folder: Path) -> Section:
             "Two images mixed by CutMix, and the label of each token: red is the image, blue with a dot the partner. "
             "Before the first block it is the part of the patch that each image covers; each block mixes labels as it "
             "mixes tokens. The number below a map is the partner's share in the label of the whole image: "
-            f"that of the {_head_name(subject.model)}. (Figure 5 of the paper.)"
+            f"that of the {_name_of_image(subject.model)}. (Figure 5 of the paper.)"
         ],
     )
     layers = _map_layers(subject.config, first.ratios.aligned)
@@ -214,7 +214,7 @@ def _mixing_ratio(subject: Subject, first: FirstBatch, ratios: MixingRatios, fol
             Picture(
                 pictures[0],
                 _alt("Mixing ratio by block", columns, methods),
-                f"Mean of {len(ratios.cutmix)} mixed images ({_head_name(subject.model)}).",
+                f"Mean of {len(ratios.cutmix)} mixed images ({_name_of_image(subject.model)}).",
             ),
             Picture(
                 pictures[1],
@@ -371,8 +371,8 @@ def _rollout(subject: Subject, first: FirstBatch, folder: Path) -> Section:
     with autocast(subject.device, subject.config.precision):
         rollout = attention_rollout(subject.model, images)
     path, (rows, columns) = folder / "rollout.png", rollout.grid
-    is_class_token = _head_name(subject.model) == "class token"
-    figures.draw_rollout(subject.pixels(images), rollout, is_class_token, path)
+    head = "attention pool" if subject.model.global_pool == "map" else _name_of_image(subject.model)
+    figures.draw_rollout(subject.pixels(images), rollout, head, path)
     weights = rollout.head[:, -rows * columns :].cpu()
     _write_csv(
         folder / "rollout.csv",
@@ -393,7 +393,7 @@ def _rollout(subject: Subject, first: FirstBatch, folder: Path) -> Section:
         [
             Picture(
                 path,
-                f"Images, and maps of what the {_head_name(subject.model)} sees of each of {rows} x {columns} patches; "
+                f"Images, and maps of what the {head} sees of each of {rows} x {columns} patches; "
                 "brighter is more.",
                 "1 is the weight of a patch if all had the same.",
                 wide=True,
@@ -438,10 +438,10 @@ def _first_images(subject: Subject, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat(images)[:count], torch.cat(classes)[:count]
 
 
-def _head_name(model: nn.Module) -> str:
-    """What the logits are computed from, where labels are those of the whole image."""
-    if getattr(model, "global_pool", None) == "token" and getattr(model, "num_prefix_tokens", 0):
-        return "class token"
+def _name_of_image(model: nn.Module) -> str:
+    """The tokens whose label `image_value` takes for that of the image."""
+    if model.global_pool == "token" and getattr(model, "num_prefix_tokens", 0):
+        return "mean of class and distillation token" if hasattr(model, "dist_token") else "class token"
     return "mean of the tokens"
 
 
