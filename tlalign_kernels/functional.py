@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tlalign_kernels import ops
 from tlalign_kernels.backends import Explanation, Problem, choose, explain_choice
+from tlalign_kernels.labels import check_number
 from tlalign_kernels.windows import Windows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -315,9 +316,9 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
     if not 8 <= head_dim <= 256:
         raise ValueError(f"query: expected a head dimension D of 8 to 256, got {head_dim}")
     _check_labels(query, batch, queries, keys, share, residual)
-    _check_number("dropout_p", dropout_p)
+    check_number("dropout_p", dropout_p)
     if scale is not None:
-        _check_number("scale", scale)
+        check_number("scale", scale)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}")
     scores = sizes[:4]
@@ -396,12 +397,6 @@ def _over_scores(name: str, tensor: Tensor, scores: tuple[int, ...], device: tor
         given = tuple(tensor.shape)
         raise ValueError(f"{name}: expected a shape broadcastable to (B, H, Nq, Nk) = {scores}, got {given}")
     return tensor.view(shape).expand(shape[0], shape[1], scores[2], scores[3])
-
-
-def _check_number(name: str, value: float) -> None:
-    """Not a tensor, whose gradient would be lost; what learns a temperature multiplies the query with it."""
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def _check_is_tensor(name: str, tensor: Tensor) -> None:

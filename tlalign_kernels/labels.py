@@ -262,6 +262,7 @@ class MixedTarget:
             (B, C) of the dtype of `ratio`.
 
         Raises:
+            TypeError: If `smoothing` is no number.
             ValueError: If, on the CPU, a class id is out of range, or `smoothing` outside [0, 1].
         """
         check_smoothing(smoothing)
@@ -405,8 +406,15 @@ def gather_share(share: Tensor, indices: Tensor, num_prefix_tokens: int = 0) -> 
     return torch.cat((prefix, kept), dim=1)
 
 
+def check_number(name: str, value: float) -> None:
+    """Raises TypeError unless a value is a number: no tensor, whose gradient would be lost."""
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
 def check_smoothing(smoothing: float) -> None:
-    """Raises ValueError unless the label smoothing lies in [0, 1]."""
+    """Raises TypeError or ValueError unless the label smoothing is a number in [0, 1]."""
+    check_number("smoothing", smoothing)
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"smoothing: expected a value in [0, 1], got {smoothing}")
 

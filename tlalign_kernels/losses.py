@@ -31,7 +31,7 @@ def mixed_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: float = 
         Scalar, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: If `logits` is no floating tensor or `target` no MixedTarget.
+        TypeError: If `logits` is no floating tensor, `target` no MixedTarget or `smoothing` no number.
         ValueError: If shapes disagree, `smoothing` is out of range or, on the CPU, a class id is.
     """
     _check(logits, target, smoothing)
@@ -52,7 +52,7 @@ def mixed_binary_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: f
         Scalar, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: If `logits` is no floating tensor or `target` no MixedTarget.
+        TypeError: If `logits` is no floating tensor, `target` no MixedTarget or `smoothing` no number.
         ValueError: If shapes disagree, `smoothing` is out of range or, on the CPU, a class id is.
     """
     _check(logits, target, smoothing)

@@ -168,7 +168,10 @@ def compare(options: Sequence[str]) -> int:
     )
     _add_sources(parser)
     parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), help="Methods, MIXING or MIXING+TARGET as train calls them."
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        help="Methods, MIXING or MIXING+TARGET as train calls them, in place of those of a recipe or file.",
     )
     parser.add_argument("--seeds", type=int, default=5, help="Number of seeds, from --seed on.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, which share the cores and the device.")

@@ -137,8 +137,15 @@ BAD_CALLS = [
     ({"logits": torch.zeros(2, 5, device="meta")}, ValueError, "target: expected on the device of logits"),
     ({"target": torch.zeros(2, 5)}, TypeError, "target: expected a MixedTarget, got Tensor"),
     ({"smoothing": -0.1}, ValueError, "smoothing: expected a value in"),
+    ({"smoothing": None}, TypeError, "smoothing: expected a number, got NoneType"),
     ({"target": MixedTarget.from_dense(torch.full((2, 4, 1, 1), 0.25))}, ValueError, "logits: expected 4 classes"),
 ]
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_nothing_is_smoothed_unless_asked(loss):
+    logits, target = torch.randn(2, 5), MixedTarget.from_ratio(torch.tensor([[0, 4], [1, 2]]), torch.rand(2, 1))
+    torch.testing.assert_close(loss(logits, target), DENSE_LOSSES[loss](logits, target.to_dense(5)))
 
 
 @pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)

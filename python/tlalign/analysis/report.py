@@ -393,8 +393,7 @@ def _rollout(subject: Subject, first: FirstBatch, folder: Path) -> Section:
         [
             Picture(
                 path,
-                f"Images, and maps of what the {head} sees of each of {rows} x {columns} patches; "
-                "brighter is more.",
+                f"Images, and maps of what the {head} sees of each of {rows} x {columns} patches; brighter is more.",
                 "1 is the weight of a patch if all had the same.",
                 wide=True,
             )
