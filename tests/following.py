@@ -180,6 +180,14 @@ def check_stochastic_depth(model, size, compiles=False):
     assert_same((checkpointed.ratio, gradients_checkpointed), aligned.ratio, expected, rtol=0)
 
 
+def check_attention_dropout(model, images, target):
+    """Dropout of attention weights, the model's only one, acts in training alone."""
+    logits = model(images)
+    tlk.patch_model(model)
+    torch.testing.assert_close(model(images, target=target)[0], logits, rtol=1e-4, atol=1e-5)
+    assert (model.train()(images, target=target)[0] - logits).abs().max() > 1e-3
+
+
 def check_layers(model, images, target, blocks):
     """`layers` chooses blocks over all stages: in the others labels stay as they are."""
     own_class = type(tlk.patch_model(model).label_blocks(model)[0])
