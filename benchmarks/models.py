@@ -56,14 +56,15 @@ class DenseLabels:
     of_image: Tensor
 
     def mix(self, attention: Tensor, reduction: int, windows: Windows | None) -> None:
-        labels = self.of_tokens
-        mean = attention.detach().mean(dim=1).to(labels.dtype)
+        labels, mean = self.of_tokens, attention.detach().mean(dim=1)
+        # As under the official code's autocast; labels between layers are float32.
+        of_keys = labels.to(mean.dtype)
         if windows is not None:
-            mixed = join(mean @ cut(labels, windows), windows)
+            mixed = join(mean @ cut(of_keys, windows), windows)
         elif reduction > 1:
-            mixed = mean @ self.pooled(labels, reduction).flatten(1, 2)
+            mixed = mean @ self.pooled(of_keys, reduction).flatten(1, 2)
         else:
-            mixed = mean @ labels
+            mixed = mean @ of_keys
         self.of_tokens = (mixed + labels) / 2
 
     @staticmethod

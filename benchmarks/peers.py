@@ -279,9 +279,9 @@ def _eager(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _materialised(query: Tensor, key: Tensor, value: Tensor, labels: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """What the official code does with labels (B, Nk, C), or with shares."""
+    """What the official code does with labels (B, Nk, C), or with shares; their product as under its autocast."""
     output, attention = _eager(query, key, value)
-    return output, (attention.detach().mean(dim=1).to(labels.dtype) @ labels + residual) / 2
+    return output, (attention.detach().mean(dim=1) @ labels.to(attention.dtype) + residual) / 2
 
 
 def _with_column(attend: Callable[..., Tensor], inputs: Inputs, padded: int, as_wide: bool) -> Run:
@@ -408,7 +408,7 @@ def _of_windows(inputs: Inputs, problem: Problem) -> dict[str, Peer]:
     def materialised(labels: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             output, attention = eager(query, key, value)
-            mixed = attention.detach().mean(dim=1).to(labels.dtype) @ cut(labels, windows)
+            mixed = attention.detach().mean(dim=1) @ cut(labels, windows).to(attention.dtype)
             return output, (join(mixed, windows) + labels) / 2
 
         return attend

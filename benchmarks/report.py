@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,17 +39,24 @@ LEVELS = {
     )},
 }  # fmt: skip
 PLAIN, FUSED, OFFICIAL = "plain CutMix", "plain CutMix, fused", "official way"
+PICTURES = ("speed.png", "growth.png", "steps.png")
+# What `--run` writes and packs.
+SENT = ("environment.txt", "benchmarks.txt", "results.json", "report.md", *PICTURES)
 FASTER = "◀"  # stands beside a ratio below 1
 HOW = """Each row is one race: in every round all run once, one after another, in random order. A cell has the time of
 one of them over that of ours, labels on: the median over rounds of the ratio within a round, ± half the distance of its
-quartiles. Above 1 ours is faster, below 1, marked {faster}, the peer; the best peer is bold. Before it was timed, each
-peer's output, gradients and labels were held against a float64 reference; what was wrong or does not run is listed.
-Times of ours are medians with quartiles.
+quartiles. Above 1 ours is faster, below 1, marked {faster}, the peer; the best peer is bold. Times of ours are medians
+with quartiles. Peak memory is measured once, over two steps: on a GPU with model and batch, on a CPU what is beyond them.
+
+Before they are timed, operators are held against a float64 reference (output, labels, all gradients), blocks too (of
+gradients that of the tokens), training steps in float32 on two images (logits, loss, labels, gradient of the first
+weights), mixing by its loss; what is wrong or does not run is listed.
 
 - **SDPA**, **eager**, **FlexAttention**, **FlashAttention** compute no labels at all.
 - **+ column**: the share stands as a further column of V, and is averaged over the heads.
 - **materialised**: the attention matrix is kept, and its mean over the heads multiplied with the share of a pair, or
-  with labels of 1000 classes, as the official code does. **compiled**: the same by `torch.compile`.
+  with labels of 1000 classes (where costs grow with classes, of so many), as the official code does. **compiled**: the
+  same by `torch.compile`.
 - **plain CutMix**: timm's model as it is, with the mixing ratio as target. timm's Swin attends eagerly unless it is
   told otherwise: **fused** is the same with SDPA. **official way**: timm's model with materialised attention and labels
   of 1000 classes.
@@ -142,8 +149,11 @@ def cell(ratio: tuple[float, float, float], is_best: bool) -> str:
 
 
 def amount(values: list[float], level: str) -> str:
-    """Median and quartiles in milliseconds or seconds, or MB."""
-    factor, unit = (1e-6, "MB") if level == "peak memory" else (1e3, "ms") if min(values) < 1 else (1, "s")
+    """Median and quartiles in milliseconds or seconds, or in MB or GB."""
+    if level == "peak memory":
+        factor, unit = (1e-6, "MB") if min(values) < 1e9 else (1e-9, "GB")
+    else:
+        factor, unit = (1e3, "ms") if min(values) < 1 else (1, "s")
     first, median, third = (f"{factor * value:.3g}" for value in quartiles(values))
     return f"{median} {unit}" + (f" ({first} to {third})" if first != third else "")
 
@@ -260,6 +270,10 @@ def summary(rows: list[Row]) -> str:
     return table(head, body)
 
 
+def commit(info: dict[str, Any]) -> str:
+    return info.get("id", "?")[:12] + (", with changes that are not committed" if info.get("dirty") else "")
+
+
 def environment(origins: list[dict[str, Any]]) -> str:
     lines = []
     for document in origins:
@@ -267,7 +281,7 @@ def environment(origins: list[dict[str, Any]]) -> str:
         cpu = machine.get("cpu", {})
         about = {
             "date": document["datetime"][:10],
-            "commit": document.get("commit_info", {}).get("id", "?")[:12],
+            "commit": commit(document.get("commit_info", {})),
             "CPU": f"{cpu.get('brand_raw', '?')}, {cpu.get('count', '?')} cores, {machine.get('cpu_capability', '?')}",
             "threads": machine.get("threads", "?"),
             "Python": machine.get("python_version", "?"),
@@ -292,7 +306,7 @@ def write(paths: list[Path], output: Path) -> Path:
         of_level = [row for row in rows if row.level == level]
         if of_level:
             parts += [f"## {LEVELS.get(level, level)}\n", level_table(of_level), left_out(of_level)]
-    parts += ["## Where others are faster\n", "Their part of the time of ours, with quartiles.\n", faster_list(rows)]
+    parts += ["## Where others are faster\n", "Their part of the time (memory: of the bytes) of ours, with quartiles.\n", faster_list(rows)]
     if counts:
         parts += [
             "## Counts, not times\n",
@@ -308,11 +322,12 @@ def write(paths: list[Path], output: Path) -> Path:
 def draw(rows: list[Row], output: Path) -> dict[str, Path]:
     """Draws what there are rows for; returns the pictures by title."""
     drawn = {}
-    for title, name, of_levels, draw_them in (
-        ("Time of each peer over ours", "speed.png", ("operator, ", "block"), draw_ratios),
-        ("How cost grows", "growth.png", ("growth",), draw_growth),
-        ("Time and memory of a training step", "steps.png", ("training step", "peak memory"), draw_steps),
-    ):
+    pictures = (
+        ("Time of each peer over ours", ("operator, ", "block"), draw_ratios),
+        ("How cost grows", ("growth",), draw_growth),
+        ("Time and memory of a training step", ("training step", "peak memory"), draw_steps),
+    )
+    for name, (title, of_levels, draw_them) in zip(PICTURES, pictures, strict=True):
         of_picture = [row for row in rows if row.level.startswith(of_levels)]
         if of_picture:
             draw_them(of_picture).savefig(output / name, dpi=120)
@@ -425,8 +440,8 @@ def run(output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.json"
     # Of an earlier run: the archive is to hold nothing else than this one's.
-    for old in (results, output / "report.md", *output.glob("*.png")):
-        old.unlink(missing_ok=True)
+    for name in SENT:
+        (output / name).unlink(missing_ok=True)
     for name, command in {
         "environment.txt": ["-m", "tlalign_kernels"],
         "benchmarks.txt": ["-m", "pytest", "benchmarks/", "--benchmark-only", f"--benchmark-json={results}"],
@@ -437,7 +452,11 @@ def run(output: Path) -> Path:
             subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     if results.exists():
         write([results, *([COUNTS] if COUNTS.exists() else [])], output)
-    archive = Path(shutil.make_archive(str(output), "zip", output))
+    archive = output.with_name(f"{output.name}.zip")
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in SENT:
+            if (output / name).exists():
+                packed.write(output / name, name)
     if not results.exists():
         raise SystemExit(f"no benchmark has a result; benchmarks.txt in {archive} says why")
     return archive
@@ -455,7 +474,11 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.run:
         print(run(chosen.output or Path("benchmark-report")))
     else:
-        print(write(chosen.results, chosen.output or chosen.results[0].parent))
+        try:
+            print(write(chosen.results, chosen.output or chosen.results[0].parent))
+        except (KeyError, TypeError) as error:
+            files = ", ".join(map(str, chosen.results))
+            raise SystemExit(f"{files}: expected results of these benchmarks ({error!r})") from error
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ DEVICE = roofline.Device("round", 80, multiprocessors=10, clock=2.0, tflops=4, b
 
 def test_forward_moves_each_tensor_once():
     # Query and output: 2 * 3 * 5 * 8 = 240 numbers each; key and value: 192 each; log-sum-exp: 30 of 4 bytes.
-    # Labels: shares of 8 keys, residuals and new shares of 10 queries (112 bytes); parts of 8 keys, 6 bytes each, and
-    # shares of 30 queries of heads, 4 bytes each, written and read (336 bytes).
+    # Labels: shares of 8 keys, residuals and new shares of 10 queries.
     done = roofline.work(SHAPE, "forward")
-    assert done.label_bytes == 112 + 336
+    assert done.label_bytes == 4 * (8 + 10 + 10)
     assert done.bytes == 2 * (2 * 240 + 2 * 192) + 120 + done.label_bytes
     # 120 scores: two products of 8 multiply-adds each, and one of the label.
     assert done.flops == 120 * 2 * (8 + 8 + 1)

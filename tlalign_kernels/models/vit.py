@@ -283,7 +283,7 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
         Raises:
             TypeError: If `target` is no MixedTarget, or is not given by its name.
             ValueError: If `target` does not belong to the images, patches do not fit them, `collect_layers` is set
-                without a target, or the blocks that follow labels were taken out.
+                without a target, or TransMix's last block was taken out (timm's `prune_intermediate_layers`).
         """
         if isinstance(attn_mask, MixedTarget):
             raise TypeError("attn_mask: expected a tensor, got a MixedTarget; give it by its name, target=...")
@@ -292,11 +292,8 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
                 raise ValueError("collect_layers: expected False without a target, got True")
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         self.check_target(x, target)
-        # As after timm's prune_intermediate_layers.
-        if len(self.blocks) and not any(follows_labels(block) for block in self.blocks):
-            raise ValueError(
-                f"model: none of its {len(self.blocks)} blocks follows labels, those that did are gone; patch it again"
-            )
+        if self.label_method == "transmix" and not follows_labels(self.blocks[-1]):
+            raise ValueError("model: the last of its blocks is another than when it was patched; patch it again")
         image_size = tuple(x.shape[-2:])
         check_image_size(self.patch_embed, image_size)
         x = self.patch_embed(x)
