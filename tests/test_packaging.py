@@ -32,6 +32,8 @@ def copy_tree(destination: Path) -> Path:
         shutil.copytree(ROOT / name, destination / name, ignore=ignore)
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, destination / name)
+    (destination / "tests").mkdir()
+    (destination / "tests" / "test_nothing.py").touch()  # setuptools would pack it
     return destination
 
 

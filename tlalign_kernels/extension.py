@@ -12,7 +12,10 @@ try:
     compiled = importlib.import_module("tlalign_kernels._C")
 except ImportError as error:
     compiled = None
-    missing_reason = f"the compiled extension is missing ({error}); install a C++ compiler and reinstall to build it"
+    missing_reason = (
+        f"the compiled extension is missing ({error}); to build it, install a C++ compiler and Python's headers and "
+        "reinstall"
+    )
 else:
     missing_reason = None
     built = compiled.build_info()["version"]

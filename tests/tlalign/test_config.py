@@ -1,6 +1,7 @@
 """Configuration: what wins, what is written, and what is refused."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_every_field_is_explained_in_the_help(capsys):
     printed = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name}" in printed
-        assert f"        {field.name}: " in EvalConfig.__doc__ + TrainConfig.__doc__
+        assert re.search(rf"^ +{field.name}: ", EvalConfig.__doc__ + TrainConfig.__doc__, re.MULTILINE)
     assert "Passes over the training images" in printed
 
 

@@ -90,7 +90,7 @@ def test_what_holds_no_weights_is_refused(tmp_path, content):
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "pvt_tiny"])
 def test_published_weights_that_cannot_be_had_are_an_error(tmp_path, monkeypatch, model):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = tiny(tmp_path, model=model, model_kwargs={}, img_size=None, in_chans=None, pretrained=True)
     with pytest.raises(UsageError, match=f"pretrained: cannot get the published weights of {model}: .*"):
         create_initial_model(config, 10)

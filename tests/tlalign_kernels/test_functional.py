@@ -514,14 +514,15 @@ class Seen(TorchDispatchMode):
         return operator(*arguments, **(options or {}))
 
 
+@backends
 @pytest.mark.parametrize("name", OPERATOR_CALLS)
-def test_operators_are_seen_by_dispatch_modes_and_compute_the_same(name):
+def test_operators_are_seen_by_dispatch_modes_and_compute_the_same(name, backend):
     *tensors, _ = OPERATOR_CALLS[name]()
     leaves = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
     name = name.split()[0]
 
     def run():
-        output, *_ = ops.call(name, *tensors, None, 0.25, 0.0, "cpu")
+        output, *_ = ops.call(name, *tensors, None, 0.25, 0.0, backend)
         return output, *torch.autograd.grad(output.sum(), leaves)
 
     direct = run()
