@@ -46,7 +46,7 @@ FASTER = "◀"  # stands beside a ratio below 1
 HOW = """Each row is one race: in every round all run once, one after another, in random order. A cell has the time of
 one of them over that of ours, labels on: the median over rounds of the ratio within a round, ± half the distance of its
 quartiles. Above 1 ours is faster, below 1, marked {faster}, the peer; the best peer is bold. Times of ours are medians
-with quartiles. Peak memory is measured once, over two steps: on a GPU with model and batch, on a CPU what is beyond them.
+with quartiles. Peak memory is measured once, over two steps: on a GPU with model and batch, on a CPU what comes on top.
 
 Before they are timed, operators are held against a float64 reference (output, labels, all gradients), blocks too (of
 gradients that of the tokens), training steps in float32 on two images (logits, loss, labels, gradient of the first
@@ -306,7 +306,11 @@ def write(paths: list[Path], output: Path) -> Path:
         of_level = [row for row in rows if row.level == level]
         if of_level:
             parts += [f"## {LEVELS.get(level, level)}\n", level_table(of_level), left_out(of_level)]
-    parts += ["## Where others are faster\n", "Their part of the time (memory: of the bytes) of ours, with quartiles.\n", faster_list(rows)]
+    parts += [
+        "## Where others are faster\n",
+        "Their part of the time (memory: of the bytes) of ours, with quartiles.\n",
+        faster_list(rows),
+    ]
     if counts:
         parts += [
             "## Counts, not times\n",

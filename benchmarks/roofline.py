@@ -73,8 +73,8 @@ counts of compiled code. A floor is a time that nothing can beat; how far above 
 
 A batch of 128 images in bfloat16, labels of one extra source (Swin: 64 windows an image, without the bias). Inputs are
 read once, outputs written once, nothing of Nq x Nk; products that the backward does again are counted. Labels have no
-part in the backward. Their bytes are the shares, read and written; their FLOPs a multiply-add a score (on tensor cores a
-block of eight columns beside V: 6 % more at D=64, 13 % at D=32). The last column: what it would add to write the
+part in the backward. Their bytes are the shares, read and written; their FLOPs a multiply-add a score (on tensor cores
+a block of eight columns beside V: 6 % more at D=64, 13 % at D=32). The last column: what it would add to write the
 attention matrix in 16 bits and to read it once.
 """
 DEVICE = """## {0.name}: microseconds at least
