@@ -65,7 +65,7 @@ class Launch:
             constexprs=self.constants,
             attrs={(index,): [["tt.divisibility", 16]] for index in indices.values()},
         )
-        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers, **backend._FUSED}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -87,6 +87,7 @@ class Recorder:
 
 def make_launch(function, grid, args, options):
     options = dict(options)
+    assert options.pop("enable_fp_fusion")
     warps, stages, registers = options.pop("num_warps", 4), options.pop("num_stages", 3), options.pop("maxnreg", None)
     values = {**dict(zip(function.arg_names, args, strict=False)), **options}
     assert set(values) == set(function.arg_names)
@@ -214,7 +215,7 @@ def make_plain(labels):
         name: labels.constants[names.get(name, name)] for name in plain_forward_row.arg_names if name.isupper()
     }
     arguments = [labels.arguments[name] for name in ("query", "output", "log_sum_exp", "factor")]
-    options = dict(num_warps=labels.warps, num_stages=labels.stages, maxnreg=labels.registers)
+    options = dict(num_warps=labels.warps, num_stages=labels.stages, maxnreg=labels.registers, **backend._FUSED)
     return make_launch(plain_forward_row, labels.grid, arguments, {**constants, **options})
 
 

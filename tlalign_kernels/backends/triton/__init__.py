@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tlalign_kernels.windows import Windows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Products and sums as one instruction; Triton 3.9 warns where nobody says so, and 3.10 no longer does it by itself.
+_FUSED = {"enable_fp_fusion": True}
 _LOG2_E = 1.4426950408889634
 _ARRANGED = 3
 # More sources than these take a pass of their own, whose cost does not grow with the number of heads.
@@ -88,10 +90,11 @@ class Config(NamedTuple):
         """Tiles and options of a launch."""
         # AMD's compiler has no such option, not even for none.
         limit = {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
-        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages, **limit}
+        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages, **limit, **_FUSED}
 
     def __str__(self) -> str:
-        return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.options.items())])
+        shown = (f"{name}={value}" for name, value in self.options.items() if name not in _FUSED)
+        return " ".join([self.kernel, *shown])
 
 
 class Shape(NamedTuple):
@@ -481,7 +484,7 @@ def forward(
             block = min(256, _power_of_two(parts_row))
             kernels.pack_labels[(_blocks(parts_row, block) * batch,)](
                 share, packed, keys, tokens, SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row, WINDOWS=windows,
-                BLOCK=block, num_warps=2,
+                BLOCK=block, num_warps=2, **_FUSED,
             )  # fmt: skip
         inputs = (query, key, value, pad_qkv, packed, bias, mask, dropout_seed, output, log_sum_exp)
         if config.kernel == "attention_forward_heads":
@@ -504,7 +507,7 @@ def forward(
                 kernels.average_heads[(_blocks(queries, 64) * batch,)](
                     head_share, log_sum_exp, residual, share_out, heads, queries,
                     SOURCES=fused, HAS_RESIDUAL=residual is not None, MASKED=has_offsets, WINDOWS=windows, BLOCK=64,
-                    num_warps=2,
+                    num_warps=2, **_FUSED,
                 )  # fmt: skip
         if sources > fused:
             inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
@@ -517,6 +520,7 @@ def forward(
                 **_kinds(bias, mask, windows), PRECISION=_precision(query.device),
                 NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
                 BLOCK_Q=32, TILE=32, LABELS=32, num_warps=8, num_stages=2 if is_float else 3,
+                **_FUSED,
                 **({"maxnreg": ALL_REGISTERS} if is_float and not torch.version.hip else {}),
             )  # fmt: skip
 
@@ -691,7 +695,7 @@ def _arranged(bias: Tensor | None, query: Tensor, windows: Windows) -> Tensor | 
     with _device_of(query):
         kernels.arrange_bias[(_blocks(arranged.numel(), 1024),)](
             bias, arranged, *_offset_strides(bias)[1:], heads, arranged.numel(), HAS_BIAS=bias is not None, N=tokens,
-            ROW=row, WINDOWS=windows, BLOCK=1024, num_warps=4,
+            ROW=row, WINDOWS=windows, BLOCK=1024, num_warps=4, **_FUSED,
         )  # fmt: skip
     return arranged
 
@@ -718,7 +722,7 @@ def _inverse(
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys,
         _factor(scale, has_offsets), **_rows(query=query, key=key), **_columns(query, has_offsets),
         **_kinds(bias, mask, windows), PRECISION=_precision(query.device), WINDOWS=windows, BLOCK_Q=block, TILE=block,
-        num_warps=4,
+        num_warps=4, **_FUSED,
     )  # fmt: skip
     return inverse
 
