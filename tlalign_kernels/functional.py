@@ -43,7 +43,8 @@ def attention(
             with a float64 query. None: no labels.
         residual: Dtype of `share`, (B, Nq, S), labels of the queries; the result is the average with them. None:
             no average.
-        bias: floating, broadcastable to (B, H, Nq, Nk), added to the scores; differentiable.
+        bias: floating, broadcastable to (B, H, Nq, Nk), added to the scores; differentiable. For the gradient of one
+            that images do not share, the CPU takes B x H x Nq x Nk numbers of float32 meanwhile.
         mask: bool (True: the query sees the key) or floating (added to the scores), broadcastable to
             (B, H, Nq, Nk); constant. Finite numbers beyond 65504 count as that, but in float64.
         scale: Factor of the products of queries and keys; None: 1 / sqrt(D).
@@ -309,12 +310,12 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
 
     `tensors` are query, key and value, or the one that holds them; `sizes` are B, H, Nq, Nk and D.
     """
-    query = tensors[0]
+    query, name = tensors[0], "query" if len(tensors) == 3 else "qkv"
     batch, heads, queries, keys, head_dim = sizes
     if min(sizes) < 1:
-        raise ValueError(f"query, key: expected no empty dimension, got B, H, Nq, Nk, D = {sizes}")
+        raise ValueError(f"{name}: expected no empty dimension, got B, H, Nq, Nk, D = {sizes}")
     if not 8 <= head_dim <= 256:
-        raise ValueError(f"query: expected a head dimension D of 8 to 256, got {head_dim}")
+        raise ValueError(f"{name}: expected a head dimension D of 8 to 256, got {head_dim}")
     _check_labels(query, batch, queries, keys, share, residual)
     check_number("dropout_p", dropout_p)
     if scale is not None:
@@ -396,14 +397,16 @@ def _over_scores(name: str, tensor: Tensor, scores: tuple[int, ...], device: tor
     if len(shape) > 4 or any(given not in (1, size) for given, size in zip(shape, scores, strict=True)):
         given = tuple(tensor.shape)
         raise ValueError(f"{name}: expected a shape broadcastable to (B, H, Nq, Nk) = {scores}, got {given}")
-    return tensor.view(shape).expand(shape[0], shape[1], scores[2], scores[3])
+    # Backends read memory, where a tensor such as z.conj().imag is not negated yet.
+    return tensor.resolve_neg().view(shape).expand(shape[0], shape[1], scores[2], scores[3])
 
 
 def _check_is_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        given = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {given}")
 
 
 def _check_dtype(name: str, dtype: torch.dtype, wanted: torch.dtype | None = None) -> None:

@@ -105,7 +105,10 @@ class _MixtureLoss(torch.autograd.Function):
         # One source after another: of two of the same class, a GPU would add the weights in any order.
         for source, weight in zip(classes.split(1, dim=1), weights.split(1, dim=1), strict=True):
             result.scatter_add_(1, source, weight)
-        return result.mul_(gradient / _count(logits, ctx.binary)).to(logits.dtype), None, None, None, None
+        factor = gradient / _count(logits, ctx.binary)
+        # The many gradients at once of torch.func.jacrev don't fit into the memory of one.
+        result = result * factor if torch.is_grad_enabled() else result.mul_(factor)
+        return result.to(logits.dtype), None, None, None, None
 
 
 def _count(logits: Tensor, binary: bool) -> int:

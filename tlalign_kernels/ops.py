@@ -57,7 +57,7 @@ def unpack_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def _unit_last_stride(tensor: Tensor) -> Tensor:
+def unit_last_stride(tensor: Tensor) -> Tensor:
     """Kernels read rows of D: a tensor strided there is copied, once."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
@@ -80,7 +80,7 @@ def _empty_grad_bias(like: Tensor, bias: Tensor | None, needs_grad_bias: bool) -
 
 
 def _attention(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
-    query, key, value = _unit_last_stride(query), _unit_last_stride(key), _unit_last_stride(value)
+    query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
     output, share_out, log_sum_exp = _empty_outputs(query, key, share)
     LAUNCHERS[backend].forward(
         query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p,
@@ -90,7 +90,7 @@ def _attention(query, key, value, share, residual, bias, mask, dropout_seed, sca
 
 
 def _attention_qkv(qkv, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
-    query, key, value = unpack_qkv(_unit_last_stride(qkv))
+    query, key, value = unpack_qkv(unit_last_stride(qkv))
     return _attention(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend)
 
 
@@ -98,7 +98,7 @@ def _attention_backward(
     grad_output, query, key, value, output, log_sum_exp,
     bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend,
 ):  # fmt: skip
-    query, key, value = _unit_last_stride(query), _unit_last_stride(key), _unit_last_stride(value)
+    query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
     *grads, grad_bias = _attention_backward_fake(
         grad_output, query, key, value, output, log_sum_exp,
         bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend,
@@ -113,7 +113,7 @@ def _attention_backward(
 def _attention_qkv_backward(
     grad_output, qkv, output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend
 ):
-    qkv = _unit_last_stride(qkv)
+    qkv = unit_last_stride(qkv)
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     grad_bias = _empty_grad_bias(qkv, bias, needs_grad_bias)
     LAUNCHERS[backend].backward(
@@ -124,7 +124,7 @@ def _attention_qkv_backward(
 
 
 def _window_attention(qkv, pad_qkv, share, residual, bias, dropout_seed, window_size, shift, scale, dropout_p, backend):
-    qkv = _unit_last_stride(qkv)
+    qkv = unit_last_stride(qkv)
     output, share_out, log_sum_exp = _empty_window_outputs(qkv, share, window_size, shift)
     LAUNCHERS[backend].window_forward(
         qkv, pad_qkv, share, residual, bias, dropout_seed, _windows(qkv, window_size, shift), scale, dropout_p,
@@ -137,7 +137,7 @@ def _window_attention_backward(
     grad_output, qkv, pad_qkv, output, log_sum_exp,
     bias, dropout_seed, window_size, shift, scale, dropout_p, needs_grad_bias, backend,
 ):  # fmt: skip
-    qkv = _unit_last_stride(qkv)
+    qkv = unit_last_stride(qkv)
     grad_qkv, grad_pad_qkv, grad_bias = _window_attention_backward_fake(
         grad_output, qkv, pad_qkv, output, log_sum_exp,
         bias, dropout_seed, window_size, shift, scale, dropout_p, needs_grad_bias, backend,

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -129,9 +130,17 @@ void run(int64_t count, int threads, int64_t scratch_floats, Work work) {
     return;
   }
   std::atomic<int64_t> next_task{0}, next_scratch{0};
+  // All threads round, and take denormal numbers (torch.set_flush_denormal), as the caller does: which of them does a
+  // task is chance.
+  std::fenv_t of_caller;
+  std::fegetenv(&of_caller);
   on_threads(threads, [&] {
+    std::fenv_t before;
+    std::fegetenv(&before);
+    std::fesetenv(&of_caller);
     float* own = scratch.get() + next_scratch.fetch_add(1, std::memory_order_relaxed) * scratch_row;
     for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < count;) work(task, own);
+    std::fesetenv(&before);
   });
 }
 

@@ -162,11 +162,13 @@ TLALIGN_INLINE Vector load(const BFloat16* p) {
 }
 
 TLALIGN_INLINE Vector load(const Float16* p) {
-  const UintVector word = __builtin_convertvector(load_words(p), UintVector);
-  const UintVector magnitude = (word & 0x7fff) << 13;
-  // Exponents are biased by 15 there and by 127 here; a product repairs that for denormal numbers too.
-  UintVector result = bits<UintVector>(bits<Vector>(magnitude) * bits<float>(uint32_t{0x77800000}));
-  result = magnitude >= (0x7c00u << 13) ? result | 0x7f800000 : result;
+  const UintVector word = __builtin_convertvector(load_words(p), UintVector), magnitude = word & 0x7fff;
+  // Exponents are biased by 15 there and by 127 here. Denormal numbers are so many times the last digit of 1/2, which
+  // needs no denormal float: a thread may be told to take those as 0 (torch.set_flush_denormal).
+  const UintVector normal = (magnitude << 13) + 0x38000000;
+  const UintVector denormal = bits<UintVector>(bits<Vector>(magnitude | 0x3f000000) - 0.5f);
+  UintVector result = magnitude < 0x400 ? denormal : normal;
+  result = magnitude >= 0x7c00 ? result | 0x7f800000 : result;
   return bits<Vector>(result | (word & 0x8000) << 16);
 }
 

@@ -143,6 +143,30 @@ def test_half_precision_rounds_as_torch_does(monkeypatch, isa):
         assert torch.equal(output[known], value[known])
 
 
+@pytest.fixture
+def flushing():
+    """Denormal floats of this thread, of no other, count as 0."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("the processor has no such mode")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@isas
+def test_small_numbers_of_float16_are_no_denormal_floats(monkeypatch, flushing, isa):
+    monkeypatch.setenv("TLALIGN_CPU_ISA", isa)
+    value = torch.arange(-0x3FF, 0x400).view(1, 1, 1, -1)[..., : 256 * 7].reshape(1, 7, 1, 256) * 2.0**-24
+    zeros = torch.zeros_like(value).half()
+    output, _ = tlk.attention(zeros, zeros, value.half(), backend="cpu")
+    assert torch.equal(output.float() * 2.0**24, value * 2.0**24)
+
+
+def test_threads_take_denormal_numbers_as_the_caller_does(flushing):
+    query, key, value = torch.randn(3, 4, 8, 64, 16).unbind(0)
+    results = [tlk.attention(query, key, value * 1e-38, backend="cpu")[0] for _ in range(10)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("TLALIGN_CPU_ISA", "mmx")
     with pytest.raises(ValueError, match=r"TLALIGN_CPU_ISA: expected one of .*portable, got mmx"):

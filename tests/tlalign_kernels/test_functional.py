@@ -649,8 +649,14 @@ BAD_CALLS = [
         TypeError,
         "share: expected a dense tensor, got layout",
     ),
+    (
+        {"mask": torch.nested.nested_tensor([torch.ones(5, 7)])},
+        TypeError,
+        "mask: expected a dense tensor, got a nested",
+    ),
     ({"scale": torch.tensor(0.3, requires_grad=True)}, TypeError, "scale: expected a number, got Tensor"),
     ({"scale": "0.5"}, TypeError, "scale: expected a number, got str"),
+    ({"dropout_p": np.array([0.1])}, TypeError, "dropout_p: expected a number, got ndarray"),
     ({"backend": ["cpu"]}, ValueError, r"backend: expected 'auto' or one of .*, got \['cpu'\]"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a value in"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a value in"),
@@ -667,6 +673,26 @@ def test_bad_arguments_are_refused(changes, error, message):
 def test_bad_projections_are_refused(shape):
     with pytest.raises(ValueError, match=r"qkv: expected shape \(B, N, 3, H, D\), got"):
         tlk.attention_qkv(torch.randn(shape))
+
+
+@pytest.mark.parametrize(("shape", "message"), [((2, 0, 3, 2, 8), "no empty dim"), ((2, 5, 3, 2, 4), "a head dim")])
+def test_sizes_of_projections_are_refused_by_their_name(shape, message):
+    with pytest.raises(ValueError, match=f"qkv: expected {message}"):
+        tlk.attention_qkv(torch.randn(shape))
+
+
+@backends
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("name", ["bias", "mask"])
+def test_offsets_that_are_negated_only_when_they_are_read(name, backend):
+    query, key, value = torch.randn(3, 2, 3, 10, 16).half().unbind(0)
+    offsets = torch.randn(3, 10, 10, dtype=torch.complex32).conj().imag
+    assert offsets.is_neg()
+    ours, plain = (
+        tlk.attention(query, key, value, **{name: each}, backend=backend)[0]
+        for each in (offsets, offsets.resolve_neg())
+    )
+    assert torch.equal(ours, plain)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning", "ignore:.*TracerWarning")

@@ -102,6 +102,8 @@ def test_transforms_of_torch_func_see_the_gradient(loss):
     (expected,) = torch.autograd.grad(loss(logits, target, 0.1), logits)
     gradient = torch.func.grad(lambda logits: loss(logits, target, 0.1))(logits.detach())
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+    jacobian = torch.func.jacrev(lambda logits: torch.stack((loss(logits, target, 0.1), logits.sum())))(logits.detach())
+    torch.testing.assert_close(jacobian, torch.stack((expected, torch.ones_like(expected))))
 
 
 def test_cross_entropy_makes_one_tensor_of_the_size_of_the_logits_each_way():

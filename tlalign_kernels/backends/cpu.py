@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tlalign_kernels import extension
 from tlalign_kernels.backends.addresses import DTYPES, check, float_or_smaller, offsets, rows, whole
+from tlalign_kernels.ops import unit_last_stride
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
@@ -116,7 +117,7 @@ def backward(
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     dtype = query.dtype
-    grad_output = _unit_last_stride(grad_output.to(dtype).transpose(1, 2))
+    grad_output = unit_last_stride(grad_output.to(dtype).transpose(1, 2))
     (computing_bias, computing_grad_bias), mask = _computing_biases(bias, grad_bias), float_or_smaller(mask)
     extension.compiled.cpu_attention_backward(
         (batch, heads, queries, keys, head_dim, 0),
@@ -204,7 +205,7 @@ def window_backward(
     """Computes the gradients into the given tensors; see `reference.window_backward`."""
     dtype, batch, heads, head_dim = qkv.dtype, qkv.shape[0], *qkv.shape[4:]
     qkv, pad_qkv = _by_token(qkv), None if pad_qkv is None else pad_qkv.contiguous()
-    grad_output = _by_token(_unit_last_stride(grad_output.to(dtype))).unsqueeze(2)
+    grad_output = _by_token(unit_last_stride(grad_output.to(dtype))).unsqueeze(2)
     grad_qkv = grad_qkv.view(batch, -1, 3, heads, head_dim)
     (computing_bias, computing_grad_bias), tables = _computing_biases(bias, grad_bias), _tables(windows)
     count, tokens = tables[0].shape
@@ -271,10 +272,6 @@ def _tables(windows: Windows) -> tuple[Tensor, Tensor | None]:
     tables = (windows.token_numbers(_CPU), windows.regions(_CPU) if windows.has_regions else None)
     tokens, regions = (None if table is None else table.to(torch.int32).contiguous() for table in tables)
     return tokens, regions
-
-
-def _unit_last_stride(grad_output: Tensor) -> Tensor:
-    return grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
 
 
 def _computing_biases(bias: Tensor | None, grad_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
