@@ -162,6 +162,11 @@ TLALIGN_INLINE Vector load(const BFloat16* p) {
 }
 
 TLALIGN_INLINE Vector load(const Float16* p) {
+#if defined(__AVX512F__) && TLALIGN_LANES == 16
+  return bits<Vector>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(load_words(p))));
+#elif defined(__F16C__) && TLALIGN_LANES == 8
+  return bits<Vector>(_mm256_cvtph_ps(bits<__m128i>(load_words(p))));
+#else
   const UintVector word = __builtin_convertvector(load_words(p), UintVector), magnitude = word & 0x7fff;
   // Exponents are biased by 15 there and by 127 here. Denormal numbers are so many times the last digit of 1/2, which
   // needs no denormal float: a thread may be told to take those as 0 (torch.set_flush_denormal).
@@ -170,6 +175,7 @@ TLALIGN_INLINE Vector load(const Float16* p) {
   UintVector result = magnitude < 0x400 ? denormal : normal;
   result = magnitude >= 0x7c00 ? result | 0x7f800000 : result;
   return bits<Vector>(result | (word & 0x8000) << 16);
+#endif
 }
 
 TLALIGN_INLINE Vector load(const Boolean* p) {
@@ -199,6 +205,11 @@ TLALIGN_INLINE void store(BFloat16* p, Vector v) {
 }
 
 TLALIGN_INLINE void store(Float16* p, Vector v) {
+#if defined(__AVX512F__) && TLALIGN_LANES == 16
+  const __m256i words = _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__) && TLALIGN_LANES == 8
+  const __m128i words = _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+#else
   constexpr uint32_t TO_DENORMAL = (127 - 15 + 23 - 10 + 1) << 23;  // adding it leaves the digits of a denormal number
   const UintVector word = bits<UintVector>(v), magnitude = word & 0x7fffffff;
   const UintVector normal = (magnitude + (0xc8000fffu + (magnitude >> 13 & 1))) >> 13;
@@ -207,6 +218,7 @@ TLALIGN_INLINE void store(Float16* p, Vector v) {
   half = magnitude >= 0x47800000 ? UintVector{} + 0x7c00 : half;
   half = magnitude > 0x7f800000 ? UintVector{} + 0x7e00 : half;
   const ShortVector words = __builtin_convertvector(half | (word >> 16 & 0x8000), ShortVector);
+#endif
   memcpy(p, &words, sizeof words);
 }
 
