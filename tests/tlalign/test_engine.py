@@ -61,6 +61,22 @@ def test_every_mixing_and_target_trains_and_logs(tmp_path, mixing, target, metho
     assert patched == ("AlignedVisionTransformer" if aligned else "VisionTransformer")
 
 
+def test_a_row_of_the_log_has_the_means_of_its_steps(tmp_path, monkeypatch):
+    steps, train_step = [], Trainer._train_step
+
+    def watched(*arguments):
+        steps.append(train_step(*arguments))
+        return steps[-1]
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    _, _, (record,) = fit(tiny(tmp_path / "run"))
+    losses, changes = zip(*steps, strict=True)
+    assert len(losses) > 1
+    assert record.loss == pytest.approx(torch.stack(losses).mean().item())
+    assert record.ratio_change == pytest.approx(torch.cat(changes).abs().mean().item())
+    assert record.ratio_change > 0
+
+
 def test_what_takes_long_once_is_not_multiplied_in_the_estimate_of_a_dry_run(tmp_path):
     trainer = Trainer(tiny(tmp_path / "run", epochs=100))
     slow_once = iter((2.0,))
