@@ -88,8 +88,7 @@ NOTES = """
 Code is counted as by `test_cuda_counts.py`, where nvcc, triton and the emulator are there; - is not counted. CUDA: all
 kernels of a call, on both GPUs those that any has, though where D is 64 an H100 takes its own for 193 to 200 tokens and
 for the forward of more. Triton: those of attention. The pipe of integers is left out, since moves and branches count as
-such.
-`mma.sync` may not reach H100's tensor peak, which needs warp groups.
+such. `mma.sync` may not reach H100's tensor peak, which needs warp groups.
 """
 
 

@@ -157,7 +157,11 @@ def test_run_zips_what_there_is_even_if_the_benchmarks_fail(tmp_path, monkeypatc
             )
 
     monkeypatch.setattr(report.subprocess, "run", run)
+    foreign = tmp_path / "sent" / "holiday.png"
+    foreign.parent.mkdir()
+    foreign.touch()
     archive = report.run(tmp_path / "sent")
+    assert foreign.exists() and foreign.name not in zipfile.ZipFile(archive).namelist()
     assert archive == tmp_path / "sent.zip"
     names = set(zipfile.ZipFile(archive).namelist())
     assert {"report.md", "results.json", "steps.png", "environment.txt", "benchmarks.txt"} <= names
@@ -175,6 +179,23 @@ def test_what_is_no_result_of_a_benchmark_is_refused(tmp_path, text):
         path.write_text(text)
     with pytest.raises(SystemExit, match=r"results\.json: expected the JSON of pytest-benchmark"):
         report.main([str(path)])
+
+
+def test_results_that_lack_something_are_refused(tmp_path):
+    (tmp_path / "results.json").write_text('{"benchmarks": [{}]}')
+    with pytest.raises(
+        SystemExit, match=r"results\.json: expected results of these benchmarks \(KeyError\('extra_info'"
+    ):
+        report.main([str(tmp_path / "results.json")])
+
+
+def test_bytes_and_commits_are_told():
+    assert report.amount([4.68e9], "peak memory") == "4.68 GB"
+    assert report.amount([4.68e8], "peak memory") == "468 MB"
+    assert report.commit({"id": "0123456789abcdef", "dirty": False}) == "0123456789ab"
+    assert (
+        report.commit({"id": "0123456789abcdef", "dirty": True}) == "0123456789ab, with changes that are not committed"
+    )
 
 
 @pytest.mark.parametrize("benchmarks", [[], [ALIEN]], ids=len)

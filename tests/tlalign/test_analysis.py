@@ -19,6 +19,7 @@ from tlalign.analysis import (
     target_rmse,
     token_presence,
 )
+from tlalign.analysis.blocks import image_value
 from tlalign.analysis.presence import PresenceOfLayer
 from tlalign.analysis.ratios import collect_ratios, token_paths
 from tlalign_kernels import MixedTarget, patch_model
@@ -129,6 +130,23 @@ def test_rollout_of_a_swin_is_the_product_of_the_materialised_matrices(window_si
     assert (rollout.tokens - product).abs().max() < 1e-5
     assert (rollout.head - product.mean(dim=1)).abs().max() < 1e-5
     assert rollout.grid == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "reg_tokens": 2}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "reg_tokens": 2, "pool_include_prefix": True}),
+    ],
+)
+def test_the_value_of_an_image_is_that_of_the_head(name, options):
+    model = patch_model(sharp(timm.create_model(name, **VIT | options)))
+    boxes = torch.tensor([[[0, 0, 9, 20]], [[3, 5, 17, 20]]])
+    target = MixedTarget.from_boxes(torch.tensor([[0, 1], [1, 0]]), boxes, (SIZE, SIZE))
+    _, aligned = model(images(), target=target, collect_layers=True)
+    torch.testing.assert_close(image_value(model, aligned.layer_shares[-1]), aligned.ratio)
 
 
 def test_rollout_in_several_passes_is_the_same():

@@ -326,7 +326,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(4096)
 def _has_aligned_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether rows of numbers of 16 bits lie at multiples of 16 bytes from one another, of 31 bits, without gaps."""
+    """Whether rows of numbers of 16 bits lie at multiples of 16 bytes, below 2**31, from one another, without gaps."""
     *between, last = strides
     return last == 1 and all(
         stride % 8 == 0 and stride < 2**30 for size, stride in zip(shape, between, strict=False) if size > 1
