@@ -161,13 +161,17 @@ def test_small_numbers_of_float16_are_no_denormal_floats(monkeypatch, flushing, 
     assert torch.equal(output.float() * 2.0**24, value * 2.0**24)
 
 
-def test_threads_take_denormal_numbers_as_the_caller_does(flushing):
-    query, key, value = torch.randn(3, 4, 8, 64, 16).unbind(0)
+def test_threads_take_denormal_numbers_as_the_caller_does():
+    query, key, value = torch.randn(3, 32, 4, 64, 64).unbind(0)
+    value *= 1e-38
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        results = [tlk.attention(query, key, value * 1e-38, backend="cpu")[0] for _ in range(10)]
+        tlk.attention(query, key, value, backend="cpu")  # starts the threads, which begin as the caller is
+        torch.set_flush_denormal(True)
+        results = [tlk.attention(query, key, value, backend="cpu")[0] for _ in range(10)]
     finally:
+        torch.set_flush_denormal(False)
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
 
