@@ -19,6 +19,8 @@ from torch import Tensor
 # rounding of a few hundred addends stays far below it.
 _SUM_TOLERANCE = 1e-4
 
+_WITHOUT_FLOAT64 = ("mps",)
+
 
 class MixedTarget:
     """The target of a batch of mixed images: whose classes, and where in the image each of them is.
@@ -209,7 +211,7 @@ class MixedTarget:
             height, width = self.image_size
             if self.boxes.shape[1] == 1:
                 sides = self.boxes[..., 2:] - self.boxes[..., :2]
-                return (sides.prod(dim=-1, dtype=torch.float64) / (height * width)).to(dtype)
+                return (sides.prod(dim=-1, dtype=_widest(sides.device)) / (height * width)).to(dtype)
             return self._box_masks(dtype).mean(dim=(2, 3))
         if self.masks is not None:
             return self.masks.to(dtype).mean(dim=(2, 3))
@@ -422,10 +424,15 @@ def check_smoothing(smoothing: float) -> None:
 def _covered(ends: Tensor, tokens: int, step: int, pixels: int, dtype: torch.dtype) -> Tensor:
     """Part of each of `tokens` cells of `step` pixels between `ends` (..., 2) along an axis: (..., tokens)."""
     # A GPU divides by a number by multiplying with its inverse: in float64, whole cells are 1 and bits those of a CPU.
-    first = torch.arange(0, tokens * step, step, dtype=torch.float64, device=ends.device)
+    first = torch.arange(0, tokens * step, step, dtype=_widest(ends.device), device=ends.device)
     before = (ends[..., None] - first).clamp(0, step)
     covered = before[..., 1, :] - before[..., 0, :]
     return (covered / (step if tokens * step <= pixels else (pixels - first).clamp(max=step))).to(dtype)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """The widest floating dtype of a device."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
 def _check_classes(classes: Tensor) -> int:
@@ -466,7 +473,7 @@ def _check_distribution(name: str, values: Tensor, dim: int, exactly_one: bool) 
     if values.numel() == 0:
         return
     values = values.detach()
-    total = values.sum(dim, dtype=torch.float64)
+    total = values.sum(dim, dtype=_widest(values.device))
     lowest, least, most = (float(limit) for limit in (values.min(), *total.aminmax()))
     if not math.isfinite(lowest + most):
         raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(values)).sum())} that are not")

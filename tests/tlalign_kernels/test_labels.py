@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.data.mixup import mixup_target
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tlalign_kernels import MixedTarget
+from tlalign_kernels import MixedTarget, labels
 from tlalign_kernels.labels import gather_share, residual_share
 
 
@@ -211,3 +213,36 @@ def test_grid_must_lie_on_the_image():
 def test_smoothing_is_checked():
     with pytest.raises(ValueError, match="smoothing"):
         MixedTarget.from_ratio(torch.tensor([[0, 9]]), torch.tensor([[0.5]])).to_dense(10, smoothing=1.5)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device that has no float64, as Apple's GPUs."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
+            raise TypeError(f"{func}: no float64 here")
+        return result
+
+
+def test_targets_need_no_float64_where_a_device_has_none(monkeypatch):
+    classes, boxes = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[[3, 0, 20, 17]], [[0, 0, 0, 0]]])
+    pair = torch.tensor([[0, 1, 2], [1, 2, 3]]), boxes.repeat(1, 2, 1)
+    dense = torch.rand(2, 4, 5, 5).softmax(dim=1)
+
+    def state():
+        targets = (
+            MixedTarget.from_boxes(classes, boxes, (30, 24)),
+            MixedTarget.from_boxes(*pair, (30, 24)),
+            MixedTarget.from_masks(classes, torch.rand(2, 1, 30, 24, generator=torch.Generator().manual_seed(0))),
+            MixedTarget.from_ratio(classes, torch.tensor([[0.3], [0.9]])),
+            MixedTarget.from_dense(dense),
+        )
+        return [(each.to_dense(4), each.token_share((5, 5), (7, 5))) for each in targets]
+
+    expected = state()
+    with WithoutFloat64():
+        with pytest.raises(TypeError, match="no float64"):
+            state()
+        monkeypatch.setattr(labels, "_WITHOUT_FLOAT64", ("cpu",))
+        torch.testing.assert_close(state(), expected)

@@ -73,7 +73,7 @@ def convolution_presence(grid: tuple[int, int], kernel: Tensor) -> Tensor:
 
 def quantiles(presence: Tensor) -> list[float]:
     """The `QUANTILES` of presence over a few tokens."""
-    return presence.double().quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    return presence.cpu().double().quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
 
 
 class PresenceOfLayer:
@@ -96,7 +96,7 @@ class PresenceOfLayer:
 
     def add(self, presence: Tensor, has_class_token: bool) -> None:
         """Takes note of the tokens (B, ...) of some images, the first of which is the class token if they have one."""
-        values = presence.double().cpu().flatten(1)
+        values = presence.cpu().double().flatten(1)
         self.count += values.numel()
         self.images += len(values)
         self.squares += (values - 1).square().sum().item()

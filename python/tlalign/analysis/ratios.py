@@ -176,7 +176,7 @@ def collect_ratios(model: nn.Module, batches: Iterable[tuple[MixedBatch, LayerRa
         for name, values in layers.items():
             columns[name].append(torch.stack(values, dim=1))
     return MixingRatios(
-        **{name: torch.cat(values).double().cpu() if values else None for name, values in columns.items()}
+        **{name: torch.cat(values).cpu().double() if values else None for name, values in columns.items()}
     )
 
 
@@ -224,7 +224,7 @@ def token_paths(model: nn.Module, batch: MixedBatch, ratios: LayerRatios) -> tup
             shares = share[index].flatten()[prefix_of(model, share) :]
             at = (places * torch.tensor(grid)).long().clamp(min=0)
             values.append(shares[at[:, 0].clamp(max=rows - 1) * columns + at[:, 1].clamp(max=columns - 1)])
-        paths.append(torch.stack(values, dim=1).double().cpu())
+        paths.append(torch.stack(values, dim=1).cpu().double())
     return index, TokenPaths(("inside the box", "on its border", "far from it"), places, *paths)
 
 
@@ -233,7 +233,7 @@ def target_rmse(model: nn.Module, batches: Iterable[MixedBatch], **alignment: An
     """Root mean square of aligned - original mixing ratio over mixed images (figure 3), aligned as by `patch_model`."""
     model = following(model, **alignment)
     squares = [
-        (model(mixed, target=target)[1].ratio - target.ratio)[:, 0].double().square().cpu()
+        (model(mixed, target=target)[1].ratio - target.ratio)[:, 0].cpu().double().square()
         for _, mixed, target in batches
     ]
     return torch.cat(squares).mean().sqrt().item()

@@ -132,10 +132,10 @@ class PuzzleMix(MixingStrategy):
         expected = (len(images), *images.shape[-2:])
         if saliency.shape != expected:
             raise ValueError(f"saliency: expected maps of shape {expected}, got {tuple(saliency.shape)}")
-        blocks = F.adaptive_avg_pool2d(saliency.detach().double(), grid)
+        blocks = F.adaptive_avg_pool2d(saliency.detach().float(), grid).cpu().double()
         # An image without any saliency has the same everywhere.
         blocks = blocks + torch.finfo(torch.float32).tiny
-        return (blocks / blocks.sum(dim=(1, 2), keepdim=True)).cpu().numpy()
+        return (blocks / blocks.sum(dim=(1, 2), keepdim=True)).numpy()
 
     def _cut(self, own: np.ndarray, partner: np.ndarray, ratio: float, steps: list[np.ndarray]) -> np.ndarray:
         """The part of the partner in each block of one image, (grid, grid)."""
@@ -295,7 +295,7 @@ def _border_steps(images: Tensor, grid: int) -> list[np.ndarray]:
         ])  # fmt: skip
         of_pairs = of_pairs.unflatten(-1, (grid, -1)).mean(dim=-1)
         steps.append(of_pairs if turned is images else of_pairs.transpose(-1, -2))
-    return [step.double().cpu().numpy() for step in steps]
+    return [step.cpu().double().numpy() for step in steps]
 
 
 def _scipy() -> ModuleType:
