@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pybind11")
+pybind11 = pytest.importorskip("pybind11")
 ROOT = Path(__file__).parents[1]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 for tool in ("cmake", "ninja"):
@@ -118,6 +118,33 @@ def test_compiler_that_is_too_old_leaves_out_the_cpu_kernels_alone(compiled_tree
         assert "no CPU kernels: they need gcc 10 or clang 9" in output
         assert "tlalign_cpu" not in output
     assert len(extensions(wheel_contents(moved))) == 1
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_gpu_that_is_newer_than_nvcc_is_left_to_ptx(tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '8.0\\n19.0\\n9.0\\n'\n")
+    tool.chmod(0o755)
+
+    def configured(**environment):
+        command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"]
+        command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+        path = os.pathsep.join([str(tmp_path), PATH])
+        environment = {**os.environ, "TLALIGN_CUDA_ARCHS": "", "TLALIGN_BUILD_CUDA": "1", "PATH": path, **environment}
+        return subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+
+    result = configured()
+    if "CUDA compiler - NOTFOUND" in result.stdout or "header files of Python" in result.stdout:
+        pytest.skip("nvcc does not work here, or no headers of Python")
+    assert result.returncode == 0, result.stdout
+    assert "knows no compute capability 190" in result.stdout
+    assert "CUDA kernels for 80;90\n" in result.stdout
+
+    result = configured(TLALIGN_CUDA_ARCHS="80;190")
+    assert result.returncode != 0
+    assert "TLALIGN_CUDA_ARCHS: nvcc" in result.stdout
 
 
 def test_editable_install_without_a_compiler_warns_once_and_finds_both_packages(tree):

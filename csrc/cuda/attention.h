@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <string>
 
 #include "rows.h"
 
@@ -171,6 +172,8 @@ inline int64_t lay_out(Starts& starts, const Offsets& offsets, int64_t batch, in
   return of_image * (offsets.image == 0 ? 1 : batch);
 }
 
+// Why the current device can't run the kernels, or nothing: its driver may be older than what compiled them.
+std::string launch_error();
 // Launch on `stream` of the current device. Throw std::runtime_error with the kernel and its shape where CUDA fails.
 void forward(const Forward& arguments, cudaStream_t stream);
 void backward(const Backward& arguments, cudaStream_t stream);

@@ -221,6 +221,7 @@ void bind(py::module_& module) {
   module.attr("CUDA_HEAD_DIMS") = std::vector<int>(std::begin(HEAD_DIMS), std::end(HEAD_DIMS));
   module.attr("CUDA_HEAD_DIM_OF_WINDOWS") = HEAD_DIM_OF_WINDOWS;
   module.attr("CUDA_MAX_SOURCES") = MAX_SOURCES;
+  module.def("cuda_launch_error", &launch_error, "Why the current device can't run the kernels, or nothing.");
   module.def(
       "cuda_labels",
       [](int64_t batch, int keys, int sources, bool in_windows) {

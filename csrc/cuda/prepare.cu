@@ -90,6 +90,14 @@ void launch(const Problem& p, cudaStream_t stream) {
 
 }  // namespace
 
+std::string launch_error() {
+  cudaFuncAttributes unused;
+  const cudaError_t status = cudaFuncGetAttributes(&unused, pack_places);
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();  // or the next launch would be told of it
+  return cudaGetErrorString(status);
+}
+
 void prepare(const Problem& p, cudaStream_t stream) {
   if (p.windows.places != nullptr) {
     const unsigned places = p.windows.of_image.divisor * p.windows.places_of_window;

@@ -84,6 +84,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int va
   shared_limits[function] = value;
   return cudaSuccess;
 }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 2;
   return cudaSuccess;

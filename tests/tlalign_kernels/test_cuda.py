@@ -53,8 +53,12 @@ def record(patch, kernels=None, blocks=None):
     cuda_offline.record(patch, execute)
 
 
-def check(monkeypatch, case, dtype, change=lambda inputs: None, backward=("queries", "keys")):
+def check(
+    monkeypatch, case, dtype, change=lambda inputs: None, lay_out=lambda inputs: {}, backward=("queries", "keys")
+):
     """Compares output, share and gradients with the reference; `change` changes the inputs in place.
+
+    lay_out: gives some of them once more, of the same numbers, as the kernels are to find them in memory.
 
     `backward`: the kernels that are to be executed, if there are more than 64 queries or keys.
     Returns the kernels that were executed here.
@@ -66,9 +70,14 @@ def check(monkeypatch, case, dtype, change=lambda inputs: None, backward=("queri
         change(inputs)
         return inputs
 
+    # Casting and moving to a device keep no strides.
+    def run_laid_out(case, inputs, backend, seed, run=selftest.run_operator):
+        return run(case, {**inputs, **lay_out(inputs)} if backend == "cuda" else inputs, backend, seed)
+
     with monkeypatch.context() as patch:
         record(patch, kernels)
         patch.setattr(selftest, "make_inputs", make_changed)
+        patch.setattr(selftest, "run_operator", run_laid_out)
         checks = selftest.compare(case, dtype, "cuda", DEVICE)
     assert [check for check in checks if not check.passed] == []
     if ON_GPU:
@@ -285,6 +294,15 @@ def test_rows_that_begin_between_16_bytes_are_copied():
     assert cuda._aligned(whole) is whole
 
 
+@pytest.mark.skipif(not HAS_KERNELS or torch.cuda.is_available(), reason="needs the kernels, and no GPU")
+def test_a_driver_that_can_not_run_the_kernels_is_a_reason_against_them(monkeypatch):
+    problem = Problem("cuda", BFLOAT16, 1, 1, 4, 4, 32, 1, torch.float32, False, False, 0.0, True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)
+    monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
+    (reason,) = cuda.unsupported_reasons(problem)
+    assert re.match("device: expected one whose driver can run the kernels, which says: .*(driver|device)", reason)
+
+
 def test_images_further_apart_than_kernels_count_are_copied():
     near, far = (torch.empty_strided((2, 3, 20, 32), (stride, 640, 32, 1), device="meta") for stride in (2**29, 2**30))
     assert cuda._aligned(near) is near
@@ -295,19 +313,21 @@ def test_images_further_apart_than_kernels_count_are_copied():
 
 @executed
 def test_strides_along_one_image_or_head_mean_nothing(monkeypatch):
-    def change(inputs):
-        for name in ("query", "key", "value"):
-            inputs[name] = inputs[name].as_strided(inputs[name].shape, (7, 5, 32, 1))
+    def lay_out(inputs):
+        return {name: inputs[name].as_strided((1, 1, 20, 32), (7, 5, 32, 1)) for name in ("query", "key", "value")}
 
-    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32), BFLOAT16, change)
+    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32), BFLOAT16, lay_out=lay_out)
 
 
 @executed
 def test_a_gradient_with_zero_strides(monkeypatch):
     def change(inputs):
-        inputs["grad_output"] = torch.ones(()).expand(inputs["grad_output"].shape)
+        inputs["grad_output"] = torch.ones_like(inputs["grad_output"])
 
-    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32), BFLOAT16, change)
+    def lay_out(inputs):
+        return {"grad_output": inputs["grad_output"].new_ones(()).expand_as(inputs["grad_output"])}
+
+    check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32), BFLOAT16, change, lay_out)
 
 
 @executed
@@ -413,18 +433,18 @@ def test_a_query_that_sees_only_padding_keeps_its_label(monkeypatch, has_residua
 
 @executed
 def test_maps_and_padding_of_any_strides(monkeypatch):
-    def cast(inputs, dtype, cast_inputs=selftest.cast_inputs):
-        given = cast_inputs(inputs, dtype)
-        wide = torch.cat([given["qkv"], given["qkv"][:, :, :1]], 2)
-        given["qkv"] = wide[:, :, :-1]
-        # It begins between 16 bytes.
-        flat = given["pad_qkv"].flatten()
-        given["pad_qkv"] = torch.cat([flat[:1], flat])[1:].view(given["pad_qkv"].shape)
-        given["grad_output"] = given["grad_output"][:, :1].expand_as(given["grad_output"])
-        return given
+    def change(inputs):
+        inputs["grad_output"] = inputs["grad_output"][:, :1].expand_as(inputs["grad_output"]).clone()
 
-    monkeypatch.setattr(selftest, "cast_inputs", cast)
-    check(monkeypatch, replace(IN_WINDOWS, windows=Windows((5, 6), (4, 4), (2, 2))), BFLOAT16)
+    def lay_out(inputs):
+        wide = torch.cat([inputs["qkv"], inputs["qkv"][:, :, :1]], 2)
+        # It begins between 16 bytes.
+        flat = inputs["pad_qkv"].flatten()
+        pad_qkv = torch.cat([flat[:1], flat])[1:].view(inputs["pad_qkv"].shape)
+        grad_output = inputs["grad_output"][:, :1].expand_as(inputs["grad_output"])
+        return dict(qkv=wide[:, :, :-1], pad_qkv=pad_qkv, grad_output=grad_output)
+
+    check(monkeypatch, replace(IN_WINDOWS, windows=Windows((5, 6), (4, 4), (2, 2))), BFLOAT16, change, lay_out)
 
 
 @executed

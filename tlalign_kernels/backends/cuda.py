@@ -26,13 +26,14 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     if _native is None:
         return [extension.missing_reason]
     if not hasattr(_native, "cuda_attention_forward"):
-        return ["the compiled extension was built without CUDA kernels, which need nvcc"]
+        return ["the compiled extension was built without CUDA kernels, which need nvcc 12.0 or newer"]
     reasons = []
     if problem.device_type != "cuda":
         reasons.append(f"device: expected cuda, got {problem.device_type}")
-    elif _capability(torch.cuda.current_device()) < (8, 0):
-        capability = _capability(torch.cuda.current_device())
+    elif (capability := _capability(torch.cuda.current_device())) < (8, 0):
         reasons.append(f"device: expected compute capability 8.0 or newer, got {capability}")
+    elif error := _launch_error(torch.cuda.current_device()):
+        reasons.append(f"device: expected one whose driver can run the kernels, which says: {error}")
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
     head_dims = _native.CUDA_HEAD_DIMS if problem.windows is None else [_native.CUDA_HEAD_DIM_OF_WINDOWS]
@@ -310,6 +311,12 @@ def _starts(
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
+
+
+@functools.cache
+def _launch_error(current_device: int) -> str:
+    """Why a device, which must be the current one, can't run the kernels: its driver may be older than they are."""
+    return _native.cuda_launch_error()
 
 
 def _current(device: torch.device) -> torch.cuda.device:
