@@ -10,6 +10,7 @@ from tlalign_kernels.backends import Explanation, Problem, choose, explain_choic
 from tlalign_kernels.labels import check_number
 from tlalign_kernels.windows import Windows
 
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What finite values of a mask are brought to, the greatest of float16. Keys that are masked by it have no weight beside
 # others, and a query all of whose keys are can still tell their scores apart: added to 1e9, float32 rounds them away.
@@ -190,8 +191,9 @@ def window_problem(
         raise ValueError(f"qkv: expected shape (B, Ht, Wt, 3, H, D), got {tuple(qkv.shape)}")
     batch, rows, columns, _, heads, head_dim = qkv.shape
     for name, sizes, most in (("window_size", window_size, None), ("shift", shift, window_size)):
-        if not _are_integers(sizes) or any(size < (most is None) for size in sizes):
-            raise ValueError(f"{name}: expected two integers of at least {int(most is None)}, got {sizes!r}")
+        least = int(most is None)
+        if not _are_integers(sizes) or any(size < least for size in sizes):
+            raise ValueError(f"{name}: expected two integers of at least {least}, got {sizes!r}")
         if most is not None and any(size >= limit for size, limit in zip(sizes, most, strict=True)):
             raise ValueError(f"{name}: expected less than the window of {tuple(most)}, got {tuple(sizes)}")
     windows = Windows((rows, columns), tuple(map(int, window_size)), tuple(map(int, shift)))
@@ -314,8 +316,8 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
     batch, heads, queries, keys, head_dim = sizes
     if min(sizes) < 1:
         raise ValueError(f"{name}: expected no empty dimension, got B, H, Nq, Nk, D = {sizes}")
-    if not 8 <= head_dim <= 256:
-        raise ValueError(f"{name}: expected a head dimension D of 8 to 256, got {head_dim}")
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: expected a head dimension D of {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}")
     _check_labels(query, batch, queries, keys, share, residual)
     check_number("dropout_p", dropout_p)
     if scale is not None:

@@ -410,6 +410,8 @@ def gather_share(share: Tensor, indices: Tensor, num_prefix_tokens: int = 0) -> 
 
 def check_number(name: str, value: float) -> None:
     """Raises TypeError unless a value is a number: no tensor, whose gradient would be lost."""
+    if isinstance(value, (int, float)):  # among them those that dynamic compilation has symbols for, and no attributes
+        return
     if isinstance(value, Tensor) or not hasattr(value, "__float__") or getattr(value, "shape", ()) != ():
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import operator
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
 from tlalign_kernels.backends import BACKENDS
+from tlalign_kernels.functional import MAX_HEAD_DIM, MIN_HEAD_DIM
 from tlalign_kernels.labels import MixedTarget
 
 # How a patched model aligns targets, see `patch_model`.
@@ -87,7 +89,9 @@ class ModelFollower(LabelFollower):
     @classmethod
     def check_transmix(cls, model: nn.Module) -> None:
         """Raises NotImplementedError unless the logits are those of a class token, which TransMix needs."""
-        raise NotImplementedError(f"method: TransMix needs a class token, which {_describe(model)} has not")
+        raise NotImplementedError(
+            f"method: TransMix needs a class token that is in all blocks, which {_describe(model)} has not"
+        )
 
     @classmethod
     def label_blocks(cls, model: nn.Module) -> list[nn.Module]:
@@ -185,6 +189,14 @@ def run_block(block: nn.Module, *arguments: object, share: Tensor, checkpoints: 
     arguments = (*arguments, share) if follows else arguments
     result = checkpoint(block, *arguments) if checkpoints else block(*arguments)
     return result if follows else (result, share)
+
+
+def check_head_dim(head_dim: int, name: str) -> None:
+    """Raises NotImplementedError for heads that no backend has."""
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"{name}: expected a head dimension of {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
+        )
 
 
 def drop_path_factor(drop_path: nn.Module, x: Tensor) -> Tensor:
@@ -382,9 +394,13 @@ def _chosen(layers: Iterable[int], blocks: int) -> set[int]:
     if not isinstance(layers, Iterable):
         raise TypeError(f"layers: expected an iterable of block indices, got {layers!r}")
     layers = list(layers)
-    if any(not hasattr(layer, "__index__") or not -blocks <= layer < blocks for layer in layers):
+    try:
+        indices = [operator.index(layer) for layer in layers]
+    except TypeError:
+        indices = [blocks]
+    if any(not -blocks <= index < blocks for index in indices):
         raise ValueError(f"layers: expected block indices from {-blocks} to {blocks - 1}, got {layers}")
-    return {layer % blocks for layer in layers}
+    return {index % blocks for index in indices}
 
 
 def _check_source(module_class: type[nn.Module], follower: type[LabelFollower]) -> None:

@@ -143,6 +143,7 @@ def _environment(device_type: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         versions.append("no triton")
     if device_type == "cuda":
+        versions.append(f"float32 as {torch.backends.cuda.matmul.fp32_precision}")
         return ", ".join([torch.cuda.get_device_name(), *versions])
     processor = f"{device_type} {platform.machine()} {BACKENDS['cpu'].instruction_set() or 'without kernels'}"
     return ", ".join([f"{processor}, {torch.get_num_threads()} threads", *versions])

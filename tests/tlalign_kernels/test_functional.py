@@ -533,17 +533,18 @@ def test_operators_are_seen_by_dispatch_modes_and_compute_the_same(name, backend
 
 
 @backends
-def test_compiles_into_one_graph_at_the_first_call(backend):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_into_one_graph_at_the_first_call(backend, dynamic):
     inputs = cast_inputs(make_inputs(Case("compile", queries=12, keys=12, bias_scale=1.0), "cpu"), torch.float32)
 
     def step(query, key, value, share, bias):
-        output, share = tlk.attention(query * 2, key, value, share, share, bias=bias, dropout_p=0.0, backend=backend)
+        output, share = tlk.attention(query * 2, key, value, share, share, bias=bias, backend=backend)
         return output.sin(), share + 1
 
     names = ("query", "key", "value", "share", "bias")
     tensors = [inputs[name].clone().requires_grad_(name != "share") for name in names]
     torch._dynamo.reset()
-    compiled, compiled_share = torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors)
+    compiled, compiled_share = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")(*tensors)
     eager, eager_share = step(*tensors)
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(compiled_share, eager_share)
@@ -552,6 +553,22 @@ def test_compiles_into_one_graph_at_the_first_call(backend):
         torch.autograd.grad(compiled.sum(), wanted), torch.autograd.grad(eager.sum(), wanted), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_compiles_options_that_change_between_calls():
+    query = torch.randn(1, 2, 8, 16)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(query, dropout_p, scale):
+        return tlk.attention(query, query, query, dropout_p=dropout_p, scale=scale)[0]
+
+    for scale in (0.5, 0.4, 0.3):
+        expected, _ = tlk.attention(query, query, query, scale=scale)
+        torch.testing.assert_close(compiled(query, 0.0, scale), expected)
+    for dropout_p in (0.1, 0.2):
+        torch.manual_seed(0)
+        compiled(query, dropout_p, 0.5)
 
 
 @backends

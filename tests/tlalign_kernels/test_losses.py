@@ -156,3 +156,12 @@ def test_bad_arguments_are_refused(loss, changes, error, message):
     target = MixedTarget.from_ratio(torch.tensor([[0, 4], [1, 2]]), torch.tensor([[0.5], [0.25]]))
     with pytest.raises(error, match=message):
         loss(**{"logits": torch.zeros(2, 5), "target": target, **changes})
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_compiles_with_dynamic_sizes(loss):
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (4, 6):
+        logits, target = torch.randn(batch, 10), random_target(batch, 10)
+        torch.testing.assert_close(compiled(logits, target), loss(logits, target))

@@ -362,6 +362,23 @@ def test_amd_is_asked_for_no_limit_of_registers(monkeypatch):
     assert "maxnreg" not in config.options
 
 
+def test_amd_is_never_taken_for_a_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backend._capability(torch.device("cuda")) == 90
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert backend._capability(torch.device("cuda")) not in (90, 100)
+
+
+def test_gpus_before_ampere_are_refused(monkeypatch):
+    problem = Problem("cuda", torch.float16, 2, 3, 49, 49, 32, 1, torch.float32, True, False, 0.0, True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(backend, "_capability", lambda device: 80)
+    assert backend.unsupported_reasons(problem) == []
+    monkeypatch.setattr(backend, "_capability", lambda device: 75)
+    (reason,) = backend.unsupported_reasons(problem)
+    assert reason == "device: expected compute capability 8.0 or newer, got 7.5"
+
+
 def test_what_tune_prefers_is_for_one_class_of_problems(monkeypatch):
     """Two stages of a Swin differ in their heads alone; calls with labels and without, in the forward alone."""
     monkeypatch.setattr(backend, "_preferred", {})

@@ -206,3 +206,12 @@ def test_a_candidate_that_fails_is_reported_and_not_taken(monkeypatch, failing):
 def test_a_step_without_attention_is_refused():
     with pytest.raises(ValueError, match="step: expected calls of attention with backend='auto', got none"):
         tlk.tune(lambda: step(backend="cpu"))
+
+
+def test_how_float32_is_multiplied_is_part_of_the_environment_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    told = []
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+        told.append(tuning._environment("cuda"))
+    assert told[0] != told[1]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -229,6 +230,14 @@ def test_transmix_misses_a_last_block_that_was_pruned():
     assert (aligned.ratio - target.ratio).abs().max() > 1e-4
 
 
+def test_transmix_misses_a_class_token_that_is_no_longer_read():
+    model = tlk.patch_model(small("vit_tiny_patch16_224"), method="transmix")
+    images, target = images_and_target(model)
+    model.reset_classifier(10, "avg")
+    with pytest.raises(NotImplementedError, match="method: TransMix needs logits of a class token"):
+        model(images, target=target)
+
+
 def test_alignment_in_the_last_block_without_residual_restricted_to_patches_is_transmix():
     model = small("vit_tiny_patch16_224")
     images, target = images_and_target(model)
@@ -351,6 +360,29 @@ def test_attention_pooling_takes_the_labels_that_it_attends_to():
     assert not torch.allclose(aligned.ratio, aligned.layer_shares[-1].mean(dim=1))
 
 
+def test_heads_that_no_backend_has_are_refused():
+    for model, name in (
+        (small("vit_tiny_patch16_224", num_heads=24), "blocks.0.attn"),
+        (small("vit_base_patch16_siglip_224", num_heads=24, depth=0), "attn_pool"),
+        (timm.create_model("swin_tiny_patch4_window7_224", embed_dim=16, num_heads=(4, 4), depths=(1, 1)), "attn"),
+        (timm.create_model("twins_svt_small", embed_dims=(8, 16, 32, 64), num_heads=(2, 4, 4, 4)), "attn"),
+        (timm.create_model("pvt_v2_b0", embed_dims=(8, 16, 32, 64), num_heads=(2, 4, 4, 4)), "attn"),
+    ):
+        with pytest.raises(NotImplementedError, match=rf"{name}: expected a head dimension of 8 to 256, got 4"):
+            tlk.patch_model(model)
+        assert not any(isinstance(module, tlk.LabelFollower) for module in model.modules())
+
+
+def test_a_stem_that_was_made_for_a_size_it_does_not_divide_is_refused_at_others():
+    # Its stride is 32, and timm takes 100 pixels in 4 tokens for one of 25.
+    model = timm.create_model("vit_small_r26_s32_224", depth=1, img_size=100, dynamic_img_size=True)
+    target = MixedTarget.from_ratio(torch.tensor([[0, 1]]), torch.tensor([[0.5]]))
+    model = tlk.patch_model(model.eval())
+    model(torch.zeros(1, 3, 100, 100), target=target)
+    with pytest.raises(NotImplementedError, match=r"patch_embed: \(10, 10\) tokens of an image of \(320, 320\) pixels"):
+        model(torch.zeros(1, 3, 320, 320), target=target)
+
+
 def test_layers_choose_the_blocks_that_align():
     model = small("vit_tiny_patch16_224", depth=4)
     images, target = images_and_target(model)
@@ -364,7 +396,10 @@ def test_layers_choose_the_blocks_that_align():
     assert not torch.equal(everywhere.layer_shares[0], first)
     assert type(model.blocks[0]) is timm.models.vision_transformer.Block
     assert torch.equal(tlk.patch_model(model, layers=[])(images, target=target)[1].ratio, target.ratio)
-    for wrong in ([4], [-5], ["1"]):
+    for same in (torch.tensor([-1, 2]), np.array([-1, 2])):
+        _, as_tensor = tlk.patch_model(model, layers=same)(images, target=target)
+        assert torch.equal(as_tensor.ratio, late.ratio)
+    for wrong in ([4], [-5], ["1"], torch.tensor([0.5])):
         with pytest.raises(ValueError, match="layers: expected block indices from -4 to 3"):
             tlk.patch_model(model, layers=wrong)
 

@@ -241,7 +241,8 @@ def test_opcheck(backend, padded):
 
 
 @backends
-def test_compiles_into_one_graph_at_the_first_call(backend):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_into_one_graph_at_the_first_call(backend, dynamic):
     inputs = inputs_of(PADDED)
 
     def step(qkv, pad_qkv, bias):
@@ -250,7 +251,8 @@ def test_compiles_into_one_graph_at_the_first_call(backend):
 
     leaves = [inputs[name].clone().requires_grad_() for name in ("qkv", "pad_qkv", "bias")]
     torch._dynamo.reset()
-    compiled, eager = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves), step(*leaves)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")(*leaves)
+    eager = step(*leaves)
     torch.testing.assert_close(compiled, eager)
     gradients = [torch.autograd.grad(output.sum(), leaves) for output, _ in (compiled, eager)]
     torch.testing.assert_close(*gradients)

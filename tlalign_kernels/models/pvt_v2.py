@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention
 from tlalign_kernels.labels import MixedTarget, pool_share
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register, run_block
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, check_head_dim, register, run_block
 
 
 class AlignedAttention(LabelFollower, pvt_v2.Attention):
@@ -22,7 +22,8 @@ class AlignedAttention(LabelFollower, pvt_v2.Attention):
 
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError if keys are reduced by another module than timm's."""
+        """Raises NotImplementedError if another module than timm's reduces keys, and for heads that no backend has."""
+        check_head_dim(module.head_dim, name)
         if module.sr is not None:
             check_convolution(module.sr, f"{name}.sr", overlap=False)
         if module.pool is not None and type(module.pool) is not nn.AdaptiveAvgPool2d:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tlalign_kernels.functional import window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.vit import check_image_size, check_patch_embed
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register, run_block
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, check_head_dim, register, run_block
 from tlalign_kernels.windows import Windows
 
 
@@ -74,7 +74,8 @@ class WindowFollower(LabelFollower):
 
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError if weights of the attention are made by something else than a softmax."""
+        """Raises NotImplementedError if weights are made by no softmax, and for heads that no backend has."""
+        check_head_dim(module.qkv.out_features // (3 * module.num_heads), name)
         softmax = getattr(module, "softmax", None)
         if softmax is not None and (type(softmax) is not nn.Softmax or softmax.dim != -1):
             raise NotImplementedError(f"{name}.softmax: can't follow labels through {softmax}")

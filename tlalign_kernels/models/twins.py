@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tlalign_kernels.functional import attention, window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.pvt_v2 import check_average_pooling, check_convolution
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, register, run_block
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, check_head_dim, register, run_block
 from tlalign_kernels.windows import Windows
 
 
@@ -19,6 +19,11 @@ class AlignedLocallyGroupedAttn(LabelFollower, twins.LocallyGroupedAttn):
     """timm's attention within windows that are neither shifted nor biased; padding is attended to, without a label."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "06ac705f2065c1d3"}
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError for heads that no backend has."""
+        check_head_dim(module.dim // module.num_heads, name)
 
     def forward(
         self, x: Tensor, size: tuple[int, int], share: Tensor | None = None, residual: Tensor | None = None
@@ -60,7 +65,8 @@ class AlignedGlobalSubSampleAttn(LabelFollower, twins.GlobalSubSampleAttn):
 
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError if keys are reduced by another module than timm's."""
+        """Raises NotImplementedError if another module than timm's reduces keys, and for heads that no backend has."""
+        check_head_dim(module.dim // module.num_heads, name)
         if module.sr is not None:
             check_convolution(module.sr, f"{name}.sr", overlap=False)
 

@@ -21,13 +21,26 @@ from torch import Tensor, nn
 from tlalign_kernels import ops
 from tlalign_kernels.functional import attention, attention_qkv
 from tlalign_kernels.labels import MixedTarget, gather_share, residual_share
-from tlalign_kernels.patch import LabelFollower, ModelFollower, drop_path_factor, follows_labels, register, run_block
+from tlalign_kernels.patch import (
+    LabelFollower,
+    ModelFollower,
+    check_head_dim,
+    drop_path_factor,
+    follows_labels,
+    register,
+    run_block,
+)
 
 
 class AlignedAttention(LabelFollower, tl.Attention):
     """timm's `Attention` with label propagation: Y^ = mean_h(A_h) . Y (TL-Align, arXiv 2210.06455)."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "37a80e0fdf45af9c"}
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError for heads that no backend has."""
+        check_head_dim(module.head_dim, name)
 
     def forward(
         self,
@@ -115,6 +128,11 @@ class AlignedParallelScalingBlock(LabelFollower, vision_transformer.ParallelScal
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "19c3e45701ce1613"}
 
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError for heads that no backend has."""
+        check_head_dim(module.head_dim, name)
+
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, share: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -184,7 +202,8 @@ class AlignedAttentionPoolLatent(LabelFollower, AttentionPoolLatent):
 
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError if several latents are left unpooled."""
+        """Raises NotImplementedError if several latents are left unpooled, and for heads that no backend has."""
+        check_head_dim(module.head_dim, name)
         if module.pool not in ("token", "avg"):
             raise NotImplementedError(f"{name}: can't follow labels through pool_type {module.pool!r}")
 
@@ -284,6 +303,7 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
             TypeError: If `target` is no MixedTarget, or is not given by its name.
             ValueError: If `target` does not belong to the images, patches do not fit them, `collect_layers` is set
                 without a target, or TransMix's last block was taken out (timm's `prune_intermediate_layers`).
+            NotImplementedError: If the model was changed since it was patched to what its labels can't follow.
         """
         if isinstance(attn_mask, MixedTarget):
             raise TypeError("attn_mask: expected a tensor, got a MixedTarget; give it by its name, target=...")
@@ -292,8 +312,10 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
                 raise ValueError("collect_layers: expected False without a target, got True")
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         self.check_target(x, target)
-        if self.label_method == "transmix" and not follows_labels(self.blocks[-1]):
-            raise ValueError("model: the last of its blocks is another than when it was patched; patch it again")
+        if self.label_method == "transmix":
+            self.check_transmix(self)
+            if not follows_labels(self.blocks[-1]):
+                raise ValueError("model: the last of its blocks is another than when it was patched; patch it again")
         image_size = tuple(x.shape[-2:])
         check_image_size(self.patch_embed, image_size)
         x = self.patch_embed(x)
@@ -327,8 +349,18 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
                 f"patch_embed: expected {grid_size[0]} x {grid_size[1]} patches of an image of {image_size} pixels, "
                 f"got {x.shape[1]}"
             )
+        step = self.patch_embed.feat_ratio(as_scalar=False)
+        # Of a stem that pads, timm's step is too small where it was made for a size that it doesn't divide.
+        if any(
+            tokens not in (size // s, -(-size // s))
+            for tokens, size, s in zip(grid_size, image_size, step, strict=True)
+        ):
+            raise NotImplementedError(
+                f"patch_embed: {grid_size} tokens of an image of {image_size} pixels are not {step} pixels from one "
+                "another, as its size says; make the model for an image size that its stem divides"
+            )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        patches = target.token_share(grid_size, self.patch_embed.feat_ratio(as_scalar=False), dtype)
+        patches = target.token_share(grid_size, step, dtype)
         prefix = target.image_share(dtype)[:, None, :].expand(-1, self.num_prefix_tokens, -1)
         return torch.cat((prefix, patches), dim=1)
 

@@ -58,6 +58,11 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.device_type != "cuda" and not (_interpreted and problem.device_type == "cpu"):
         reasons.append(f"device: expected cuda, or cpu under TRITON_INTERPRET=1, got {problem.device_type}")
+    elif problem.device_type == "cuda" and torch.cuda.is_initialized():
+        capability = _capability(torch.device("cuda"))
+        if capability < 80:
+            # Without the tensor cores that tiles are made for, the compiler takes minutes.
+            reasons.append(f"device: expected compute capability 8.0 or newer, got {capability / 10}")
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
     if _interpreted and problem.dtype == torch.bfloat16:
@@ -741,6 +746,9 @@ def _shape_of(query: Tensor, key: Tensor, has_offsets: bool, windows: Windows | 
 @functools.cache
 def _capability(device: torch.device) -> int:
     """Compute capability such as 90; what is interpreted has the largest tiles, for speed."""
+    if torch.version.hip:
+        # ROCm numbers otherwise: a MI200 says 9.0, and has neither Hopper's warp groups nor its shared memory.
+        return 94
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
 
