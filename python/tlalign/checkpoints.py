@@ -208,6 +208,9 @@ def _name_also(file: Path, name: Path) -> None:
     """Has another name stand for a file too, at once; a copy where the file system has no links."""
     unfinished = name.with_name(name.name + _UNFINISHED)
     unfinished.unlink(missing_ok=True)
+    # Renaming one name of a file to another one of it does nothing, and would leave both.
+    if name.exists() and name.samefile(file):
+        return
     try:
         unfinished.hardlink_to(file)
     except OSError as error:

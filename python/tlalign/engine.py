@@ -418,11 +418,12 @@ class Trainer:
             loss, stop = self._read(unread, stopwatch, signals, epoch)
             unread = []
             rate = self.config.batch_size * totals.steps / totals.seconds
-            progress.step_done(epoch, self.step, totals.loss / totals.steps, rate)
             if log is not None:
                 log.step(self.step, {"loss": loss, "lr": self._learning_rate(), "images_per_second": rate})
             if index < steps and (save_now or stop):
                 self._save(checkpoints, best=False)
+            # Last, as who reads it may be gone.
+            progress.step_done(epoch, self.step, totals.loss / totals.steps, rate)
             if index < steps and stop:
                 raise TrainingInterrupted(signals.number or signal.SIGTERM)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 from types import TracebackType
@@ -11,6 +12,15 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 # Without a terminal, a line at most this often.
 _LINE_SECONDS = 10.0
+
+
+class OutputConsole(Console):
+    """Standard output, or nothing where its reader has gone away (`| head`), which is no reason to stop."""
+
+    def on_broken_pipe(self) -> None:
+        """Shows nothing from here on; rich would end the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class TrainingProgress:
@@ -27,7 +37,7 @@ class TrainingProgress:
         self.epochs = epochs
         self.total_steps = epochs * steps_per_epoch
         self.first_step = step
-        self.console = Console() if console is None else console
+        self.console = OutputConsole() if console is None else console
         self.top1 = ""
         self.start = self.last_line = time.monotonic()
         columns = (TextColumn("{task.fields[epoch]}"), BarColumn(None), TextColumn("{task.fields[status]}"))
@@ -80,7 +90,7 @@ class ComparisonProgress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = Console() if console is None else console
+        self.console = OutputConsole() if console is None else console
         columns = TextColumn("run {task.completed} of {task.total}"), BarColumn(None), TextColumn("{task.fields[left]}")
         self.bar = Progress(*columns, console=self.console, expand=True, disable=not _can_draw(self.console))
         self.total = self.done = self.done_before = 0

@@ -155,6 +155,9 @@ class FolderImages(ReaderImages):
     def __init__(self, place: Path, classes: Sequence[str] | None = None) -> None:
         try:
             super().__init__(create_reader("", root=str(place)))
+            # timm has passed over folders that can't be read.
+            for name in _folders_in(place):
+                next((place / name).iterdir(), None)
         except (RuntimeError, ValueError, OSError, tarfile.TarError) as error:
             raise UsageError(f"data: {error}; {_FOLDER_LAYOUT}") from error
         folders = self._folders(place)

@@ -2,6 +2,7 @@
 
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +119,18 @@ def test_held_out_images_alone_are_enough_to_evaluate_on(image_folder):
     assert data.train is None
     assert data.class_names == ["a", "c"]
     assert len(data.held_out) == 6
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_class_folder_that_can_not_be_read_is_an_error(image_folder, monkeypatch, part):
+    def iterdir(path, whole=Path.iterdir):
+        if path == image_folder / part / "c":
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UsageError, match=rf"data: .*Permission denied.*{part}/c"):
+        load_data_sets(folder_config(image_folder))
 
 
 def test_a_home_folder_is_found(image_folder, monkeypatch):

@@ -216,3 +216,21 @@ def test_a_quiet_progress_shows_nothing_and_leaves_the_terminal_to_others():
         progress.epoch_done(50.0)
         assert (sys.stdout, sys.stderr) == streams
     assert written.getvalue() == ""
+
+
+def test_a_reader_of_the_progress_that_goes_away_ends_no_run():
+    script = """
+import sys
+from tlalign import progress
+progress._LINE_SECONDS = 0
+shown = progress.TrainingProgress(1, 3)
+for step in (1, 2, 3):
+    shown.step_done(1, step, 0.0, 1.0)
+print("the end")
+sys.stderr.write("done")
+"""
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"done"
+    assert process.wait() == 0

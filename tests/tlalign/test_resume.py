@@ -152,6 +152,9 @@ def test_names_of_a_checkpoint_that_a_kill_left_undone_are_given_when_the_run_co
     assert metrics() == [10.0, 10.0]
     assert main(["train", "--resume", config.output]) == 0
     assert metrics() == [90.0 if epochs == 2 else 50.0, 90.0]
+    assert main(["train", "--resume", config.output]) == 0
+    assert metrics() == [90.0 if epochs == 2 else 50.0, 90.0]
+    assert not any(folder.path.glob("*.unfinished"))
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path):
