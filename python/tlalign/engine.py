@@ -422,7 +422,7 @@ class Trainer:
                 log.step(self.step, {"loss": loss, "lr": self._learning_rate(), "images_per_second": rate})
             if index < steps and (save_now or stop):
                 self._save(checkpoints, best=False)
-            # Last, as who reads it may be gone.
+            # Last, since what it is written to may be full.
             progress.step_done(epoch, self.step, totals.loss / totals.steps, rate)
             if index < steps and stop:
                 raise TrainingInterrupted(signals.number or signal.SIGTERM)

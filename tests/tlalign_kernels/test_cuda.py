@@ -58,8 +58,7 @@ def check(
 ):
     """Compares output, share and gradients with the reference; `change` changes the inputs in place.
 
-    lay_out: gives some of them once more, of the same numbers, as the kernels are to find them in memory.
-
+    `lay_out` gives some of them once more, of the same numbers, as the kernels are to find them in memory.
     `backward`: the kernels that are to be executed, if there are more than 64 queries or keys.
     Returns the kernels that were executed here.
     """

@@ -568,7 +568,9 @@ def test_compiles_options_that_change_between_calls():
         torch.testing.assert_close(compiled(query, 0.0, scale), expected)
     for dropout_p in (0.1, 0.2):
         torch.manual_seed(0)
-        compiled(query, dropout_p, 0.5)
+        expected, _ = tlk.attention(query, query, query, dropout_p=dropout_p, scale=0.5)
+        torch.manual_seed(0)
+        torch.testing.assert_close(compiled(query, dropout_p, 0.5), expected)
 
 
 @backends

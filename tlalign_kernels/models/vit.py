@@ -352,12 +352,12 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
         step = self.patch_embed.feat_ratio(as_scalar=False)
         # Of a stem that pads, timm's step is too small where it was made for a size that it doesn't divide.
         if any(
-            tokens not in (size // s, -(-size // s))
-            for tokens, size, s in zip(grid_size, image_size, step, strict=True)
+            tokens not in (size // pixels, -(-size // pixels))
+            for tokens, size, pixels in zip(grid_size, image_size, step, strict=True)
         ):
             raise NotImplementedError(
-                f"patch_embed: {grid_size} tokens of an image of {image_size} pixels are not {step} pixels from one "
-                "another, as its size says; make the model for an image size that its stem divides"
+                f"patch_embed: expected tokens {step} pixels apart in an image of {image_size} pixels, got {grid_size} "
+                "of them; make the model for an image size that its stem divides"
             )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         patches = target.token_share(grid_size, step, dtype)
