@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import itertools
 import os
@@ -47,6 +48,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _DEFAULT_RECIPE = "digits"
+# What a disk refuses wherever a path leads to it, even where a command only asks whether there is a file; other errors
+# of the system are faults of the program, and end in a traceback.
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _CONFIG_BESIDE = f"Where a {CONFIG_FILE} lies beside it, that says what it is of; flags replace its values."
 _USAGE = """usage: tlalign COMMAND [options]
 
@@ -98,6 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"tlalign: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        print(f"tlalign: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("tlalign: interrupted", file=sys.stderr)
         return 130
@@ -126,6 +135,7 @@ def train(options: Sequence[str]) -> int:
     _add_sources(parser)
     parser.add_argument(
         "--resume",
+        type=str,
         help="Run folder to continue, with the configuration in it; or auto: the run in --output if there is one, else "
         "a new one, so that the same command starts and restarts.",
     )
@@ -178,7 +188,7 @@ def compare(options: Sequence[str]) -> int:
     parser.add_class_arguments(TrainConfig, None)
     config = _parse_training(parser, values, flags)
     _check_recipe(given.recipe, config)
-    given = _parse_flags(parser, flags, field_names(TrainConfig))
+    given = _parse_flags(parser, flags)
     for name in ("mixing", "target"):
         if _is_among(name, flags):
             raise UsageError(f"{name}: expected none, for --methods says which, got --{name}")
@@ -238,7 +248,7 @@ def list_runs(options: Sequence[str]) -> int:
     parser.add_argument("--sort", default="name", help="Column to sort by, as --csv calls it.")
     parser.add_argument("--plot", help="PNG file to draw top-1 and loss of the runs to, over each other.")
     parser.add_argument("--csv", help="CSV file to write the table to.")
-    given = _parse_flags(parser, options, ["sort", "plot", "csv"])
+    given = _parse_flags(parser, options)
     from rich.console import Console
 
     from tlalign.listing import RunTable, find_runs
@@ -314,8 +324,8 @@ def analyze(options: Sequence[str]) -> int:
 def _add_sources(parser: jsonargparse.ArgumentParser) -> None:
     """Adds the options that say where the values of a configuration come from."""
     recipes = f"{', '.join(recipe_names())}, or none for plain defaults."
-    parser.add_argument("--recipe", default=_DEFAULT_RECIPE, help=f"Name of a recipe: {recipes}")
-    parser.add_argument("--config", help="YAML file with values for any of the options below.")
+    parser.add_argument("--recipe", type=str, default=_DEFAULT_RECIPE, help=f"Name of a recipe: {recipes}")
+    parser.add_argument("--config", type=str, help="YAML file with values for any of the options below.")
 
 
 def _with_config_file(values: dict[str, Any], path: str | None, flags: Sequence[str]) -> dict[str, Any]:
@@ -366,7 +376,7 @@ def _parse_over_checkpoint(
     # At first only to learn which checkpoint: what its configuration may give is not missing yet.
     asks_help = "-h" in flags or "--help" in flags
     parser.set_defaults(({} if asks_help else {"data": "", "model": ""}) | values)
-    given = _parse_flags(parser, flags, known)
+    given = _parse_flags(parser, flags)
     parser.set_defaults({"data": None, "model": None})
     if given.checkpoint is None:
         if config_class is EvalConfig:
@@ -397,7 +407,7 @@ def _parse(
     checker.add_class_arguments(config_class, None)
     try:
         parser.set_defaults(values)
-        parsed = _parse_flags(parser, flags, names)
+        parsed = _parse_flags(parser, flags)
         # Defaults were taken as they are; read as an object, values of files are checked and converted as flags are.
         parsed = checker.parse_object({name: getattr(parsed, name) for name in names})
     except argparse.ArgumentError as error:
@@ -410,9 +420,10 @@ def _parse(
     return config_class(**values)
 
 
-def _parse_flags(parser: jsonargparse.ArgumentParser, flags: Sequence[str], known: list[str]) -> jsonargparse.Namespace:
-    """Reads flags; where one is unknown, the error says which of the known ones is near."""
+def _parse_flags(parser: jsonargparse.ArgumentParser, flags: Sequence[str]) -> jsonargparse.Namespace:
+    """Reads flags; where one is unknown, the error says which of the parser's own is near."""
     flags = [_underscored(flag) for flag in flags]
+    known = list(parser.get_defaults().keys())
     try:
         return parser.parse_args(flags)
     except argparse.ArgumentError as error:

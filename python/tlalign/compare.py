@@ -246,10 +246,10 @@ class Comparison:
         names = [field.name for field in dataclasses.fields(MethodResult)]
         try:
             with written_whole(self.output / TABLE_FILE) as unfinished:
-                unfinished.write_text(self.table(), encoding="utf-8")
+                unfinished.write_text(self.table(), encoding="utf-8", errors="replace")
             with (
                 written_whole(self.output / CSV_FILE) as unfinished,
-                unfinished.open("w", newline="", encoding="utf-8") as file,
+                unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
             ):
                 writer = csv.DictWriter(file, names)
                 writer.writeheader()

@@ -362,7 +362,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Writes all values of a configuration, so that the file alone repeats the run."""
+    """Writes all values of a configuration, so that the file (with `--recipe none`) repeats the run."""
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "timm"))
     values = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None)
     path.write_text(f"# Configuration of this run, with {versions}.\n{values}", encoding="utf-8")

@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import timm
 import timm.models
@@ -65,7 +66,7 @@ def export_checkpoint(checkpoint: Path, output: Path, config: EvalConfig, ema: b
             _compare_logits(model, loaded, image_config["input_size"], output)
     except OSError as error:
         raise UsageError(f"output: cannot write {output}: {error}") from error
-    except RuntimeError as error:
+    except (RuntimeError, safetensors.SafetensorError) as error:
         raise UsageError(f"output: timm can't load {output}, which was removed: {error}") from error
     words = [repr(config.model), *(f"{key}={value!r}" for key, value in arguments.items())]
     imports = "import timm, tlalign.models" if type(model).__module__.startswith("tlalign.") else "import timm"

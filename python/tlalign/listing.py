@@ -41,6 +41,10 @@ _FORMATS = {
     "images_per_second": ".0f",
     "step_seconds": ".4f",
 }
+# Columns that a narrow terminal goes without, the last one first, before values that differ.
+_EXPENDABLE = ("ratio_change", "images_per_second", "step_seconds")
+# Characters to which a column of texts is folded before others are left out.
+_FOLDED_WIDTH = 12
 # Shown in columns of their own, or no part of what a run is.
 _NOT_COMPARED = {"model", "mixing", "target", "data", "epochs", "output"}
 
@@ -143,17 +147,32 @@ class RunTable:
         self.rows = [row for _, row in rows]
 
     def print(self, console: Console) -> None:
-        """Prints the table, without the columns that are empty."""
-        shown = {
-            key: heading for key, heading in self.columns.items() if any(row[key] is not None for row in self.rows)
-        }
+        """Prints the table, without columns that are empty and those that a narrow terminal has no room for."""
+        shown = [key for key in self.columns if any(row[key] is not None for row in self.rows)]
+        # Measures are at most the width that they are asked for.
+        any_width = console.options.update_width(10_000)
+        expendable = [key for key in shown if key not in _COLUMNS] + [key for key in _EXPENDABLE if key in shown]
+        left_out = []
+        while (
+            expendable and console.measure(self._table(shown, _FOLDED_WIDTH), options=any_width).minimum > console.width
+        ):
+            left_out.insert(0, expendable.pop())
+            shown.remove(left_out[0])
+        console.print(self._table(shown))
+        if left_out:
+            console.print(f"no room for {', '.join(left_out)}: --csv FILE has all", highlight=False)
+
+    def _table(self, shown: Sequence[str], text_width: int | None = None) -> Table:
+        """The table of some columns, those of texts at most so wide."""
         table = Table(box=SIMPLE_HEAD, padding=0)
-        for key, heading in shown.items():
-            number = key in _FORMATS
-            table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=number)
+        for key in shown:
+            if key in _FORMATS:
+                table.add_column(self.columns[key], justify="right", no_wrap=True)
+            else:
+                table.add_column(self.columns[key], overflow="fold", max_width=text_width)
         for row in self.rows:
             table.add_row(*(Text(_text(key, row[key])) for key in shown))
-        console.print(table)
+        return table
 
     def save(self, path: Path) -> None:
         """Writes the table as a CSV file with all digits.
@@ -162,7 +181,7 @@ class RunTable:
             UsageError: If it can't be written.
         """
         try:
-            with path.open("w", newline="", encoding="utf-8") as file:
+            with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.DictWriter(file, list(self.columns))
                 writer.writeheader()
                 writer.writerows(self.rows)

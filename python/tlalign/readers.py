@@ -392,7 +392,8 @@ def open_hugging_face(config: EvalConfig) -> Parts:
                 raise UsageError(
                     f"{option}: expected the number of images after it, such as '{split}|50000'"
                 ) from error
-            remedy = "" if config.download else "; --download true fetches it"
+            # Streams are read from the hub anyway.
+            remedy = "" if config.download or streams else "; --download true fetches it"
             cache = config.data_dir or "the cache of Hugging Face (HF_HOME)"
             raise UsageError(f"data: {name} is no folder and not in {cache} ({error}){remedy}") from error
         features = reader.builder.info.features if streams else reader.dataset.features

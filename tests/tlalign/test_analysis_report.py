@@ -206,6 +206,11 @@ def test_any_name_of_a_class_is_drawn(tmp_path, name):
     assert (tmp_path / "maps.png").exists()
 
 
+def test_a_path_that_is_no_text_is_written_to_the_page(tmp_path):
+    write_page(tmp_path / "page.html", "title", [os.fsdecode(b"of x\xfc.pth")], [])
+    assert "of x?.pth" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_dollars_in_the_name_of_a_checkpoint_are_no_formula(tmp_path):
     draw_rmse_by_model([("model", "$x_{$.pth", 0.1)], tmp_path / "rmse.png")
     assert (tmp_path / "rmse.png").exists()

@@ -171,6 +171,10 @@ def test_a_model_that_labels_cannot_be_followed_through_trains_without_alignment
     ("arguments", "message"),
     [
         (["trian"], "did you mean train?"),
+        (["train", "--recipie=none"], "did you mean recipe?"),
+        (["train", "--recipe.name=none"], '"recipe":'),
+        (["eval", "--chekpoint=last.pth"], "did you mean checkpoint?"),
+        (["eval", "--checkpoint", "x" * 300], "File name too long"),
         (["eval"], "checkpoint: expected a file, got nothing (--checkpoint FILE)"),
         (["eval", "--data=digits", "--model=vit_tiny_patch16_224"], "checkpoint: expected a file, got nothing"),
         (["eval", "--checkpoint=no/last.pth"], "checkpoint: expected a file, got no/last.pth, which is none"),

@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import os
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from safetensors import safe_open
 
 from tlalign import export
 from tlalign.cli import main
-from tlalign.config import CONFIG_FILE, TrainConfig, load_recipe, save_config
+from tlalign.config import CONFIG_FILE, EvalConfig, TrainConfig, UsageError, load_recipe, save_config
 from tlalign_kernels import patch_model
 
 MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -150,6 +151,14 @@ def test_what_cannot_be_exported_ends_with_a_message_and_code_2(
     assert main(["export", str(checkpoint), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.pth").exists()
+
+
+def test_safetensors_takes_no_path_that_is_no_text(checkpoint, tmp_path):
+    output = tmp_path / os.fsdecode(b"\xfc.safetensors")
+    config = EvalConfig("none", "vit_tiny_patch16_224", MODEL, img_size=16, in_chans=1)
+    with pytest.raises(UsageError, match=r"output: .* is not valid UTF-8"):
+        export.export_checkpoint(checkpoint, output, config)
+    assert not output.exists()
 
 
 def test_without_a_checkpoint_it_is_asked_for(capsys):

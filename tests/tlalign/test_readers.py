@@ -396,8 +396,11 @@ def test_unreadable_images_of_a_hugging_face_set_are_counted_and_an_error_in_eva
         evaluated(given)
 
 
-def test_what_is_missing_of_a_hugging_face_set_is_told(hub):
+def test_what_is_missing_of_a_hugging_face_set_is_told(hub, monkeypatch):
     with pytest.raises(UsageError, match=r"data: cats is no folder and not in the cache.*; --download true fetches it"):
         load_data_sets(config(data="hfds/cats"))
     with pytest.raises(UsageError, match='eval_split: Unknown split "validation"'):
         load_data_sets(config(data=f"hfds/{hub}"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"data: cats is no folder and not in the cache of [^;]*$"):
+        load_data_sets(config(data="hfids/cats"))

@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import errno
+import io
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from tlalign.cli import main
 from tlalign.config import CONFIG_FILE, TrainConfig, UsageError, load_recipe
@@ -141,6 +144,12 @@ def test_runs_are_listed_wherever_they_are_asked_for_and_once(runs, monkeypatch,
     assert "no runs in runs/no-run" in capsys.readouterr().out
 
 
+def test_a_run_whose_name_is_no_text_keeps_it_in_the_table(tmp_path):
+    make_run(tmp_path / os.fsdecode(b"run\xfc"), [10])
+    RunTable(find_runs([tmp_path])).save(tmp_path / "table.csv")
+    assert b"\nrun\xfc," in (tmp_path / "table.csv").read_bytes()
+
+
 def test_runs_of_one_name_in_several_folders_are_told_apart(tmp_path, monkeypatch):
     for name in ("one/x", "two/x", "two/y"):
         make_run(tmp_path / name, [10])
@@ -163,12 +172,26 @@ def test_runs_of_one_name_in_several_folders_are_told_apart(tmp_path, monkeypatc
         (["plain", "--plot=x.pdf"], "plot: expected a file NAME.png, got x.pdf"),
         (["plain", "--plot=nowhere/x.png"], "plot: cannot write nowhere/x.png"),
         (["plain", "--csv=nowhere/x.csv"], "csv: cannot write nowhere/x.csv"),
+        (["x" * 300], "File name too long"),
     ],
 )
 def test_what_cannot_be_listed_ends_with_a_message_and_code_2(runs, options, message, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     assert main(["runs", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_narrow_list_leaves_out_speeds_and_then_differing_values_but_no_name(runs):
+    table = RunTable(find_runs([runs]))
+    printed = {}
+    for width in (80, 100, 200):
+        console = Console(width=width, file=io.StringIO())
+        table.print(console)
+        printed[width] = " ".join(console.file.getvalue().split())
+    assert all(name in printed[80] for name in ("aligned", "broken-conf", "more/smooth", "cutmix+tl-a"))
+    assert "no room for smoothing, lr, ratio_change, images_per_second, step_seconds: --csv" in printed[80]
+    assert "smoothing lr" in printed[100] and "no room for ratio_change, images_per_second, step_sec" in printed[100]
+    assert "no room" not in printed[200]
 
 
 def test_the_list_needs_no_torch(runs):

@@ -127,6 +127,8 @@ def write_page(path: Path, title: str, summary: Sequence[str], sections: Sequenc
 </html>
 """,
         encoding="utf-8",
+        # Paths need not be text.
+        errors="replace",
     )
 
 

@@ -460,7 +460,7 @@ def _shown_batches(console: Console, what: str, subject: Subject) -> Iterator[Mi
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(["" if value is None else value for value in row] for row in rows)
