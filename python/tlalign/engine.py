@@ -171,8 +171,6 @@ class Trainer:
             while len(self.records) < self.config.epochs:
                 epoch = len(self.records) + 1
                 self._train_epoch(epoch, progress, log, checkpoints, signals)
-                # So that an evaluation that fails, or is killed, costs nothing that was trained.
-                self._save(checkpoints, best=False)
                 self._stop_if_told(signals)
                 try:
                     record = self._end_epoch(epoch, signals)
@@ -420,7 +418,8 @@ class Trainer:
             rate = self.config.batch_size * totals.steps / totals.seconds
             if log is not None:
                 log.step(self.step, {"loss": loss, "lr": self._learning_rate(), "images_per_second": rate})
-            if index < steps and (save_now or stop):
+            # After an epoch too, so that an evaluation that fails, or is killed, costs nothing that was trained.
+            if index == steps or save_now or stop:
                 self._save(checkpoints, best=False)
             # Last, since what it is written to may be full.
             progress.step_done(epoch, self.step, totals.loss / totals.steps, rate)

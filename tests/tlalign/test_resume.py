@@ -1,6 +1,7 @@
 """Nothing is lost: a run that was stopped anywhere continues to the bits that it would have had."""
 
 import dataclasses
+import errno
 import os
 import re
 import resource
@@ -81,6 +82,22 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(tmp_path, values):
     trainer, folder = resume(config)
     assert len(trainer.fit(folder, quiet(trainer))) == 2
     assert differences(became(trainer), expected) == []
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_progress_that_cannot_be_shown_costs_no_step_that_is_to_be_kept(tmp_path, step):
+    config = small(tmp_path / "run", checkpoint_steps=3)
+    trainer, folder = Trainer(config), RunFolder(config)
+    progress = quiet(trainer)
+
+    def show(epoch, done, *rest):
+        if done == step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    progress.step_done = show
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit(folder, progress)
+    assert resume(config)[0].step == step
 
 
 def test_an_evaluation_that_failed_is_done_again_and_no_step(tmp_path):
