@@ -39,9 +39,10 @@ def mixed_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: float = 
 
 
 def mixed_binary_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: float = 0.0) -> Tensor:
-    """Mean binary cross entropy of each class against the mixture (DeiT III, arXiv 2204.07118).
+    """Mean binary cross entropy of each class against the mixture, as timm's `BinaryCrossEntropy` takes it.
 
     Equals `torch.nn.BCEWithLogitsLoss()(logits, target.to_dense(C, smoothing))`: a mean over images and classes.
+    Targets keep their ratio; in DeiT III's training (arXiv 2204.07118) each class that an image holds counts whole.
 
     Args:
         logits: floating (B, C).

@@ -274,7 +274,8 @@ class TrainConfig(EvalConfig):
             self._check(name, "at least 1", lambda value: value >= 1)
         self._check("batch_size", "at least 2 images to mix", lambda value: value >= 2 or self.mixing == "none")
         self._check("warmup_epochs", f"0 to epochs - 1 = {self.epochs - 1}", lambda value: 0 <= value < self.epochs)
-        for name in ("smoothing", "hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay", "momentum"):
+        self._check("smoothing", "0 to less than 1", lambda value: 0 <= value < 1)
+        for name in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay", "momentum"):
             self._check(name, "0 to 1", lambda value: 0 <= value <= 1)
         for name in ("color_jitter", "weight_decay", "warmup_lr", "min_lr"):
             self._check(name, "at least 0", lambda value: value >= 0)

@@ -47,8 +47,8 @@ class AlignedClassificationTask(ClassificationTask):
     """Classification of mixed images, trained on the target that the model aligned (TL-Align, arXiv 2210.06455).
 
     Batches with class ids are mixed by `mixing`; a batch that comes with a `MixedTarget` is taken as mixed already.
-    Without `mixing`, batches with class ids are left to timm's own task. Distributed wrapping, compilation, averaged
-    weights and checkpoints are timm's.
+    Without `mixing`, batches with class ids have timm's own loss. Distributed wrapping, compilation, averaged weights
+    and checkpoints are timm's.
 
     Args:
         model: The model to train; with `align` one that `tlalign_kernels.patch_model` has patched.
@@ -57,7 +57,7 @@ class AlignedClassificationTask(ClassificationTask):
         teacher: Network that labels the images that `mixing` mixes, or None: with `align` each token, for the model to
             align; else each image, by what is seen of its activation map.
         loss: Cross entropy (`ce`), or binary cross entropy of each class (`bce`).
-        smoothing: Label smoothing in [0, 1].
+        smoothing: Label smoothing in [0, 1).
         rank: Rank of this process; each mixes differently.
         seed: Seed of the mixing, see `start_step`.
         options: Further arguments of timm's `TrainingTask`: device, dtype, verbose.
@@ -77,6 +77,8 @@ class AlignedClassificationTask(ClassificationTask):
     ) -> None:
         if loss not in _MIXED_LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(_MIXED_LOSSES)}, got {loss!r}")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing: expected 0 to less than 1, got {smoothing}")
         super().__init__(model, criterion_kwargs={"loss_type": loss, "smoothing": smoothing}, **options)
         self.sharded = False
         self.mixing = mixing
@@ -115,7 +117,12 @@ class AlignedClassificationTask(ClassificationTask):
         changes = {}
         if not isinstance(target, MixedTarget):
             if self.mixing is None:
-                return super().forward(input, target)
+                outputs = _as_tuple(self.trainable_module(input))
+                # In single precision, as the losses of mixed images are in whatever the model computes.
+                losses = [
+                    self.criterion(each.to(torch.promote_types(each.dtype, torch.float32)), target) for each in outputs
+                ]
+                return {"loss": torch.stack(losses).mean(), "output": outputs[0]}
             images = input
             input, target = self.mixing(images, target)
             if self.teacher is not None and self.align:

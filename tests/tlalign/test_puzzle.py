@@ -174,7 +174,22 @@ def test_gradient_saliency_is_that_of_the_loss_and_leaves_the_model_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters()) and not images.requires_grad
     pixels = images.clone().requires_grad_()
     F.cross_entropy(model.eval()(pixels), classes, reduction="sum").backward()
-    torch.testing.assert_close(found, pixels.grad.square().mean(1).sqrt())
+    expected = pixels.grad.square().mean(1).sqrt()
+    torch.testing.assert_close(*(each / each.sum(dim=(1, 2), keepdim=True) for each in (found, expected)))
+
+
+def test_saliency_is_there_in_float16_where_the_model_is_sure():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=1, num_classes=5)
+    images, saliency = torch.randn(3, 3, 16, 16), GradientSaliency(model.eval())
+    model.head.weight.data *= 1e3
+    with torch.no_grad():
+        logits = model(images)
+    expected = saliency(images, logits.argmax(1))
+    with torch.autocast("cpu", torch.float16):
+        found = saliency(images, logits.argmax(1))
+    found, expected = (each / each.sum(dim=(1, 2), keepdim=True) for each in (found, expected))
+    # Half a pixel's mean share, if all differ by that: 16 bits leave some 1 %, and a uniform map as much as all of it.
+    assert (found - expected).abs().sum(dim=(1, 2)).max() < 0.05 < (expected - 1 / 256).abs().sum(dim=(1, 2)).min()
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,12 @@ def test_without_mixing_the_loss_is_timms_on_class_ids(loss, criterion):
     images, classes = make_batch()
     result = AlignedClassificationTask(model, align=False, loss=loss, smoothing=0.1)(images, classes)
     torch.testing.assert_close(result["loss"], criterion(model(images), classes))
+    model.head.weight.data *= 30
+    with torch.autocast("cpu", torch.bfloat16):
+        task = AlignedClassificationTask(model, align=False, loss=loss, smoothing=0.1)
+        result = task(images, classes)
+    assert result["output"].dtype == torch.bfloat16
+    torch.testing.assert_close(result["loss"], criterion(result["output"].float(), classes))
 
 
 def test_mixing_depends_on_seed_step_and_rank_only():
@@ -134,6 +140,10 @@ def test_distilled_training_averages_the_losses_of_both_tokens():
     losses = tlk.mixed_cross_entropy(logits, aligned), tlk.mixed_cross_entropy(logits_dist, aligned_dist)
     torch.testing.assert_close(result["loss"], sum(losses) / 2)
     torch.testing.assert_close(result["output"], logits)
+    images, classes = make_batch()
+    losses = [LabelSmoothingCrossEntropy(0.1)(logits, classes) for logits in model(images)]
+    result = AlignedClassificationTask(model, smoothing=0.1)(images, classes)
+    torch.testing.assert_close(result["loss"], sum(losses) / 2)
 
 
 def test_checkpoints_hold_timms_keys_and_the_averaged_model_aligns_too():
@@ -149,9 +159,11 @@ def test_checkpoints_hold_timms_keys_and_the_averaged_model_aligns_too():
     copy.deepcopy(task)
 
 
-def test_an_unknown_loss_is_refused():
+def test_an_unknown_loss_and_a_smoothing_that_leaves_nothing_are_refused():
     with pytest.raises(ValueError, match="loss: expected one of ce, bce, got 'mse'"):
         AlignedClassificationTask(make_model(), loss="mse")
+    with pytest.raises(ValueError, match="smoothing: expected 0 to less than 1, got 1"):
+        AlignedClassificationTask(make_model(), smoothing=1)
 
 
 @pytest.mark.parametrize(

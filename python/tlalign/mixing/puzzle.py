@@ -155,9 +155,12 @@ class PuzzleMix(MixingStrategy):
 
 
 class GradientSaliency:
-    """Saliency by the gradient of the loss: its norm over the channels of each pixel, as Puzzle Mix takes it.
+    """Saliency by the gradient of the cross entropy: its norm over the channels of each pixel, as Puzzle Mix takes it.
 
-    The model runs as in evaluation, so that nothing random and no running average has a part in it.
+    It is so up to a factor of each image, which has no part in where that is salient: what is taken is the gradient of
+    how far the other classes are ahead of the image's. That is the cross entropy's divided by the probability that they
+    have together, and doesn't vanish in float16 where the model is sure. The model runs as in evaluation, so that
+    nothing random and no running average has a part in it.
 
     Args:
         model: Model that returns logits (B, C) of images, or a tuple that starts with them.
@@ -174,9 +177,10 @@ class GradientSaliency:
             with torch.enable_grad():
                 images = images.detach().requires_grad_()
                 logits = self.model(images)
-                logits = logits[0] if isinstance(logits, tuple) else logits
-                loss = F.cross_entropy(logits.float(), classes, reduction="sum")
-                (gradient,) = torch.autograd.grad(loss, images)
+                logits = (logits[0] if isinstance(logits, tuple) else logits).float()
+                others = logits.scatter(1, classes[:, None], torch.finfo(logits.dtype).min).logsumexp(dim=1)
+                ahead = others - logits.gather(1, classes[:, None])[:, 0]
+                (gradient,) = torch.autograd.grad(ahead.sum(), images)
         finally:
             for module, training in modes:
                 module.training = training
