@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad, random_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlalign.checkpoints import Checkpoints
 from tlalign.config import BOX_MIXING, PATCH_MIXING, TrainConfig, UsageError
@@ -56,6 +57,49 @@ class TrainingInterrupted(RuntimeError):
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.number = number
+
+
+def create_optimizer(
+    model: nn.Module, config: TrainConfig, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Scheduler | None]:
+    """The optimiser and the learning-rate schedule, by steps, of a configuration.
+
+    Args:
+        model: The model whose weights it moves, in no wrapper.
+        config: Configuration of the run.
+        steps_per_epoch: Steps of an epoch.
+
+    Raises:
+        UsageError: If timm has none of the names, or they don't take the values.
+    """
+    options = {"betas": config.opt_betas, "eps": config.opt_eps}
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr,
+            # timm's own are of 300 epochs.
+            decay_epochs=0.3 * config.epochs if config.sched == "step" else None,
+            decay_milestones=[part * config.epochs for part in (0.3, 0.6, 0.9)],
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"opt, sched: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UsageError(f"opt: expected one that needs no second derivatives, got {config.opt}")
+    return optimizer, scheduler
 
 
 class Trainer:
@@ -130,7 +174,7 @@ class Trainer:
             verbose=False,
         )
         self._wrap()
-        self.optimizer, self.scheduler = self._create_optimizer()
+        self.optimizer, self.scheduler = create_optimizer(self.model, config, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.step = 0
         self.records: list[EpochRecord] = []
@@ -361,37 +405,6 @@ class Trainer:
             self.task.compile()
         if self.processes.several:
             self.task.prepare_distributed(device_ids=None if self.device.index is None else [self.device.index])
-
-    def _create_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
-        config = self.config
-        options = {"betas": config.opt_betas, "eps": config.opt_eps}
-        try:
-            optimizer = create_optimizer_v2(
-                self.model,
-                opt=config.opt,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                **{name: value for name, value in options.items() if value is not None},
-            )
-            scheduler, _ = create_scheduler_v2(
-                optimizer,
-                sched=config.sched,
-                num_epochs=config.epochs,
-                warmup_epochs=config.warmup_epochs,
-                warmup_lr=config.warmup_lr,
-                min_lr=config.min_lr,
-                # timm's own are of 300 epochs.
-                decay_epochs=0.3 * config.epochs if config.sched == "step" else None,
-                decay_milestones=[part * config.epochs for part in (0.3, 0.6, 0.9)],
-                step_on_epochs=False,
-                updates_per_epoch=self.steps_per_epoch,
-            )
-        except (TypeError, ValueError, AssertionError) as error:
-            raise UsageError(f"opt, sched: {error}") from error
-        if getattr(optimizer, "is_second_order", False):
-            raise UsageError(f"opt: expected one that needs no second derivatives, got {config.opt}")
-        return optimizer, scheduler
 
     def _train_epoch(
         self,

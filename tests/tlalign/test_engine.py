@@ -14,10 +14,10 @@ from training import TINY, FewDigits, fit, quiet, resume, tiny
 
 from tlalign.checkpoints import load_checkpoint
 from tlalign.config import TrainConfig, UsageError, load_recipe, save_config
-from tlalign.engine import NonFiniteLossError, Trainer
+from tlalign.engine import NonFiniteLossError, Trainer, _Stopwatch
 from tlalign.progress import ComparisonProgress, TrainingProgress
 from tlalign.runs import RunFolder
-from tlalign_kernels import LabelFollower
+from tlalign_kernels import LabelFollower, mixed_binary_cross_entropy, mixed_cross_entropy
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -147,10 +147,95 @@ def test_a_teacher_that_has_no_map_of_enough_cells_is_refused(tmp_path, teacher,
         Trainer(tiny(tmp_path, img_size=32, mixing=mixing, target=target, **of_teacher))
 
 
-def test_bfloat16_and_no_average_train(tmp_path):
-    _, folder, (record,) = fit(tiny(tmp_path / "run", precision="bfloat16", ema_decay=None, clip_grad=None))
+def test_without_an_average_none_is_kept(tmp_path):
+    _, folder, (record,) = fit(tiny(tmp_path / "run", ema_decay=None))
     assert record.top1_ema is None
     assert "state_dict_ema" not in torch.load(folder.last_checkpoint, weights_only=False)
+
+
+def step_of(trainer: Trainer) -> float:
+    """Trains a step, and returns its loss."""
+    trainer.task.train()
+    loss, _ = trainer._train_step(iter(trainer.train_loader.epoch(1)), _Stopwatch(trainer.device))
+    return loss.item()
+
+
+def test_options_of_the_optimizer_and_its_schedule_reach_them(tmp_path):
+    rates = {"lr": 0.25, "warmup_lr": 0.0625, "min_lr": 0.03125, "epochs": 10, "warmup_epochs": 2}
+    given = {"opt": "adamw", "weight_decay": 0.125, "opt_betas": [0.5, 0.75], "opt_eps": 1e-3}
+    trainer = Trainer(tiny(tmp_path, **rates, **given))
+    groups = trainer.optimizer.param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.125}
+    assert all((tuple(group["betas"]), group["eps"]) == ((0.5, 0.75), 1e-3) for group in groups)
+    by_step = []
+    for step in range(trainer.total_steps + 1):
+        trainer.scheduler.step_update(step)
+        by_step.append(groups[0]["lr"])
+    warm = 2 * trainer.steps_per_epoch
+    assert by_step[0] == 0.0625 and by_step[-1] == 0.03125
+    # Half-way up; then a cosine over all ten epochs.
+    assert by_step[warm // 2] == pytest.approx((0.0625 + 0.25) / 2)
+    assert by_step[warm] == pytest.approx(0.03125 + (0.25 - 0.03125) * (1 + math.cos(math.pi / 5)) / 2)
+    trainer = Trainer(tiny(tmp_path, opt="sgd", momentum=0.375))
+    assert {group["momentum"] for group in trainer.optimizer.param_groups} == {0.375}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_precision_is_that_of_logits_in_training_and_evaluation(tmp_path, precision):
+    trainer, dtypes = Trainer(tiny(tmp_path, precision=precision)), []
+    trainer.model.head.register_forward_hook(lambda module, inputs, logits: dtypes.append(logits.dtype))
+    assert math.isfinite(step_of(trainer))
+    trainer.evaluate()
+    assert len(dtypes) > 1 and set(dtypes) == {getattr(torch, precision)}
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_given(tmp_path):
+    def norm(**values):
+        trainer = Trainer(tiny(tmp_path, **values))
+        step_of(trainer)
+        return torch.stack([each.grad.norm() for each in trainer.model.parameters()]).norm().item()
+
+    free = norm(clip_grad=None)
+    assert norm(clip_grad=free / 8) == pytest.approx(free / 8, rel=1e-4)
+    assert norm(clip_grad=free / 8, precision="float16") == pytest.approx(free / 8, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_the_loss_is_the_one_that_is_asked_for_with_its_smoothing(tmp_path, loss):
+    trainer, batches = Trainer(tiny(tmp_path, mixing="none", loss=loss, smoothing=0.25)), []
+    trainer.model.register_forward_hook(lambda module, inputs, logits: batches.append(logits))
+    (_, classes), *_ = trainer.train_loader.epoch(1)
+    found = step_of(trainer)
+    target = torch.nn.functional.one_hot(classes, 10) * 0.75 + 0.25 / 10
+    criterion = {"ce": torch.nn.CrossEntropyLoss(), "bce": torch.nn.BCEWithLogitsLoss()}[loss]
+    assert found == pytest.approx(criterion(batches[0], target).item(), rel=1e-5)
+    mixed = Trainer(tiny(tmp_path, loss=loss, smoothing=0.25)).task
+    assert mixed.smoothing == 0.25
+    assert mixed.loss is {"ce": mixed_cross_entropy, "bce": mixed_binary_cross_entropy}[loss]
+
+
+def test_the_average_warms_up_as_the_configuration_says(tmp_path):
+    trainer = Trainer(tiny(tmp_path, ema_decay=0.5, lr=0.1, epochs=2))
+    average = expected = None
+    for step in range(1, 5):
+        step_of(trainer)
+        weight = trainer.model.head.weight.detach().clone()
+        decay = min(0.5, 1 - step ** (-2 / 3))
+        expected = weight if step == 1 else decay * expected + (1 - decay) * weight
+        average = trainer.task.get_eval_model(ema=True).module.head.weight
+        torch.testing.assert_close(average, expected)
+    assert not torch.allclose(average, weight, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_activations_are_checkpointed_and_channels_last_where_that_is_asked_for(tmp_path, asked):
+    trainer = Trainer(tiny(tmp_path, grad_checkpointing=asked, channels_last=asked, in_chans=3))
+    tensors = [trainer.model.patch_embed.proj.weight]
+    trainer.model.patch_embed.register_forward_pre_hook(lambda module, inputs: tensors.append(inputs[0]))
+    step_of(trainer)
+    assert trainer.model.grad_checkpointing == asked
+    assert [tensor.stride(1) == 1 for tensor in tensors] == [asked, asked]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 from timm.layers import DropPath
 from timm.models import get_arch_pretrained_cfgs
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 
 import tlalign.models  # noqa: F401 (makes timm know them)
 from tlalign import cli
 from tlalign.config import TrainConfig, field_names, load_recipe, recipe_names
+from tlalign.engine import create_optimizer
 from tlalign_kernels import patch_model
 
 # What defines the setting: epochs, batch, greatest, first and least learning rate, warm-up, weight decay, drop path,
@@ -153,7 +152,7 @@ def test_weight_decay_of_a_patched_model_spares_what_the_models_own_code_spares(
     config = config_of(name)
     with torch.device("meta"):
         model = patch_model(timm.create_model(config.model, **config.model_kwargs))
-    optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer, _ = create_optimizer(model, config, 2)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decay = {names[id(each)]: group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
     assert set(decay) == set(names.values())
@@ -166,17 +165,7 @@ def test_weight_decay_of_a_patched_model_spares_what_the_models_own_code_spares(
 @pytest.mark.parametrize("name", ["finetune_deit_base", "finetune_swin_base"])
 def test_fine_tunes_keep_their_learning_rate_from_the_first_step_to_the_last(name):
     config = config_of(name)
-    optimizer = create_optimizer_v2(torch.nn.Linear(1, 1), opt=config.opt, lr=config.lr)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=2,
-    )
+    optimizer, scheduler = create_optimizer(torch.nn.Linear(1, 1), config, 2)
     rates = {optimizer.param_groups[0]["lr"]}
     for step in range(1, 2 * config.epochs + 1):
         scheduler.step_update(step)

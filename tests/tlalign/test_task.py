@@ -219,6 +219,11 @@ def test_options_of_the_configuration_reach_the_strategy():
             assert strategy.patch_size == 5
         if mixing in ("random", "block", "fmix"):
             assert strategy.alpha == 0.3
+    options = {"mixup_alpha": 0.6, "mix_switch_prob": 0.7, "box_grid": 5}
+    for mixing, alphas in (("cutmix", (0.0, 0.3)), ("mixup", (0.6, 0.0)), ("mixup-cutmix", (0.6, 0.3))):
+        strategy = create_mixing(dataclasses.replace(config, mixing=mixing, **options))
+        assert (strategy.mixup_alpha, strategy.cutmix_alpha) == alphas
+        assert (strategy.switch_prob, strategy.box_grid) == (0.7, 5)
 
 
 def test_mixing_none_does_not_mix():
