@@ -218,11 +218,12 @@ def test_boxes_lie_around_the_peak_of_the_partner_with_cutmix_s_sizes(monkeypatc
 
 
 def test_one_draw_of_mode_batch_gives_each_image_a_place_of_its_own(monkeypatch):
-    peaks = np.array([[8, 8], [8, 12], [12, 8], [12, 12]])
-    known_peaks(monkeypatch, peaks, (20, 20))
-    target = SaliencyMix(seed=3)(torch.zeros(4, 1, 20, 20), torch.arange(4))[1]
+    # No box of this seed reaches the border, which would cut it off.
+    peaks = np.array([[40, 40], [40, 60], [60, 40], [60, 60]])
+    known_peaks(monkeypatch, peaks, (100, 100))
+    target = SaliencyMix(seed=3)(torch.zeros(4, 1, 100, 100), torch.arange(4))[1]
     boxes = target.boxes[:, 0]
-    assert len((boxes[:, 2:] - boxes[:, :2]).unique(dim=0)) <= 4 and len(boxes.unique(dim=0)) == 4
+    assert len((boxes[:, 2:] - boxes[:, :2]).unique(dim=0)) == 1 and len(boxes.unique(dim=0)) == 4
 
 
 def test_opencv_s_saliency_finds_what_stands_out():
