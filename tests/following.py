@@ -119,12 +119,12 @@ def check_checkpointing(model, images, target, blocks):
             try:
                 set_reentrant_ckpt(reentrant)
                 model.zero_grad()
-                logits, aligned = model(images.clone().requires_grad_(), target=target)
+                logits, aligned = model(images.clone().requires_grad_(), target=target, collect_layers=True)
                 mixed_cross_entropy(logits, aligned, smoothing=0.1).backward()
             finally:
                 set_reentrant_ckpt(False)
         assert modes == [reentrant] * blocks
-        assert not aligned.ratio.requires_grad
+        assert not any(share.requires_grad for share in (aligned.ratio, *aligned.layer_shares))
         assert_same((aligned.ratio, [p.grad for p in model.parameters()]), *expected, rtol=0)
         modes.clear()
     model.set_grad_checkpointing(False)
@@ -186,6 +186,16 @@ def check_attention_dropout(model, images, target):
     tlk.patch_model(model)
     torch.testing.assert_close(model(images, target=target)[0], logits, rtol=1e-4, atol=1e-5)
     assert (model.train()(images, target=target)[0] - logits).abs().max() > 1e-3
+
+
+def check_labels_under_autocast(model, images, target):
+    """Labels stay float32, and the ratio goes where it goes without autocast, as near as bfloat16 can tell."""
+    expected = model(images, target=target)[1].ratio
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, aligned = model(images, target=target, collect_layers=True)
+    assert {share.dtype for share in (aligned.ratio, *aligned.layer_shares)} == {torch.float32}
+    error, moved = ((other - expected).abs().max() for other in (aligned.ratio, target.ratio))
+    assert error <= min(2.0**-8, moved / 2)
 
 
 def check_layers(model, images, target, blocks):

@@ -133,13 +133,7 @@ def test_layers_choose_the_blocks_that_align():
 
 
 def test_labels_stay_float32_under_autocast():
-    model = tlk.patch_model(small("pvt_v2_b2_li"))
-    images, target = following.images_and_target(SIZE)
-    expected = model(images, target=target)[1].ratio
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, aligned = model(images, target=target, collect_layers=True)
-    assert {share.dtype for share in (aligned.ratio, *aligned.layer_shares)} == {torch.float32}
-    torch.testing.assert_close(aligned.ratio, expected, rtol=0, atol=0.02)
+    following.check_labels_under_autocast(tlk.patch_model(small("pvt_v2_b2_li")), *following.images_and_target(SIZE))
 
 
 def test_what_does_not_belong_together_is_refused():

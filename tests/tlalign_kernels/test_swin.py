@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import set_reentrant_ckpt
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import nn
 
@@ -470,29 +469,8 @@ def assert_same(result, ratio, expected, rtol=1e-4):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=rtol * largest)
 
 
-@pytest.fixture
-def reentrant(request):
-    set_reentrant_ckpt(request.param)
-    yield request.param
-    set_reentrant_ckpt(False)
-
-
-@pytest.mark.parametrize("reentrant", [False, True], indirect=True, ids=["non-reentrant", "reentrant"])
-def test_checkpointing_changes_nothing(run, reentrant, monkeypatch):
-    model, images, target, ratio, expected = run
-    modes, original = [], torch.utils.checkpoint.checkpoint
-
-    def recording(*arguments, use_reentrant):
-        modes.append(use_reentrant)
-        return original(*arguments, use_reentrant=use_reentrant)
-
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", recording)
-    model.set_grad_checkpointing()
-    logits, aligned = model(images.requires_grad_(), target=target, collect_layers=True)
-    mixed_cross_entropy(logits, aligned, smoothing=0.1).backward()
-    assert modes == [reentrant] * 4
-    assert not any(share.requires_grad for share in (aligned.ratio, *aligned.layer_shares))
-    assert_same((aligned.ratio, [p.grad for p in model.parameters()]), ratio, expected, rtol=0)
+def test_checkpointing_changes_nothing(run):
+    following.check_checkpointing(*run[:3], blocks=4)
 
 
 def test_checkpointing_repeats_the_dropout_of_the_position_bias():
@@ -532,12 +510,11 @@ def test_compiles_with_inductor(name):
 
 
 def test_autocast_errors_are_those_of_timm(run):
-    model, images, target, ratio, expected = run
+    model, images, target, _, expected = run
+    following.check_labels_under_autocast(model, images, target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, aligned = model(images, target=target, collect_layers=True)
+        logits, aligned = model(images, target=target)
         own_logits = model(images)
-    assert all(share.dtype == torch.float32 for share in (aligned.ratio, *aligned.layer_shares))
-    torch.testing.assert_close(aligned.ratio, ratio, rtol=0, atol=0.02)
     ours, own = (
         following.gradients(model, mixed_cross_entropy(found, aligned, smoothing=0.1)) for found in (logits, own_logits)
     )

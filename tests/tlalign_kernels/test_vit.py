@@ -11,7 +11,6 @@ import timm
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from timm.layers import set_reentrant_ckpt
 from timm.models import checkpoint
 
 import tlalign_kernels as tlk
@@ -68,12 +67,7 @@ def small(name, **options):
 
 
 def images_and_target(model, batch=3):
-    height, width = model.patch_embed.img_size
-    boxes = torch.tensor([[0, 0, height // 2, width], [1, 3, height - 2, width // 2], [0, 0, height, width]])
-    classes = torch.randint(0, 10, (batch, 2))
-    target = MixedTarget.from_boxes(classes, boxes[:batch, None], (height, width))
-    images = torch.randn(batch, 3, height, width, dtype=next(model.parameters()).dtype)
-    return images, target
+    return following.images_and_target(model.patch_embed.img_size, batch, dtype=next(model.parameters()).dtype)
 
 
 def relative(error, scale):
@@ -544,28 +538,8 @@ def run(request):
     return model, images, target, *step(model, images, target)
 
 
-@pytest.fixture
-def reentrant(request):
-    set_reentrant_ckpt(request.param)
-    yield request.param
-    set_reentrant_ckpt(False)
-
-
-@pytest.mark.parametrize("reentrant", [False, True], indirect=True, ids=["non-reentrant", "reentrant"])
-def test_checkpointing_changes_nothing(run, reentrant, monkeypatch):
-    model, images, target, ratio, expected = run
-    modes, original = [], torch.utils.checkpoint.checkpoint
-
-    def recording(*arguments, use_reentrant):
-        modes.append(use_reentrant)
-        return original(*arguments, use_reentrant=use_reentrant)
-
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", recording)
-    model.set_grad_checkpointing()
-    logits, aligned = model(images.requires_grad_(), target=target)
-    mixed_cross_entropy(logits, aligned, smoothing=0.1).backward()
-    assert modes == [reentrant] * 3
-    assert_same((aligned.ratio, [p.grad for p in model.parameters()]), ratio, expected, rtol=0)
+def test_checkpointing_changes_nothing(run):
+    following.check_checkpointing(*run[:3], blocks=3)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -605,11 +579,10 @@ def test_compiles_with_inductor(run, checkpointing):
 
 
 def test_autocast_errors_are_those_of_timm(run):
-    model, images, target, ratio, expected = run
+    model, images, target, _, expected = run
+    following.check_labels_under_autocast(model, images, target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, aligned = model(images, target=target)
-    assert aligned.ratio.dtype == torch.float32
-    torch.testing.assert_close(aligned.ratio, ratio, rtol=0, atol=0.02)
     ours = gradients(model, mixed_cross_entropy(logits, aligned, smoothing=0.1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         own_logits = model(images)
