@@ -57,7 +57,7 @@ _USAGE = """usage: tlalign COMMAND [options]
 Trains vision transformers on mixed images with token-label alignment.
 
 commands:
-  train    train a model; without options a small one on handwritten digits, in a minute or two
+  train    train a model; without options a small one on handwritten digits, in one to three minutes
   compare  train several methods with several seeds, and set the results side by side
   eval     evaluate a checkpoint
   runs     list runs, and compare them
