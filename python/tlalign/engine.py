@@ -438,6 +438,8 @@ class Trainer:
             progress.step_done(epoch, self.step, totals.loss / totals.steps, rate)
             if index < steps and stop:
                 raise TrainingInterrupted(signals.number or signal.SIGTERM)
+            # To write logs and checkpoints is not to wait for images.
+            stopwatch.start()
 
     def _train_step(
         self, parts: Iterator[tuple[Tensor, Tensor]], stopwatch: _Stopwatch
@@ -584,6 +586,10 @@ class _Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.start()
+
+    def start(self) -> None:
+        """Begins a part now; what came since the last one ended counts for none."""
         self.marks = [("start", self._now())]
 
     def lap(self, part: str) -> None:

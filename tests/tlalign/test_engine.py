@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import math
 import time
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_a_row_of_the_log_has_the_means_of_its_steps(tmp_path, monkeypatch):
     assert record.loss == pytest.approx(torch.stack(losses).mean().item())
     assert record.ratio_change == pytest.approx(torch.cat(changes).abs().mean().item())
     assert record.ratio_change > 0
+
+
+def test_to_write_checkpoints_is_not_to_wait_for_images(tmp_path, monkeypatch):
+    clock, save = itertools.count(), Trainer._save
+
+    def slow(*arguments, **options):
+        for _ in range(1000):
+            next(clock)
+        save(*arguments, **options)
+
+    monkeypatch.setattr(Trainer, "_save", slow)
+    monkeypatch.setattr(_Stopwatch, "_now", lambda self: float(next(clock)))
+    _, _, (record,) = fit(tiny(tmp_path / "run", checkpoint_steps=1))
+    # A tick each; the update after the backward is one more of it.
+    assert (record.data_seconds, record.forward_seconds, record.backward_seconds) == (1.0, 1.0, 2.0)
 
 
 def test_what_takes_long_once_is_not_multiplied_in_the_estimate_of_a_dry_run(tmp_path):
