@@ -20,8 +20,10 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import dispatch_clip_grad, random_seed
+from timm.utils import dispatch_clip_grad, distribute_bn, random_seed
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 
 from tlalign.checkpoints import Checkpoints
 from tlalign.config import BOX_MIXING, PATCH_MIXING, TrainConfig, UsageError
@@ -175,6 +177,8 @@ class Trainer:
         )
         self._wrap()
         self.optimizer, self.scheduler = create_optimizer(self.model, config, self.steps_per_epoch)
+        if config.fsdp:
+            self._check_shards()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.step = 0
         self.records: list[EpochRecord] = []
@@ -287,8 +291,10 @@ class Trainer:
 
     def evaluate(self, ema: bool = False, after_batch: Callable[[], None] | None = None) -> dict[str, float]:
         """Evaluates the model or its averaged weights on the held-out images, as `evaluate`."""
-        model = self.task.get_eval_model(ema=ema)
-        several = self.processes.several
+        model, several = self.task.get_eval_model(ema=ema), self.processes.several
+        if several:
+            # Statistics of batch norms are each process's own; checkpoints have those of the first.
+            distribute_bn(model, self.processes.world_size)
         return evaluate(model, self.eval_loader, self.device, self.config.precision, several, after_batch)
 
     def sample_held_out(self, count: int) -> tuple[Tensor, Tensor]:
@@ -405,6 +411,24 @@ class Trainer:
             self.task.compile()
         if self.processes.several:
             self.task.prepare_distributed(device_ids=None if self.device.index is None else [self.device.index])
+
+    def _check_shards(self) -> None:
+        """Has an optimiser take steps with a few sharded weights, and save itself, since not each of timm's can."""
+        # As many as those choose by that factorise, of each number of dimensions.
+        model = nn.Sequential(nn.Conv2d(3, 128, 16), nn.LayerNorm(128), nn.Linear(128, 128)).to(self.device)
+        fully_shard(model)
+        optimizer, _ = create_optimizer(model, self.config, self.steps_per_epoch)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        try:
+            for _ in range(2):  # the first may be another kind
+                optimizer.step()
+            get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+        except Exception as error:  # what has no rule for shards has errors of many classes
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UsageError(
+                f"opt: expected one that works with sharded weights (fsdp), got {self.config.opt}: {reason}"
+            ) from error
 
     def _train_epoch(
         self,

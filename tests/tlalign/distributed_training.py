@@ -9,12 +9,14 @@ import torch
 from training import FewDigits, PreMixed, became, differences, fit_and_keep_losses, quiet, resume, small
 
 from tlalign import readers
+from tlalign.config import UsageError
 from tlalign.engine import Trainer, TrainingInterrupted
 from tlalign.runs import RunFolder
 
 WAYS = {
     "ddp": {},
     "ddp, accumulated": {"accumulate": 2},
+    "ddp, batch norm": {"model": "resnet10t", "model_kwargs": {}, "target": "ratio"},
     "fsdp": {"fsdp": True},
     "fsdp, accumulated": {"fsdp": True, "accumulate": 2, "grad_checkpointing": True},
     "fsdp, bfloat16": {"fsdp": True, "precision": "bfloat16"},
@@ -64,8 +66,21 @@ def main(folder: Path, names: list[str]) -> None:
             assert not changed, f"{name}: continued to other {changed}"
         else:
             became(continued)  # all processes gather what is sharded
+    if any("fsdp" in name for name in names):
+        refuse_optimizers(folder / "none")
     trainer.processes.leave()
     print(f"rank {trainer.processes.rank} passed", flush=True)
+
+
+def refuse_optimizers(folder: Path) -> None:
+    """Those that can't take a first step or a second one, or not be saved, are refused before there is a run."""
+    for name in ("adafactor", "cadopt", "adafactorbv"):
+        try:
+            Trainer(small(folder, fsdp=True, opt=name))
+        except UsageError as error:
+            assert f"opt: expected one that works with sharded weights (fsdp), got {name}" in str(error)
+        else:
+            raise AssertionError(f"{name} is taken")
 
 
 if __name__ == "__main__":
