@@ -7,9 +7,11 @@ import errno
 import io
 import itertools
 import os
+import re
 import shlex
 import sys
 import time
+import traceback
 import typing
 from collections.abc import Sequence
 from datetime import timedelta
@@ -23,6 +25,7 @@ try:
         BOX_MIXING,
         CONFIG_FILE,
         MAY_CHANGE,
+        MAY_MOVE,
         AnalyzeConfig,
         EvalConfig,
         TrainConfig,
@@ -98,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in commands:
             raise UsageError(f"expected one of {', '.join(commands)}, got {name}{suggestion(name, list(commands))}")
+        if name != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UsageError(
+                f"expected one process, for only train is for several, got {name} with WORLD_SIZE="
+                f"{os.environ['WORLD_SIZE']}"
+            )
         return commands[name](options)
     except UsageError as error:
         print(f"tlalign: error: {error}", file=sys.stderr)
@@ -411,7 +419,7 @@ def _parse(
         # Defaults were taken as they are; read as an object, values of files are checked and converted as flags are.
         parsed = checker.parse_object({name: getattr(parsed, name) for name in names})
     except argparse.ArgumentError as error:
-        raise UsageError(_without_parser_words(error)) from error
+        raise UsageError(_in_words(error)) from error
     values = {name: getattr(parsed, name) for name in names}
     for name, of_type in typing.get_type_hints(config_class).items():
         # What a file leaves empty jsonargparse takes for any type.
@@ -427,7 +435,7 @@ def _parse_flags(parser: jsonargparse.ArgumentParser, flags: Sequence[str]) -> j
     try:
         return parser.parse_args(flags)
     except argparse.ArgumentError as error:
-        message = _without_parser_words(error)
+        message = _in_words(error)
         for flag in flags:
             name = flag.removeprefix("--").split("=")[0].split(".")[0]
             if flag.startswith("--") and name not in known:
@@ -435,8 +443,31 @@ def _parse_flags(parser: jsonargparse.ArgumentParser, flags: Sequence[str]) -> j
         raise UsageError(message) from error
 
 
-def _without_parser_words(error: argparse.ArgumentError) -> str:
-    return str(error).replace("Parser key ", "")
+def _in_words(error: argparse.ArgumentError) -> str:
+    """What a parser found wrong; a value of a wrong type without the parser's words for types."""
+    message = str(error).replace("Parser key ", "")
+    found = re.fullmatch(r'"(\w+)":\n.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+    types = typing.get_type_hints(AnalyzeConfig) | typing.get_type_hints(TrainConfig)
+    if found is None or found[1] not in types:
+        return message
+    name, value = found.groups()
+    choices = [choice for choice in typing.get_args(types[name]) if isinstance(choice, str)]
+    return f"{name}: expected {_type_in_words(types[name])}, got {value}{suggestion(value, choices)}"
+
+
+def _type_in_words(of_type: Any) -> str:
+    """A type of a configuration's field as it is written in YAML and behind flags."""
+    arguments = typing.get_args(of_type)
+    if typing.get_origin(of_type) is typing.Literal:
+        return f"one of {', '.join(arguments)}"
+    if typing.get_origin(of_type) is tuple:
+        parts = ("..." if part is ... else _type_in_words(part) for part in arguments)
+        return f"a list [{', '.join(parts)}]"
+    if typing.get_origin(of_type) is dict:
+        return "a mapping {name: value}"
+    if arguments:
+        return " or ".join(map(_type_in_words, arguments))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[of_type]
 
 
 def _is_among(name: str, flags: Sequence[str]) -> bool:
@@ -481,10 +512,10 @@ def _is_to_resume(config: TrainConfig) -> bool:
 
 
 def _has_moved(name: str, before: str, now: str) -> bool:
-    """Whether what an option names may be the same in another place: a folder of images, or a teacher."""
+    """Whether what an option names may be the same in another place: a folder of images, or a checkpoint."""
     if name == "data":
         return before.startswith("folder:") and now.startswith("folder:")
-    return name == "teacher_checkpoint" and Path(before).name == Path(now).name
+    return name in MAY_MOVE and Path(before).name == Path(now).name
 
 
 def _try(config: TrainConfig) -> int:
@@ -559,24 +590,33 @@ def _train(trainer: Trainer, folder: RunFolder | None, resume: bool) -> int:
         console = None if first else Console(quiet=True)
         with TrainingProgress(config.epochs, trainer.steps_per_epoch, console, trainer.step) as progress:
             records = trainer.fit(folder, progress)
-    except (NonFiniteLossError, TrainingInterrupted, CheckpointError, UnreadableImagesError, OSError) as error:
+    except TrainingInterrupted as error:
         if first:
-            kept = folder.last_checkpoint
-            kept = (
-                f"last checkpoint {kept}, to continue: tlalign train --resume {shlex.quote(str(folder.path))}"
-                if kept.exists()
-                else ("no checkpoint yet")
-            )
-            print(
-                f"tlalign: {'' if isinstance(error, TrainingInterrupted) else 'error: '}{error}; {kept}",
-                file=sys.stderr,
-            )
-        return 128 + error.number if isinstance(error, TrainingInterrupted) else 1
+            print(f"tlalign: {error}; {_kept(folder)}", file=sys.stderr)
+        return 128 + error.number
+    except Exception as error:
+        reason = str(error)
+        foreseen = isinstance(error, NonFiniteLossError | CheckpointError | UnreadableImagesError)
+        if not foreseen and not (isinstance(error, OSError) and error.errno in _REFUSALS):
+            # Full memory, a loader or another process that was killed, a fault of ours: no word of it is to be lost.
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {reason.partition(chr(10))[0]}"
+        if first:
+            print(f"tlalign: error: {reason}; {_kept(folder)}", file=sys.stderr)
+        return 1
     seconds = time.monotonic() - start
     if first:
         _summarise(trainer, folder, records, seconds)
     trainer.processes.leave()
     return 0
+
+
+def _kept(folder: RunFolder) -> str:
+    """What is left of a run that ended early, and how it goes on."""
+    if not folder.last_checkpoint.exists():
+        return "no checkpoint yet"
+    command = shlex.join(["tlalign", "train", "--resume", str(folder.path)])
+    return f"last checkpoint {folder.last_checkpoint}, to continue: {command}"
 
 
 def _resume(trainer: Trainer, folder: Path) -> None:

@@ -7,6 +7,7 @@ import difflib
 import importlib.metadata
 import importlib.resources
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINTS_FOLDER = "checkpoints"
 
 # What a run reads, which may have moved when it continues.
-MAY_MOVE = ("data", "teacher_checkpoint")
+MAY_MOVE = ("data", "teacher_checkpoint", "initial_checkpoint")
 # What may be another when a run continues: it decides where and how it runs, but not what it learns.
 MAY_CHANGE = ("data_dir", "download", "workers", "max_unreadable", "device", "checkpoint_steps", "output")
 
@@ -96,6 +97,7 @@ class EvalConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        self._expand("data_dir")
         for name in ("num_classes", "img_size", "in_chans", "batch_size"):
             self._check(name, "at least 1", lambda value: value >= 1)
         for name in ("workers", "max_unreadable"):
@@ -103,6 +105,12 @@ class EvalConfig:
         self._check("crop_pct", "more than 0 and at most 1", lambda value: 0 < value <= 1)
         self._check("mean", "finite numbers", lambda values: True)
         self._check("std", "numbers of more than 0", lambda values: all(value > 0 for value in values))
+
+    def _expand(self, *names: str) -> None:
+        """Takes ~ for the home folder, as a shell does, but not in a file nor after --NAME=."""
+        for name in names:
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     def _check(self, name: str, expected: str, accepts: Any) -> None:
         value = getattr(self, name)
@@ -143,6 +151,7 @@ class AnalyzeConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._expand("table1_weights", "output")
         for name in ("images", "batch_size"):
             self._check(name, "at least 2, to mix them", lambda value: value >= 2)
         self._check("seed", f"0 to {GREATEST_SEED}", lambda value: 0 <= value <= GREATEST_SEED)
@@ -270,6 +279,7 @@ class TrainConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._expand("initial_checkpoint", "teacher_checkpoint", "output")
         for name in ("epochs", "aug_repeats", "accumulate", "checkpoint_steps"):
             self._check(name, "at least 1", lambda value: value >= 1)
         self._check("batch_size", "at least 2 images to mix", lambda value: value >= 2 or self.mixing == "none")

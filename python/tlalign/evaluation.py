@@ -88,7 +88,9 @@ def choose_device(config: EvalConfig) -> torch.device:
     if config.device is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=config.device).device
+        number = torch.zeros((), device=config.device)
+        number.item()  # of the device meta there is none
+        return number.device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device: cannot use {config.device!r}: {str(error).splitlines()[0]}") from error
 

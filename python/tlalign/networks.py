@@ -112,8 +112,9 @@ def load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
     except OSError as error:
         raise UsageError(f"{name}: cannot read {path}: {str(error) or 'no such file'}") from error
     except Exception as error:  # files that are something else have errors of many classes
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(f"{name}: cannot read {path} as a checkpoint with weights ({what})") from error
+        raise UsageError(
+            f"{name}: {path} is no checkpoint with weights, or damaged ({type(error).__name__})"
+        ) from error
     for key, value in weights.items():
         if not isinstance(value, Tensor):
             raise UsageError(f"{name}: expected weights in {path}, got {key} of type {type(value).__name__}")

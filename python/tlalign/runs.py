@@ -168,10 +168,9 @@ def _places(config: TrainConfig) -> dict[str, str]:
 
     kind, _, place = config.data.partition(":")
     places = {"data": f"folder:{absolute(place)}" if kind == "folder" else config.data}
-    if config.teacher_checkpoint is not None:
-        places["teacher_checkpoint"] = absolute(config.teacher_checkpoint)
-    if config.data_dir is not None:
-        places["data_dir"] = absolute(config.data_dir)
+    for name in ("data_dir", "teacher_checkpoint", "initial_checkpoint"):
+        if (place := getattr(config, name)) is not None:
+            places[name] = absolute(place)
     return places
 
 

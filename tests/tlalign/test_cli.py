@@ -173,6 +173,7 @@ def test_a_model_that_labels_cannot_be_followed_through_trains_without_alignment
         (["trian"], "did you mean train?"),
         (["train", "--recipie=none"], "did you mean recipe?"),
         (["train", "--recipe.name=none"], '"recipe":'),
+        (["train", "--device=meta"], "device: cannot use 'meta': "),
         (["eval", "--chekpoint=last.pth"], "did you mean checkpoint?"),
         (["eval", "--checkpoint", "x" * 300], "File name too long"),
         (["eval"], "checkpoint: expected a file, got nothing (--checkpoint FILE)"),
@@ -202,7 +203,13 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(run, tmp_path
     damaged.write_bytes(checkpoint.read_bytes()[:1000])
     (tmp_path / CONFIG_FILE).write_bytes((run / CONFIG_FILE).read_bytes())
     assert main(["eval", "--checkpoint", str(damaged)]) == 2
-    assert "cannot read" in capsys.readouterr().err
+    assert f"checkpoint: {damaged} is no checkpoint with weights, or damaged" in capsys.readouterr().err
+
+
+def test_only_train_is_for_several_processes(run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["eval", "--checkpoint", str(run / "last.pth.tar")]) == 2
+    assert "for only train is for several, got eval with WORLD_SIZE=2" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_left_as_it_is(run, capsys):

@@ -89,8 +89,11 @@ def test_every_field_is_explained_in_the_help(capsys):
     ("options", "message"),
     [
         (["--epoch", "3"], "did you mean epochs?"),
-        (["--mixing", "cutmixx"], "'mixup-cutmix'"),
-        (["--target", "alignment"], "'transmix'"),
+        (["--mixing", "cutmixx"], "puzzlemix, tokenmix, got cutmixx; did you mean cutmix?\n"),
+        (
+            ["--target", "alignment"],
+            "target: expected one of ratio, tl-align, token-labels, transmix, teacher, got ali",
+        ),
         (
             ["--target", "ratio", "--layers", "[1]"],
             "stochastic_depth: expected none with the target ratio",
@@ -115,7 +118,12 @@ def test_every_field_is_explained_in_the_help(capsys):
             ["--mixing", "mixup", "--box_grid", "4"],
             "box_grid: expected none, for mixing mixup makes no use",
         ),
-        (["--lr", "fast"], "lr"),
+        (["--lr", "fast"], "error: lr: expected a number, got fast\n"),
+        (["--epochs", "1.5"], "error: epochs: expected a whole number, got 1.5\n"),
+        (["--pretrained", "3"], "error: pretrained: expected true or false, got 3\n"),
+        (["--layers", "1"], "error: layers: expected a list [a whole number, ...] or null, got 1\n"),
+        (["--opt_betas", "[0.9]"], "error: opt_betas: expected a list [a number, a number] or null, got ["),
+        (["--model_kwargs", "3"], "error: model_kwargs: expected a mapping {name: value}, got 3\n"),
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["--smoothing", "1"], "smoothing: expected 0 to less than 1, got 1"),
         (["--hflip", "2"], "hflip: expected 0 to 1, got 2"),
@@ -169,4 +177,13 @@ def test_a_wrong_type_in_a_file_is_a_usage_error(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: many\n")
     assert cli.main(["train", "--config", str(file)]) == 2
-    assert "epochs" in capsys.readouterr().err
+    assert "error: epochs: expected a whole number, got many\n" in capsys.readouterr().err
+
+
+def test_home_is_found_in_a_file_and_behind_an_equals_sign(tmp_path, resolved, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "mine.yaml"
+    file.write_text("initial_checkpoint: ~/a.pth\n")
+    config = resolved("--config", str(file), "--output=~/runs/1", "--data_dir=~/sets")
+    assert (config.initial_checkpoint, config.output) == ("/home/me/a.pth", "/home/me/runs/1")
+    assert config.data_dir == "/home/me/sets"

@@ -351,7 +351,7 @@ def test_a_teacher_may_move_but_not_become_another(tmp_path, capsys):
     )
 
 
-def test_a_run_continues_without_the_weights_that_it_began_with(tmp_path, capsys):
+def test_a_run_continues_without_the_weights_that_it_began_with(tmp_path, capsys, monkeypatch):
     path = tmp_path / "initial.pth"
     torch.save(Trainer(small(tmp_path / "before", seed=1)).model.state_dict(), path)
     config = small(tmp_path / "run", initial_checkpoint=str(path))
@@ -364,11 +364,15 @@ def test_a_run_continues_without_the_weights_that_it_began_with(tmp_path, capsys
     assert main(["train", "--resume", config.output]) == 0
     continued, _ = resume(config, initialises=False)
     assert differences(became(continued), expected) == []
-    # A run that has not trained yet begins with them.
-    config = small(tmp_path / "new", initial_checkpoint=str(path))
-    RunFolder(config)
+    # A run that has not trained yet begins with them, from wherever it is asked.
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        config = small(tmp_path / "new", initial_checkpoint=path.name)
+        RunFolder(config)
     assert main(["train", "--resume", config.output]) == 2
     assert f"initial_checkpoint: cannot read {path}" in capsys.readouterr().err
+    assert main(["train", "--resume", config.output, f"--initial_checkpoint=elsewhere/{path.name}"]) == 2
+    assert f"initial_checkpoint: cannot read elsewhere/{path.name}" in capsys.readouterr().err
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(tmp_path, capsys):
@@ -419,6 +423,25 @@ def test_a_run_killed_at_any_moment_loses_nothing(tmp_path, kills):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"killed {kills} times" in done.stdout
+
+
+def test_whatever_ends_a_run_it_says_how_it_continues(tmp_path, capsys, monkeypatch):
+    folder, original = tmp_path / "run", Trainer._update
+
+    def run_out_of_memory(self):
+        original(self)
+        if self.step == 4:
+            raise torch.OutOfMemoryError("out of memory\nmore of it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", run_out_of_memory)
+        assert main(["train", *options(folder, checkpoint_steps=3)]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and "more of it" in printed
+    assert printed.endswith(
+        f"tlalign: error: OutOfMemoryError: out of memory; last checkpoint {folder / 'last.pth.tar'}, to continue: "
+        f"tlalign train --resume {folder}\n"
+    )
 
 
 def test_a_full_disk_ends_a_run_that_then_continues_to_the_same_bits(tmp_path, capsys, monkeypatch):
