@@ -131,7 +131,7 @@ def microseconds(cycles, shape, device):
 
 def count_code():
     """Microseconds of issue and of the busiest pipe, and its name, by device, shape, backend and direction."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tlalign_kernels"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
     if shutil.which("nvcc") is None or importlib.util.find_spec("triton") is None:
         return {}
     import cuda_offline

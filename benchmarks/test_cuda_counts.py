@@ -7,8 +7,6 @@ are what these take of each pipe of an A100 or H100 (`triton_offline.pipe_cycles
 """
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +16,6 @@ from tlalign_kernels.windows import Windows
 if backend.triton is None or shutil.which("nvcc") is None:
     pytest.skip("needs nvcc, and triton, which brings along what disassembles", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tlalign_kernels"))
 import cuda_offline as offline
 import triton_offline
 

@@ -7,9 +7,6 @@ what these take of each pipe of an A100 or H100 (rates: `triton_offline.pipe_cyc
 from below, the issue of instructions is one of them.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,7 +16,6 @@ from tlalign_kernels.windows import Windows
 if backend.triton is None:
     pytest.skip("triton can't be imported", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tlalign_kernels"))
 import triton_offline as offline
 
 from benchmarks.counts import keep

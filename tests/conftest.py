@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import sys
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from hypothesis import settings
 
 # Before the folder of the tests is on the path, where one of them would pass for the package.
 import tlalign  # noqa: F401
+
+sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks, which some test
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 

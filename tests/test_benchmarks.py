@@ -1,14 +1,11 @@
 """What the benchmarks race computes what the operator does, and what does not is left out and named."""
 
 import dataclasses
-import sys
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import models, peers, racing
 from benchmarks import test_loss as loss
 

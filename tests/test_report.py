@@ -1,13 +1,11 @@
 """The report of the benchmarks, from made-up results whose numbers are worked out here by hand."""
 
 import json
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import report
 
 OURS, NONE = "ours (cpu)", "ours (cpu), no labels"

@@ -1,12 +1,8 @@
 """The sums of the roofline page, against numbers worked out by hand."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import roofline
+from benchmarks import roofline
 
 SHAPE = roofline.Shape("tiny", images=2, heads=3, queries=5, keys=4, head_dim=8)
 DEVICE = roofline.Device("round", 80, multiprocessors=10, clock=2.0, tflops=4, bandwidth=100)

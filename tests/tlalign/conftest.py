@@ -1,12 +1,7 @@
 """Fixtures of the tests of the training package."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for training.py, which the tests share
 
 
 @pytest.fixture

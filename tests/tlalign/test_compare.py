@@ -16,8 +16,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import TINY
-from training import PYTHONPATH, tiny
+from training import PYTHONPATH, options, tiny
 
 from tlalign import compare
 from tlalign.cli import main
@@ -326,9 +325,9 @@ def test_a_locale_without_the_characters_of_the_table_stops_nothing(tmp_path):
 @pytest.mark.slow
 def test_real_runs_go_on_after_a_stop(tmp_path):
     # Of random patches of 5 pixels in images of 16 nothing comes.
-    options = [*TINY, "--mix_patch_size=5", "--output", str(tmp_path), "--seeds=2", "--jobs=2", "--epochs=1"]
-    options = ["--methods", "cutmix", ALIGNED, "random", *options]
-    process = subprocess.Popen([sys.executable, "-m", "tlalign", "compare", *options], stdout=subprocess.PIPE)
+    flags = ["--methods", "cutmix", ALIGNED, "random", *options(tmp_path, batch_size=128)]
+    flags += ["--mix_patch_size=5", "--seeds=2", "--jobs=2"]
+    process = subprocess.Popen([sys.executable, "-m", "tlalign", "compare", *flags], stdout=subprocess.PIPE)
     while b"top-1" not in (line := process.stdout.readline()):
         assert line, "ended without a finished run"
     process.send_signal(signal.SIGINT)
@@ -338,7 +337,7 @@ def test_real_runs_go_on_after_a_stop(tmp_path):
     assert 1 <= len(finished) < 4
     before = {file: file.stat().st_mtime_ns for folder in finished for file in folder.rglob("*")}
     time.sleep(0.1)
-    assert main(["compare", *options]) == 1
+    assert main(["compare", *flags]) == 1
     assert {file: file.stat().st_mtime_ns for folder in finished for file in folder.rglob("*")} == before
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / CSV_FILE).open(newline=""))}
     assert [rows[method]["finished"] for method in ("cutmix", ALIGNED, "random")] == ["2", "2", "0"]

@@ -16,7 +16,7 @@ from tlalign.engine import Trainer
 from tlalign.evaluation import evaluate_checkpoint
 from tlalign.runs import RunFolder, read_log
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def torchrun(*arguments: object, restarts: int = 0) -> str:
     ids=["plain", "the other way round", "compiled and bfloat16"],
 )
 def test_two_processes_learn_what_one_does_and_continue_when_stopped(tmp_path, ways):
-    printed = torchrun(HERE / "distributed_training.py", tmp_path, *ways)
+    printed = torchrun(SUPPORT / "distributed_training.py", tmp_path, *ways)
     for rank in (0, 1):
         assert f"rank {rank} passed" in printed
     trainer = Trainer(small(tmp_path / "one", epochs=2))
@@ -82,7 +82,9 @@ def test_two_processes_learn_what_one_does_and_continue_when_stopped(tmp_path, w
 @pytest.mark.slow
 def test_a_killed_process_is_started_again_and_changes_nothing(tmp_path):
     arguments = [*options(tmp_path, checkpoint_steps=3, epochs=2), "--resume=auto"]
-    printed = torchrun(HERE / "mortal.py", 4, tmp_path / "whole", tmp_path / "killed", "train", *arguments, restarts=2)
+    printed = torchrun(
+        SUPPORT / "mortal.py", 4, tmp_path / "whole", tmp_path / "killed", "train", *arguments, restarts=2
+    )
     assert "continued after step 3" in printed
     assert "continued after step 10" in printed  # the whole one, which had come to its end
     whole, killed = (torch.load(tmp_path / name / "last.pth.tar", weights_only=False) for name in ("whole", "killed"))

@@ -1,8 +1,6 @@
 """PVT: it is the published one, timm knows it, and its labels are those of a dense computation."""
 
-import sys
-from pathlib import Path
-
+import following
 import pytest
 import timm
 import torch
@@ -12,9 +10,6 @@ from timm.optim import param_groups_layer_decay
 import tlalign.models  # noqa: F401 (makes timm know them)
 import tlalign_kernels as tlk
 from tlalign.cli import main
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import following
 
 # No stage divides by the stride of the next, nor by the reduction of its keys.
 SIZE = (88, 72)

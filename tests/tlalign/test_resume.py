@@ -416,7 +416,7 @@ with RunFolder(TrainConfig(data="digits", model="x", output=sys.argv[1]), resume
 @pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_loses_nothing(tmp_path, kills):
     # In a process of its own, which forks: torch can be read in once for all the processes that are killed.
-    killer = Path(__file__).with_name("killer.py")
+    killer = Path(__file__).parents[1] / "support" / "killer.py"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, killer, tmp_path, str(kills)], env=environment, capture_output=True, text=True, timeout=1500

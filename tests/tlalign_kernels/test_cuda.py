@@ -2,9 +2,7 @@
 
 import re
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from tlalign_kernels.windows import Windows
 
 # It brings along what disassembles.
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parent))
 import triton_offline
 
 HAS_KERNELS = hasattr(extension.compiled, "cuda_attention_forward")

@@ -2,10 +2,9 @@
 
 import copy
 import io
-import sys
 from functools import partial
-from pathlib import Path
 
+import following
 import pytest
 import timm
 import torch
@@ -17,9 +16,6 @@ from torch.nn.utils import parametrize
 import tlalign_kernels as tlk
 from tlalign_kernels import LabelFollower, MixedTarget, patch
 from tlalign_kernels.models import vit
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import following
 
 
 def vit_tiny(**options):

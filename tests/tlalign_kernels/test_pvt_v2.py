@@ -1,8 +1,6 @@
 """Patched PVT v2: logits and gradients are timm's, labels are those of a dense computation."""
 
-import sys
-from pathlib import Path
-
+import following
 import pytest
 import timm
 import torch
@@ -11,9 +9,6 @@ from torch import nn
 
 import tlalign_kernels as tlk
 from tlalign_kernels import MixedTarget
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import following
 
 # No stage divides by the stride of the next, nor by the reduction of its keys.
 SIZE = (72, 56)

@@ -1,9 +1,8 @@
 """Patched Swin Transformers: logits and gradients are timm's, labels are those of a dense computation."""
 
 import copy
-import sys
-from pathlib import Path
 
+import following
 import pytest
 import timm
 import torch
@@ -14,9 +13,6 @@ from torch import nn
 import tlalign_kernels as tlk
 from tlalign_kernels import MixedTarget, mixed_cross_entropy
 from tlalign_kernels.models import swin
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import following
 
 MODULES = {"timm.models.swin_transformer", "timm.models.swin_transformer_v2", "timm.models.swin_transformer_v2_cr"}
 NAMES = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__ in MODULES]

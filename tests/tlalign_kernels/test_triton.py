@@ -20,7 +20,6 @@ if backend.triton is None:
 if backend._interpreted:
     pytest.skip("compiles, which TRITON_INTERPRET=1 turns off", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parent))
 import triton_offline as offline
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)

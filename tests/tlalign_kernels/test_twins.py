@@ -1,8 +1,6 @@
 """Patched Twins: logits and gradients are timm's, labels are those of a dense computation."""
 
-import sys
-from pathlib import Path
-
+import following
 import pytest
 import timm
 import torch
@@ -11,9 +9,6 @@ from timm.layers import Attention
 from torch import nn
 
 import tlalign_kernels as tlk
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import following
 
 # Windows of 7 x 7 reach beyond the map in each stage, and no stage divides by the reduction of its keys.
 SIZE = (88, 72)

@@ -5,21 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import following
 import numpy as np
 import pytest
 import timm
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from following import assert_same, gradients, randomised, step
 from timm.models import checkpoint
 
 import tlalign_kernels as tlk
 from tlalign_kernels import MixedTarget, mixed_cross_entropy
 from tlalign_kernels.patch import unfollowable_reason
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import following
-from following import assert_same, gradients, randomised, step
 
 # A name for each way in which models differ; the slow test has all names.
 SAMPLE = {
@@ -615,7 +613,7 @@ def test_copies_follow_labels(run):
     ids=["vit", "others"],
 )
 def test_distributed_wrappers_change_nothing(compiled):
-    worker = Path(__file__).with_name("distributed_worker.py")
+    worker = Path(__file__).parents[1] / "support" / "distributed_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, *compiled]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
