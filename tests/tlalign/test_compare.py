@@ -313,7 +313,8 @@ def test_a_run_that_cannot_print_into_its_folder_is_an_error(tmp_path):
 
 def test_a_locale_without_the_characters_of_the_table_stops_nothing(tmp_path):
     code = "import sys, test_compare as t; t.compare.start_training = t.FakeProcess; sys.exit(t.run(sys.argv[1]))"
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": PYTHONPATH}
+    path = os.pathsep.join((str(Path(__file__).parent), PYTHONPATH))
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": path}
     arguments = [sys.executable, "-c", code, tmp_path]
     done = subprocess.run(arguments, env=os.environ | ascii_only, capture_output=True)
     assert done.returncode == 0, done.stderr
