@@ -419,7 +419,7 @@ def _check_dtype(name: str, dtype: torch.dtype, wanted: torch.dtype | None = Non
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        raise ValueError(f"{name}: expected on the device of query ({device}), got {tensor.device}")
+        raise ValueError(f"{name}: expected on {device} as the other tensors, got {tensor.device}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -33,8 +33,10 @@ class MixedTarget:
         classes: int64 (B, S + 1), class ids, the image's own first; None for dense labels.
         ratio: float32 (B, S) (float64 if made from float64), the part of each extra source in the whole image; None
             for dense labels.
+        boxes: What `from_boxes` was given, int64 (B, S, 4); None otherwise.
+        masks: What `from_masks` was given, floating (B, S, Hi, Wi); None otherwise.
         token_labels: floating (B, C, h, w), labels of the general path; None otherwise.
-        image_size: (Hi, Wi) of the images that boxes or masks refer to; None if the target has no place in space.
+        image_size: (Hi, Wi) of the images that boxes or masks refer to; None otherwise.
         layer_shares: after a model was called with `collect_layers=True`, the float32 (B, N, S) share after each
             of its blocks, (B, Ht, Wt, S) where tokens form a map (C for S with dense labels); None otherwise.
     """
@@ -168,7 +170,7 @@ class MixedTarget:
                 class id is out of range.
         """
         if self.classes is None:
-            _check_distribution("token_labels", self.token_labels, dim=1, exactly_one=True)
+            _check_distribution("token_labels", self.token_labels, exactly_one=True)
             if num_classes is not None and self.token_labels.shape[1] != num_classes:
                 raise ValueError(f"token_labels: expected {num_classes} classes, got {self.token_labels.shape[1]}")
             return self
@@ -189,9 +191,9 @@ class MixedTarget:
                     f"got {wrong}"
                 )
         elif self.masks is not None:
-            _check_distribution("masks", self.masks, dim=1, exactly_one=False)
+            _check_distribution("masks", self.masks, exactly_one=False)
         else:
-            _check_distribution("ratio", self.ratio, dim=1, exactly_one=False)
+            _check_distribution("ratio", self.ratio, exactly_one=False)
         return self
 
     def image_share(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -261,7 +263,7 @@ class MixedTarget:
             smoothing: Label smoothing in [0, 1]: (1 - smoothing) * target + smoothing / C.
 
         Returns:
-            (B, C) of the dtype of `ratio`.
+            (B, C), float32 (float64 if the target was made from float64).
 
         Raises:
             TypeError: If `smoothing` is no number.
@@ -296,7 +298,8 @@ class MixedTarget:
             layer_shares: The share after each block, if they were collected.
 
         Returns:
-            A target without a place in space, whose `ratio` is `share`.
+            A target without a place in space, whose `ratio` is `share`; for dense labels one whose `token_labels` are
+            `share`, (B, C, 1, 1).
         """
         layers = None if layer_shares is None else tuple(layer_shares)
         if self.classes is None:
@@ -470,12 +473,12 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: t
         raise ValueError(f"{name}: expected at least one pixel or token, got shape {tuple(tensor.shape)}")
 
 
-def _check_distribution(name: str, values: Tensor, dim: int, exactly_one: bool) -> None:
-    """Checks that values are finite, not negative, and sum along `dim` to (at most) one."""
+def _check_distribution(name: str, values: Tensor, exactly_one: bool) -> None:
+    """Checks that values are finite, not negative, and sum along dimension 1 to (at most) one."""
     if values.numel() == 0:
         return
     values = values.detach()
-    total = values.sum(dim, dtype=_widest(values.device))
+    total = values.sum(1, dtype=_widest(values.device))
     lowest, least, most = (float(limit) for limit in (values.min(), *total.aminmax()))
     if not math.isfinite(lowest + most):
         raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(values)).sum())} that are not")
@@ -484,4 +487,4 @@ def _check_distribution(name: str, values: Tensor, dim: int, exactly_one: bool) 
     tolerance = max(_SUM_TOLERANCE, torch.finfo(values.dtype).eps)
     if most > 1 + tolerance or (exactly_one and least < 1 - tolerance):
         wanted = "1" if exactly_one else "at most 1"
-        raise ValueError(f"{name}: expected sums of {wanted} along dimension {dim}, got {least:.6g} to {most:.6g}")
+        raise ValueError(f"{name}: expected sums of {wanted} along dimension 1, got {least:.6g} to {most:.6g}")

@@ -65,7 +65,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
             image can't be read.
     """
     device = choose_device(config)
-    weights = load_all_weights("checkpoint", path)
+    weights = load_all_weights(path)
     data = load_data_sets(config, trains=False, folder_classes=folder_classes_of(path))
     model = create_model(config, data.num_classes)
     loader = create_eval_loader(data.held_out, config, resolve_image_config(config, model), device)

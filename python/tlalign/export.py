@@ -74,7 +74,7 @@ def export_checkpoint(checkpoint: Path, output: Path, config: EvalConfig, ema: b
 
 
 def _choose_weights(checkpoint: Path, ema: bool | None) -> tuple[str, dict[str, Tensor]]:
-    weights = load_all_weights("checkpoint", checkpoint)
+    weights = load_all_weights(checkpoint)
     if ema and "EMA" not in weights:
         raise UsageError(f"ema: expected averaged weights in {checkpoint}, but it holds only the model's")
     name = "EMA" if "EMA" in weights and ema is not False else "model"

@@ -121,9 +121,13 @@ def load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
     return weights
 
 
-def load_all_weights(name: str, path: Path) -> dict[str, dict[str, Tensor]]:
-    """Weights of the `model` in the checkpoint that the option `name` gives and, if it holds others, of its `EMA`."""
-    weights, averaged = (load_weights(name, path, use_ema) for use_ema in (False, True))
+def load_all_weights(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+    """Weights of the `model` in a checkpoint and, if it holds others, of its `EMA`.
+
+    Raises:
+        UsageError: As for `load_weights`.
+    """
+    weights, averaged = (load_weights("checkpoint", checkpoint, use_ema) for use_ema in (False, True))
     # timm takes the model's where there are no others.
     if all(key in averaged and torch.equal(tensor, averaged[key]) for key, tensor in weights.items()):
         return {"model": weights}

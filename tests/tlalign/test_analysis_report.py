@@ -266,7 +266,7 @@ def test_models_of_table_1_have_the_weights_given_or_say_that_they_are_random(tm
     with pytest.raises(UsageError, match=name):
         create_subject_of_table_1(name, config, data)
     (tmp_path / f"{name}.pth").write_text("no weights")
-    with pytest.raises(UsageError, match=f"table1_weights: cannot read .*{name}"):
+    with pytest.raises(UsageError, match=rf"table1_weights: .*{name}\.pth is no checkpoint"):
         create_subject_of_table_1(name, config, data)
 
 

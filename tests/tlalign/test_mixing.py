@@ -26,7 +26,7 @@ from tlalign.mixing import (
     TokenMix,
     draw_boxes,
 )
-from tlalign_kernels import MixedTarget, mixed_binary_cross_entropy, mixed_cross_entropy
+from tlalign_kernels import mixed_binary_cross_entropy, mixed_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -665,8 +665,3 @@ def test_limits_that_leave_no_box_are_refused(options):
 def test_negative_step_or_rank_is_refused(key):
     with pytest.raises(ValueError, match="expected at least 0, got -1"):
         MixUp().reseed(*key)
-
-
-def test_target_is_a_mixed_target():
-    for make in STRATEGIES.values():
-        assert isinstance(make()(IMAGES, CLASSES)[1], MixedTarget)

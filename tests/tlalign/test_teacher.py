@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from tlalign.mixing import BlockWise, CutMix, FMix, MixUp, PuzzleMix, RandomPatches, ResizeMix, TokenMix
 from tlalign.teacher import Teacher
-from tlalign_kernels import MixedTarget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,12 +177,6 @@ def test_models_and_classes_that_do_not_fit_are_refused():
     mixer = timm.create_model("mixer_s32_224", img_size=64)
     with pytest.raises(ValueError, match=r"model: expected features of shape .* of MlpMixer"):
         Teacher(mixer).activation(torch.randn(1, 3, 64, 64))
-
-
-def test_a_target_of_a_teacher_is_a_mixed_target():
-    strategy, images = CutMix(), torch.randn(2, 3, 16, 16)
-    target = strategy(images, torch.arange(2))[1]
-    assert isinstance(KnownMaps(torch.ones(2, 2, 2)).target(strategy, images, target), MixedTarget)
 
 
 def test_a_class_that_the_teacher_sees_nowhere_is_spread_evenly():

@@ -308,7 +308,7 @@ BAD_CALLS = [
     ({"bias": torch.ones(2, 16, 16).long()}, TypeError, "bias: expected one of "),
     ({"pad_qkv": torch.randn(3, 8, 2)}, ValueError, r"pad_qkv: expected shape \(3, 2, 8\), got \(3, 8, 2\)"),
     ({"pad_qkv": torch.randn(3, 2, 8).half()}, TypeError, "pad_qkv: expected torch.float32 as qkv, got torch.float16"),
-    ({"pad_qkv": torch.randn(3, 2, 8, device="meta")}, ValueError, "pad_qkv: expected on the device of query"),
+    ({"pad_qkv": torch.randn(3, 2, 8, device="meta")}, ValueError, "pad_qkv: expected on cpu as the other tensors"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a value in"),
 ]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tlalign_kernels import extension
 from tlalign_kernels.backends.addresses import DTYPES, float_or_smaller, offsets, rows, whole
 from tlalign_kernels.backends.bias_sums import images_of_sum
+from tlalign_kernels.ops import unpack_qkv
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
@@ -220,7 +221,7 @@ def window_backward(
             row_terms.data_ptr(),
             *(
                 rows(f"grad_{name}", view, of_map, dtype, device)
-                for name, view in zip(("query", "key", "value"), _unpack(grad_qkv.flatten(1, 2)), strict=True)
+                for name, view in zip(("query", "key", "value"), unpack_qkv(grad_qkv.flatten(1, 2)), strict=True)
             ),
             0 if grad_padding is None else grad_padding.data_ptr(),
             0 if bias_sums is None else bias_sums.data_ptr(),
@@ -244,12 +245,6 @@ def _windows_of_sum(windows: int, heads: int, tokens: int) -> int:
     return -(-windows // max(1, min(windows, 4096 // (tiles * heads))))
 
 
-def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (B, H, Ht * Wt, D) of query, key and value in the projection of maps (B, Ht * Wt, 3, H, D)."""
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
-
-
 def _window_problem(
     qkv: Tensor, pad_qkv: Tensor | None, bias: Tensor | None, windows: Windows, sources: int, scale: float
 ) -> tuple[tuple, tuple]:
@@ -263,7 +258,7 @@ def _window_problem(
     bias_offsets = offsets("bias", bias, (1, heads, tokens, tokens), device)
     starts, _ = _starts(sizes, bias_offsets, None, scale, qkv, in_windows=True)
     places = qkv.new_empty((windows.count, _native.cuda_places(tokens)), dtype=torch.int32)
-    views = zip(("query", "key", "value"), _unpack(qkv), strict=True)
+    views = zip(("query", "key", "value"), unpack_qkv(qkv), strict=True)
     problem = (
         sizes,
         DTYPES[dtype],

@@ -43,20 +43,18 @@ from tlalign.data import load_data_sets
 from tlalign.evaluation import autocast
 from tlalign.networks import load_weights, set_weights
 from tlalign.pictures import draw_token_labels
-from tlalign.runs import config_beside
+from tlalign.runs import LOG_FILE, config_beside, read_log
 
-_LOG = "log.csv"
 # A picture of maps has so many images side by side, of the first batch or of some more.
 _COLUMNS, _IMAGES_OF_MAPS = 4, 20
 
 
-def write_report(config: AnalyzeConfig, checkpoint: Path | None, console: Console | None = None) -> Path:
+def write_report(config: AnalyzeConfig, checkpoint: Path | None) -> Path:
     """Analyses a model, and writes a folder of PNG and CSV files and a page with all of them.
 
     Args:
         config: What the model is, which images it is analysed on, and where to write.
         checkpoint: Its weights; None for random ones.
-        console: Where progress is shown; standard output by default.
 
     Returns:
         The page.
@@ -64,7 +62,7 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None, console: Consol
     Raises:
         UsageError: If something asked for can't be done.
     """
-    console = Console() if console is None else console
+    console = Console()
     classes = None if checkpoint is None else folder_classes_of(checkpoint)
     subject = create_subject(config, load_data_sets(config, trains=False, folder_classes=classes), checkpoint)
     folder = Path(
@@ -279,7 +277,7 @@ def _target_rmse(
         figures.draw_training(logged, [(epoch, value) for epoch, _, value in measured], training)
         alt = "; ".join(f"epoch {epoch:g}, {name}: {value:.4f}" for epoch, name, value in measured)
         caption = "Over training: of checkpoints the RMSE"
-        caption += f", of {_LOG} the mean |change|." if logged else f"; no {_LOG} with changes lies beside them."
+        caption += ", of the log the mean |change|." if logged else "; no log with changes lies beside them."
         section.pictures.append(Picture(training, f"{caption} {alt}", caption))
         section.tables.append(
             Table("training.csv: checkpoints", ("checkpoint", "epoch", "RMSE"), [(n, e, v) for e, n, v in measured])
@@ -295,10 +293,12 @@ def _over_training(
     is_run = (folder / CONFIG_FILE).is_file()
     # What other targets changed is not what is measured here.
     has_aligned = is_run and load_config_file(folder / CONFIG_FILE).get("target", "tl-align") in ALIGNED_TARGETS
-    if has_aligned and (folder / _LOG).is_file():
-        with (folder / _LOG).open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("ratio_change")]
-        logged = [(float(row["epoch"]), float(row["ratio_change"])) for row in rows]
+    if has_aligned and (folder / LOG_FILE).is_file():
+        try:
+            records = read_log(folder / LOG_FILE)
+        except ValueError as error:
+            raise UsageError(f"checkpoint: cannot read the log beside it: {error}") from error
+        logged = [(record.epoch, record.ratio_change) for record in records if record.ratio_change is not None]
     measured = {0.0: (RANDOM, untrained)}
     epoch = _epoch_of(checkpoint)
     if epoch is None:

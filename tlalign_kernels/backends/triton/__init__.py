@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tlalign_kernels.backends.bias_sums import images_of_sum
+from tlalign_kernels.ops import unpack_qkv
 
 try:
     import triton
@@ -645,8 +646,8 @@ def window_forward(
     A map whose rows of tokens are not evenly spaced in memory is copied once.
     """
     forward(
-        *_unpack(qkv), share, residual, bias, None, dropout_seed, scale, dropout_p, output, share_out, log_sum_exp,
-        windows, None if pad_qkv is None else pad_qkv.contiguous(),
+        *unpack_qkv(qkv.flatten(1, 2)), share, residual, bias, None, dropout_seed, scale, dropout_p, output, share_out,
+        log_sum_exp, windows, None if pad_qkv is None else pad_qkv.contiguous(),
     )  # fmt: skip
 
 
@@ -667,15 +668,10 @@ def window_backward(
 ) -> None:
     """Computes the gradients into the given tensors; see `reference.window_backward`, and `window_forward`."""
     backward(
-        grad_output.flatten(1, 2), *_unpack(qkv), output, log_sum_exp, bias, None, dropout_seed, scale, dropout_p,
-        *_unpack(grad_qkv), grad_bias, windows, None if pad_qkv is None else pad_qkv.contiguous(), grad_pad_qkv,
+        grad_output.flatten(1, 2), *unpack_qkv(qkv.flatten(1, 2)), output, log_sum_exp, bias, None, dropout_seed, scale,
+        dropout_p, *unpack_qkv(grad_qkv.flatten(1, 2)), grad_bias, windows,
+        None if pad_qkv is None else pad_qkv.contiguous(), grad_pad_qkv,
     )  # fmt: skip
-
-
-def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value (B, H, Ht * Wt, D) in the projection of a map."""
-    query, key, value = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
 
 
 def _sizes(query: Tensor, key: Tensor, windows: Windows | None) -> tuple[int, int, int, int, int]:
