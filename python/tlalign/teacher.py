@@ -30,7 +30,7 @@ class Teacher:
         """Mean over channels of the last feature map, as `AttentiveCutMix` takes it.
 
         Args:
-            images: (B, C, Hi, Wi).
+            images: (B, channels, Hi, Wi).
 
         Returns:
             (B, h, w) float32.
@@ -42,7 +42,7 @@ class Teacher:
         """Probabilities of the classes in each cell of the last feature map: the head applied to each cell alone.
 
         Args:
-            images: (B, C, Hi, Wi).
+            images: (B, channels, Hi, Wi).
 
         Returns:
             (B, h, w, classes) float32, each cell of sum 1.
@@ -63,7 +63,7 @@ class Teacher:
         """How the probability of an image's class is spread over its map.
 
         Args:
-            images: (B, C, Hi, Wi).
+            images: (B, channels, Hi, Wi).
             classes: int64 (B,).
 
         Returns:
@@ -85,7 +85,7 @@ class Teacher:
 
         Args:
             mixing: The strategy that mixed the images.
-            images: (B, C, Hi, Wi) before they were mixed.
+            images: (B, channels, Hi, Wi) before they were mixed.
             target: What `mixing` made of them.
 
         Returns:
@@ -103,7 +103,7 @@ class Teacher:
 
         Args:
             mixing: The strategy that mixed the images.
-            images: (B, C, Hi, Wi) before they were mixed; `patch_size` divides their sides.
+            images: (B, channels, Hi, Wi) before they were mixed; `patch_size` divides their sides.
             target: What `mixing` made of them.
 
         Returns:

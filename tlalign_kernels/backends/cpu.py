@@ -49,7 +49,7 @@ def instruction_set() -> str | None:
 
 
 @functools.cache
-def _instruction_set(wanted: str) -> str:
+def _instruction_set(wanted: str) -> str | None:
     has_kernels = hasattr(extension.compiled, "cpu_instruction_set")
     return extension.compiled.cpu_instruction_set(wanted) if has_kernels else None
 
@@ -85,14 +85,14 @@ def forward(
         offsets("mask", mask, (batch, heads, queries, keys), _CPU),
         scale,
         dropout_p,
-        _word(dropout_seed),
+        _seed_bits(dropout_seed),
         None,
         whole("share", share, (batch, keys, sources), torch.float32, _CPU),
         whole("residual", residual, (batch, queries, sources), torch.float32, _CPU),
         whole("output", output, (batch, queries, heads, head_dim), query.dtype, _CPU),
         whole("share_out", share_out, (batch, queries, sources), torch.float32, _CPU),
         whole("log_sum_exp", log_sum_exp, (batch, heads, queries), torch.float32, _CPU),
-        *_how(),
+        *_setting(),
     )
 
 
@@ -130,7 +130,7 @@ def backward(
         offsets("mask", mask, (batch, heads, queries, keys), _CPU),
         scale,
         dropout_p,
-        _word(dropout_seed),
+        _seed_bits(dropout_seed),
         None,
         whole("output", output, (batch, queries, heads, head_dim), dtype, _CPU),
         whole("log_sum_exp", log_sum_exp, (batch, heads, queries), torch.float32, _CPU),
@@ -140,7 +140,7 @@ def backward(
         0 if bias is None else whole("grad_bias", computing_grad_bias, bias.shape, computing_bias.dtype, _CPU),
         (1, 1) if bias is None else tuple(bias.shape[:2]),
         0,
-        *_how(),
+        *_setting(),
     )
     if computing_grad_bias is not grad_bias:
         grad_bias.copy_(computing_grad_bias)
@@ -176,14 +176,14 @@ def window_forward(
         None,
         scale,
         dropout_p,
-        _word(dropout_seed),
+        _seed_bits(dropout_seed),
         _windows(tables, pad_qkv, qkv),
         whole("share", share, (*of_map, sources), torch.float32, _CPU),
         whole("residual", residual, (*of_map, sources), torch.float32, _CPU),
         whole("output", output, (*of_map, heads, head_dim), qkv.dtype, _CPU),
         whole("share_out", share_out, (*of_map, sources), torch.float32, _CPU),
         whole("log_sum_exp", log_sum_exp, (batch * count, heads, tokens), torch.float32, _CPU),
-        *_how(),
+        *_setting(),
     )
 
 
@@ -219,7 +219,7 @@ def window_backward(
         None,
         scale,
         dropout_p,
-        _word(dropout_seed),
+        _seed_bits(dropout_seed),
         _windows(tables, pad_qkv, qkv),
         whole("output", output, (batch, *windows.map_size, heads, head_dim), dtype, _CPU),
         whole("log_sum_exp", log_sum_exp, (batch * count, heads, tokens), torch.float32, _CPU),
@@ -227,7 +227,7 @@ def window_backward(
         0 if bias is None else whole("grad_bias", computing_grad_bias, bias.shape, computing_bias.dtype, _CPU),
         (1, 1) if bias is None else tuple(bias.shape[:2]),
         whole("grad_pad_qkv", grad_pad_qkv, (3, heads, head_dim), dtype, _CPU),
-        *_how(),
+        *_setting(),
     )
     if computing_grad_bias is not grad_bias:
         grad_bias.copy_(computing_grad_bias)
@@ -282,9 +282,10 @@ def _computing_biases(bias: Tensor | None, grad_bias: Tensor | None) -> tuple[Te
     return computing_bias, grad_bias
 
 
-def _how() -> tuple[str, int]:
+def _setting() -> tuple[str, int]:
+    """Instruction set, empty for the best one, and number of threads."""
     return os.environ.get("TLALIGN_CPU_ISA", ""), torch.get_num_threads()
 
 
-def _word(seed: Tensor | None) -> int:
+def _seed_bits(seed: Tensor | None) -> int:
     return 0 if seed is None else int(seed) % 2**64

@@ -9,7 +9,7 @@ meant to have, but a token's label is the share of each image in the token's pix
 area that was really pasted; and `label_smoothing` and `num_classes` belong to the loss (or to
 `MixedTarget.to_dense`), since a `MixedTarget` needs neither.
 
-Letters in shapes: B images in the batch, C channels here, Hi x Wi pixels, h x w cells of a map, n draws.
+Letters in shapes: B images in the batch, Hi x Wi pixels, h x w cells of a map, n draws.
 """
 
 from tlalign.mixing.attentive import AttentiveCutMix

@@ -20,7 +20,7 @@ class AttentiveCutMix(MixingStrategy):
     6 / 49 with the paper's network.
 
     Args:
-        activation: Gives the activation (B, h, w) of images (B, C, Hi, Wi) in h x w cells of equal size, from a
+        activation: Gives the activation (B, h, w) of images (B, channels, Hi, Wi) in h x w cells of equal size, from a
             pretrained network, such as `tlalign.teacher.Teacher(model).activation`; 7 x 7 in the paper (ResNet-50's
             last map).
         count: Number of cells; 6 in the paper, the best of 1 to 15.

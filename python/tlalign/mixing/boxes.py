@@ -251,11 +251,11 @@ def paste(images: Tensor, box: np.ndarray) -> Tensor:
     """Returns the images with the pixels of their mirror images within one box.
 
     Args:
-        images: (B, C, Hi, Wi).
+        images: (B, channels, Hi, Wi).
         box: (4,) int64: y0, x0, y1, x1, half open.
 
     Returns:
-        (B, C, Hi, Wi).
+        (B, channels, Hi, Wi).
     """
     y0, x0, y1, x1 = box.tolist()
     mixed = images.clone()
@@ -267,11 +267,11 @@ def paste_each(images: Tensor, boxes: Tensor) -> Tensor:
     """Returns the images with the pixels of their mirror images within one box each.
 
     Args:
-        images: (B, C, Hi, Wi).
+        images: (B, channels, Hi, Wi).
         boxes: (B, 4) int64: y0, x0, y1, x1, half open.
 
     Returns:
-        (B, C, Hi, Wi).
+        (B, channels, Hi, Wi).
     """
     return torch.where(box_masks(boxes, tuple(images.shape[-2:]))[:, None], images.flip(0), images)
 
@@ -280,11 +280,11 @@ def blend(images: Tensor, ratio: Tensor | float) -> Tensor:
     """Returns (1 - ratio) * images + ratio * images.flip(0), exact at ratios of 0 and 1.
 
     Args:
-        images: (B, C, Hi, Wi), floating.
+        images: (B, channels, Hi, Wi), floating.
         ratio: (B,) float32, or one for all.
 
     Returns:
-        (B, C, Hi, Wi), in the dtype of the images.
+        (B, channels, Hi, Wi), in the dtype of the images.
     """
     # Half precision would round the ratio itself (to 8 bits in bfloat16) and the pixels would disagree with the label.
     dtype = torch.promote_types(images.dtype, torch.float32)

@@ -41,12 +41,12 @@ def mix_masked(images: Tensor, classes: Tensor, masks: Tensor) -> tuple[Tensor, 
     """Mixes images with their mirror images by one mask each.
 
     Args:
-        images: (B, C, Hi, Wi).
+        images: (B, channels, Hi, Wi).
         classes: (B, 2) int64, classes of image and partner.
         masks: (B, Hi, Wi) bool, the pixels that come from the partner.
 
     Returns:
-        The mixed images, (B, C, Hi, Wi), and their target.
+        The mixed images, (B, channels, Hi, Wi), and their target.
     """
     masks = masks[:, None]
     return torch.where(masks, images.flip(0), images), MixedTarget.from_masks(classes, masks.float())

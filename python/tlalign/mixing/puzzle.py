@@ -41,7 +41,7 @@ class PuzzleMix(MixingStrategy):
     On the CPU, for each image: 1 ms for 4 x 4 blocks, 6 ms for 16 x 16, and a forward and backward of the model.
 
     Args:
-        saliency: Gives the saliency (B, Hi, Wi) of images (B, C, Hi, Wi) and classes (B,), such as
+        saliency: Gives the saliency (B, Hi, Wi) of images (B, channels, Hi, Wi) and classes (B,), such as
             `GradientSaliency(model)`.
         alpha: The ratio of the prior is Beta(alpha, alpha); > 0. 1 in the paper.
         beta: Weight of a label's smoothness; 1.2 in the paper.
@@ -170,7 +170,7 @@ class GradientSaliency:
         self.model = model
 
     def __call__(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Returns the saliency (B, Hi, Wi) of images (B, C, Hi, Wi) of classes int64 (B,)."""
+        """Returns the saliency (B, Hi, Wi) of images (B, channels, Hi, Wi) of classes int64 (B,)."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -263,11 +263,11 @@ def move_blocks(images: Tensor, moves: Tensor) -> Tensor:
     """Moves the blocks of images.
 
     Args:
-        images: (B, C, Hi, Wi).
+        images: (B, channels, Hi, Wi).
         moves: int64 (B, g * g), which block each place gets; g divides Hi and Wi.
 
     Returns:
-        (B, C, Hi, Wi).
+        (B, channels, Hi, Wi).
     """
     grid = math.isqrt(moves.shape[1])
     blocks = images.unflatten(3, (grid, -1)).unflatten(2, (grid, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)

@@ -84,7 +84,7 @@ def _origins(start: Tensor, end: Tensor, pixels: int) -> Tensor:
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes (B, C, Hi, Wi) bilinearly over the area of each new pixel."""
+    """Resizes (B, channels, Hi, Wi) bilinearly over the area of each new pixel."""
     # Half precision would round the weights, and is not known to the CPU's kernel.
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
     return F.interpolate(wide, size, mode="bilinear", antialias=True).to(images.dtype)

@@ -55,8 +55,8 @@ def static_saliency(images: Tensor) -> np.ndarray:
     """Computes OpenCV's fine-grained static saliency of each image.
 
     Args:
-        images: (B, C, Hi, Wi), normalised in any way: each image is stretched to 8 bits over its own range. Three
-            channels are taken as red, green and blue; of another number the mean is.
+        images: (B, channels, Hi, Wi), normalised in any way: each image is stretched to 8 bits over its own range.
+            Three channels are taken as red, green and blue; of another number the mean is.
 
     Returns:
         (B, Hi, Wi) float32.

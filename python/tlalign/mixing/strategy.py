@@ -68,8 +68,8 @@ class MixingStrategy(ABC):
         In an odd batch the image in the middle is its own partner: it stays as it is, with a mixing ratio of 0.
 
         Args:
-            images: (B, C, Hi, Wi) with B >= 2, on any device; not modified. Strategies that average pixels need a
-                floating dtype.
+            images: (B, channels, Hi, Wi) with B >= 2, on any device; not modified. Strategies that average pixels
+                need a floating dtype.
             classes: (B,) int64, on the device of the images.
 
         Returns:
@@ -152,7 +152,7 @@ class MixingStrategy(ABC):
         """Mixes images with their partners, `images.flip(0)`.
 
         Args:
-            images: (B, C, Hi, Wi); not to be modified.
+            images: (B, channels, Hi, Wi); not to be modified.
             classes: (B, 2) int64, classes of image and partner.
             draw_index: (B,) int64, which draw each image takes; there are max + 1 of them.
             chosen: (B,) bool, which images are mixed at all; never one that is its own partner.
@@ -200,7 +200,7 @@ def draw_ratios(generator: np.random.Generator, count: int, alpha: float) -> np.
 
 
 def check_batch(images: Tensor, classes: Tensor, averaged_by: str | None = None) -> None:
-    """Raises unless images are (B, C, Hi, Wi) with B >= 2, of a dtype that can be mixed, and classes (B,) int64.
+    """Raises unless images are (B, channels, Hi, Wi) with B >= 2, of a dtype that can be mixed, and classes (B,) int64.
 
     Args:
         images: What was given as images.
@@ -211,7 +211,7 @@ def check_batch(images: Tensor, classes: Tensor, averaged_by: str | None = None)
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"images: expected the shape (B, C, Hi, Wi), none of them 0, got {tuple(images.shape)}")
+        raise ValueError(f"images: expected the shape (B, channels, Hi, Wi), none of them 0, got {tuple(images.shape)}")
     if len(images) < 2:
         raise ValueError("images: expected at least 2 images to mix, got 1 (a loader with drop_last=True avoids it)")
     if averaged_by is not None and not images.is_floating_point():
