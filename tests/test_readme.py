@@ -4,18 +4,27 @@ import re
 import typing
 from pathlib import Path
 
+import torch
+
+import tlalign_kernels as tlk
 from tlalign.config import Mixing, Target
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_loop_in_the_readme_runs():
-    example = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
+def test_the_loop_and_the_block_in_the_readme_run():
+    loop, block, *_ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     variables = {}
-    exec(example, variables)
+    exec(loop, variables)
     assert variables["loss"].isfinite()
     assert variables["aligned"].ratio.shape == (2, 1)
     assert all(p.grad is not None for p in variables["model"].parameters())
+    before = variables["aligned"].ratio
+    exec(block, variables)
+    assert type(variables["model"].blocks[0]) is variables["AlignedAttentionBlock"]
+    assert not torch.equal(variables["aligned"].ratio, before)
+    plain = tlk.unpatch_model(variables["model"])(variables["images"])
+    torch.testing.assert_close(variables["logits"], plain)
 
 
 def test_every_mixing_and_target_is_in_the_tables():
