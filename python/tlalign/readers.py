@@ -419,7 +419,9 @@ def check_workers(stream: ImageStream, workers: int, world_size: int) -> None:
         shards = reader.builder.as_streaming_dataset(split=reader.split).num_shards
         # Where they can't be dealt out evenly, each process reads all shards and takes its part of the images.
         shards = shards if shards % world_size else shards // world_size
-    if max(1, workers) > shards:
+    if shards < 1:
+        raise UsageError(f"data: expected a shard for each of {world_size} processes, got fewer")
+    if workers > shards:
         raise UsageError(f"workers: expected at most the {shards} shards that a process trains on, got {workers}")
 
 

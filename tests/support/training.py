@@ -1,7 +1,8 @@
-"""Runs that tests train: small ones on the digits, and what they became."""
+"""Runs that tests train: small ones on the digits, their logs, and what they became."""
 
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from tlalign.config import TrainConfig, load_recipe
 from tlalign.engine import Trainer
 from tlalign.progress import TrainingProgress
 from tlalign.readers import Digits
-from tlalign.runs import RunFolder
+from tlalign.runs import EpochRecord, RunFolder
 from tlalign_kernels import MixedTarget
 
 TINY = {
@@ -55,6 +56,12 @@ def options(folder: Path, **values) -> list[str]:
     values = dataclasses.asdict(small(folder, **values))
     names = (*TINY, "output", "checkpoint_steps")
     return [f"--{name}={'null' if values[name] is None else values[name]}" for name in names]
+
+
+def record(epoch: int, **values) -> EpochRecord:
+    """A row of an epoch of ten steps, with numbers that have no short decimal form."""
+    numbers = {field.name: epoch + math.pi / 10 for field in dataclasses.fields(EpochRecord)}
+    return EpochRecord(**numbers | {"epoch": epoch, "step": 10 * epoch, "peak_memory": 2**30} | values)
 
 
 def quiet(trainer: Trainer) -> TrainingProgress:

@@ -336,3 +336,31 @@ def test_single_tokens_start_inside_on_the_border_and_outside_of_the_box(build):
     # Half of a token's label after a layer is what it had before; the order of the last layers is the attention's.
     assert paths.aligned[2, 0] < 0.5 < paths.aligned[0, 0]
     assert paths.aligned[:, -1].min() > 0 and paths.aligned[:, -1].max() < 1
+
+
+def test_tokens_are_those_at_their_places_in_the_image_mixed_most_evenly():
+    model, batch = vit(), images(2)
+    boxes = torch.tensor([[[0, 0, 20, 18]], [[4, 12, 20, 20]]])
+    target = MixedTarget.from_boxes(torch.tensor([[0, 1]] * 2), boxes, (SIZE, SIZE))
+    mixed = batch.clone()
+    for image, partner, (y0, x0, y1, x1) in zip(mixed, batch.flip(0), boxes[:, 0].tolist(), strict=True):
+        image[:, y0:y1, x0:x1] = partner[:, y0:y1, x0:x1]
+    follower = RatioFollower(model)
+    ratios = follower(MixedBatch(batch, mixed, target))
+    index, paths = token_paths(follower.model, MixedBatch(batch, mixed, target), ratios)
+    assert index == 1
+    torch.testing.assert_close(paths.places, torch.tensor([[12, 16], [9, 12], [0, 0]], dtype=torch.float64) / SIZE)
+    for values, layers in zip(paths[2:], ratios[:3], strict=True):
+        maps = [share[1, 1:, 0].view(5, 5) for share in layers]
+        expected = torch.stack([each[[3, 2, 0], [4, 3, 0]] for each in maps], dim=1)
+        torch.testing.assert_close(values, expected.double())
+
+
+def test_gathered_ratios_and_errors_are_those_of_their_column():
+    model, batch = vit(), mixed_batches()[0]
+    follower = RatioFollower(model)
+    ratios = follower(batch)
+    collected = collect_ratios(follower.model, [(batch, ratios)])
+    torch.testing.assert_close(collected.reference[:, 1].float(), ratios.reference[1][:, 0, 0])
+    error = (ratios.kept[1] - ratios.reference[1]).abs()[:, 1:, 0].mean(dim=1)
+    torch.testing.assert_close(collected.kept_error[:, 1].float(), error)

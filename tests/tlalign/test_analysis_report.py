@@ -14,9 +14,12 @@ import timm
 import torch
 from PIL import Image
 
+from tlalign.analysis import attention_rollout
 from tlalign.analysis.figures import draw_rmse_by_model
 from tlalign.analysis.page import Picture, Section, Table, write_page
-from tlalign.analysis.report import _epoch_of
+from tlalign.analysis.presence import PresenceOfLayer, token_presence
+from tlalign.analysis.ratios import RatioFollower, collect_ratios, token_paths
+from tlalign.analysis.report import _epoch_of, _map_layers
 from tlalign.analysis.subject import RANDOM, create_subject, create_subject_of_table_1
 from tlalign.cli import main
 from tlalign.config import AnalyzeConfig, UsageError
@@ -312,3 +315,67 @@ def test_text_of_a_page_is_never_markup(tmp_path):
     assert [attributes["alt"] for tag, attributes in elements if tag == "img"] == [nasty]
     cells = re.findall("<td>(.*?)</td>", (tmp_path / "index.html").read_text())
     assert cells[1:] == ["0.1235", "-", "-"]
+
+
+def digits(**values):
+    return AnalyzeConfig(
+        data="digits", model="vit_tiny_patch16_224", model_kwargs=MODEL, img_size=16, in_chans=1, workers=0, images=22,
+        batch_size=8, device="cpu", **values,
+    )  # fmt: skip
+
+
+def test_tables_hold_what_the_analyses_find(run):
+    config = digits(mean=(0.5,), std=(0.5,), crop_pct=1.0)
+    subject = create_subject(config, load_data_sets(config), run / "last.pth.tar")
+    follower = RatioFollower(subject.model)
+    batches = [(batch, follower(batch)) for batch in subject.mixed()]
+    ratios = collect_ratios(subject.model, batches)
+    expected = {
+        "transmix": ratios.transmix.mean().expand(2),
+        "tl_align": ratios.aligned.mean(dim=0),
+        "by_similarity": ratios.reference.nanmean(dim=0),
+        "error_cutmix": (ratios.cutmix[:, None] - ratios.reference).abs().nanmean(dim=0),
+        "error_transmix": (ratios.transmix[:, None] - ratios.reference).abs().nanmean(dim=0),
+        "error_tl_align": (ratios.aligned - ratios.reference).abs().nanmean(dim=0),
+        "patch_error_kept": ratios.kept_error.nanmean(dim=0),
+        "patch_error_tl_align": ratios.aligned_error.nanmean(dim=0),
+    }
+    _, paths = token_paths(subject.model, *batches[0])
+    tables = {
+        "mixing_ratio": expected,
+        "token_ratios": {"before": paths.kept, "tl_align": paths.aligned, "by_similarity": paths.reference},
+        "rollout": {"weight": attention_rollout(subject.model, batches[0][0].images[:4]).head[:, 1:]},
+    }
+    for name, columns in tables.items():
+        table = rows(run / "analysis" / f"{name}.csv")
+        for column, values in columns.items():
+            found = [float(row[column]) for row in table]
+            assert found == pytest.approx(values.flatten().tolist(), rel=1e-5, nan_ok=True), (name, column)
+    layers = [PresenceOfLayer() for _ in range(2)]
+    for batch, _ in batches:
+        for layer, values in zip(layers, token_presence(subject.model, batch.images), strict=True):
+            layer.add(values, has_class_token=True)
+    for row, layer in zip(rows(run / "analysis" / "presence.csv"), layers, strict=False):
+        found = [float(row[name]) for name in ("least", "5%", "50%", "greatest", "class token", "rms of p - 1")]
+        assert found == pytest.approx(
+            [layer.least, layer.quantile(0.05), layer.quantile(0.5), layer.greatest, layer.class_token, layer.distance]
+        )
+    worst = max((0, 1), key=lambda index: layers[index].distance)
+    text = (run / "analysis" / "index.html").read_text()
+    assert f"in block {worst + 1} (root mean square of p - 1: {layers[worst].distance:.2f})" in text
+
+
+def test_labels_are_drawn_after_each_quarter_of_the_blocks():
+    for blocks, expected in ((12, [2, 5, 8]), (2, [0, 0, 1]), (24, [5, 11, 17])):
+        assert _map_layers(digits(), [torch.zeros(1, 5, 1)] * blocks) == expected
+
+
+def test_pixels_are_those_before_normalisation_and_the_seed_mixes():
+    config = digits(mean=(0.1,), std=(0.4,))
+    data = load_data_sets(config)
+    subject, other = (create_subject(c, data, None) for c in (config, digits(mean=(0.1,), std=(0.4,), seed=1)))
+    shades = torch.linspace(0, 1, 256).view(1, 1, 16, 16)
+    assert subject.pixels((shades - 0.1) / 0.4) == pytest.approx(shades.permute(0, 2, 3, 1).numpy(), abs=1e-6)
+    first, second = next(subject.mixed()), next(other.mixed())
+    assert torch.equal(first.images, second.images) and not torch.equal(first.target.boxes, second.target.boxes)
+    assert not torch.equal(subject.model.patch_embed.proj.weight, other.model.patch_embed.proj.weight)

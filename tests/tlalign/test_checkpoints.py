@@ -2,11 +2,12 @@
 
 import random
 import resource
+from argparse import Namespace
 
 import pytest
 import torch
 
-from tlalign.checkpoints import CheckpointError, Checkpoints, load_checkpoint
+from tlalign.checkpoints import CheckpointError, Checkpoints, folder_classes_of, load_checkpoint
 
 
 def state(number: int) -> dict:
@@ -127,3 +128,34 @@ def test_links_are_copies_where_the_file_system_has_none(tmp_path, monkeypatch):
     for name in ("last.pth.tar", "model_best.pth.tar"):
         assert load_checkpoint(tmp_path / name)["step"] == 1
         assert (tmp_path / name).stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("places", [[(9, 99), (10, 100), (11, 110)], [(0, 9), (0, 10), (0, 11)]])
+def test_the_checkpoint_before_is_kept_where_numbers_get_a_digit_more(tmp_path, places):
+    saved, steps = Checkpoints(tmp_path), []
+    for epoch, step in places:
+        saved.save(state(step), epoch, step)
+        steps.append(step)
+        assert newest(saved) == (step, [])
+        assert [load_checkpoint(path)["step"] for path in sorted(saved.path.iterdir())] == steps[-2:]
+
+
+def test_after_the_newest_is_dropped_the_one_before_it_is_the_last(checkpoints, tmp_path):
+    checkpoints.drop_newest()
+    assert newest(checkpoints) == (2, []) and load_checkpoint(tmp_path / "last.pth.tar")["step"] == 2
+    checkpoints.drop_newest()
+    assert newest(checkpoints) == (None, []) and not (tmp_path / "last.pth.tar").exists()
+
+
+def test_a_log_without_rows_is_no_trace_of_training(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.log.write_text("epoch,step\n")
+    assert checkpoints.traces() == []
+    checkpoints.log.write_text("epoch,step\n1,2\n")
+    assert checkpoints.traces() == [checkpoints.log]
+
+
+def test_only_a_run_on_a_folder_has_classes_of_a_folder(tmp_path):
+    for data, names in (("folder:/x", ["a", "b"]), ("digits", None)):
+        torch.save({"args": Namespace(data=data), "class_names": ["a", "b"]}, tmp_path / "x.pth")
+        assert folder_classes_of(tmp_path / "x.pth") == names

@@ -235,3 +235,11 @@ def test_a_batch_larger_than_the_data_set_is_refused():
     data = load_data_sets(config)
     with pytest.raises(UsageError, match="batch_size: expected at most the 1437 training images, got 5000"):
         create_train_loader(data.train, config, {}, CPU)
+
+
+def test_crop_interpolation_and_grey_mean_follow_the_options_then_the_model():
+    model = timm.create_model("resnet10t")  # of ImageNet's mean
+    own = resolve_image_config(EvalConfig("digits", "x", in_chans=1), model)
+    assert (own["interpolation"], own["crop_pct"], own["mean"]) == ("bicubic", 0.875, (pytest.approx(0.449),))
+    other = resolve_image_config(EvalConfig("digits", "x", interpolation="nearest", crop_pct=0.6, mean=(0.2,)), model)
+    assert (other["interpolation"], other["crop_pct"], other["mean"]) == ("nearest", 0.6, (0.2, 0.2, 0.2))

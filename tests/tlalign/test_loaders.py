@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
 from timm.task import evaluation_sample_limit
-from torchvision.transforms import ColorJitter
+from torchvision.transforms import ColorJitter, InterpolationMode
+from torchvision.transforms import functional as TF
 
 from tlalign.config import EvalConfig, TrainConfig, UsageError
-from tlalign.data import create_eval_loader, create_train_loader, load_data_sets
+from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, sample_images
 from tlalign.engine import evaluate
+from tlalign.loaders import Augmentation, CheckedLoader
 from tlalign.unreadable import UnreadableImage, UnreadableImages, UnreadableImagesError
 
 CPU = torch.device("cpu")
@@ -333,3 +335,95 @@ print(2 + len(list(batches)), *workers)
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
+
+
+def test_options_of_the_images_reach_timms_transform(folder):
+    config = train_config(
+        folder, hflip=0.3, color_jitter=0.2, auto_augment=None, random_erasing=0.7, crop_scale=(0.3, 0.6),
+        crop_ratio=(0.9, 1.1),
+    )  # fmt: skip
+    image_config = IMAGE_CONFIG | {"interpolation": "nearest", "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    loader = create_train_loader(load_data_sets(config).train, config, image_config, CPU)
+    crop, flip, jitter, _, normalise, erasing = loader._loader.dataset.augment.transform.transforms[1].transforms
+    assert (crop.scale, crop.ratio, crop.interpolation) == ((0.3, 0.6), (0.9, 1.1), InterpolationMode.NEAREST)
+    assert (flip.p, jitter.brightness) == (0.3, (0.8, 1.2))
+    assert (erasing.probability, erasing.per_pixel) == (0.7, True)  # of noise, not of one colour
+    torch.testing.assert_close(
+        (normalise.mean, normalise.std), (torch.tensor((0.1, 0.2, 0.3)), torch.tensor((0.4, 0.5, 0.6)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "crop"),
+    [("rrc", "RandomResizedCropAndInterpolation"), ("rkrc", "CenterCropOrPad"), ("rkrr", "RandomCropOrPad")],
+)
+def test_each_crop_mode_is_timms(folder, mode, crop):
+    steps = (
+        train_loader(train_config(folder, crop_mode=mode))._loader.dataset.augment.transform.transforms[1].transforms
+    )
+    assert crop in [type(step).__name__ for step in steps[:2]]
+
+
+def test_images_are_in_another_order_in_each_epoch_and_of_each_seed(folder):
+    def order(epoch, **values):
+        images, _ = collect(train_loader(plain(folder, batch_size=13, **values)).epoch(epoch))
+        return images.mean(dim=(1, 2, 3)).tolist()
+
+    orders = [order(0), order(1), order(2), order(0, seed=1), order(1, seed=1)]
+    assert len({tuple(each) for each in orders}) == 5
+    # Shuffled: files lie by their shade, which no order is.
+    assert all(each != sorted(each) and sorted(each) == sorted(orders[0]) for each in orders)
+
+
+def test_seed_epoch_image_and_repeat_each_change_the_numbers_of_all_three_generators():
+    def transform(_):
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    drawn = [Augmentation(transform, seed)(None, *key) for seed in (0, 1) for key in keys]
+    assert all(len(set(numbers)) == len(drawn) for numbers in zip(*drawn, strict=True))
+
+
+def test_an_image_is_augmented_anew_in_each_epoch_and_for_each_seed(folder):
+    def augmented(epoch, index, repeat, **values):
+        return train_loader(train_config(folder, **values))._loader.dataset[epoch, index, repeat][0]
+
+    first = augmented(0, 3, 0)
+    assert torch.equal(first, augmented(0, 3, 0))
+    for other in (augmented(1, 3, 0), augmented(0, 3, 1), augmented(0, 3, 0, seed=1)):
+        assert not torch.equal(first, other)
+
+
+def test_held_out_images_are_resized_cropped_and_normalised_as_configured(folder):
+    image_config = IMAGE_CONFIG | {
+        "interpolation": "nearest",
+        "crop_pct": 0.5,
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+    }
+    config = train_config(folder)
+    data = load_data_sets(config)
+    images, _ = next(iter(create_eval_loader(data.held_out, config, image_config, CPU)))
+    # The shorter side becomes 16 / 0.5.
+    expected = TF.center_crop(TF.resize(data.held_out[0][0], 32, InterpolationMode.NEAREST), 16)
+    expected = TF.normalize(TF.to_tensor(expected), image_config["mean"], image_config["std"])
+    torch.testing.assert_close(images[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sampled_images_are_from_all_over_the_set(folder):
+    config = train_config(folder)
+    held_out = load_data_sets(config).held_out
+    images, classes = sample_images(held_out, 4, config, IMAGE_CONFIG, CPU)
+    chosen = np.random.default_rng(0).permutation(11)[:4]
+    whole, _ = collect(create_eval_loader(held_out, config, IMAGE_CONFIG, CPU))
+    assert torch.equal(images, whole[chosen])
+    assert classes.tolist() == held_out.targets[chosen].tolist()
+
+
+def test_there_may_be_more_classes_than_the_data_set_has(folder):
+    assert load_data_sets(train_config(folder, num_classes=7)).num_classes == 7
+
+
+def test_a_negative_class_is_refused():
+    with pytest.raises(UsageError, match="an image of class -1"):
+        list(CheckedLoader([(torch.zeros(1), -1)], num_classes=2))

@@ -15,18 +15,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import record
 
 from tlalign import log as log_module
 from tlalign.curves import draw_comparison, draw_curves, draw_methods
 from tlalign.log import RunLog
 from tlalign.progress import TrainingProgress
 from tlalign.runs import CURVES_FILE, LOG_FILE, TENSORBOARD_FOLDER, EpochRecord, read_log
-
-
-def record(epoch: int, **values) -> EpochRecord:
-    """A row of an epoch of ten steps, with numbers that have no short decimal form."""
-    numbers = {field.name: epoch + math.pi / 10 for field in dataclasses.fields(EpochRecord)}
-    return EpochRecord(**numbers | {"epoch": epoch, "step": 10 * epoch, "peak_memory": 2**30} | values)
 
 
 def events(folder) -> EventAccumulator:

@@ -7,6 +7,8 @@ import shutil
 import socket
 import sys
 import tarfile
+import types
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,8 +18,10 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
+from tlalign import readers
 from tlalign.config import EvalConfig, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, sample_images
+from tlalign.loaders import Augmentation
 from tlalign.readers import Mnist5k
 from tlalign.unreadable import UnreadableImagesError, open_image
 
@@ -59,6 +63,13 @@ def epoch(loader, *arguments) -> list[list[int]]:
 
 def flat(batches) -> list[int]:
     return [number for batch in batches for number in batch]
+
+
+class Keys(Augmentation):
+    """In the place of an augmented image, by what it would be augmented."""
+
+    def __call__(self, image, *key):
+        return torch.tensor(key)
 
 
 def evaluated(config) -> list[int]:
@@ -404,3 +415,87 @@ def test_what_is_missing_of_a_hugging_face_set_is_told(hub, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"data: cats is no folder and not in the cache of [^;]*$"):
         load_data_sets(config(data="hfids/cats"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epoch_process_worker_and_place_decide_how_images_of_a_stream_are_augmented(shards, workers):
+    given = config(data="wds/", data_dir=str(shards), batch_size=4, workers=workers, mixing="none")
+    seen = set()
+    for number, rank in ((0, 0), (0, 1), (3, 1)):
+        loader = train_loader(given, rank, 2)
+        loader._augment.transform, loader._augment.__class__ = None, Keys
+        keys = torch.cat([images for images, _ in loader.epoch(number)]).tolist()
+        assert {tuple(key[:2]) for key in keys} == {(number, rank)}
+        assert {key[2] for key in keys} == set(range(max(1, workers)))
+        seen |= {tuple(key) for key in keys}
+    assert len(seen) == 3 * 12
+
+
+def test_images_of_a_single_shard_are_in_another_order_in_each_epoch(tmp_path):
+    for name in ("train", "validation"):
+        write_shards(tmp_path, name, list(range(24)), 1)
+    loader = train_loader(config(data="wds/", data_dir=str(tmp_path)))
+    orders = [flat(epoch(loader, number)) for number in range(3)]
+    assert len({tuple(order) for order in orders}) == 3 and all(sorted(order) == list(range(24)) for order in orders)
+    assert evaluated(config(data="wds/", data_dir=str(tmp_path))) == list(range(24))
+
+
+@pytest.mark.parametrize("present", [("val", "validation", "test"), ("validation", "test"), ("test",)])
+def test_of_several_held_out_parts_the_first_name_is_taken(tmp_path, present):
+    for number, part in enumerate(("train", *present)):
+        (tmp_path / part / "a").mkdir(parents=True)
+        (tmp_path / part / "a" / "0.png").write_bytes(encoded(number))
+    assert evaluated(config(data=f"folder:{tmp_path}", num_classes=None)) == [1]
+
+
+def test_classes_of_a_hugging_face_set_are_in_the_order_of_their_ids():
+    reader = types.SimpleNamespace(class_to_idx={"zebra": 0, "ape": 1})
+    assert list(readers._class_ids(reader)) == ["zebra", "ape"]
+
+
+def test_a_process_without_a_shard_is_refused_without_workers_too(shards):
+    stream = load_data_sets(config(data="wds/", data_dir=str(shards))).train
+    readers.check_workers(stream, 0, 4)
+    with pytest.raises(UsageError, match="data: expected a shard for each of 5 processes, got fewer"):
+        readers.check_workers(stream, 0, 5)
+
+
+def test_val_is_another_name_of_validation(flowers):
+    given = {"data": "torch/flowers102", "data_dir": str(flowers), "num_classes": None, "batch_size": 2}
+    files = [
+        [
+            Path(file).stem
+            for part in load_data_sets(config(**given, eval_split=name)).held_out.datasets
+            for file in part._image_files
+        ]
+        for name in ("val", "validation")
+    ]
+    assert files == [["image_00003", "image_00004"]] * 2
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "test"])
+def test_download_and_the_held_out_part_are_asked_of_torchvision(tmp_path, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(readers, "create_dataset", lambda *arguments, **options: asked.append(options) or [])
+    for download in (False, True):
+        load_data_sets(config(data="torch/cifar10", data_dir=str(tmp_path), eval_split=name, download=download))
+    assert [(each["split"], each["download"], each["root"]) for each in asked] == [
+        (split, download, str(tmp_path)) for download in (False, True) for split in ("train", "validation")
+    ]
+
+
+@pytest.mark.parametrize("kind", ["hfds", "hfids"])
+def test_folder_and_download_are_asked_of_hugging_face(hub, monkeypatch, kind, tmp_path):
+    asked = []
+
+    def create(name, **options):
+        asked.append(options)
+        raise OSError("no network")
+
+    monkeypatch.setattr(readers, "create_reader", create)
+    for download in (False, True):
+        with pytest.raises(UsageError):
+            load_data_sets(config(data=f"{kind}/cats", data_dir=str(tmp_path), download=download))
+    assert [each["root"] for each in asked] == [str(tmp_path)] * 2
+    if kind == "hfids":
+        assert [each["download"] for each in asked] == [False, True]

@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 from rich.console import Console
 
 from tlalign.cli import main
 from tlalign.config import CONFIG_FILE, TrainConfig, UsageError, load_recipe
 from tlalign.listing import RunTable, find_runs
-from tlalign.runs import LOG_FILE, EpochRecord, RunFolder, read_log, write_log
+from tlalign.runs import LOG_FILE, EpochRecord, RunFolder, config_beside, read_log, write_log
 
 
 def make_run(folder, tops, emas=None, **values):
@@ -220,3 +221,26 @@ def test_a_log_with_an_overlong_field_is_no_log(tmp_path):
     log.write_text(log.read_text() + "9" * 200_000 + "\n")
     with pytest.raises(ValueError, match="expected numbers in"):
         read_log(log)
+
+
+def test_the_folder_says_where_a_run_reads_from_wherever_it_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"data": "folder:~/images", "data_dir": "sets", "initial_checkpoint": "~/b/last.pth"}
+    given |= {"target": "teacher", "teacher_checkpoint": "a/best.pth", "output": "run"}
+    folder = RunFolder(TrainConfig(**load_recipe("digits") | given))
+    written = yaml.safe_load((folder.path / CONFIG_FILE).read_text())
+    assert written["data"] == f"folder:{tmp_path}/images"
+    places = [written[name] for name in ("data_dir", "teacher_checkpoint", "initial_checkpoint")]
+    assert places == [f"{tmp_path}/{place}" for place in ("sets", "a/best.pth", "b/last.pth")]
+
+
+def test_the_configuration_lies_above_the_folder_of_checkpoints(tmp_path):
+    for place in ("last.pth.tar", "checkpoints/epoch-1.pth.tar"):
+        assert config_beside(tmp_path / place) == tmp_path / CONFIG_FILE
+
+
+def test_a_new_folder_is_named_by_model_and_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = RunFolder(TrainConfig(**load_recipe("digits"), output=None)).path.name
+    assert name.endswith("-vit_tiny_patch16_224-cutmix+tl-align")

@@ -271,3 +271,23 @@ def test_token_labels_of_a_teacher_are_aligned():
     change = (aligned.to_dense(CLASSES) - labels.to_dense(CLASSES)).abs().sum(dim=1, keepdim=True) / 2
     torch.testing.assert_close(result["ratio_change"], change)
     assert change.max() > 1e-3
+
+
+def test_options_reach_the_strategies_that_look_at_images():
+    config = digits(cutmix_alpha=0.3, mix_prob=0.4, mix_mode="pair", teacher_checkpoint="somewhere")
+    for mixing in ("saliencymix", "puzzlemix", "attentive-cutmix"):
+        strategy = create_mixing(dataclasses.replace(config, mixing=mixing), make_model(), Teacher(make_model()))
+        assert (strategy.prob, strategy.mode) == (0.4, "pair")
+        assert mixing == "attentive-cutmix" or strategy.alpha == 0.3
+
+
+def test_distilled_changes_are_those_of_both_tokens():
+    model = tlk.patch_model(make_model("deit_tiny_distilled_patch16_224"))
+    model.set_distilled_training(True)
+    images, target = mix(*make_batch())
+    model.train()
+    result = AlignedClassificationTask(model)(images, target)
+    _, (aligned, aligned_dist) = model(images, target=target)
+    changes = torch.cat([aligned.ratio, aligned_dist.ratio]) - target.ratio.repeat(2, 1)
+    torch.testing.assert_close(result["ratio_change"], changes)
+    assert (aligned.ratio - aligned_dist.ratio).abs().max() > 1e-4

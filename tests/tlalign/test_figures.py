@@ -1,0 +1,123 @@
+"""Charts: each line, bar and map is of what its legend says."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from training import record
+
+from tlalign import curves
+from tlalign.analysis import figures
+from tlalign.analysis.presence import PresenceOfLayer
+from tlalign.analysis.ratios import MixingRatios, TokenPaths
+from tlalign.analysis.rollout import Rollout
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Calls what draws a chart, and returns its axes."""
+
+    def draw(function, *arguments):
+        found = []
+        module = figures if function.__module__ == figures.__name__ else curves
+        monkeypatch.setattr(module, "_save", lambda figure, path: found.append(figure))
+        function(*arguments, None)
+        return found[0].axes
+
+    return draw
+
+
+def first_values(axis):
+    return {line.get_label(): float(line.get_ydata()[0]) for line in axis.lines}
+
+
+def test_lines_of_charts_are_of_the_method_that_their_legend_names(drawn):
+    of_images = [torch.full((2,), value) for value in (0.1, 0.2, 0.9)]
+    by_layer = [torch.full((2, 3), value) for value in (0.3, 0.4, 0.5, 0.6)]
+    ratios = MixingRatios(*of_images, *by_layer)
+    (axis,) = drawn(figures.draw_ratio_by_layer, ratios)
+    expected = {"CutMix": 0.1, "TransMix": 0.2, "TL-Align": 0.3, "by similarity": 0.4}
+    assert first_values(axis) == pytest.approx(expected)
+    (axis,) = drawn(figures.draw_image_error, ratios)
+    assert first_values(axis) == pytest.approx({"CutMix": 0.3, "TransMix": 0.2, "TL-Align": 0.1})
+    (axis,) = drawn(figures.draw_patch_error, ratios)
+    assert first_values(axis) == pytest.approx({"CutMix, TransMix (labels stay)": 0.6, "TL-Align": 0.5})
+
+
+def test_tokens_and_the_box_are_drawn_where_they_are(drawn):
+    places = torch.tensor([[0.25, 0.5], [0.5, 0.75], [0.75, 0.25]])
+    values = [torch.full((3, 2), value) for value in (0.1, 0.2, 0.3)]
+    picture, *axes = drawn(
+        figures.draw_token_paths, np.zeros((20, 20, 3)), (1, 2, 5, 9), TokenPaths(tuple("abc"), places, *values)
+    )
+    (box,) = picture.lines
+    assert (min(box.get_xdata()), max(box.get_xdata()), min(box.get_ydata()), max(box.get_ydata())) == (
+        1.5,
+        8.5,
+        0.5,
+        4.5,
+    )
+    assert [text.xy for text in picture.texts] == [(10, 5), (15, 10), (5, 15)]
+    for axis in axes:
+        assert first_values(axis) == pytest.approx({"TL-Align": 0.1, "as before": 0.2, "by similarity": 0.3})
+
+
+def test_a_rollout_is_drawn_of_the_patches_without_the_class_token(drawn):
+    head = torch.tensor([[0.6, 0.1, 0.2, 0.05, 0.05]])
+    axes = drawn(figures.draw_rollout, np.zeros((1, 4, 4, 3)), Rollout(None, head, (2, 2)), "class token")
+    np.testing.assert_allclose(axes[1].images[0].get_array(), [[0.4, 0.8], [0.2, 0.2]], rtol=1e-6)
+
+
+def test_boxes_of_presence_are_the_quantiles_that_the_caption_names(drawn):
+    layer = PresenceOfLayer()
+    layer.add(torch.linspace(0.5, 1.5, 1001)[None], has_class_token=True)
+    (axis,) = drawn(figures.draw_presence, [layer], torch.ones(3, 3))
+    box = axis.patches[0].get_path().vertices[:, 1]
+    assert (box.min(), box.max()) == pytest.approx((0.75, 1.25), rel=0.01)
+    ends = sorted(float(y) for line in axis.lines[:2] for y in line.get_ydata())
+    assert ends == pytest.approx([0.55, 0.75, 1.25, 1.45], rel=0.01)
+
+
+def test_the_log_and_the_checkpoints_are_told_apart_over_training(drawn):
+    (axis,) = drawn(figures.draw_training, [(1, 0.1), (2, 0.2)], [(0, 0.3), (2, 0.4)])
+    log, checkpoints = axis.lines
+    assert log.get_label().startswith("log") and log.get_ydata().tolist() == [0.1, 0.2]
+    assert checkpoints.get_label().startswith("checkpoints") and checkpoints.get_xydata().tolist() == [
+        [0, 0.3],
+        [2, 0.4],
+    ]
+
+
+def test_bars_of_random_weights_are_hatched(drawn):
+    (axis,) = drawn(figures.draw_rmse_by_model, [("a", "last.pth.tar", 0.1), ("a", "random weights", 0.2)])
+    assert [bool(bar.get_hatch()) for bar in axis.patches] == [False, True]
+
+
+def test_curves_are_of_the_columns_that_their_labels_name(drawn):
+    numbers = {"loss": 1.0, "eval_loss": 2.0, "top1": 3.0, "top1_ema": 4.0, "lr": 5.0, "ratio_change": 6.0}
+    times = {"data_seconds": 0.001, "forward_seconds": 0.002, "backward_seconds": 0.004}
+    axes = drawn(curves.draw_curves, [record(1, **numbers, **times), record(2, **numbers, **times)])
+    shown = [first_values(axis) for axis in axes[:2]]
+    assert shown == [{"training": 1, "held-out": 2}, {"model": 3, "average (EMA)": 4}]
+    assert [line.get_ydata()[0] for axis in axes[2:4] for line in axis.lines] == [5, 6]
+    stairs = {each.get_label(): (each.get_data().baseline[0], each.get_data().values[0]) for each in axes[4].patches}
+    assert {k: tuple(map(float, v)) for k, v in stairs.items()} == {
+        "data": (0, 1),
+        "forward": (1, 3),
+        "backward": (3, 7),
+    }
+
+
+def test_a_comparison_shows_the_metric_and_both_losses(drawn):
+    top1, loss, eval_loss, *_ = drawn(
+        curves.draw_comparison, {"a": [record(1, top1=1.0, top1_ema=2.0, loss=3.0, eval_loss=4.0)]}
+    )
+    assert [axis.lines[0].get_ydata()[0] for axis in (top1, loss, eval_loss)] == [2, 3, 4]
+
+
+def test_methods_are_drawn_with_mean_and_standard_deviation(drawn):
+    accuracy, *_ = drawn(curves.draw_methods, {"a": [97.0, 99.0]}, {"a": None})
+    (bars,) = accuracy.containers
+    ((start, end),) = [segment[:, 0] for segment in bars.lines[2][0].get_segments()]
+    assert (start, end) == pytest.approx((98 - math.sqrt(2), 98 + math.sqrt(2)))
