@@ -78,7 +78,12 @@ class Check:
         return self.error <= self.bound
 
 
-def make_inputs(case: Case, device: torch.device | str, seed: int = 0) -> dict[str, Tensor | None]:
+def make_inputs(case: Case, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:
+    """Random inputs of a case; labels in float32 unless dtype is float64."""
+    return cast_inputs(draw_inputs(case, device, seed), dtype)
+
+
+def draw_inputs(case: Case, device: torch.device | str, seed: int) -> dict[str, Tensor | None]:
     """Random float64 inputs of a case; scores of about unit variance times 3, so that attention is not flat."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -253,7 +258,7 @@ def compare(
     Returns:
         A check for each tensor.
     """
-    rounded = cast_inputs(make_inputs(case, "cpu", seed), dtype)
+    rounded = make_inputs(case, "cpu", dtype, seed)
     # The oracle starts from the rounded inputs: what is measured is the error of the computation alone.
     exact = cast_inputs(rounded, torch.float64)
     moved = {name: None if tensor is None else tensor.to(device) for name, tensor in rounded.items()}
@@ -309,7 +314,7 @@ def selftest(
 
 def reasons_against(case: Case, dtype: torch.dtype, backend: str, device: torch.device | str) -> list[str]:
     """Why a backend can't run a case with its gradients; empty if it can."""
-    inputs = cast_inputs(make_inputs(case, device), dtype)
+    inputs = make_inputs(case, device, dtype)
     inputs.pop("grad_output")
     if case.windows is None:
         inputs["query"].requires_grad_()

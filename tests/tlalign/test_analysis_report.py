@@ -14,7 +14,7 @@ import timm
 import torch
 from PIL import Image
 
-from tlalign.analysis import attention_rollout
+from tlalign.analysis import attention_rollout, report
 from tlalign.analysis.figures import draw_rmse_by_model
 from tlalign.analysis.page import Picture, Section, Table, write_page
 from tlalign.analysis.presence import PresenceOfLayer, token_presence
@@ -379,3 +379,20 @@ def test_pixels_are_those_before_normalisation_and_the_seed_mixes():
     first, second = next(subject.mixed()), next(other.mixed())
     assert torch.equal(first.images, second.images) and not torch.equal(first.target.boxes, second.target.boxes)
     assert not torch.equal(subject.model.patch_embed.proj.weight, other.model.patch_embed.proj.weight)
+
+
+def test_maps_are_drawn_with_the_run_s_options_and_a_log_of_another_target_is_left_out(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("target: tl-align", "target: transmix"))
+    asked = []
+    monkeypatch.setattr(report, "draw_token_labels", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(report, "write_page", lambda *arguments: None)
+    flags = ["--images=4", "--mean=[0.1]", "--std=[0.2]", "--layers=[-1]", "--residual=false", "--map_layers=[0]"]
+    assert main(["analyze", "--checkpoint", str(tmp_path / "run" / "last.pth.tar"), *flags]) == 0
+    ((_, images, classes, _, mean, std, names, _, layers, alignment),) = asked
+    assert (len(images), len(classes), mean, std, layers) == (4, 4, (0.1,), (0.2,), (0,))
+    assert list(names) == list("0123456789")
+    assert alignment == {"layers": (-1,), "residual": False}
+    assert not [row for row in rows(tmp_path / "run" / "analysis" / "training.csv") if row["what"].startswith("log")]
+    assert [row for row in rows(run / "analysis" / "training.csv") if row["what"].startswith("log")]

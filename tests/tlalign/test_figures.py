@@ -1,10 +1,13 @@
 """Charts: each line, bar and map is of what its legend says."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
+import timm
 import torch
+from matplotlib.figure import Figure
 from training import record
 
 from tlalign import curves
@@ -12,6 +15,8 @@ from tlalign.analysis import figures
 from tlalign.analysis.presence import PresenceOfLayer
 from tlalign.analysis.ratios import MixingRatios, TokenPaths
 from tlalign.analysis.rollout import Rollout
+from tlalign.pictures import draw_token_labels
+from tlalign_kernels import MixedTarget, patch_model
 
 
 @pytest.fixture
@@ -121,3 +126,32 @@ def test_methods_are_drawn_with_mean_and_standard_deviation(drawn):
     (bars,) = accuracy.containers
     ((start, end),) = [segment[:, 0] for segment in bars.lines[2][0].get_segments()]
     assert (start, end) == pytest.approx((98 - math.sqrt(2), 98 + math.sqrt(2)))
+
+
+def test_token_labels_are_drawn_of_the_images_the_box_and_the_model(monkeypatch):
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: saved.append(figure))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    images = torch.rand(4, 3, 16, 16)
+    draw_token_labels(
+        model, (images - mean) / std, torch.arange(4), None, mean.flatten().tolist(), std.flatten().tolist(), columns=2
+    )
+    axes = np.array(saved[0].axes[:-1]).reshape(-1, 2)
+    for column in range(2):
+        own, partner, mixed, before, after = (axis.images[0].get_array() for axis in axes[:, column])
+        np.testing.assert_allclose(own, images[column].permute(1, 2, 0), atol=1e-6)
+        np.testing.assert_allclose(partner, images[3 - column].permute(1, 2, 0), atol=1e-6)
+        (box,) = axes[2, column].patches
+        y0, x0 = round(box.get_y() + 0.5), round(box.get_x() + 0.5)
+        y1, x1 = round(y0 + box.get_height()), round(x0 + box.get_width())
+        covered = torch.zeros(16, 16)
+        covered[y0:y1, x0:x1] = 1
+        assert covered.any() and (y0, y1) != (x0, x1)
+        pasted = torch.where(covered.bool(), images[3 - column], images[column])
+        np.testing.assert_allclose(mixed, pasted.permute(1, 2, 0), atol=1e-6)
+        np.testing.assert_allclose(before, covered.view(4, 4, 4, 4).mean(dim=(1, 3)), atol=1e-6)
+        target = MixedTarget.from_boxes(torch.tensor([[0, 1]]), torch.tensor([[[y0, x0, y1, x1]]]), (16, 16))
+        patched = patch_model(copy.deepcopy(model)).eval()
+        _, aligned = patched((pasted[None] - mean) / std, target=target, collect_layers=True)
+        np.testing.assert_allclose(after, aligned.layer_shares[-1][0, 1:, 0].view(4, 4), atol=1e-5)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tlalign_kernels as tlk
 from tlalign_kernels import extension
 from tlalign_kernels.backends import cpu
-from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator
+from tlalign_kernels.selftest import CASES, Case, compare, make_inputs, run_operator
 from tlalign_kernels.windows import Windows
 
 if not hasattr(extension.compiled, "cpu_attention_forward"):
@@ -202,7 +202,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
     ids=lambda case: case.name,
 )
 def test_any_number_of_threads_gives_the_same_bits(case):
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32)
     before = torch.get_num_threads()
     results = []
     try:
@@ -217,7 +217,7 @@ def test_any_number_of_threads_gives_the_same_bits(case):
 
 def test_python_threads_may_call_at_once():
     case = Case("threads", queries=100, keys=100, bias_scale=1.0)
-    inputs = [cast_inputs(make_inputs(case, "cpu", seed), torch.float32) for seed in range(4)]
+    inputs = [make_inputs(case, "cpu", torch.float32, seed) for seed in range(4)]
     expected = [run_operator(case, each, "cpu") for each in inputs]
     results = [None] * 4
 
@@ -296,7 +296,7 @@ def guarded(*shape, dtype=torch.float32):
 def test_nothing_is_written_beyond_the_results(monkeypatch, isa, dtype, queries, keys, head_dim):
     monkeypatch.setenv("TLALIGN_CPU_ISA", isa)
     case = Case("bounds", queries=queries, keys=keys, head_dim=head_dim, sources=3, bias_scale=1.0)
-    inputs = cast_inputs(make_inputs(case, "cpu"), dtype)
+    inputs = make_inputs(case, "cpu", dtype)
     query, key, value = (inputs[name] for name in ("query", "key", "value"))
     bias = inputs["bias"][None]
     output, check_output = guarded(2, queries, 3, head_dim, dtype=dtype)
@@ -328,7 +328,7 @@ def test_nothing_is_written_beyond_the_results(monkeypatch, isa, dtype, queries,
 def test_nothing_is_written_beyond_the_results_of_windows(monkeypatch, isa, dtype, windows, head_dim):
     monkeypatch.setenv("TLALIGN_CPU_ISA", isa)
     case = Case("bounds", sources=3, head_dim=head_dim, bias_scale=1.0, windows=windows)
-    inputs = cast_inputs(make_inputs(case, "cpu"), dtype)
+    inputs = make_inputs(case, "cpu", dtype)
     qkv, pad_qkv, bias, of_map = inputs["qkv"], inputs["pad_qkv"], inputs["bias"][None], (2, *windows.map_size)
     output, check_output = guarded(*of_map, 3, head_dim, dtype=dtype)
     share, check_share = guarded(*of_map, 3)

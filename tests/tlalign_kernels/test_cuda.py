@@ -10,7 +10,7 @@ import torch
 import tlalign_kernels as tlk
 from tlalign_kernels import extension, selftest
 from tlalign_kernels.backends import Problem, cuda
-from tlalign_kernels.selftest import Case, make_inputs
+from tlalign_kernels.selftest import Case, draw_inputs, make_inputs
 from tlalign_kernels.windows import Windows
 
 # It brings along what disassembles.
@@ -61,8 +61,8 @@ def check(
     """
     kernels = []
 
-    def make_changed(*arguments):
-        inputs = make_inputs(*arguments)
+    def draw_changed(*arguments):
+        inputs = draw_inputs(*arguments)
         change(inputs)
         return inputs
 
@@ -72,7 +72,7 @@ def check(
 
     with monkeypatch.context() as patch:
         record(patch, kernels)
-        patch.setattr(selftest, "make_inputs", make_changed)
+        patch.setattr(selftest, "draw_inputs", draw_changed)
         patch.setattr(selftest, "run_operator", run_laid_out)
         checks = selftest.compare(case, dtype, "cuda", DEVICE)
     assert [check for check in checks if not check.passed] == []
@@ -187,7 +187,7 @@ def check_turns(launches, blocks, have_all_heads):
 def test_blocks_take_heads_in_turn(monkeypatch, keys, images, heads, sources):
     # So many images that a block has two heads, or the last one of five. The last two images are executed.
     case = Case("turns", images, heads, 20, keys, 32, sources=sources)
-    inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
+    inputs = make_inputs(case, DEVICE, BFLOAT16)
     launches = []
 
     with monkeypatch.context() as patch:
@@ -207,7 +207,7 @@ def test_blocks_take_heads_in_turn(monkeypatch, keys, images, heads, sources):
 @pytest.mark.parametrize(("images", "heads"), [(820, 5), (2048, 2)])
 def test_blocks_take_heads_in_turn_in_which_a_query_may_see_no_key(monkeypatch, images, heads):
     # A block has both heads and counts those that see a key, or two or the last of five. The last image is executed.
-    inputs = selftest.cast_inputs(make_inputs(Case("turns", images, heads, 20, 40, 32), DEVICE), BFLOAT16)
+    inputs = make_inputs(Case("turns", images, heads, 20, 40, 32), DEVICE, BFLOAT16)
     mask = torch.rand(1, heads, 20, 40, device=DEVICE) > 0.3
     mask[:, 0, 3] = mask[:, :, 5] = False
     bias = torch.randn(1, heads, 20, 40, device=DEVICE)
@@ -330,7 +330,7 @@ def test_a_gradient_with_zero_strides(monkeypatch):
 @pytest.mark.parametrize("keys", [50, 70, 300])  # heads in turn, one step, several
 def test_no_labels(monkeypatch, keys):
     case = replace(ONE, batch=2, queries=30, keys=keys, head_dim=32)
-    inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
+    inputs = make_inputs(case, DEVICE, BFLOAT16)
     tensors = [inputs[name] for name in ("query", "key", "value")]
     with monkeypatch.context() as patch:
         record(patch)
@@ -412,9 +412,7 @@ def test_gradients_of_a_bias_are_summed_over_windows_in_parts(monkeypatch, windo
 @pytest.mark.parametrize("has_residual", [True, False])
 def test_a_query_that_sees_only_padding_keeps_its_label(monkeypatch, has_residual):
     # The lower window has two rows of tokens and two of padding, beside which all scores vanish.
-    inputs = selftest.cast_inputs(
-        make_inputs(replace(IN_WINDOWS, windows=Windows((6, 4), (4, 4), (0, 0))), DEVICE), FLOAT16
-    )
+    inputs = make_inputs(replace(IN_WINDOWS, windows=Windows((6, 4), (4, 4), (0, 0))), DEVICE, FLOAT16)
     inputs["qkv"][..., 0, :, :] = 1.0
     inputs["pad_qkv"][1] = 1e3
     residual = inputs["residual"] if has_residual else None
@@ -449,7 +447,7 @@ def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch, maps, heads, sou
     # So many windows that a block has two heads, or the last one of five. The last map is executed.
     windows = Windows((8, 7), (4, 4), (1, 2))
     case = Case("turns", maps, heads, head_dim=32, sources=sources, bias_scale=1.0, windows=windows)
-    inputs = selftest.cast_inputs(make_inputs(case, DEVICE), BFLOAT16)
+    inputs = make_inputs(case, DEVICE, BFLOAT16)
     launches = []
 
     options = dict(bias=inputs["bias"], window_size=windows.window_size, shift=windows.shift)
@@ -469,7 +467,7 @@ def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch, maps, heads, sou
 @executed
 def test_windows_without_labels_have_the_same_output(monkeypatch):
     windows = Windows((9, 8), (4, 4), (2, 2))
-    inputs = selftest.cast_inputs(make_inputs(replace(IN_WINDOWS, windows=windows), DEVICE), BFLOAT16)
+    inputs = make_inputs(replace(IN_WINDOWS, windows=windows), DEVICE, BFLOAT16)
     options = dict(window_size=(4, 4), shift=(2, 2), bias=inputs["bias"], pad_qkv=inputs["pad_qkv"], backend="cuda")
     with monkeypatch.context() as patch:
         record(patch)

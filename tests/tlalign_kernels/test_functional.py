@@ -75,7 +75,7 @@ def cases(draw):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dropout_p == 0], ids=lambda case: case.name)
 def test_reference_in_float64_is_plain_attention(case):
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float64)
+    inputs = make_inputs(case, "cpu", torch.float64)
     ours, plain = run_operator(case, inputs, "reference"), run_plain(case, inputs)
     for name in ours:
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-12, atol=1e-12)
@@ -127,7 +127,7 @@ def test_head_dims(backend, head_dim):
 @backends
 @given(case=cases(), seed=st.integers(0, 2**31), constant=st.floats(0, 1))
 def test_shares_stay_in_the_unit_interval_and_a_constant_is_a_fixed_point(backend, case, seed, constant):
-    inputs = cast_inputs(make_inputs(case, "cpu", seed), torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32, seed)
     share = call(inputs, backend=backend)[1]
     assert share.min() >= 0
     assert share.max() <= 1 + 1e-6
@@ -143,7 +143,7 @@ def test_shares_stay_in_the_unit_interval_and_a_constant_is_a_fixed_point(backen
 
 @backends
 def test_one_share_equals_dense_labels_of_the_pair(backend):
-    inputs = cast_inputs(make_inputs(Case("pair", queries=50, keys=50), "cpu"), torch.float32)
+    inputs = make_inputs(Case("pair", queries=50, keys=50), "cpu", torch.float32)
     classes, first, second = 10, 3, 7
     dense = torch.zeros(2, 50, classes)
     dense[..., first], dense[..., second] = 1 - inputs["share"][..., 0], inputs["share"][..., 0]
@@ -156,7 +156,7 @@ def test_one_share_equals_dense_labels_of_the_pair(backend):
 
 @backends
 def test_permuting_heads_leaves_labels_alone(backend):
-    inputs = cast_inputs(make_inputs(Case("heads", heads=5, queries=50, keys=70, bias_scale=1.0), "cpu"), torch.float32)
+    inputs = make_inputs(Case("heads", heads=5, queries=50, keys=70, bias_scale=1.0), "cpu", torch.float32)
     order = torch.randperm(5)
     output, share = call(inputs, backend=backend)
     heads = {name: inputs[name][:, order] for name in ("query", "key", "value")}
@@ -169,7 +169,7 @@ def test_permuting_heads_leaves_labels_alone(backend):
 @pytest.mark.parametrize("packed", [False, True])
 def test_labels_never_influence_outputs_or_gradients(backend, packed):
     case = Case("labels", batch=1, queries=50, keys=50, bias_scale=1.0, packed=packed)
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32)
     first = run_operator(case, inputs, backend)
     second = run_operator(case, {**inputs, "share": torch.rand(1, 50, 3), "residual": None}, backend)
     for name in first.keys() - {"share"}:
@@ -179,7 +179,7 @@ def test_labels_never_influence_outputs_or_gradients(backend, packed):
 @backends
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_repeats_bit_for_bit(backend, case):
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32)
     first, second = run_operator(case, inputs, backend), run_operator(case, inputs, backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -187,7 +187,7 @@ def test_repeats_bit_for_bit(backend, case):
 @backends
 def test_queries_that_see_no_key_give_zero_and_keep_their_label(backend):
     case = Case("rows", queries=21, keys=24, mask="rows")
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32)
     blind = torch.arange(21) % 3 == 0
     results = run_operator(case, inputs, backend)
     assert torch.equal(results["share"][:, blind], inputs["residual"][:, blind])
@@ -203,7 +203,7 @@ def test_queries_that_see_no_key_give_zero_and_keep_their_label(backend):
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_a_large_finite_number_masks_but_for_queries_that_have_it_for_all_keys(backend, dtype, lowest, sign):
     case = Case("rows", queries=5, keys=7)
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32)
     lowest = torch.finfo(dtype).min if lowest is None else lowest
     mask = torch.zeros(5, 7, dtype=dtype)
     mask[1] = -sign * lowest
@@ -222,7 +222,7 @@ def test_a_large_finite_number_masks_but_for_queries_that_have_it_for_all_keys(b
 
 @backends
 def test_a_bias_in_float64_counts_as_float32(backend):
-    inputs = cast_inputs(make_inputs(Case("bias", queries=5, keys=7), "cpu"), torch.float32)
+    inputs = make_inputs(Case("bias", queries=5, keys=7), "cpu", torch.float32)
     bias = torch.randn(5, 7, dtype=torch.float64).requires_grad_()
     output, share = call(inputs, bias=bias, backend=backend)
     expected = call(inputs, bias=bias.detach().float(), backend=backend)
@@ -235,7 +235,7 @@ def test_a_bias_in_float64_counts_as_float32(backend):
 
 @backends
 def test_heads_that_see_no_key_do_not_count_in_the_mean(backend):
-    inputs = cast_inputs(make_inputs(Case("heads", queries=6, keys=6, residual=False), "cpu"), torch.float32)
+    inputs = make_inputs(Case("heads", queries=6, keys=6, residual=False), "cpu", torch.float32)
     mask = torch.ones(1, 3, 6, 6, dtype=torch.bool)
     mask[:, 1, 2] = False
     share = call(inputs, mask=mask, backend=backend)[1]
@@ -245,7 +245,7 @@ def test_heads_that_see_no_key_do_not_count_in_the_mean(backend):
 
 @backends
 def test_a_share_that_requires_a_gradient_is_accepted_and_gets_none(backend):
-    inputs = cast_inputs(make_inputs(Case("share", queries=6, keys=6), "cpu"), torch.float32)
+    inputs = make_inputs(Case("share", queries=6, keys=6), "cpu", torch.float32)
     leaf = inputs["share"].clone().requires_grad_()
     query = inputs["query"].clone().requires_grad_()
     output, share = call(inputs, query=query, share=leaf, residual=leaf, backend=backend)
@@ -260,7 +260,7 @@ def test_a_share_that_requires_a_gradient_is_accepted_and_gets_none(backend):
 
 @backends
 def test_gradients_of_any_strides_are_handled(backend):
-    inputs = cast_inputs(make_inputs(Case("strides", queries=9, keys=9), "cpu"), torch.float32)
+    inputs = make_inputs(Case("strides", queries=9, keys=9), "cpu", torch.float32)
     query = inputs["query"].clone().requires_grad_()
 
     def gradient(grad_output):
@@ -278,7 +278,7 @@ def test_gradients_of_any_strides_are_handled(backend):
 @pytest.mark.parametrize("bias_scale", [0.0, 1.0])
 def test_any_scale_gives_the_scores_of_a_scaled_query(backend, scale, bias_scale):
     case = Case("scale", queries=18, keys=21, head_dim=20, bias_scale=bias_scale)
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32)
     scaled = {**inputs, "query": inputs["query"] * scale}
     results = call(inputs, scale=scale, backend=backend)
     # Scores of up to about 60, a product and a query each rounded.
@@ -289,7 +289,7 @@ def test_any_scale_gives_the_scores_of_a_scaled_query(backend, scale, bias_scale
 @backends
 def test_inputs_of_any_strides_are_handled(backend):
     case = Case("strides", queries=9, keys=11, bias_scale=1.0)
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32)
     expected = run_operator(case, inputs, backend)
     turned = {
         name: tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor is not None else None
@@ -303,7 +303,7 @@ def test_inputs_of_any_strides_are_handled(backend):
 
 @backends
 def test_bias_and_mask_broadcast(backend):
-    inputs = cast_inputs(make_inputs(Case("broadcast", queries=5, keys=7, head_dim=8), "cpu"), torch.float32)
+    inputs = make_inputs(Case("broadcast", queries=5, keys=7, head_dim=8), "cpu", torch.float32)
     scores = torch.zeros(2, 3, 5, 7)
     shapes = [(), (7,), (5, 7), (5, 1), (3, 5, 7), (3, 1, 1), (1, 3, 5, 7), (2, 1, 5, 7), (2, 1, 1, 7), (2, 3, 5, 7)]
     # Interpreted, each takes seconds.
@@ -328,7 +328,7 @@ def test_bias_and_mask_broadcast(backend):
 @backends
 @pytest.mark.parametrize("shape", [(), (7,), (60, 1)])
 def test_the_gradient_of_a_bias_of_fewer_bits_is_summed_before_it_is_rounded(backend, shape):
-    inputs = cast_inputs(make_inputs(Case("broadcast", queries=60, keys=7, head_dim=8), "cpu"), torch.float32)
+    inputs = make_inputs(Case("broadcast", queries=60, keys=7, head_dim=8), "cpu", torch.float32)
     bias = torch.randn(shape).bfloat16()
     gradients = []
     for leaf in (bias.requires_grad_(), bias.detach().float().requires_grad_()):
@@ -342,7 +342,7 @@ def test_the_gradient_of_a_bias_of_fewer_bits_is_summed_before_it_is_rounded(bac
 def test_a_bias_that_images_share_and_a_mask_add_up(backend, mask_shape):
     # So many images that a task of the CPU kernels has several, for which it keeps what they share.
     case = Case("windows", batch=70, heads=2, queries=20, keys=20, head_dim=8, bias_scale=1.0)
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32)
     mask = (torch.rand(mask_shape) > 0.3) | torch.eye(20, dtype=torch.bool)
     whole = (inputs["bias"] + torch.zeros(mask_shape).masked_fill(~mask, float("-inf"))).expand(70, 2, 20, 20)
     results = []
@@ -361,7 +361,7 @@ def test_nothing_of_the_size_of_the_scores_is_saved(backend, packed):
     case = Case("memory", batch=1, heads=2, queries=130, keys=130, head_dim=16, packed=packed)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        run_operator(case, cast_inputs(make_inputs(case, "cpu"), torch.float32), backend)
+        run_operator(case, make_inputs(case, "cpu", torch.float32), backend)
     assert saved
     assert max(shape.numel() for shape in saved) < 130 * 130
 
@@ -444,7 +444,7 @@ def philox_by_the_book(counter, key):
 @backends
 def test_dropout_drops_attention_weights_but_no_labels(backend):
     case = Case("dropout", batch=4, heads=3, queries=32, keys=32, head_dim=32, residual=False)
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float32)
+    inputs = make_inputs(case, "cpu", torch.float32)
     # With the identity as value, the output is the dropped attention matrix itself.
     inputs["value"] = torch.eye(32).expand(4, 3, 32, 32)
     full, share = call(inputs, backend=backend)
@@ -461,7 +461,7 @@ def test_dropout_drops_attention_weights_but_no_labels(backend):
 
 def test_gradients_see_the_same_dropout():
     case = Case("dropout", batch=1, heads=2, queries=6, keys=5, head_dim=8, residual=False)
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.float64)
+    inputs = make_inputs(case, "cpu", torch.float64)
 
     def attend(query, key, value):
         torch.manual_seed(3)
@@ -535,7 +535,7 @@ def test_operators_are_seen_by_dispatch_modes_and_compute_the_same(name, backend
 @backends
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_into_one_graph_at_the_first_call(backend, dynamic):
-    inputs = cast_inputs(make_inputs(Case("compile", queries=12, keys=12, bias_scale=1.0), "cpu"), torch.float32)
+    inputs = make_inputs(Case("compile", queries=12, keys=12, bias_scale=1.0), "cpu", torch.float32)
 
     def step(query, key, value, share, bias):
         output, share = tlk.attention(query * 2, key, value, share, share, bias=bias, backend=backend)
@@ -588,7 +588,7 @@ def test_compiled_dropout_is_drawn_anew_at_each_call(backend):
 @backends
 def test_autocast_casts_tokens_and_never_labels(backend):
     dtype = torch.bfloat16 if is_usable(backend, torch.bfloat16) else torch.float16
-    inputs = cast_inputs(make_inputs(Case("autocast", queries=9, keys=9, bias_scale=1.0), "cpu"), torch.float32)
+    inputs = make_inputs(Case("autocast", queries=9, keys=9, bias_scale=1.0), "cpu", torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         output, share = call(inputs, backend=backend)
         packed, _ = tlk.attention_qkv(torch.randn(1, 9, 3, 2, 16), backend=backend)

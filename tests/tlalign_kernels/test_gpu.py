@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import tlalign_kernels as tlk
 from tlalign_kernels.backends import AUTO_ORDER, triton
-from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator
+from tlalign_kernels.selftest import CASES, Case, compare, make_inputs, run_operator
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -81,7 +81,7 @@ def test_the_same_inputs_give_the_same_bits(backend, dtype):
     case = Case("twice", queries=70, keys=70, head_dim=32, bias_scale=1.0, mask="causal", sources=3)
     if reasons := unsupported(backend, dtype, case):
         pytest.skip("; ".join(reasons))
-    inputs = cast_inputs(make_inputs(case, DEVICE), dtype)
+    inputs = make_inputs(case, DEVICE, dtype)
     first, second = (run_operator(case, inputs, backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

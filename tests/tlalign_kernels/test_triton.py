@@ -12,7 +12,7 @@ import torch
 import tlalign_kernels as tlk
 from tlalign_kernels.backends import Problem
 from tlalign_kernels.backends import triton as backend
-from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator
+from tlalign_kernels.selftest import CASES, Case, compare, make_inputs, run_operator
 from tlalign_kernels.windows import Windows
 
 if backend.triton is None:
@@ -166,7 +166,7 @@ def test_heads_in_turn_are_right_in_windows(monkeypatch, bias_scale):
 def test_a_map_whose_rows_are_apart_is_right(monkeypatch):
     offline.record(monkeypatch, offline.execute)
     case = Case("part of a map", batch=2, heads=2, head_dim=16, windows=Windows((5, 6), (4, 4), (1, 0)))
-    inputs = cast_inputs(make_inputs(case, "cpu"), torch.bfloat16)
+    inputs = make_inputs(case, "cpu", torch.bfloat16)
     around = torch.full((2, 7, 9, *inputs["qkv"].shape[3:]), float("nan"), dtype=torch.bfloat16)
     around[:, 1:6, 2:8] = inputs["qkv"]
     apart = run_operator(case, {**inputs, "qkv": around[:, 1:6, 2:8]}, "triton")

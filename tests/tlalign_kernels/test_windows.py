@@ -9,7 +9,7 @@ from timm.models import swin_transformer
 
 import tlalign_kernels as tlk
 from tlalign_kernels.backends import BACKENDS
-from tlalign_kernels.selftest import Case, cast_inputs, compare, make_inputs, reasons_against, run_operator
+from tlalign_kernels.selftest import Case, compare, make_inputs, reasons_against, run_operator
 from tlalign_kernels.windows import Windows
 
 PLAIN = Case("plain", heads=2, head_dim=8, bias_scale=1.0, windows=Windows((6, 8), (3, 4), (0, 0)))
@@ -22,7 +22,7 @@ backends = pytest.mark.parametrize(
 
 
 def inputs_of(case, dtype=torch.float32, seed=0):
-    return cast_inputs(make_inputs(case, "cpu", seed), dtype)
+    return make_inputs(case, "cpu", dtype, seed)
 
 
 def call(case, inputs, **changes):
