@@ -2,6 +2,9 @@
 
 from typing import Any
 
+# What is counted of a multiprocessor, as `triton_offline.pipe_cycles` names it.
+PIPES = ("issue", "tensor", "special", "float", "integer", "memory")
+
 
 def keep(benchmark: Any, title: str, head: list[str], rows: list[list], *notes: str) -> None:
     """Puts a table into the JSON of pytest-benchmark.

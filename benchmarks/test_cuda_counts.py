@@ -19,11 +19,10 @@ if backend.triton is None or shutil.which("nvcc") is None:
 import cuda_offline as offline
 import triton_offline
 
-from benchmarks.counts import keep
+from benchmarks.counts import PIPES, keep
 
 pytestmark = pytest.mark.slow  # compiles and emulates for minutes
 
-PIPES = ("issue", "tensor", "special", "float", "integer", "memory")
 CALLS = {
     "N=197 D=64": dict(tokens=197, head_dim=64),
     # Windows: so many that a block takes the heads of one in turn.

@@ -18,11 +18,10 @@ if backend.triton is None:
 
 import triton_offline as offline
 
-from benchmarks.counts import keep
+from benchmarks.counts import PIPES, keep
 
 pytestmark = pytest.mark.slow  # compiles for minutes
 
-PIPES = ("issue", "tensor", "special", "float", "integer", "memory")
 BACKWARDS = ("attention_backward_head", "attention_backward_queries", "attention_backward_keys")
 SHAPES = {
     "N=197 D=64": (dict(tokens=197, head_dim=64, prefer=["attention_forward_row"]), "attention_forward_row"),
