@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -215,20 +216,24 @@ def read_run(path: Path, name: str) -> Run:
         path: The folder.
         name: What to call it.
     """
-    run, config_file = Run(path, name), path / CONFIG_FILE
+    run = Run(path, name)
+
+    def reason(error: Exception) -> str:
+        """The message, without the folder, which the list says in another column."""
+        return str(error).replace(f"{path}{os.sep}", "")
+
     try:
-        run.values = load_config_file(config_file)
+        run.values = load_config_file(path / CONFIG_FILE)
         run.config = TrainConfig(**run.values)
     except (UsageError, TypeError) as error:
-        run.problem = (
-            f"{config_file} is no configuration of a run: {error}" if config_file.exists() else f"no {CONFIG_FILE}"
-        )
+        is_there = (path / CONFIG_FILE).exists()
+        run.problem = f"{CONFIG_FILE} is of no run: {reason(error)}" if is_there else f"no {CONFIG_FILE}"
     try:
         run.records = read_log(path / LOG_FILE)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        run.problem = run.problem or str(error)
+        run.problem = run.problem or reason(error)
     return run
 
 

@@ -91,7 +91,8 @@ def test_broken_runs_say_what_is_wrong_and_show_what_is_left(runs):
 def test_a_file_that_is_no_configuration_is_unreadable(runs, values):
     (runs / "aligned" / CONFIG_FILE).write_text(values)
     row = table(runs)["aligned"]
-    assert row["state"].startswith("unreadable: ") and CONFIG_FILE in row["state"]
+    assert row["state"].startswith(f"unreadable: {CONFIG_FILE} is of no run: ")
+    assert str(runs) not in row["state"]  # it is said in another column
 
 
 def test_configuration_values_are_shown_where_they_differ_only(runs):
