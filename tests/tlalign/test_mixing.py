@@ -625,7 +625,7 @@ def test_bad_arguments_are_named(make, options, error, match):
     [
         (IMAGES.numpy(), CLASSES, TypeError, "images: expected a tensor, got ndarray"),
         (IMAGES, [0, 1, 2, 3], TypeError, "classes: expected a tensor, got list"),
-        (IMAGES[0], CLASSES, ValueError, r"images: expected the shape \(B, C, Hi, Wi\).*\(3, 8, 8\)"),
+        (IMAGES[0], CLASSES, ValueError, r"images: expected the shape \(B, channels, Hi, Wi\).*\(3, 8, 8\)"),
         (IMAGES[:0], CLASSES[:0], ValueError, "images"),
         (IMAGES[..., :0], CLASSES, ValueError, "images"),
         (IMAGES[:1], CLASSES[:1], ValueError, "images: expected at least 2 images"),
