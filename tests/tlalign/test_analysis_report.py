@@ -362,6 +362,7 @@ def test_tables_hold_what_the_analyses_find(run):
         )
     worst = max((0, 1), key=lambda index: layers[index].distance)
     text = (run / "analysis" / "index.html").read_text()
+    assert f"by {(ratios.target - ratios.cutmix).abs().mean():.4f} on average" in text
     assert f"in block {worst + 1} (root mean square of p - 1: {layers[worst].distance:.2f})" in text
 
 
@@ -396,3 +397,29 @@ def test_maps_are_drawn_with_the_run_s_options_and_a_log_of_another_target_is_le
     assert alignment == {"layers": (-1,), "residual": False}
     assert not [row for row in rows(tmp_path / "run" / "analysis" / "training.csv") if row["what"].startswith("log")]
     assert [row for row in rows(run / "analysis" / "training.csv") if row["what"].startswith("log")]
+
+
+def test_the_averaged_weights_of_a_run_are_analysed(run):
+    weights = torch.load(run / "last.pth.tar", weights_only=False)
+    model = create_subject(digits(), load_data_sets(digits()), run / "last.pth.tar").model
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(model.get_parameter(name), weights["state_dict_ema"][name])
+    assert not torch.equal(model.get_parameter(name), weights["state_dict"][name])
+
+
+def test_checkpoints_of_a_run_are_measured_over_training(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.copy(folder / "last.pth.tar", folder / "model_best.pth.tar")
+    earlier = torch.load(folder / "last.pth.tar", weights_only=False)
+    earlier["step"] = earlier["steps_per_epoch"]
+    torch.save(earlier, folder / "earlier.pth.tar")
+    assert main(["analyze", "--checkpoint", str(folder / "last.pth.tar"), "--images=22", "--batch_size=8"]) == 0
+    trained, untrained = (float(row["rmse"]) for row in rows(folder / "analysis" / "rmse.csv"))
+    measured = [(row["epoch"], row["what"], float(row["value"])) for row in rows(folder / "analysis" / "training.csv")]
+    assert [row for row in measured if "log" not in row[1]] == [
+        ("0.0", f"{RANDOM}: rmse", untrained),
+        ("1.0", "earlier.pth.tar: rmse", pytest.approx(trained)),
+        ("2.0", "last.pth.tar: rmse", trained),
+    ]
+    assert trained != pytest.approx(untrained, rel=0.01)
