@@ -199,6 +199,24 @@ def check_head_dim(head_dim: int, name: str) -> None:
         )
 
 
+def attention_dropout(attention: nn.Module) -> float:
+    """Probability with which an attention of timm drops weights now.
+
+    Its fused way asks the mode of the attention, the other one that of the dropout, which may be set apart.
+    """
+    dropout = attention.attn_drop
+    drops = attention.training if getattr(attention, "fused_attn", False) else dropout.training
+    return getattr(dropout, "p", 0.0) if drops else 0.0
+
+
+def projected_padding(projection: nn.Module, x: Tensor) -> Tensor | None:
+    """What a projection of tokens x (..., channels) makes of zeros, (outputs) or (1, outputs); None: zeros."""
+    hooked = projection._forward_hooks or projection._forward_pre_hooks
+    if type(projection) is nn.Linear and not hooked:
+        return projection.bias
+    return projection(x.new_zeros(1, x.shape[-1]))  # it has an adapter, or is quantised
+
+
 def drop_path_factor(drop_path: nn.Module, x: Tensor) -> Tensor:
     """What timm's DropPath multiplies x (B, ...) by: 0 for the images that it drops. Draws what drop_path(x) would."""
     return drop_path(x.new_ones(len(x), *[1] * (x.dim() - 1)))
@@ -313,12 +331,14 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     """
     _check_bare(model)
     for name, module in model.named_modules():
-        if isinstance(module, LabelFollower) and ("forward" in module.__dict__ or is_parametrized(module)):
+        if isinstance(module, LabelFollower) and (_has_other(module, "forward") or is_parametrized(module)):
             raise ValueError(
                 f"{name or 'model'}: expected {_describe(module)} as it was when patched, got one with a forward or "
                 "parametrization of its own; unpatch before that"
             )
     for module in model.modules():
+        if not _has_other(module, "forward"):
+            module.__dict__.pop("forward", None)
         if isinstance(module, LabelFollower):
             module.__class__ = _own_class(module)
         for option in ("label_follows", "label_residual", "label_stochastic_depth", "label_backend", "label_method"):
@@ -417,11 +437,17 @@ def _check_source(module_class: type[nn.Module], follower: type[LabelFollower]) 
 def _check_instance(module: nn.Module, follower: type[LabelFollower], name: str) -> None:
     """Raises if a wrapper has put a method of its own before one that the follower repeats."""
     for method in ("forward", *follower.mirrors):
-        if method in module.__dict__:
+        if _has_other(module, method):
             raise NotImplementedError(
                 f"{name}.{method}: expected that of {_describe(module)}, got one that was set on the module; patch the "
                 "model before it is wrapped"
             )
+
+
+def _has_other(module: nn.Module, method: str) -> bool:
+    """Whether a method was set on a module, and is not its class's own, as wrappers leave it that were taken off."""
+    own = getattr(module.__dict__.get(method), "__func__", None) is getattr(type(module), method)
+    return method in module.__dict__ and not (own and module.__dict__[method].__self__ is module)
 
 
 def _check_bare(model: nn.Module) -> None:

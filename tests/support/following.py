@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, set_reentrant_ckpt
+from torch import nn
 
 import tlalign_kernels as tlk
 from tlalign_kernels import MixedTarget, mixed_cross_entropy
@@ -181,11 +183,49 @@ def check_stochastic_depth(model, size, compiles=False):
 
 
 def check_attention_dropout(model, images, target):
-    """Dropout of attention weights, the model's only one, acts in training alone."""
+    """Dropout of attention weights, the model's only one, acts in training alone, and wherever timm's acts."""
     logits = model(images)
     tlk.patch_model(model)
     torch.testing.assert_close(model(images, target=target)[0], logits, rtol=1e-4, atol=1e-5)
     assert (model.train()(images, target=target)[0] - logits).abs().max() > 1e-3
+    attentions = [module for module in model.modules() if hasattr(module, "attn_drop")]
+    for fused, training in itertools.product((True, False), repeat=2):
+        model.train(training)
+        for attention in attentions:
+            attention.attn_drop.train(not training)
+            if not fused and hasattr(attention, "fused_attn"):
+                attention.fused_attn = False
+        theirs, ours = model(images), model(images, target=target)[0]
+        drops = [bool((each - logits).abs().max() > 1e-3) for each in (theirs, ours)]
+        assert drops[0] == drops[1], (fused, training)
+
+
+class Adapted(nn.Module):
+    """A layer with another one beside it, as adapters of low rank are."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.adapter = base_layer, copy.deepcopy(base_layer)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + self.adapter(x)
+
+
+def check_adapters(model, images, target):
+    """Whatever acts on what projections and convolutions give, acts on padding too; logits stay those of timm."""
+    tlk.patch_model(model)
+    layers = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
+    hooks = [module.register_forward_hook(lambda *given: given[2] + 0.1) for _, module in layers]
+    torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)
+    for hook in hooks:
+        hook.remove()
+    for name, module in layers:
+        model.set_submodule(name, Adapted(module))
+    torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)
 
 
 def check_labels_under_autocast(model, images, target):

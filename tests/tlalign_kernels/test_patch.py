@@ -257,6 +257,18 @@ def test_bad_arguments_are_refused():
             tlk.patch_model(vit_tiny(), method="transmix", **options)
 
 
+@pytest.mark.parametrize("name", ["", "blocks.0.attn"])
+def test_a_wrapper_that_was_taken_off_leaves_a_model_as_it_was(images, target, name):
+    # Of accelerate's a module keeps its own forward, set on itself.
+    model = vit_tiny()
+    for change in (tlk.patch_model, tlk.patch_model, tlk.unpatch_model):
+        module = model.get_submodule(name)
+        module.forward = module.forward
+        assert "forward" not in change(model).get_submodule(name).__dict__
+    expected = model(images)
+    torch.testing.assert_close(tlk.patch_model(model)(images, target=target)[0], expected)
+
+
 # Modules of one's own
 
 

@@ -119,6 +119,10 @@ def test_attention_dropout_acts_in_training_alone():
     following.check_attention_dropout(small("pvt_v2_b0", attn_drop_rate=0.5), *following.images_and_target(SIZE))
 
 
+def test_adapters_are_followed():
+    following.check_adapters(small("pvt_v2_b0"), *following.images_and_target(SIZE))
+
+
 def test_labels_may_stay_where_an_attention_is_dropped():
     following.check_stochastic_depth(small("pvt_v2_b0", depths=(1, 1, 1, 2), drop_path_rate=0.5), SIZE)
 

@@ -465,6 +465,18 @@ def assert_same(result, ratio, expected, rtol=1e-4):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=rtol * largest)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_are_followed(name):
+    model = small(name)
+    following.check_adapters(model, *images_and_target(model))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_dropout_acts_where_timms_does(name):
+    model = small(name, attn_drop_rate=0.5)
+    following.check_attention_dropout(model, *images_and_target(model))
+
+
 def test_checkpointing_changes_nothing(run):
     following.check_checkpointing(*run[:3], blocks=4)
 

@@ -115,6 +115,10 @@ def test_attention_dropout_acts_in_training_alone():
     following.check_attention_dropout(small("twins_svt_small", attn_drop_rate=0.5), *following.images_and_target(SIZE))
 
 
+def test_adapters_are_followed():
+    following.check_adapters(small("twins_svt_small"), *following.images_and_target(SIZE))
+
+
 def test_labels_may_stay_where_an_attention_is_dropped():
     following.check_stochastic_depth(small("twins_pcpvt_small", depths=(1, 1, 1, 2), drop_path_rate=0.5), SIZE)
 

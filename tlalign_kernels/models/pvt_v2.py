@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention
 from tlalign_kernels.labels import MixedTarget, pool_share
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, check_head_dim, register, run_block
+from tlalign_kernels.patch import (
+    ImageModelFollower,
+    LabelFollower,
+    attention_dropout,
+    check_head_dim,
+    register,
+    run_block,
+)
 
 
 class AlignedAttention(LabelFollower, pvt_v2.Attention):
@@ -61,7 +68,7 @@ class AlignedAttention(LabelFollower, pvt_v2.Attention):
             share,
             residual,
             scale=self.scale,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=attention_dropout(self),
             backend=self.label_backend,
         )
         attended = attended.transpose(1, 2).reshape(batch, tokens, channels)
@@ -71,7 +78,7 @@ class AlignedAttention(LabelFollower, pvt_v2.Attention):
         """Tokens (B, Nk, channels) that keys and values are made of, and their labels (B, Nk, S)."""
         x, share = x.transpose(1, 2).unflatten(2, feat_size), share.unflatten(1, feat_size)
         if self.pool is None:
-            share = pool_share(share, self.sr.stride, partial_cells=False)
+            share = pool_share(share, stride_of(self.sr), partial_cells=False)
         else:
             x = self.pool(x)
             share = F.adaptive_avg_pool2d(share.permute(0, 3, 1, 2), self.pool.output_size).permute(0, 2, 3, 1)
@@ -120,7 +127,7 @@ class AlignedOverlapPatchEmbed(LabelFollower, pvt_v2.OverlapPatchEmbed):
         """Embeds a map (B, channels, Ht, Wt), and merges its labels (B, Ht, Wt, S) if they are given."""
         if share is None:
             return super().forward(x)
-        return super().forward(x), pool_share(share, self.proj.stride)
+        return super().forward(x), pool_share(share, stride_of(self.proj))
 
 
 class AlignedPyramidVisionTransformerStage(LabelFollower, pvt_v2.PyramidVisionTransformerStage):
@@ -183,7 +190,7 @@ class AlignedPyramidVisionTransformerV2(ImageModelFollower, pvt_v2.PyramidVision
         x = self.patch_embed(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         grid_size = tuple(x.shape[1:3])
-        share = target.token_share(grid_size, self.patch_embed.proj.stride, dtype).unflatten(1, grid_size)
+        share = target.token_share(grid_size, stride_of(self.patch_embed.proj), dtype).unflatten(1, grid_size)
         for stage in self.stages:
             x, share, *of_blocks = stage(x, share, layer_shares is not None)
             if layer_shares is not None:
@@ -213,6 +220,11 @@ def check_convolution(conv: nn.Module, name: str, overlap: bool) -> None:
             f"{name}: labels are defined for kernels that are {wanted}, got a kernel of {conv.kernel_size}, stride "
             f"{conv.stride}, padding {conv.padding}, dilation {conv.dilation}"
         )
+
+
+def stride_of(conv: nn.Module) -> tuple[int, int]:
+    """Stride of a convolution, or of the one that an adapter holds."""
+    return next(module for module in conv.modules() if isinstance(module, nn.Conv2d)).stride
 
 
 def check_average_pooling(model: nn.Module) -> None:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from tlalign_kernels.functional import window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.vit import check_image_size, check_patch_embed
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, check_head_dim, register, run_block
+from tlalign_kernels.patch import (
+    ImageModelFollower,
+    LabelFollower,
+    attention_dropout,
+    check_head_dim,
+    projected_padding,
+    register,
+    run_block,
+)
 from tlalign_kernels.windows import Windows
 
 
@@ -67,7 +75,7 @@ class WindowFollower(LabelFollower):
             bias=self._position_bias(),
             pad_qkv=self._compared(in_padding.view(by_heads)) if is_padded and in_padding is not None else None,
             scale=self._score_scale(),
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=attention_dropout(self),
             backend=self.label_backend,
         )
         return self.proj_drop(self.proj(attended.flatten(3))), share
@@ -82,7 +90,7 @@ class WindowFollower(LabelFollower):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The projection (B, Ht, Wt, 3 * H * D), and what it is in the padding (3 * H * D); None: zeros."""
-        return self.qkv(x), self.qkv.bias
+        return self.qkv(x), projected_padding(self.qkv, x)
 
     def _compared(self, qkv: Tensor) -> Tensor:
         """Of a projection (..., 3, H, D) the query, key and value that attend."""

@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention, window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
-from tlalign_kernels.models.pvt_v2 import check_average_pooling, check_convolution
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, check_head_dim, register, run_block
+from tlalign_kernels.models.pvt_v2 import check_average_pooling, check_convolution, stride_of
+from tlalign_kernels.patch import (
+    ImageModelFollower,
+    LabelFollower,
+    attention_dropout,
+    check_head_dim,
+    projected_padding,
+    register,
+    run_block,
+)
 from tlalign_kernels.windows import Windows
 
 
@@ -49,9 +57,9 @@ class AlignedLocallyGroupedAttn(LabelFollower, twins.LocallyGroupedAttn):
             None if residual is None else residual.unflatten(1, size),
             window_size=windows.window_size,
             # timm pads with zeros before the projection, which makes its bias of them.
-            pad_qkv=self.qkv.bias.view(heads) if windows.is_padded else None,
+            pad_qkv=projected_padding(self.qkv, x).view(heads) if windows.is_padded else None,
             scale=self.scale,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=attention_dropout(self),
             backend=self.label_backend,
         )
         return self.proj_drop(self.proj(attended.reshape(x.shape))), share.flatten(1, 2)
@@ -81,7 +89,7 @@ class AlignedGlobalSubSampleAttn(LabelFollower, twins.GlobalSubSampleAttn):
         query = self.q(x).unflatten(2, heads).transpose(1, 2)
         if self.sr is not None:
             x = self.norm(self.sr(x.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2))
-            share = pool_share(share.unflatten(1, size), self.sr.stride, partial_cells=False).flatten(1, 2)
+            share = pool_share(share.unflatten(1, size), stride_of(self.sr), partial_cells=False).flatten(1, 2)
         key, value = self.kv(x).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
         attended, share = attention(
             query,
@@ -90,7 +98,7 @@ class AlignedGlobalSubSampleAttn(LabelFollower, twins.GlobalSubSampleAttn):
             share,
             residual,
             scale=self.scale,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=attention_dropout(self),
             backend=self.label_backend,
         )
         attended = attended.transpose(1, 2).reshape(batch, tokens, channels)

@@ -24,6 +24,7 @@ from tlalign_kernels.labels import MixedTarget, gather_share, residual_share
 from tlalign_kernels.patch import (
     LabelFollower,
     ModelFollower,
+    attention_dropout,
     check_head_dim,
     drop_path_factor,
     follows_labels,
@@ -69,7 +70,7 @@ class AlignedAttention(LabelFollower, tl.Attention):
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
         options = dict(
             scale=self.scale,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=attention_dropout(self),
             backend=self.label_backend,
             **_mask_options(attn_mask, is_causal, x),
         )
@@ -151,7 +152,7 @@ class AlignedParallelScalingBlock(LabelFollower, vision_transformer.ParallelScal
             share,
             share if self.label_residual else None,
             scale=self.scale,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=attention_dropout(self),
             backend=self.label_backend,
             **_mask_options(attn_mask, is_causal, x),
         )
@@ -469,7 +470,7 @@ register(deit.VisionTransformerDistilled, AlignedVisionTransformerDistilled)
 
 for _module_class in (
     # containers
-    nn.Sequential, nn.ModuleList,
+    nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterDict,
     # on each token alone
     nn.Identity, nn.Linear, nn.Dropout, tl.DropPath, tl.LayerScale,
     nn.LayerNorm, nn.RMSNorm, tl.LayerNorm, tl.LayerNormFp32, tl.RmsNorm, tl.RmsNormFp32,
