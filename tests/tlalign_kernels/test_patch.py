@@ -1,6 +1,7 @@
 """Patching: what it changes, what it leaves alone, and what it refuses."""
 
 import copy
+import functools
 import io
 from functools import partial
 
@@ -157,17 +158,17 @@ def test_a_changed_forward_is_noticed(monkeypatch):
         tlk.patch_model(vit_tiny())
 
 
+def set_forward(module):
+    """As wrappers do."""
+    module.forward = functools.partial(module.forward)
+
+
 @pytest.mark.parametrize("where", ["", "blocks.1", "blocks.1.attn"])
 def test_a_forward_set_on_a_module_is_noticed(where):
     model = vit_tiny()
-    module = model.get_submodule(where)
-    module.forward = module.forward
+    set_forward(model.get_submodule(where))
     with pytest.raises(NotImplementedError, match=rf"{where or 'model'}\.forward: .* before it is wrapped"):
         tlk.patch_model(model)
-
-
-def set_forward(module):
-    module.forward = module.forward
 
 
 def parametrize_positions(model):

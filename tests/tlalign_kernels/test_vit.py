@@ -472,6 +472,11 @@ def test_attention_masks_are_passed_on(kind):
             model(images, target=target, attn_mask=allowed, is_causal=True)
 
 
+def test_attention_dropout_acts_where_timms_does():
+    model = small("vit_tiny_patch16_224", attn_drop_rate=0.5)
+    following.check_attention_dropout(model, *images_and_target(model))
+
+
 @pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_attn_norm": True}, {"attn_drop_rate": 0.2}])
 def test_options_of_the_attention_are_followed(options):
     model = small("vit_tiny_patch16_224", **options).double()
