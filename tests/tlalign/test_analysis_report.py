@@ -407,7 +407,7 @@ def test_the_averaged_weights_of_a_run_are_analysed(run):
     assert not torch.equal(model.get_parameter(name), weights["state_dict"][name])
 
 
-def test_checkpoints_of_a_run_are_measured_over_training(run, tmp_path):
+def test_checkpoints_of_a_run_are_measured_over_training(run, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     shutil.copy(folder / "last.pth.tar", folder / "model_best.pth.tar")
@@ -423,3 +423,6 @@ def test_checkpoints_of_a_run_are_measured_over_training(run, tmp_path):
         ("2.0", "last.pth.tar: rmse", trained),
     ]
     assert trained != pytest.approx(untrained, rel=0.01)
+    (folder / "log.csv").write_text("no log\n")
+    assert main(["analyze", "--checkpoint", str(folder / "last.pth.tar"), "--images=4"]) == 2
+    assert "checkpoint: cannot read the log beside it: expected the columns" in capsys.readouterr().err
