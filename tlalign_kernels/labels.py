@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -146,15 +146,11 @@ class MixedTarget:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedTarget:
         """Returns the target with its tensors on `device`; dtypes stay."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-
-        layers = None if self.layer_shares is None else tuple(move(share) for share in self.layer_shares)
-        return MixedTarget(
-            move(self.classes), move(self.ratio), move(self.boxes), move(self.masks), move(self.token_labels),
-            self.image_size, layers,
-        )  # fmt: skip
+    def pin_memory(self) -> MixedTarget:
+        """Returns the target with its tensors in page-locked memory; a DataLoader with `pin_memory=True` calls it."""
+        return self._moved(Tensor.pin_memory)
 
     def validate(self, num_classes: int | None = None) -> MixedTarget:
         """Checks the values, which synchronises with an accelerator; CPU tensors were checked when the target was made.
@@ -305,6 +301,11 @@ class MixedTarget:
         if self.classes is None:
             return MixedTarget(token_labels=share[:, :, None, None], layer_shares=layers)
         return MixedTarget(classes=self.classes, ratio=share, layer_shares=layers)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> MixedTarget:
+        tensors = (self.classes, self.ratio, self.boxes, self.masks, self.token_labels)
+        layers = None if self.layer_shares is None else tuple(map(move, self.layer_shares))
+        return MixedTarget(*(None if t is None else move(t) for t in tensors), self.image_size, layers)
 
     def _checked(self) -> MixedTarget:
         for name in ("boxes", "masks", "ratio"):

@@ -155,6 +155,19 @@ def test_moving_keeps_dtypes():
     assert (target.ratio.device.type, target.ratio.dtype) == ("meta", torch.float32)
 
 
+def test_loaders_pin_all_tensors(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    classes, masks = torch.tensor([[3, 7]]), torch.rand(1, 1, 8, 8)
+    target = MixedTarget.from_masks(classes, masks)
+    pinned = target.with_share(target.ratio, [masks]).pin_memory()
+    assert pinned.classes.tolist() == [[4, 8]] and torch.equal(pinned.ratio, target.ratio + 1)
+    assert torch.equal(pinned.layer_shares[0], masks + 1)
+    assert torch.equal(target.pin_memory().masks, masks + 1) and target.pin_memory().image_size == (8, 8)
+    assert torch.equal(
+        MixedTarget.from_dense(torch.ones(1, 1, 2, 2)).pin_memory().token_labels, torch.full((1, 1, 2, 2), 2.0)
+    )
+
+
 def pair(**changes):
     arguments = {"classes": torch.tensor([[0, 1], [2, 3]]), **changes}
     return arguments
