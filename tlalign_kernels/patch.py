@@ -98,6 +98,27 @@ class ModelFollower(LabelFollower):
         """The blocks that `layers` of `patch_model` counts, in the order of the forward."""
         raise NotImplementedError
 
+    def align(
+        self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+        """Logits (B, C) of images, and the label (B, S) that arrives at the head; that after each block is appended.
+
+        Of several heads both are tuples.
+        """
+        raise NotImplementedError
+
+    def align_target(
+        self, images: Tensor, target: MixedTarget, collect_layers: bool, *options: object
+    ) -> tuple[Tensor, MixedTarget]:
+        """What `forward` returns with a target, see `ImageModelFollower`; `options` are further ones of `align`."""
+        self.check_target(images, target)
+        layer_shares = [] if collect_layers else None
+        logits, share = self.align(images, target, layer_shares, *options)
+        # Reentrant checkpointing marks all outputs as differentiable; labels are not.
+        if isinstance(share, tuple):
+            return logits, tuple(target.with_share(part.detach(), layer_shares) for part in share)
+        return logits, target.with_share(share.detach(), layer_shares)
+
     def check_target(self, images: Tensor, target: MixedTarget) -> None:
         """Raises TypeError or ValueError unless `target` belongs to `images` (B, channels, Hi, Wi)."""
         if not isinstance(target, MixedTarget):
@@ -141,15 +162,7 @@ class ImageModelFollower(ModelFollower):
             if collect_layers:
                 raise ValueError("collect_layers: expected False without a target, got True")
             return super().forward(x)
-        self.check_target(x, target)
-        layer_shares = [] if collect_layers else None
-        logits, share = self.align(x, target, layer_shares)
-        # Reentrant checkpointing marks all outputs as differentiable; labels are not.
-        return logits, target.with_share(share.detach(), layer_shares)
-
-    def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) of images, and the label (B, S) that arrives at the head; that after each block is appended."""
-        raise NotImplementedError
+        return self.align_target(x, target, collect_layers)
 
 
 def follows_labels(block: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from following import assert_same, gradients, randomised, step
+from following import small_plain as small
 from timm.models import checkpoint
 
 import tlalign_kernels as tlk
@@ -50,18 +51,6 @@ def is_vit(name):
         "timm.models.deit",
         "timm.models.vitamin",
     }
-
-
-def small(name, **options):
-    """A timm model of few, small blocks and 3 x 2 patches, with weights large enough that attention is not flat."""
-    with torch.device("meta"):
-        model = timm.create_model(name, depth=1)
-    stride = model.patch_embed.feat_ratio(as_scalar=False)
-    if not isinstance(model.patch_embed.proj, torch.nn.Identity):  # else the stem's width is the model's
-        options = {"embed_dim": 96, "num_heads": 4, **options}
-    image_size = (3 * stride[0], 2 * stride[1])
-    model = timm.create_model(name, **{"depth": 2, "img_size": image_size, "num_classes": 10, **options})
-    return randomised(model).eval()
 
 
 def images_and_target(model, batch=3):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
-from tlalign_kernels.models.vit import check_image_size, check_patch_embed
+from tlalign_kernels.models.plain import check_image_size, check_patch_embed
 from tlalign_kernels.patch import (
     ImageModelFollower,
     LabelFollower,

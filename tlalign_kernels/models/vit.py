@@ -10,27 +10,16 @@ from typing import ClassVar
 
 import timm.layers as tl
 import torch
-import torch.nn.functional as F
 from timm.layers import activations as timm_activations
 from timm.layers.attention_pool import AttentionPoolLatent
-from timm.layers.hybrid_embed import HybridEmbed
 from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models import deit, vision_transformer, vitamin
 from torch import Tensor, nn
 
-from tlalign_kernels import ops
 from tlalign_kernels.functional import attention, attention_qkv
-from tlalign_kernels.labels import MixedTarget, gather_share, residual_share
-from tlalign_kernels.patch import (
-    LabelFollower,
-    ModelFollower,
-    attention_dropout,
-    check_head_dim,
-    drop_path_factor,
-    follows_labels,
-    register,
-    run_block,
-)
+from tlalign_kernels.labels import gather_share, residual_share
+from tlalign_kernels.models.plain import MaskedPlainFollower, mask_options
+from tlalign_kernels.patch import LabelFollower, attention_dropout, check_head_dim, drop_path_factor, register
 
 
 class AlignedAttention(LabelFollower, tl.Attention):
@@ -72,13 +61,14 @@ class AlignedAttention(LabelFollower, tl.Attention):
             scale=self.scale,
             dropout_p=attention_dropout(self),
             backend=self.label_backend,
-            **_mask_options(attn_mask, is_causal, x),
+            **mask_options(attn_mask, is_causal, x),
         )
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
             attended, share = attention_qkv(qkv, share, residual, **options)
         else:
-            query, key, value = ops.unpack_qkv(qkv)
-            attended, share = attention(self.q_norm(query), self.k_norm(key), value, share, residual, **options)
+            query, key, value = qkv.unbind(2)
+            views = (part.transpose(1, 2) for part in (self.q_norm(query), self.k_norm(key), value))
+            attended, share = attention(*views, share, residual, **options)
             attended = attended.transpose(1, 2)
         x = self.norm(attended.reshape(batch, tokens, self.attn_dim))
         if gate is not None:
@@ -154,7 +144,7 @@ class AlignedParallelScalingBlock(LabelFollower, vision_transformer.ParallelScal
             scale=self.scale,
             dropout_p=attention_dropout(self),
             backend=self.label_backend,
-            **_mask_options(attn_mask, is_causal, x),
+            **mask_options(attn_mask, is_causal, x),
         )
         attended = attended.transpose(1, 2).reshape(batch, tokens, channels)
         x_mlp = self.mlp_drop(self.mlp_act(x_mlp))
@@ -226,7 +216,7 @@ class AlignedAttentionPoolLatent(LabelFollower, AttentionPoolLatent):
             share,
             scale=self.scale,
             backend=self.label_backend,
-            **_mask_options(attn_mask, False, x),
+            **mask_options(attn_mask, False, x),
         )
         x = self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, self.latent_len, channels)))
         if self.mlp is not None:
@@ -247,9 +237,10 @@ class AlignedPatchDropout(LabelFollower, tl.PatchDropout):
         return x, share if kept is None else gather_share(share, kept, self.num_prefix_tokens)
 
 
-class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransformer):
+class AlignedVisionTransformer(MaskedPlainFollower, vision_transformer.VisionTransformer):
     """timm's `VisionTransformer` that returns the aligned target beside the logits when it is given a target."""
 
+    label_poolings = ("token", "avg", "map")
     mirrors: ClassVar[dict[str, str]] = {
         "forward": "baf4cb09a321c472",
         "forward_features": "00c84be8897149e5",
@@ -257,119 +248,17 @@ class AlignedVisionTransformer(ModelFollower, vision_transformer.VisionTransform
         "pool": "9262402a3193eba1",
         "_pos_embed": "7a2e167abcde1626",
     }
-    untouched = ("patch_embed", "head")
 
-    @classmethod
-    def label_blocks(cls, model: nn.Module) -> list[nn.Module]:
-        """The transformer blocks."""
-        return list(model.blocks)
-
-    @classmethod
-    def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError for stems that attend and for poolings without a label."""
-        check_patch_embed(module.patch_embed, (tl.PatchEmbed, HybridEmbed))
-        _check_pooling(module)
-
-    @classmethod
-    def check_transmix(cls, model: nn.Module) -> None:
-        """Raises NotImplementedError unless the logits are those of a class token."""
-        if model.global_pool != "token" or model.cls_token is None:
-            raise NotImplementedError(
-                f"method: TransMix needs logits of a class token, got global_pool {model.global_pool!r} "
-                f"{'without' if model.cls_token is None else 'beside'} a class token"
-            )
-
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        target: MixedTarget | None = None,
-        collect_layers: bool = False,
-    ) -> Tensor | tuple[Tensor, MixedTarget]:
-        """Classifies images and aligns their target.
-
-        Args:
-            x: Images, (B, channels, Hi, Wi).
-            attn_mask: As for `AlignedAttention`, N counting prefix tokens.
-            is_causal: As for `AlignedAttention`.
-            target: What the images are mixed of; None runs timm's own forward.
-            collect_layers: Keep the share after each block in `aligned.layer_shares`.
-
-        Returns:
-            Logits (B, C), with a target also the aligned target; in distilled training a pair of each.
-
-        Raises:
-            TypeError: If `target` is no MixedTarget, or is not given by its name.
-            ValueError: If `target` does not belong to the images, patches do not fit them, `collect_layers` is set
-                without a target, or TransMix's last block was taken out (timm's `prune_intermediate_layers`).
-            NotImplementedError: If the model was changed since it was patched to what its labels can't follow.
-        """
-        if isinstance(attn_mask, MixedTarget):
-            raise TypeError("attn_mask: expected a tensor, got a MixedTarget; give it by its name, target=...")
-        if target is None:
-            if collect_layers:
-                raise ValueError("collect_layers: expected False without a target, got True")
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        self.check_target(x, target)
-        if self.label_method == "transmix":
-            self.check_transmix(self)
-            if not follows_labels(self.blocks[-1]):
-                raise ValueError("model: the last of its blocks is another than when it was patched; patch it again")
-        image_size = tuple(x.shape[-2:])
-        check_image_size(self.patch_embed, image_size)
-        x = self.patch_embed(x)
-        share = self._first_share(x, target, image_size)
+    def _embed(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, list[tuple]]:
         x = self._pos_embed(x)
         if not isinstance(self.patch_drop, nn.Identity):
             x, share = self.patch_drop(x, share)
-        x = self.norm_pre(x)
-        layer_shares = [] if collect_layers else None
-        for block in self.blocks:
-            before, marks = share, self.label_method == "transmix" and follows_labels(block)
-            if marks:
-                share = _mark_patches(share, self.num_prefix_tokens)
-            x, share = run_block(block, x, attn_mask, is_causal, share=share, checkpoints=self.grad_checkpointing)
-            if marks:
-                of_patches = share[..., -1:]
-                share = torch.where(of_patches > 0, share[..., :-1] / of_patches, before)
-            if collect_layers:
-                layer_shares.append(share.detach())
-        logits, share = self._aligned_head(self.norm(x), share)
-        # Reentrant checkpointing marks all outputs as differentiable; labels are not.
-        if isinstance(share, tuple):
-            return logits, tuple(target.with_share(part.detach(), layer_shares) for part in share)
-        return logits, target.with_share(share.detach(), layer_shares)
-
-    def _first_share(self, x: Tensor, target: MixedTarget, image_size: tuple[int, int]) -> Tensor:
-        """Share (B, N, S) of prefix tokens and patches, before any block. x: the embedded patches."""
-        grid_size = tuple(x.shape[1:3]) if x.dim() == 4 else self.patch_embed.dynamic_feat_size(image_size)
-        if x.dim() == 3 and x.shape[1] != grid_size[0] * grid_size[1]:
-            raise NotImplementedError(
-                f"patch_embed: expected {grid_size[0]} x {grid_size[1]} patches of an image of {image_size} pixels, "
-                f"got {x.shape[1]}"
-            )
-        step = self.patch_embed.feat_ratio(as_scalar=False)
-        # Of a stem that pads, timm's step is too small where it was made for a size that it doesn't divide.
-        if any(
-            tokens not in (size // pixels, -(-size // pixels))
-            for tokens, size, pixels in zip(grid_size, image_size, step, strict=True)
-        ):
-            raise NotImplementedError(
-                f"patch_embed: expected tokens {step} pixels apart in an image of {image_size} pixels, got {grid_size} "
-                "of them; make the model for an image size that its stem divides"
-            )
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        patches = target.token_share(grid_size, step, dtype)
-        prefix = target.image_share(dtype)[:, None, :].expand(-1, self.num_prefix_tokens, -1)
-        return torch.cat((prefix, patches), dim=1)
+        return self.norm_pre(x), share, [()] * len(self.blocks)
 
     def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and the share (B, S) of the tokens that they are computed from."""
-        _check_pooling(self)
         if self.global_pool == "token":
-            return self.forward_head(x), share[:, 0]
+            return super()._aligned_head(x, share)
+        self.check_pooling(self)
         pooled = slice(0 if self.pool_include_prefix else self.num_prefix_tokens, None)
         if self.global_pool == "avg":
             return self.forward_head(x), share[:, pooled].mean(dim=1)
@@ -394,68 +283,12 @@ class AlignedVisionTransformerDistilled(AlignedVisionTransformer, deit.VisionTra
         return logits, share[:, :2].mean(dim=1)
 
 
-def _mark_patches(share: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Shares (B, N, S) with a last column of ones, and zeros for prefix tokens, in all columns.
-
-    Attention takes the last column to the part of it that goes to patches, by which the others are then divided.
-    """
-    patches = F.pad(share[:, num_prefix_tokens:], (0, 1), value=1.0)
-    return F.pad(patches, (0, 0, num_prefix_tokens, 0))
-
-
 def _share_of_kept(share: Tensor, mixed: list[Tensor], kept: list[Tensor], residual: bool) -> Tensor:
     """The mean (B, N, S) over branches that are kept (B, 1, 1), with the residual if asked for or if none is kept."""
     kept = torch.stack(kept)
     passes_by = kept.sum(dim=0) == 0 if not residual else kept.new_ones(())
     total = share * passes_by + (torch.stack(mixed) * kept).sum(dim=0)
     return total / (kept.sum(dim=0) + passes_by)
-
-
-def _mask_options(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> dict[str, Tensor]:
-    """Translates timm's mask arguments to those of the operator."""
-    if is_causal:
-        if attn_mask is not None:
-            raise ValueError("attn_mask: expected None with is_causal=True, got a tensor")
-        tokens = x.shape[1]
-        return {"mask": torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()}
-    if attn_mask is None:
-        return {}
-    # A floating mask may be learned; as a bias it has a gradient.
-    return {"mask": attn_mask} if attn_mask.dtype == torch.bool else {"bias": attn_mask}
-
-
-def check_patch_embed(patch_embed: nn.Module, classes: tuple[type[nn.Module], ...]) -> None:
-    """Raises NotImplementedError for stems of other classes, and for those that attend.
-
-    They may convolve, since a token stands for its stride; one that attends has labels of its own.
-    """
-    if type(patch_embed) not in classes:
-        raise NotImplementedError(f"patch_embed: can't follow labels through {type(patch_embed).__name__}")
-    for name, module in patch_embed.named_modules():
-        if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower():
-            raise NotImplementedError(f"patch_embed.{name}: can't follow labels through {type(module).__name__}")
-
-
-def check_image_size(patch_embed: nn.Module, image_size: tuple[int, int]) -> None:
-    """Raises ValueError where timm's classes `PatchEmbed` assert, of which that of Swin v2-CR crops what is over."""
-    if isinstance(patch_embed, HybridEmbed) or patch_embed.img_size is None:
-        return
-    if patch_embed.strict_img_size:
-        if image_size != tuple(patch_embed.img_size):
-            raise ValueError(f"images: expected {tuple(patch_embed.img_size)} pixels, got {image_size}")
-    elif (
-        isinstance(patch_embed, tl.PatchEmbed)
-        and not patch_embed.dynamic_img_pad
-        and any(size % patch for size, patch in zip(image_size, patch_embed.patch_size, strict=True))
-    ):
-        raise ValueError(f"images: expected multiples of the patches of {patch_embed.patch_size}, got {image_size}")
-
-
-def _check_pooling(model: nn.Module) -> None:
-    if model.global_pool not in ("token", "avg", "map"):
-        raise NotImplementedError(
-            f"global_pool: labels are defined for 'token', 'avg' and 'map' pooling, got {model.global_pool!r}"
-        )
 
 
 register(tl.Attention, AlignedAttention)

@@ -1,0 +1,215 @@
+"""What plain transformers share: prefix tokens and patches are one sequence, of one length in all blocks."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import timm.layers as tl
+import torch
+import torch.nn.functional as F
+from timm.layers.hybrid_embed import HybridEmbed
+from torch import Tensor, nn
+
+from tlalign_kernels.labels import MixedTarget
+from tlalign_kernels.patch import ModelFollower, follows_labels, run_block
+
+
+class PlainFollower(ModelFollower):
+    """Base of the followers of plain transformers.
+
+    Attributes:
+        label_poolings: Values of `global_pool` for which labels are defined.
+    """
+
+    label_poolings: ClassVar[tuple[str, ...]] = ("token", "avg")
+    untouched = ("patch_embed", "head")
+
+    @classmethod
+    def label_blocks(cls, model: nn.Module) -> list[nn.Module]:
+        """The transformer blocks."""
+        return list(model.blocks)
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError for stems that attend and for poolings without a label."""
+        check_patch_embed(module.patch_embed, (tl.PatchEmbed, HybridEmbed))
+        cls.check_pooling(module)
+
+    @classmethod
+    def check_pooling(cls, model: nn.Module) -> None:
+        """Raises NotImplementedError for poolings without a label."""
+        if model.global_pool not in cls.label_poolings:
+            *others, last = map(repr, cls.label_poolings)
+            raise NotImplementedError(
+                f"global_pool: labels are defined for {', '.join(others)} and {last} pooling, got {model.global_pool!r}"
+            )
+
+    @classmethod
+    def check_transmix(cls, model: nn.Module) -> None:
+        """Raises NotImplementedError unless the logits are those of a class token."""
+        if model.global_pool != "token" or model.cls_token is None:
+            raise NotImplementedError(
+                f"method: TransMix needs logits of a class token, got global_pool {model.global_pool!r} "
+                f"{'without' if model.cls_token is None else 'beside'} a class token"
+            )
+
+    def align(
+        self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None, *masks: object
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) of images, and the label (B, S) that arrives at the head; that after each block is appended.
+
+        Args:
+            x: Images, (B, channels, Hi, Wi).
+            target: What the images are mixed of.
+            layer_shares: Where to append the share after each block, or None.
+            masks: The last arguments of the blocks, before their share.
+
+        Raises:
+            ValueError: If patches do not fit the images, or TransMix's last block was taken out (timm's
+                `prune_intermediate_layers`).
+            NotImplementedError: If the model was changed since it was patched to what its labels can't follow.
+        """
+        if self.label_method == "transmix":
+            self.check_transmix(self)
+            if not follows_labels(self.blocks[-1]):
+                raise ValueError("model: the last of its blocks is another than when it was patched; patch it again")
+        image_size = tuple(x.shape[-2:])
+        check_image_size(self.patch_embed, image_size)
+        x = self.patch_embed(x)
+        x, share, positions = self._embed(x, self._first_share(x, target, image_size))
+        for block, position in zip(self.blocks, positions, strict=True):
+            before, marks = share, self.label_method == "transmix" and follows_labels(block)
+            if marks:
+                share = _mark_patches(share, self.num_prefix_tokens)
+            x, share = run_block(block, x, *position, *masks, share=share, checkpoints=self.grad_checkpointing)
+            if marks:
+                of_patches = share[..., -1:]
+                share = torch.where(of_patches > 0, share[..., :-1] / of_patches, before)
+            if layer_shares is not None:
+                layer_shares.append(share.detach())
+        return self._aligned_head(self.norm(x), share)
+
+    def _embed(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, list[tuple]]:
+        """What enters the blocks: tokens (B, N, channels), labels, and of each block what it is told of positions.
+
+        x: the embedded patches; share (B, N, S): with prefix tokens, and of all patches.
+        """
+        raise NotImplementedError
+
+    def _first_share(self, x: Tensor, target: MixedTarget, image_size: tuple[int, int]) -> Tensor:
+        """Share (B, N, S) of prefix tokens and patches, before any block. x: the embedded patches."""
+        grid_size = tuple(x.shape[1:3]) if x.dim() == 4 else self.patch_embed.dynamic_feat_size(image_size)
+        if x.dim() == 3 and x.shape[1] != grid_size[0] * grid_size[1]:
+            raise NotImplementedError(
+                f"patch_embed: expected {grid_size[0]} x {grid_size[1]} patches of an image of {image_size} pixels, "
+                f"got {x.shape[1]}"
+            )
+        step = self.patch_embed.feat_ratio(as_scalar=False)
+        # Of a stem that pads, timm's step is too small where it was made for a size that it doesn't divide.
+        if any(
+            tokens not in (size // pixels, -(-size // pixels))
+            for tokens, size, pixels in zip(grid_size, image_size, step, strict=True)
+        ):
+            raise NotImplementedError(
+                f"patch_embed: expected tokens {step} pixels apart in an image of {image_size} pixels, got {grid_size} "
+                "of them; make the model for an image size that its stem divides"
+            )
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        patches = target.token_share(grid_size, step, dtype)
+        prefix = target.image_share(dtype)[:, None, :].expand(-1, self.num_prefix_tokens, -1)
+        return torch.cat((prefix, patches), dim=1)
+
+    def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) and the share (B, S) of the tokens that they are computed from."""
+        self.check_pooling(self)
+        pooled = share[:, 0] if self.global_pool == "token" else share[:, self.num_prefix_tokens :].mean(dim=1)
+        return self.forward_head(x), pooled
+
+
+class MaskedPlainFollower(PlainFollower):
+    """Base of the followers of plain transformers that take attention masks."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        target: MixedTarget | None = None,
+        collect_layers: bool = False,
+    ) -> Tensor | tuple[Tensor, MixedTarget]:
+        """Classifies images and aligns their target.
+
+        Args:
+            x: Images, (B, channels, Hi, Wi).
+            attn_mask: bool (True: may be seen) or floating (added to the scores), broadcastable to (B, H, N, N), N
+                counting prefix tokens.
+            is_causal: Token i sees tokens 0 to i; excludes `attn_mask`.
+            target: What the images are mixed of; None runs timm's own forward.
+            collect_layers: Keep the share after each block in `aligned.layer_shares`.
+
+        Returns:
+            Logits (B, C), with a target also the aligned target; in distilled training a pair of each.
+
+        Raises:
+            TypeError: If `target` is no MixedTarget, or is not given by its name.
+            ValueError: If `target` does not belong to the images, patches do not fit them, `collect_layers` is set
+                without a target, or TransMix's last block was taken out (timm's `prune_intermediate_layers`).
+            NotImplementedError: If the model was changed since it was patched to what its labels can't follow.
+        """
+        if isinstance(attn_mask, MixedTarget):
+            raise TypeError("attn_mask: expected a tensor, got a MixedTarget; give it by its name, target=...")
+        if target is None:
+            if collect_layers:
+                raise ValueError("collect_layers: expected False without a target, got True")
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.align_target(x, target, collect_layers, attn_mask, is_causal)
+
+
+def _mark_patches(share: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Shares (B, N, S) with a last column of ones, and zeros for prefix tokens, in all columns.
+
+    Attention takes the last column to the part of it that goes to patches, by which the others are then divided.
+    """
+    patches = F.pad(share[:, num_prefix_tokens:], (0, 1), value=1.0)
+    return F.pad(patches, (0, 0, num_prefix_tokens, 0))
+
+
+def mask_options(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> dict[str, Tensor]:
+    """Translates timm's mask arguments to those of the operator."""
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError("attn_mask: expected None with is_causal=True, got a tensor")
+        tokens = x.shape[1]
+        return {"mask": torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()}
+    if attn_mask is None:
+        return {}
+    # A floating mask may be learned; as a bias it has a gradient.
+    return {"mask": attn_mask} if attn_mask.dtype == torch.bool else {"bias": attn_mask}
+
+
+def check_patch_embed(patch_embed: nn.Module, classes: tuple[type[nn.Module], ...]) -> None:
+    """Raises NotImplementedError for stems of other classes, and for those that attend.
+
+    They may convolve, since a token stands for its stride; one that attends has labels of its own.
+    """
+    if type(patch_embed) not in classes:
+        raise NotImplementedError(f"patch_embed: can't follow labels through {type(patch_embed).__name__}")
+    for name, module in patch_embed.named_modules():
+        if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower():
+            raise NotImplementedError(f"patch_embed.{name}: can't follow labels through {type(module).__name__}")
+
+
+def check_image_size(patch_embed: nn.Module, image_size: tuple[int, int]) -> None:
+    """Raises ValueError where timm's classes `PatchEmbed` assert, of which that of Swin v2-CR crops what is over."""
+    if isinstance(patch_embed, HybridEmbed) or patch_embed.img_size is None:
+        return
+    if patch_embed.strict_img_size:
+        if image_size != tuple(patch_embed.img_size):
+            raise ValueError(f"images: expected {tuple(patch_embed.img_size)} pixels, got {image_size}")
+    elif (
+        isinstance(patch_embed, tl.PatchEmbed)
+        and not patch_embed.dynamic_img_pad
+        and any(size % patch for size, patch in zip(image_size, patch_embed.patch_size, strict=True))
+    ):
+        raise ValueError(f"images: expected multiples of the patches of {patch_embed.patch_size}, got {image_size}")
