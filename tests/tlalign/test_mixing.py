@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from tlalign.mixing import (
     AttentiveCutMix,
@@ -564,6 +565,28 @@ def test_seed_step_and_rank_each_decide_the_draws():
         ratio(2, strategy=strategy) == ratio(2, 0, 0, strategy=strategy) == MixUp(seed=2)(*batch)[1].ratio[0, 0].item()
     )
     assert stats.kstest([ratio(0, step, strategy=MixUp(alpha=1.0)) for step in range(500)], "uniform").pvalue > ACCEPT
+
+
+def mixed_ratio(strategy, keys, samples):
+    """What one of a loader's workers makes of a batch of class ids: the ratio that it draws."""
+    if keys is not None:
+        strategy.reseed(*keys)
+    return strategy(torch.zeros(len(samples), 3, 4, 4), torch.tensor(samples))[1].ratio[0, 0].item()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_each_worker_of_a_loader_draws_what_it_is_seeded_with(persistent):
+    def two_epochs(seed=0, loader_seed=0, keys=None):
+        torch.manual_seed(loader_seed)
+        collate = functools.partial(mixed_ratio, MixUp(alpha=1.0, seed=seed), keys)
+        loader = DataLoader(range(8), 2, num_workers=2, collate_fn=collate, persistent_workers=persistent)
+        return [ratio for _ in range(2) for ratio in loader]
+
+    ratios = two_epochs()
+    assert len(set(ratios)) == 8
+    assert two_epochs() == ratios
+    assert not set(ratios) & set(two_epochs(seed=1)) | set(ratios) & set(two_epochs(loader_seed=1))
+    assert set(two_epochs(keys=(3, 5))) == {mixed_ratio(MixUp(alpha=1.0), (3, 5), [0, 1])}
 
 
 def test_draws_differ_from_those_of_a_plain_generator_of_the_same_key():

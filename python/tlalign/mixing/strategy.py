@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from tlalign_kernels.labels import MixedTarget
 
@@ -46,7 +47,8 @@ class MixingStrategy(ABC):
         """Starts the generator anew; what follows depends on these three numbers only.
 
         Called with the step and the rank before each batch, it makes a resumed run repeat without any saved state and
-        gives each rank draws of its own.
+        gives each rank draws of its own. Where it is not called in a worker of a DataLoader, what the worker draws
+        depends on its own seed, which is torch's, as well.
 
         Args:
             seed: Seed of the run, >= 0.
@@ -59,8 +61,12 @@ class MixingStrategy(ABC):
             if value < 0:
                 raise ValueError(f"{name}: expected at least 0, got {value}")
         # A spawn key, not more entropy: numpy pads entropy with zeros, so that seeds [1] and [1, 0] would be the same.
-        sequence = np.random.SeedSequence(int(seed), spawn_key=(_STREAM, int(step), int(rank)))
+        self._start(int(seed), int(step), int(rank))
+
+    def _start(self, seed: int, *key: int) -> None:
+        sequence = np.random.SeedSequence(seed, spawn_key=(_STREAM, *key))
         self.generator = np.random.Generator(np.random.PCG64(sequence))
+        self._worker_seed = _worker_seed()
 
     def __call__(self, images: Tensor, classes: Tensor) -> tuple[Tensor, MixedTarget]:
         """Mixes each image with its mirror image in the batch.
@@ -77,6 +83,10 @@ class MixingStrategy(ABC):
             ratio (B, 1), the part of the partner in each mixed image.
         """
         check_batch(images, classes, type(self).__name__ if self.averages_pixels else None)
+        worker_seed = _worker_seed()
+        if worker_seed is not None and worker_seed != self._worker_seed:
+            # Each worker of a loader has a copy, and gets a new one in each epoch: they would all draw the same.
+            self._start(worker_seed, int(self.generator.integers(2**63)))
         own = np.arange(len(images))
         partner = own[::-1]
         draw_index = {"batch": np.zeros_like(own), "pair": np.minimum(own, partner), "elem": own}[self.mode]
@@ -160,6 +170,12 @@ class MixingStrategy(ABC):
         Returns:
             As `__call__`.
         """
+
+
+def _worker_seed() -> int | None:
+    """What torch has seeded this worker of a loader with, in this epoch; None in other processes."""
+    worker = get_worker_info()
+    return None if worker is None else worker.seed
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
