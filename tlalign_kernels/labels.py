@@ -266,7 +266,7 @@ class MixedTarget:
             ValueError: If, on the CPU, a class id is out of range, or `smoothing` outside [0, 1].
         """
         check_smoothing(smoothing)
-        if self.device.type == "cpu":
+        if values_are_free(self.device):
             self.validate(num_classes)
         if self.classes is None:
             dense = self.image_share(self._dtype)
@@ -312,7 +312,7 @@ class MixedTarget:
             tensor = getattr(self, name)
             if tensor is not None and tensor.device != self.device:
                 raise ValueError(f"{name}: expected on the device of classes ({self.device}), got {tensor.device}")
-        if self.device.type == "cpu":
+        if values_are_free(self.device):
             self.validate()
         if self.classes is not None:
             self.ratio = self.image_share(self._dtype)
@@ -410,6 +410,11 @@ def gather_share(share: Tensor, indices: Tensor, num_prefix_tokens: int = 0) -> 
     prefix, rest = share[:, :num_prefix_tokens], share[:, num_prefix_tokens:]
     kept = rest.gather(1, indices[:, :, None].expand(-1, -1, share.shape[2]))
     return torch.cat((prefix, kept), dim=1)
+
+
+def values_are_free(device: torch.device) -> bool:
+    """Whether values may be looked at: on an accelerator that waits for it, and in a captured graph there are none."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_number(name: str, value: float) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlalign_kernels.labels import MixedTarget, check_smoothing
+from tlalign_kernels.labels import MixedTarget, check_smoothing, values_are_free
 
 
 def mixed_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: float = 0.0) -> Tensor:
@@ -134,8 +134,7 @@ def _check(logits: Tensor, target: MixedTarget, smoothing: float) -> None:
         raise ValueError(f"target: expected on the device of logits ({logits.device}), got {target.device}")
     if target.classes is None and target.token_labels.shape[1] != logits.shape[1]:
         raise ValueError(f"logits: expected {target.token_labels.shape[1]} classes, got {logits.shape[1]}")
-    # Reading class ids synchronises an accelerator and breaks a graph; on the CPU it is free.
-    if target.classes is not None and target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if target.classes is not None and values_are_free(target.device):
         highest = int(target.classes.max()) if target.classes.numel() else 0
         if highest >= logits.shape[1]:
             raise ValueError(f"target.classes: expected ids below {logits.shape[1]}, got {highest}")
