@@ -7,6 +7,7 @@ subclass runs timm's own forward.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import operator
@@ -112,6 +113,13 @@ class ModelFollower(LabelFollower):
     ) -> tuple[Tensor, MixedTarget]:
         """What `forward` returns with a target, see `ImageModelFollower`; `options` are further ones of `align`."""
         self.check_target(images, target)
+        if not torch.compiler.is_compiling():
+            for method in self.mirrors:  # a forward that wraps the model's has called this one
+                if method != "forward" and _has_other(self, method):
+                    raise NotImplementedError(
+                        f"{method}: expected that of {_describe(self)}, got one that was set on the model since it was "
+                        "patched, which is not run with a target"
+                    )
         layer_shares = [] if collect_layers else None
         logits, share = self.align(images, target, layer_shares, *options)
         # Reentrant checkpointing marks all outputs as differentiable; labels are not.
@@ -140,7 +148,7 @@ class ImageModelFollower(ModelFollower):
     """Base of the followers of models whose forward takes images and nothing else."""
 
     def forward(
-        self, x: Tensor, *, target: MixedTarget | None = None, collect_layers: bool = False
+        self, x: Tensor, target: MixedTarget | None = None, collect_layers: bool = False
     ) -> Tensor | tuple[Tensor, MixedTarget]:
         """Classifies images and aligns their target.
 
@@ -165,19 +173,19 @@ class ImageModelFollower(ModelFollower):
         return self.align_target(x, target, collect_layers)
 
 
-def follows_labels(block: nn.Module) -> bool:
-    """Whether a block of a patched model takes labels, or `layers` leaves it out.
+def follows_labels(module: nn.Module) -> bool:
+    """Whether a module of a patched model takes labels, or is a block that `layers` leaves out.
 
     It is asked for its attribute, which wrappers hand on, since the class of a block that is compiled, checkpointed or
     sharded alone is the wrapper's.
 
     Raises:
-        TypeError: If it is neither, as a block is that came into the model later.
+        TypeError: If it is neither, as a module is that came into the model later.
     """
-    follows = getattr(block, "label_follows", None)
+    follows = getattr(module, "label_follows", None)
     if follows is None:
         raise TypeError(
-            f"model: expected blocks that were there when it was patched, got {type(block).__name__}; patch it again"
+            f"model: expected modules that were there when it was patched, got {type(module).__name__}; patch it again"
         )
     return follows
 
@@ -195,13 +203,32 @@ def run_block(block: nn.Module, *arguments: object, share: Tensor, checkpoints: 
         Tokens and labels; of a block that is left out the labels as they were.
 
     Raises:
-        TypeError: If the block is neither.
+        TypeError: If the block is neither, or a hook took its labels away.
     """
-    follows = follows_labels(block)
+    run = functools.partial(checkpoint, block) if checkpoints else block
+    if not follows_labels(block):
+        return run(*arguments), share
     # Flat arguments: reentrant checkpointing gives no gradient to tensors inside containers.
-    arguments = (*arguments, share) if follows else arguments
-    result = checkpoint(block, *arguments) if checkpoints else block(*arguments)
-    return result if follows else (result, share)
+    return _with_labels(block, run(*arguments, share))
+
+
+def follow(module: nn.Module, *arguments: object, **options: object) -> tuple[Tensor, ...]:
+    """Calls a follower with labels among its arguments.
+
+    Raises:
+        TypeError: If it is none, as a module is that came into the model later, or a hook took its labels away.
+    """
+    follows_labels(module)
+    return _with_labels(module, module(*arguments, **options))
+
+
+def _with_labels(module: nn.Module, result: object) -> tuple[Tensor, ...]:
+    if not isinstance(result, tuple):
+        raise TypeError(
+            f"{type(module).__name__}: expected (tokens, share), got {type(result).__name__}; with a target hooks take "
+            "and return labels beside tokens"
+        )
+    return result
 
 
 def check_head_dim(head_dim: int, name: str) -> None:
@@ -216,16 +243,26 @@ def attention_dropout(attention: nn.Module) -> float:
     """Probability with which an attention of timm drops weights now.
 
     Its fused way asks the mode of the attention, the other one that of the dropout, which may be set apart.
+
+    Raises:
+        NotImplementedError: If something else stands in the place of the dropout.
     """
     dropout = attention.attn_drop
+    if isinstance(dropout, nn.Identity):
+        return 0.0
+    if not isinstance(dropout, nn.Dropout):
+        raise NotImplementedError(
+            f"attn_drop: expected a Dropout, got {type(dropout).__name__}, which would be given no attention matrix"
+        )
     drops = attention.training if getattr(attention, "fused_attn", False) else dropout.training
-    return getattr(dropout, "p", 0.0) if drops else 0.0
+    return dropout.p if drops else 0.0
 
 
 def projected_padding(projection: nn.Module, x: Tensor) -> Tensor | None:
     """What a projection of tokens x (..., channels) makes of zeros, (outputs) or (1, outputs); None: zeros."""
-    hooked = projection._forward_hooks or projection._forward_pre_hooks
-    if type(projection) is nn.Linear and not hooked:
+    hooks = (projection._forward_hooks, projection._forward_pre_hooks)
+    of_all = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+    if type(projection) is nn.Linear and "forward" not in vars(projection) and not any((*hooks, *of_all)):
         return projection.bias
     return projection(x.new_zeros(1, x.shape[-1]))  # it has an adapter, or is quantised
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, set_reentrant_ckpt
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import tlalign_kernels as tlk
 from tlalign_kernels import MixedTarget, mixed_cross_entropy
@@ -232,10 +233,22 @@ def check_adapters(model, images, target):
     """Whatever acts on what projections and convolutions give, acts on padding too; logits stay those of timm."""
     tlk.patch_model(model)
     layers = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
-    hooks = [module.register_forward_hook(lambda *given: given[2] + 0.1) for _, module in layers]
+
+    def shifted(module, inputs, output):
+        return output + 0.1 if type(module) in (nn.Linear, nn.Conv2d) else None
+
+    of_all = register_module_forward_hook(shifted)
+    torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)
+    of_all.remove()
+    hooks = [module.register_forward_hook(shifted) for _, module in layers]
     torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)
     for hook in hooks:
         hook.remove()
+    for _, module in layers:
+        module.forward = lambda x, own=module.forward: own(x) + 0.1
+    torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)
+    for _, module in layers:
+        del module.forward
     for name, module in layers:
         model.set_submodule(name, Adapted(module))
     torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 from functools import partial
 
@@ -190,6 +191,7 @@ def test_a_module_that_was_changed_since_is_not_unpatched(where, change, images,
 
 SMALL = {
     "vit_tiny_patch16_224": dict(img_size=32, patch_size=8, embed_dim=48, depth=4),
+    "vit_small_patch16_rope_mixed_224": dict(img_size=32, patch_size=8, embed_dim=48, num_heads=3, depth=4),
     "swin_tiny_patch4_window7_224": dict(
         img_size=32, patch_size=2, window_size=5, embed_dim=32, depths=(2, 2), num_heads=(2, 4)
     ),
@@ -219,8 +221,67 @@ def test_blocks_that_are_wrapped_one_by_one_follow_labels(name, images, target):
         assert torch.equal(aligned.ratio, expected.ratio)
         assert all(torch.equal(*pair) for pair in zip(aligned.layer_shares, expected.layer_shares, strict=True))
     replace_blocks(model, lambda block: nn.Identity())
-    with pytest.raises(TypeError, match="model: expected blocks that were there when it was patched, got Identity"):
+    with pytest.raises(TypeError, match="model: expected modules that were there when it was patched, got Identity"):
         model(images, target=target)
+
+
+def other_attention(model):
+    model.blocks[1].attn = timm.layers.Attention(48, num_heads=3)
+
+
+def other_pooling(model):
+    model.attn_pool = timm.layers.AttentionPoolLatent(48, num_heads=3)
+
+
+def other_dropout(model):
+    model.patch_drop = timm.layers.PatchDropout(0.5)
+
+
+@pytest.mark.parametrize("replace", [other_attention, other_pooling, other_dropout])
+def test_parts_that_came_later_are_refused_with_a_target(replace, images, target):
+    options = {"global_pool": "map", "class_token": False} if replace is other_pooling else {}
+    model = tlk.patch_model(vit_tiny(**options))
+    replace(model)
+    model(images)
+    with pytest.raises(TypeError, match=r"model: expected modules that were there when it was patched, got .*; patch"):
+        model(images, target=target)
+    tlk.patch_model(model)(images, target=target)
+
+
+@pytest.mark.parametrize("part", ["attention", "block", "checkpointed block"])
+def test_hooks_that_take_labels_away_are_told_of_them(part, images, target):
+    model = tlk.patch_model(vit_tiny())
+    model.set_grad_checkpointing(part == "checkpointed block")
+    module = model.blocks[0].attn if part == "attention" else model.blocks[0]
+    hook = module.register_forward_pre_hook(lambda module, inputs: inputs[0])
+    model(images)
+    with pytest.raises(
+        TypeError, match=rf"{type(module).__name__}: expected \(tokens, share\), got Tensor; with a tar"
+    ):
+        model(images, target=target)
+    hook.remove()
+    module.register_forward_hook(lambda module, inputs, output: (2 * output[0], output[1]))
+    model(images, target=target)
+
+
+def test_what_is_set_on_a_model_since_it_was_patched_is_refused_with_a_target(images, target):
+    model = tlk.patch_model(vit_tiny())
+    features = model.forward_features
+    model.forward_features = lambda *given, **options: 2 * features(*given, **options)
+    with pytest.raises(NotImplementedError, match=r"forward_features: expected that of timm\.models\.vision"):
+        model(images, target=target)
+    model.forward_features = features
+    model(images, target=target)
+    model.blocks[0].attn.attn_drop = nn.Hardtanh()
+    with pytest.raises(NotImplementedError, match="attn_drop: expected a Dropout, got Hardtanh"):
+        model(images, target=target)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_defaults_may_be_given_by_position_as_exporters_do(name, images):
+    model = tlk.patch_model(timm.create_model(name, **SMALL[name]).eval())
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    assert torch.equal(model(images, *(parameter.default for parameter in parameters)), model(images))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")

@@ -561,6 +561,25 @@ def test_a_new_target_does_not_compile_again():
     assert not torch.equal(ratios[0], ratios[1])
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_targets_may_be_made_in_what_is_compiled_or_exported(strict):
+    class Aligned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tlk.patch_model(small("vit_tiny_patch16_224"))
+
+        def forward(self, images, classes, boxes):
+            return self.model(images, target=MixedTarget.from_boxes(classes, boxes, (48, 32)))[1].to_dense(10)
+
+    aligned = Aligned()
+    images, target = images_and_target(aligned.model)
+    inputs = images, target.classes, target.boxes
+    expected = aligned(*inputs)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(aligned, fullgraph=True, backend="aot_eager")(*inputs), expected)
+    assert torch.equal(torch.export.export(aligned, inputs, strict=strict).module()(*inputs), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiles_with_inductor(run, checkpointing):

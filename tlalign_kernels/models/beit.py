@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention_qkv
 from tlalign_kernels.models.plain import PlainFollower
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, attention_dropout, check_head_dim, register
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, attention_dropout, check_head_dim, follow, register
 
 
 class AlignedBeitAttention(LabelFollower, beit.Attention):
@@ -72,7 +72,7 @@ class AlignedBeitBlock(LabelFollower, beit.Block):
         if share is None:
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(self.norm1(x), shared_rel_pos_bias, share, residual)
+        attended, mixed = follow(self.attn, self.norm1(x), shared_rel_pos_bias, share, residual)
         attended, share = self.drop_attention(self.drop_path1, scaled(attended, self.gamma_1), mixed, share)
         x = x + attended
         return x + self.drop_path2(scaled(self.mlp(self.norm2(x)), self.gamma_2)), share

@@ -13,7 +13,7 @@ from tlalign_kernels.functional import attention
 from tlalign_kernels.labels import gather_share
 from tlalign_kernels.models.beit import packed_projection, scaled
 from tlalign_kernels.models.plain import MaskedPlainFollower, mask_options
-from tlalign_kernels.patch import LabelFollower, attention_dropout, check_head_dim, register
+from tlalign_kernels.patch import LabelFollower, attention_dropout, check_head_dim, follow, register
 
 
 class RotaryFollower(LabelFollower):
@@ -127,7 +127,7 @@ class AlignedEvaBlock(LabelFollower, eva.EvaBlock):
         if share is None:
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(self.norm1(x), rope, attn_mask, is_causal, share, residual)
+        attended, mixed = follow(self.attn, self.norm1(x), rope, attn_mask, is_causal, share, residual)
         attended, share = self.drop_attention(self.drop_path1, scaled(attended, self.gamma_1), mixed, share)
         x = x + attended
         return x + self.drop_path2(scaled(self.mlp(self.norm2(x)), self.gamma_2)), share
@@ -150,7 +150,7 @@ class AlignedEvaBlockPostNorm(LabelFollower, eva.EvaBlockPostNorm):
         if share is None:
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(x, rope, attn_mask, is_causal, share, residual)
+        attended, mixed = follow(self.attn, x, rope, attn_mask, is_causal, share, residual)
         attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
         x = x + attended
         return x + self.drop_path2(self.norm2(self.mlp(x))), share
@@ -186,7 +186,7 @@ class AlignedEva(MaskedPlainFollower, eva.Eva):
     def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         if self.attn_pool is None:
             return super()._aligned_head(x, share)
-        x, share = self.attn_pool(x, share=share)
+        x, share = follow(self.attn_pool, x, share=share)
         return self.head(self.head_drop(self.fc_norm(x))), share
 
 

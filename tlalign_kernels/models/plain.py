@@ -134,7 +134,6 @@ class MaskedPlainFollower(PlainFollower):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        *,
         target: MixedTarget | None = None,
         collect_layers: bool = False,
     ) -> Tensor | tuple[Tensor, MixedTarget]:

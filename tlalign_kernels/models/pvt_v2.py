@@ -16,6 +16,7 @@ from tlalign_kernels.patch import (
     LabelFollower,
     attention_dropout,
     check_head_dim,
+    follow,
     register,
     run_block,
 )
@@ -98,7 +99,7 @@ class AlignedBlock(LabelFollower, pvt_v2.Block):
         if share is None:
             return super().forward(x, feat_size)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(self.norm1(x), feat_size, share, residual)
+        attended, mixed = follow(self.attn, self.norm1(x), feat_size, share, residual)
         attended, share = self.drop_attention(self.drop_path1, attended, mixed, share)
         x = x + attended
         x = x + self.drop_path2(self.mlp(self.norm2(x), feat_size))
@@ -152,7 +153,7 @@ class AlignedPyramidVisionTransformerStage(LabelFollower, pvt_v2.PyramidVisionTr
         if share is None:
             return super().forward(x)
         if self.downsample is not None:
-            x, share = self.downsample(x, share)
+            x, share = follow(self.downsample, x, share)
         feat_size = tuple(x.shape[1:3])
         x, share, layer_shares = x.flatten(1, 2), share.flatten(1, 2), []
         for block in self.blocks:
@@ -192,7 +193,7 @@ class AlignedPyramidVisionTransformerV2(ImageModelFollower, pvt_v2.PyramidVision
         grid_size = tuple(x.shape[1:3])
         share = target.token_share(grid_size, stride_of(self.patch_embed.proj), dtype).unflatten(1, grid_size)
         for stage in self.stages:
-            x, share, *of_blocks = stage(x, share, layer_shares is not None)
+            x, share, *of_blocks = follow(stage, x, share, layer_shares is not None)
             if layer_shares is not None:
                 layer_shares.extend(*of_blocks)
         return self.forward_head(x), share.mean(dim=(1, 2))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention, attention_qkv
 from tlalign_kernels.models.plain import PlainFollower
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, attention_dropout, check_head_dim, register
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, attention_dropout, check_head_dim, follow, register
 
 
 class AlignedRelPosAttention(LabelFollower, relpos.RelPosAttention):
@@ -73,7 +73,7 @@ class AlignedRelPosBlock(LabelFollower, relpos.RelPosBlock):
         if share is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(self.norm1(x), shared_rel_pos, share, residual)
+        attended, mixed = follow(self.attn, self.norm1(x), shared_rel_pos, share, residual)
         attended, share = self.drop_attention(self.drop_path1, self.ls1(attended), mixed, share)
         x = x + attended
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), share
@@ -91,7 +91,7 @@ class AlignedResPostRelPosBlock(LabelFollower, relpos.ResPostRelPosBlock):
         if share is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(x, shared_rel_pos, share, residual)
+        attended, mixed = follow(self.attn, x, shared_rel_pos, share, residual)
         attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
         x = x + attended
         return x + self.drop_path2(self.norm2(self.mlp(x))), share

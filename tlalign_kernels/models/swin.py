@@ -23,6 +23,7 @@ from tlalign_kernels.patch import (
     LabelFollower,
     attention_dropout,
     check_head_dim,
+    follow,
     projected_padding,
     register,
     run_block,
@@ -183,7 +184,7 @@ class AlignedSwinTransformerBlock(LabelFollower, swin_transformer.SwinTransforme
         if share is None:
             return super().forward(x)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(self.norm1(x), share=share, residual=residual, shift=self.shift_size)
+        attended, mixed = follow(self.attn, self.norm1(x), share=share, residual=residual, shift=self.shift_size)
         attended, share = self.drop_attention(self.drop_path1, attended, mixed, share)
         x = x + attended
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
@@ -204,7 +205,7 @@ class AlignedSwinTransformerV2Block(LabelFollower, swin_transformer_v2.SwinTrans
         if share is None:
             return super().forward(x)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(x, share=share, residual=residual, shift=self.shift_size)
+        attended, mixed = follow(self.attn, x, share=share, residual=residual, shift=self.shift_size)
         attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
         x = x + attended
         x = x + self.drop_path2(self.norm2(self.mlp(x)))
@@ -225,7 +226,7 @@ class AlignedSwinTransformerV2CrBlock(LabelFollower, swin_transformer_v2_cr.Swin
         if share is None:
             return super().forward(x)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(x, share=share, residual=residual, shift=self.shift_size)
+        attended, mixed = follow(self.attn, x, share=share, residual=residual, shift=self.shift_size)
         attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
         x = x + attended
         x = x + self.drop_path2(self.norm2(self.mlp(x)))
@@ -278,7 +279,7 @@ class StageFollower(LabelFollower):
         if share is None:
             return super().forward(x)
         if not isinstance(self.downsample, nn.Identity):
-            x, share = self.downsample(x, share=share)
+            x, share = follow(self.downsample, x, share=share)
         layer_shares = []
         for block in self.blocks:
             x, share = run_block(block, x, share=share, checkpoints=self.grad_checkpointing)
@@ -339,7 +340,7 @@ class SwinFollower(ImageModelFollower):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         share = target.token_share(grid_size, self.patch_embed.patch_size, dtype).unflatten(1, grid_size)
         for stage in self._stages(self):
-            x, share, *of_blocks = stage(x, share=share, collect_layers=layer_shares is not None)
+            x, share, *of_blocks = follow(stage, x, share=share, collect_layers=layer_shares is not None)
             if layer_shares is not None:
                 layer_shares.extend(*of_blocks)
         logits = self.forward_head(self._after_stages(x))

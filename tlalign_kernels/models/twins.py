@@ -16,6 +16,7 @@ from tlalign_kernels.patch import (
     LabelFollower,
     attention_dropout,
     check_head_dim,
+    follow,
     projected_padding,
     register,
     run_block,
@@ -121,7 +122,7 @@ class AlignedBlock(LabelFollower, twins.Block):
         if share is None:
             return super().forward(x, size)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(self.norm1(x), size, share, residual)
+        attended, mixed = follow(self.attn, self.norm1(x), size, share, residual)
         attended, share = self.drop_attention(self.drop_path1, attended, mixed, share)
         x = x + attended
         x = x + self.drop_path2(self.mlp(self.norm2(x)))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tlalign_kernels.functional import attention, attention_qkv
 from tlalign_kernels.labels import gather_share, residual_share
 from tlalign_kernels.models.plain import MaskedPlainFollower, mask_options
-from tlalign_kernels.patch import LabelFollower, attention_dropout, check_head_dim, drop_path_factor, register
+from tlalign_kernels.patch import LabelFollower, attention_dropout, check_head_dim, drop_path_factor, follow, register
 
 
 class AlignedAttention(LabelFollower, tl.Attention):
@@ -88,7 +88,7 @@ class AlignedBlock(LabelFollower, vision_transformer.Block):
         if share is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(self.norm1(x), attn_mask, is_causal, share, residual)
+        attended, mixed = follow(self.attn, self.norm1(x), attn_mask, is_causal, share, residual)
         attended, share = self.drop_attention(self.drop_path1, self.ls1(attended), mixed, share)
         x = x + attended
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -107,7 +107,7 @@ class AlignedResPostBlock(LabelFollower, vision_transformer.ResPostBlock):
         if share is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         residual = share if self.label_residual else None
-        attended, mixed = self.attn(x, attn_mask, is_causal, share, residual)
+        attended, mixed = follow(self.attn, x, attn_mask, is_causal, share, residual)
         attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
         x = x + attended
         x = x + self.drop_path2(self.norm2(self.mlp(x)))
@@ -169,7 +169,7 @@ class AlignedParallelThingsBlock(LabelFollower, vision_transformer.ParallelThing
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         attended, mixed, kept = [], [], []
         for branch in self.attns:
-            y, branch_share = branch.attn(branch.norm(x), attn_mask, is_causal, share)
+            y, branch_share = follow(branch.attn, branch.norm(x), attn_mask, is_causal, share)
             y = branch.ls(y)
             if self.label_stochastic_depth:
                 factor = drop_path_factor(branch.drop_path, y)
@@ -252,7 +252,7 @@ class AlignedVisionTransformer(MaskedPlainFollower, vision_transformer.VisionTra
     def _embed(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, list[tuple]]:
         x = self._pos_embed(x)
         if not isinstance(self.patch_drop, nn.Identity):
-            x, share = self.patch_drop(x, share)
+            x, share = follow(self.patch_drop, x, share)
         return self.norm_pre(x), share, [()] * len(self.blocks)
 
     def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,7 +262,7 @@ class AlignedVisionTransformer(MaskedPlainFollower, vision_transformer.VisionTra
         pooled = slice(0 if self.pool_include_prefix else self.num_prefix_tokens, None)
         if self.global_pool == "avg":
             return self.forward_head(x), share[:, pooled].mean(dim=1)
-        x, share = self.attn_pool(x[:, pooled], share=share[:, pooled])
+        x, share = follow(self.attn_pool, x[:, pooled], share=share[:, pooled])
         return self.head(self.head_drop(self.fc_norm(x))), share
 
 
