@@ -6,6 +6,7 @@ import argparse
 import fnmatch
 import importlib.metadata
 import platform
+import signal
 import sys
 
 import torch
@@ -115,4 +116,6 @@ def _models(pattern: str) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `models | head` ends without a traceback
     sys.exit(main())
