@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import window_partition
 
+import tlalign.models  # noqa: F401 - timm learns of PVT
 from tlalign.analysis import (
     MixedBatch,
     RatioFollower,
@@ -19,7 +20,7 @@ from tlalign.analysis import (
     target_rmse,
     token_presence,
 )
-from tlalign.analysis.blocks import image_value
+from tlalign.analysis.blocks import image_value, map_size
 from tlalign.analysis.presence import PresenceOfLayer
 from tlalign.analysis.ratios import collect_ratios, token_paths
 from tlalign_kernels import MixedTarget, patch_model
@@ -161,6 +162,13 @@ def test_patches_need_not_be_square():
     assert attention_rollout(model, torch.randn(1, 3, 64, 64)).grid == (8, 4)
 
 
+@pytest.mark.parametrize(("image_size", "grid"), [((128, 64), (4, 2)), ((64, 128), (2, 4))])
+def test_tokens_of_a_pyramid_lie_on_its_image_as_squares(image_size, grid):
+    with torch.device("meta"):
+        model = timm.create_model("pvt_tiny")  # does not say how its tokens lie
+    assert map_size(model, torch.zeros(1, 1 + 4 * 2, 1), image_size) == grid
+
+
 def test_rollout_leaves_the_model_alone():
     model = vit().train()
     classes, keys = [type(module) for module in model.modules()], list(model.state_dict())
@@ -172,8 +180,6 @@ def test_rollout_leaves_the_model_alone():
 
 
 def test_class_token_that_joins_late_keeps_the_rest_of_its_row():
-    import tlalign.models  # noqa: F401 (makes timm know PVT)
-
     model = sharp(timm.create_model("pvt_tiny", img_size=32, num_classes=5)).eval()
     rollout = attention_rollout(model, torch.randn(1, 3, 32, 32))
     assert rollout.tokens.shape == (1, 2, 64)
