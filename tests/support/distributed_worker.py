@@ -25,6 +25,7 @@ MODELS = {
     "swin_tiny_patch4_window7_224": dict(
         img_size=32, patch_size=2, window_size=5, embed_dim=32, depths=(2, 2), num_heads=(2, 4)
     ),
+    "vit_small_patch16_rope_mixed_224": VIT,
     "pvt_v2_b0": dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
 }
 
