@@ -153,11 +153,25 @@ def check_compiles(model, images, target):
     assert_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), images, target), *expected)
 
 
+def assert_drops_alike(model, images, target):
+    """With and without a target the same is dropped, of attentions, MLPs, ..."""
+    logits = []
+    for options in ({}, {"target": target}):
+        torch.manual_seed(1)
+        result = model(images, **options)
+        logits.append(result[0] if options else result)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4 * float(logits[0].detach().abs().max()))
+
+
 def check_stochastic_depth(model, size, compiles=False):
     """Asked to, labels stay where the last block drops its attention; all else is as it was, to the bit."""
     images = torch.randn(8, 3, *size)
     target = MixedTarget.from_masks(torch.randint(0, CLASSES, (8, 2)), torch.rand(8, 1, *size))
     last = tlk.patch_model(model.train()).label_blocks(model)[-1]
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.5
+    assert_drops_alike(model, images, target)
     drop_path = last.drop_path1 if hasattr(last, "drop_path1") else last.drop_path
     for module in model.modules():
         if isinstance(module, DropPath):

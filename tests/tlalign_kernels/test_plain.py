@@ -199,6 +199,13 @@ def test_labels_may_stay_where_an_attention_is_dropped(name):
     following.check_stochastic_depth(model, model.patch_embed.img_size)
 
 
+@pytest.mark.parametrize("name", ["eva02_enormous_patch14_clip_224", "vit_pe_core_tiny_patch16_384", *OF_EACH_FAMILY])
+def test_all_that_drops_drops_as_in_timms_model(name):
+    rates = {} if "relpos" in name else {"pos_drop_rate": 0.2}
+    model = tlk.patch_model(small_plain(name, drop_rate=0.2, proj_drop_rate=0.2, drop_path_rate=0.5, **rates).train())
+    following.assert_drops_alike(model, *images_and_target(model))
+
+
 @pytest.mark.parametrize("name", ["eva02_enormous_patch14_clip_224", *OF_EACH_FAMILY])
 def test_dropout_autocast_and_layers_are_as_in_other_models(name):
     options = {} if "relpos" in name else {"pos_drop_rate": 0.0}

@@ -404,6 +404,23 @@ def test_labels_may_stay_where_an_attention_is_dropped(name):
     following.check_stochastic_depth(small(name, drop_path_rate=0.5), (48, 32), compiles="36x1" in name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "vit_small_patch16_18x2_224",
+        "vit_base_patch16_xp_224",
+        "vit_base_patch16_rpn_224",
+        "vit_base_patch16_siglip_224",
+        "deit_tiny_distilled_patch16_224",
+    ],
+)
+def test_all_that_drops_drops_as_in_timms_model(name):
+    rates = dict(drop_rate=0.2, pos_drop_rate=0.2, proj_drop_rate=0.2, drop_path_rate=0.5)
+    model = tlk.patch_model(small(name, **rates).train())
+    following.assert_drops_alike(model, *images_and_target(model))
+
+
 def test_labels_of_dropped_patches_go_with_them():
     model = small("vit_tiny_patch16_224", patch_drop_rate=0.5, depth=0, pos_drop_rate=0.0).train()
     images, _ = images_and_target(model)
