@@ -279,7 +279,7 @@ def check_labels_under_autocast(model, images, target):
 
 
 def check_layers(model, images, target, blocks):
-    """`layers` chooses blocks over all stages: in the others labels stay as they are."""
+    """`layers` chooses blocks over all stages: in the others labels stay; `residual` averages with those before."""
     own_class = type(tlk.patch_model(model).label_blocks(model)[0])
     tlk.patch_model(model, layers=[1, -1])
     assert type(model.label_blocks(model)[0]) in own_class.__mro__[1:]
@@ -290,6 +290,13 @@ def check_layers(model, images, target, blocks):
         for share, unaligned in zip(aligned.layer_shares, nowhere.layer_shares, strict=True)
     ]
     assert changed == [index > 0 for index in range(blocks)]
+    averaged, attended = (
+        tlk.patch_model(model, layers=[-1], residual=residual)(images, target=target, collect_layers=True)[1]
+        for residual in (True, False)
+    )
+    expected = (attended.layer_shares[-1] + nowhere.layer_shares[-1]) / 2
+    torch.testing.assert_close(averaged.layer_shares[-1], expected, rtol=0, atol=1e-6)
+    assert (averaged.layer_shares[-1] - attended.layer_shares[-1]).abs().max() > 1e-3
     with pytest.raises(ValueError, match=f"layers: expected block indices from -{blocks} to {blocks - 1}"):
         tlk.patch_model(model, layers=[blocks])
 

@@ -385,6 +385,12 @@ def test_layers_choose_the_blocks_that_align():
             tlk.patch_model(model, layers=wrong)
 
 
+@pytest.mark.parametrize("name", ["vit_base_patch16_rpn_224", "vit_base_patch16_xp_224"])
+def test_layers_and_residual_are_chosen_in_blocks_of_each_kind(name):
+    model = small(name)
+    following.check_layers(model, *images_and_target(model), blocks=2)
+
+
 def test_without_residual_labels_are_only_attended():
     model = small("vit_tiny_patch16_224", depth=1).double()
     images, target = images_and_target(model)
