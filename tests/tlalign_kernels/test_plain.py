@@ -163,12 +163,12 @@ def test_attention_masks_are_passed_on(kind):
         torch.testing.assert_close(aligned.ratio, target.image_share(torch.float64))
 
 
-def check_attention(attention, position):
-    tokens, share = torch.randn(2, 9, 64, dtype=torch.float64), torch.rand(2, 9, 1)
-    attention = randomised(attention.double())
+def check_attention(attention, position, dtype=torch.float64, **tolerance):
+    tokens, share = torch.randn(2, 9, 64, dtype=dtype), torch.rand(2, 9, 1)
+    attention = randomised(attention.to(dtype))
     expected = attention(tokens, position)
     attention.__class__ = tlk.patch._followers[type(attention)]
-    torch.testing.assert_close(attention(tokens, position, share=share, residual=share)[0], expected)
+    torch.testing.assert_close(attention(tokens, position, share=share, residual=share)[0], expected, **tolerance)
 
 
 def test_options_of_the_attentions_are_followed():
@@ -178,6 +178,8 @@ def test_options_of_the_attentions_are_followed():
     check_attention(eva.EvaAttention(qkv_bias_separate=True, scale_norm=False, **options), rope)
     check_attention(eva.EvaAttention(qkv_bias=False, rotate_half=True, **norms, **options), rope)
     check_attention(eva.AttentionRope(qkv_fused=False, num_kv_heads=1, **norms, **options), rope)
+    # Rotations may keep float32, as buffers do where parameters alone are cast.
+    check_attention(eva.EvaAttention(scale_norm=False, **options), rope.float(), torch.bfloat16, rtol=2**-6, atol=2**-6)
     check_attention(beit.Attention(qkv_bias=True, qkv_bias_separate=True, **options), bias)
     check_attention(beit.Attention(**options), None)
 
