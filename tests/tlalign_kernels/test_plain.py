@@ -171,6 +171,13 @@ def check_attention(attention, position, dtype=torch.float64, **tolerance):
     torch.testing.assert_close(attention(tokens, position, share=share, residual=share)[0], expected, **tolerance)
 
 
+class Widening(torch.nn.Module):
+    """A norm whose result has a wider dtype, which timm's attention brings back where it rotates."""
+
+    def forward(self, x):
+        return x.float()
+
+
 def test_options_of_the_attentions_are_followed():
     rope, bias = torch.randn(8, 32, dtype=torch.float64), torch.randn(4, 9, 9, dtype=torch.float64)
     options = dict(dim=64, num_heads=4)
@@ -178,8 +185,9 @@ def test_options_of_the_attentions_are_followed():
     check_attention(eva.EvaAttention(qkv_bias_separate=True, scale_norm=False, **options), rope)
     check_attention(eva.EvaAttention(qkv_bias=False, rotate_half=True, **norms, **options), rope)
     check_attention(eva.AttentionRope(qkv_fused=False, num_kv_heads=1, **norms, **options), rope)
-    # Rotations may keep float32, as buffers do where parameters alone are cast.
-    check_attention(eva.EvaAttention(scale_norm=False, **options), rope.float(), torch.bfloat16, rtol=2**-6, atol=2**-6)
+    widening = eva.EvaAttention(scale_norm=False, **options)
+    widening.q_norm = widening.k_norm = Widening()
+    check_attention(widening, rope.float(), torch.bfloat16, rtol=2**-6, atol=2**-6)
     check_attention(beit.Attention(qkv_bias=True, qkv_bias_separate=True, **options), bias)
     check_attention(beit.Attention(**options), None)
 
