@@ -94,17 +94,38 @@ def test_errors_are_within_the_bound_in_large_windows(case, seed, dtype):
     assert [check for check in compare(case, dtype, "cpu", seed=seed) if not check.passed] == []
 
 
-@pytest.mark.parametrize("sources", [1, 9], ids=["fused", "dense"])
-@pytest.mark.parametrize("has_residual", [True, False])
-def test_a_query_that_sees_only_padding_keeps_its_residual(sources, has_residual):
-    # The first window has a token and padding, and its bias lets the token see the padding alone.
-    share, residual = torch.rand(2, 1, 1, 1, sources).unbind(0)
-    bias = torch.tensor([[float("-inf"), 0.0], [0.0, 0.0]])
-    _, mixed = tlk.window_attention(
-        torch.randn(1, 1, 1, 3, 2, 8), share, residual if has_residual else None, window_size=(1, 2), bias=bias,
-        pad_qkv=torch.randn(3, 2, 8), backend="cpu",
-    )  # fmt: skip
-    assert torch.equal(mixed, residual if has_residual else torch.zeros_like(residual))
+def test_offsets_of_any_strides_beyond_a_block_of_keys():
+    inputs = make_inputs(Case("strides", batch=1, queries=5, keys=300, head_dim=8), "cpu", torch.float32)
+    del inputs["grad_output"]
+    for offsets in (torch.randn(5, 1), torch.randn(3, 300, 5).transpose(1, 2), torch.randn(3, 5, 600)[..., ::2]):
+        for name in ("bias", "mask"):
+            ours, expected = (
+                tlk.attention(**{**inputs, name: each}, backend="cpu")
+                for each in (offsets, offsets.expand(3, 5, 300).contiguous())
+            )
+            for result, wanted in zip(ours, expected, strict=True):
+                torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_dim", [64, 60])
+def test_results_that_are_too_large_for_the_caches_are_those_of_few_images(head_dim):
+    case = Case("large", batch=24, heads=6, queries=240, keys=240, head_dim=head_dim, packed=True)
+    inputs = make_inputs(case, "cpu", torch.float32)
+    last = {name: tensor if tensor is None else tensor[-2:] for name, tensor in inputs.items()}
+    of_all = run_operator(case, inputs, "cpu")
+    for name, tensor in run_operator(case, last, "cpu").items():
+        assert torch.equal(of_all[name][-2:], tensor), name
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_what_is_no_number_comes_out_where_pytorch_has_it(which):
+    inputs = make_inputs(Case("nan", batch=2, queries=9, keys=9), "cpu", torch.float32)
+    tensors = {name: inputs[name] for name in ("query", "key", "value")}
+    tensors[which][0, 1, 3, 5] = float("nan")
+    output, _ = tlk.attention(**tensors, backend="cpu")
+    expected = torch.nn.functional.scaled_dot_product_attention(**tensors)
+    assert expected.isnan().any()
+    assert torch.equal(output.isnan(), expected.isnan())
 
 
 # Instruction sets
@@ -141,6 +162,20 @@ def test_half_precision_rounds_as_torch_does(monkeypatch, isa):
         assert torch.equal(output.isnan(), value.isnan())
         known = ~value.isnan()
         assert torch.equal(output[known], value[known])
+
+
+@isas
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_rounded_to_nearest_and_ties_to_even(monkeypatch, isa, dtype):
+    monkeypatch.setenv("TLALIGN_CPU_ISA", isa)
+    # Keys of equal weight and neighbouring numbers as values: their mean lies between, or nearer to one of them.
+    words = torch.arange(0x3C00, 0x3C00 + 2048, dtype=torch.int32).view(8, 1, 1, 256)
+    below, above = (some.to(torch.uint16).view(dtype) for some in (words, words + 1))
+    query = torch.zeros(8, 1, 1, 256, dtype=dtype)
+    for values in ((below, above), (-below, -above), (below, above, above, above), (below, below, below, above)):
+        value = torch.cat(values, dim=2)
+        output, _ = tlk.attention(query, torch.zeros_like(value), value, backend="cpu")
+        assert torch.equal(output, value.double().mean(dim=2, keepdim=True).to(dtype))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.data.mixup import mixup_target
@@ -147,6 +148,30 @@ def test_gather_keeps_prefix_tokens_and_follows_the_kept_patches():
     share = torch.arange(12.0).view(2, 6, 1)
     kept = torch.tensor([[3, 0], [1, 2]])
     assert gather_share(share, kept, num_prefix_tokens=2)[..., 0].tolist() == [[0, 1, 5, 2], [6, 7, 9, 10]]
+
+
+def test_a_ratio_has_the_precision_of_its_masks():
+    masks = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    ratio = MixedTarget.from_masks(torch.zeros(2, 2, dtype=torch.int64), masks).ratio
+    assert torch.equal(ratio, masks.mean(dim=(2, 3)))
+
+
+def test_dense_labels_are_pooled_over_cells_that_are_no_squares():
+    labels = torch.rand(1, 3, 4, 6, dtype=torch.float64).softmax(dim=1)
+    share = MixedTarget.from_dense(labels).token_share((2, 2), (8, 8), torch.float64)
+    torch.testing.assert_close(share.unflatten(1, (2, 2)).permute(0, 3, 1, 2), F.avg_pool2d(labels, (2, 3)))
+
+
+def test_a_grid_may_leave_out_the_last_cells_of_an_image():
+    boxes = torch.tensor([[[0, 0, 8, 12], [4, 4, 20, 20]]])
+    target = MixedTarget.from_boxes(torch.tensor([[0, 1, 2]]), boxes, (20, 20))
+    whole = target.token_share((3, 3), (8, 8)).unflatten(1, (3, 3))
+    assert torch.equal(target.token_share((2, 2), (8, 8)), whole[:, :2, :2].flatten(1, 2))
+
+
+def test_last_cells_of_images_that_are_no_squares_count_their_real_pixels():
+    target = MixedTarget.from_boxes(torch.tensor([[0, 1]]), torch.tensor([[[0, 0, 18, 17]]]), (20, 24))
+    assert target.token_share((3, 3), (8, 8)).view(3, 3)[2].tolist() == [0.5, 0.5, 0.0625]
 
 
 def test_moving_keeps_dtypes():

@@ -48,6 +48,14 @@ def test_loss_of_dense_labels_equals_that_of_their_mean(loss):
 
 
 @pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_loss_of_logits_in_float64_is_computed_in_float64(loss):
+    logits = torch.randn(4, 7, dtype=torch.float64)
+    target = MixedTarget.from_ratio(random_target(4, 7).classes, torch.rand(4, 1, dtype=torch.float64))
+    expected = DENSE_LOSSES[loss](logits, target.to_dense(7))
+    torch.testing.assert_close(loss(logits, target), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
 def test_loss_of_half_precision_logits_is_computed_in_float32(loss):
     logits = (10 * torch.randn(8, 1000)).bfloat16()
     target = random_target(8, 1000)
@@ -94,6 +102,9 @@ def test_target_gets_no_gradient(loss):
     logits, target = torch.randn(4, 7, requires_grad=True), random_target(4, 7)
     ratio = target.ratio.requires_grad_()
     assert torch.autograd.grad(loss(logits, target), (logits, ratio), allow_unused=True)[1] is None
+    labels = torch.full((4, 7, 1, 1), 1 / 7, requires_grad=True)
+    dense = MixedTarget.from_dense(labels)
+    assert torch.autograd.grad(loss(logits, dense), (logits, labels), allow_unused=True)[1] is None
 
 
 @pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)

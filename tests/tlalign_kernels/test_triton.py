@@ -138,6 +138,36 @@ def test_compiled_code_of_windows_is_within_the_bound(monkeypatch, case, dtype):
 
 
 @needs_ptxvm
+@pytest.mark.parametrize("sources", [1, 3])
+def test_labels_keep_the_precision_of_float32_beside_bfloat16(monkeypatch, sources):
+    offline.record(monkeypatch, offline.execute)
+    query, key, value = torch.randn(3, 1, 2, 33, 16).bfloat16().unbind(0)
+    share = torch.full((1, 33, sources), 0.71237)
+    _, mixed = tlk.attention(query, key, value, share, backend="triton")
+    torch.testing.assert_close(mixed, share, rtol=0, atol=1e-6)
+
+
+@needs_ptxvm
+@pytest.mark.parametrize("tokens", [20, 70])
+def test_gradients_in_bfloat16_are_as_small_and_large_as_those_of_the_output(monkeypatch, tokens):
+    offline.record(monkeypatch, offline.execute)
+    case = Case("scaled", batch=1, heads=1, queries=tokens, keys=tokens, head_dim=16)
+    inputs = make_inputs(case, "cpu", torch.bfloat16)
+    expected = run_operator(case, inputs, "triton")
+    for factor in (2.0**-24, 2.0**24):
+        results = run_operator(case, {**inputs, "grad_output": inputs["grad_output"] * factor}, "triton")
+        for name in ("query", "key", "value"):
+            assert torch.equal(results[f"gradient of {name}"], expected[f"gradient of {name}"] * factor)
+
+
+@needs_ptxvm
+def test_one_program_may_sum_the_gradients_that_several_images_have_for_a_bias(monkeypatch):
+    monkeypatch.setattr(backend, "images_of_sum", lambda batch, bias_images, tiles: 1 if bias_images == batch else 2)
+    case = Case("bias", batch=3, heads=2, queries=9, keys=11, head_dim=16, bias_scale=1.0)
+    check_executed(monkeypatch, case, torch.bfloat16)
+
+
+@needs_ptxvm
 @pytest.mark.parametrize("tokens", [1, 16, 49, 64, 65, 100, 196, 198, 257])
 def test_compiled_code_at_odd_lengths(monkeypatch, tokens):
     case = Case("length", batch=1, heads=1, queries=tokens, keys=tokens, head_dim=32, packed=True)
@@ -377,6 +407,18 @@ def test_gpus_before_ampere_are_refused(monkeypatch):
     monkeypatch.setattr(backend, "_capability", lambda device: 75)
     (reason,) = backend.unsupported_reasons(problem)
     assert reason == "device: expected compute capability 8.0 or newer, got 7.5"
+
+
+def test_what_32_bits_do_not_count_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(backend, "_capability", lambda device: 80)
+    problem = Problem("cuda", torch.float16, 1, 2**8, 2**16, 49, 2**7, 1, torch.float32, False, False, 0.0, True)
+    assert ["2**31" in reason for reason in backend.unsupported_reasons(problem)] == [True]
+    assert backend.unsupported_reasons(problem._replace(queries=2**16 - 1)) == []
+    far = torch.empty_strided((1, 1, 3, 16), (0, 0, 2**30, 1), device="meta")
+    with pytest.raises(NotImplementedError, match=r"query: expected .* less than 2"):
+        backend._rows(query=far)
+    backend._rows(query=far[:, :, :2])
 
 
 def test_what_tune_prefers_is_for_one_class_of_problems(monkeypatch):

@@ -76,6 +76,24 @@ def test_calls_take_the_choice(monkeypatch):
     compiled(torch.randn(2, 9, 3, 2, 16))
 
 
+def test_a_choice_gives_way_where_it_can_not_do_the_call(monkeypatch):
+    slow(monkeypatch, cpu)
+    tlk.tune(step)
+    assert (explain().backend, explain().is_tuned) == ("reference", True)
+    monkeypatch.setattr(reference, "unsupported_reasons", lambda problem: ["not today"])
+    assert (explain().backend, explain().is_tuned) == ("cpu", False)
+
+
+def test_a_step_is_timed_with_its_gradient_if_a_forward_without_comes_first():
+    def steps():
+        with torch.no_grad():
+            tlk.attention_qkv(torch.randn(2, 9, 3, 2, 16), torch.rand(2, 9, 1))
+        step()
+
+    (choice,) = tlk.tune(steps)
+    assert "needs_gradient=True" in choice.problem
+
+
 def test_each_class_of_problems_is_timed_once():
     def steps():
         for batch, tokens in ((2, 9), (3, 9), (2, 10)):
@@ -206,6 +224,15 @@ def test_a_candidate_that_fails_is_reported_and_not_taken(monkeypatch, failing):
 def test_a_step_without_attention_is_refused():
     with pytest.raises(ValueError, match="step: expected calls of attention with backend='auto', got none"):
         tlk.tune(lambda: step(backend="cpu"))
+
+
+def test_threads_and_the_version_of_torch_are_part_of_the_environment(monkeypatch):
+    told = {tuning._environment("cpu")}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    told.add(tuning._environment("cpu"))
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    told.add(tuning._environment("cpu"))
+    assert len(told) == 3
 
 
 def test_how_float32_is_multiplied_is_part_of_the_environment_of_a_gpu(monkeypatch):

@@ -162,6 +162,17 @@ def test_a_projection_of_any_strides_is_read(backend):
 
 
 @backends
+def test_labels_and_padding_of_any_strides_are_read(backend):
+    inputs = inputs_of(PADDED)
+    names = ("share", "residual", "pad_qkv")
+    turned = {name: inputs[name].transpose(-1, -2).contiguous().transpose(-1, -2) for name in names}
+    assert not any(tensor.is_contiguous() for tensor in turned.values())
+    results = run_operator(PADDED, {**inputs, **turned}, backend)
+    for name, expected in run_operator(PADDED, inputs, backend).items():
+        assert torch.equal(results[name], expected), name
+
+
+@backends
 def test_a_gradient_of_any_strides_is_handled(backend):
     inputs = inputs_of(PADDED)
     qkv = inputs["qkv"].clone().requires_grad_()
@@ -195,6 +206,34 @@ def test_padding_is_attended_to_but_has_no_label(backend):
     output, mixed = tlk.window_attention(qkv, share, window_size=(1, 2), pad_qkv=pad_qkv, backend=backend)
     torch.testing.assert_close(output, torch.ones(1, 1, 1, 1, 8))
     torch.testing.assert_close(mixed, share)
+
+
+@backends
+@pytest.mark.parametrize("sources", [1, 9], ids=["fused", "dense"])
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_a_query_that_sees_only_padding_keeps_its_residual(backend, sources, has_residual):
+    # The first window has a token and padding, and its bias lets the token see the padding alone.
+    share, residual = torch.rand(2, 1, 1, 1, sources).unbind(0)
+    bias = torch.tensor([[float("-inf"), 0.0], [0.0, 0.0]])
+    _, mixed = tlk.window_attention(
+        torch.randn(1, 1, 1, 3, 2, 8), share, residual if has_residual else None, window_size=(1, 2), bias=bias,
+        pad_qkv=torch.randn(3, 2, 8), backend=backend,
+    )  # fmt: skip
+    assert torch.equal(mixed, residual if has_residual else torch.zeros_like(residual))
+
+
+@backends
+@pytest.mark.parametrize("shift", [(1, 2), (0, 2)])
+def test_tokens_that_a_shift_brings_together_see_each_other_with_a_score_that_is_lower_by_100(backend, shift):
+    # In the last window, where all regions meet, a bias of 100 between them undoes that.
+    windows = Windows((6, 8), (3, 4), shift)
+    qkv, share = torch.randn(1, 6, 8, 3, 2, 8), torch.rand(1, 6, 8, 1)
+    regions, tokens = windows.regions()[-1], windows.token_numbers()[-1]
+    bias = 100.0 * (regions[:, None] != regions)
+    ours = tlk.window_attention(qkv, share, window_size=(3, 4), shift=shift, bias=bias, backend=backend)
+    expected = tlk.attention_qkv(qkv.flatten(1, 2)[:, tokens], share.flatten(1, 2)[:, tokens], backend="reference")
+    for result, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(result.flatten(1, 2)[:, tokens], wanted, rtol=1e-4, atol=1e-5)
 
 
 @backends
