@@ -279,6 +279,53 @@ def test_extreme_scores(monkeypatch, dtype):
     check(monkeypatch, replace(ONE, queries=20, keys=20, head_dim=32, bias_scale=1e4), dtype)
 
 
+@executed
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize(("keys", "sources"), [(33, 1), (33, 3), (70, 1), (300, 3)])
+def test_labels_keep_the_precision_of_float32(monkeypatch, dtype, keys, sources):
+    inputs = make_inputs(replace(ONE, queries=20, keys=keys, head_dim=32, heads=2), DEVICE, dtype)
+    share = torch.full((1, keys, sources), 0.71237, device=DEVICE)
+    with monkeypatch.context() as patch:
+        record(patch)
+        tensors = (inputs[name] for name in ("query", "key", "value"))
+        _, mixed = tlk.attention(*tensors, share, backend="cuda")
+    torch.testing.assert_close(mixed, share[:, :1].expand(-1, 20, -1), rtol=0, atol=1e-6)
+
+
+@executed
+@pytest.mark.parametrize("tokens", [20, 70])
+def test_gradients_in_bfloat16_are_as_small_and_large_as_those_of_the_output(monkeypatch, tokens):
+    case = replace(ONE, queries=tokens, keys=tokens, head_dim=32)
+    inputs = make_inputs(case, DEVICE, BFLOAT16)
+    with monkeypatch.context() as patch:
+        record(patch)
+        expected, small, large = (
+            selftest.run_operator(case, {**inputs, "grad_output": inputs["grad_output"] * factor}, "cuda")
+            for factor in (1, 2.0**-24, 2.0**24)
+        )
+    for name in ("query", "key", "value"):
+        gradient = expected[f"gradient of {name}"]
+        assert torch.equal(small[f"gradient of {name}"], gradient * 2.0**-24)
+        assert torch.equal(large[f"gradient of {name}"], gradient * 2.0**24)
+
+
+@executed
+@pytest.mark.parametrize("keys", [20, 70])
+def test_a_bias_of_minus_infinity_hides_keys_as_a_mask_does(monkeypatch, keys):
+    inputs = make_inputs(Case("hidden", 1, 3, 6, keys, 32), DEVICE, BFLOAT16)
+    mask = torch.rand(1, 3, 6, keys, device=DEVICE) > 0.5
+    mask[:, 1, 2] = mask[:, :, 3] = False
+    del inputs["grad_output"]
+    with monkeypatch.context() as patch:
+        record(patch)
+        bias = torch.zeros(mask.shape, device=DEVICE).masked_fill(~mask, float("-inf"))
+        ours = tlk.attention(**{**inputs, "bias": bias}, backend="cuda")
+        expected = tlk.attention(**{**inputs, "mask": mask}, backend="cuda")
+    for result, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours[1][:, 3], inputs["residual"][:, 3])
+
+
 def test_rows_that_begin_between_16_bytes_are_copied():
     wide, flat = torch.randn(2, 3, 20, 33, dtype=BFLOAT16), torch.randn(1 + 2 * 3 * 20 * 32, dtype=BFLOAT16)
     for tensor in (wide[..., 1:], wide[..., :32], flat[1:].view(2, 3, 20, 32)):

@@ -411,6 +411,29 @@ def test_a_bias_that_images_share_and_a_mask_add_up(backend, mask_shape):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_no_gradient_is_computed_for_a_bias_that_needs_none(another_backend):
+    asked = []
+
+    def recording(backward):
+        return lambda *arguments: asked.append(arguments[-1] is not None) or backward(*arguments)
+
+    another_backend(
+        backward=recording(reference.backward),
+        window_forward=reference.window_forward,
+        window_backward=recording(reference.window_backward),
+    )
+    qkv = torch.randn(1, 4, 3, 2, 8, requires_grad=True)
+    for needs_gradient in (False, True):
+        options = dict(bias=torch.zeros(4, 4, requires_grad=needs_gradient), backend="another")
+        for output in (
+            tlk.attention_qkv(qkv, **options)[0],
+            tlk.attention(*ops.unpack_qkv(qkv), **options)[0],
+            tlk.window_attention(qkv.unflatten(1, (2, 2)), window_size=(2, 2), **options)[0],
+        ):
+            output.sum().backward()
+    assert asked == [False] * 3 + [True] * 3
+
+
 @backends
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_of_the_size_of_the_scores_is_saved(backend, packed):
