@@ -628,6 +628,19 @@ def test_operators_are_seen_by_dispatch_modes_and_compute_the_same(name, backend
     assert all(torch.equal(first, second) for first, second in zip(direct, dispatched, strict=True))
 
 
+def test_subclasses_of_tensors_see_the_operator():
+    seen = []
+
+    class Watching(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), options=None):
+            seen.append(function)
+            return super().__torch_function__(function, types, arguments, options or {})
+
+    tlk.attention_qkv(torch.randn(1, 4, 3, 2, 8).as_subclass(Watching))
+    assert torch.ops.tlalign_kernels.attention_qkv.default in seen
+
+
 @backends
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_into_one_graph_at_the_first_call(backend, dynamic):
