@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tlalign_kernels as tlk
 from tlalign_kernels import ops, selftest
 from tlalign_kernels.backends import AUTO_ORDER, BACKENDS, reference
+from tlalign_kernels.backends.bias_sums import images_of_sum
 from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator, run_plain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -379,6 +380,14 @@ def test_bias_and_mask_broadcast(backend):
         added_output, added_share = call(inputs, mask=added, backend=backend)
         assert torch.equal(masked, added_output)
         assert torch.equal(masked_share, added_share)
+
+
+@pytest.mark.parametrize(
+    ("batch", "bias_images", "tiles", "images"),
+    [(5, 5, 100, 1), (64, 1, 12, 1), (128, 1, 16, 2), (4096, 1, 1, 4), (3, 1, 100_000, 3)],
+)
+def test_about_1024_programs_sum_the_gradients_of_a_bias(batch, bias_images, tiles, images):
+    assert images_of_sum(batch, bias_images, tiles) == images
 
 
 @backends
