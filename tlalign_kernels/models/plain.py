@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from timm.layers.hybrid_embed import HybridEmbed
 from torch import Tensor, nn
 
+from tlalign_kernels.functional import attention, attention_qkv
 from tlalign_kernels.labels import MixedTarget
-from tlalign_kernels.patch import ModelFollower, follows_labels, run_block
+from tlalign_kernels.patch import ModelFollower, attention_dropout, follows_labels, run_block
 
 
 class PlainFollower(ModelFollower):
@@ -172,6 +173,30 @@ def _mark_patches(share: Tensor, num_prefix_tokens: int) -> Tensor:
     """
     patches = F.pad(share[:, num_prefix_tokens:], (0, 1), value=1.0)
     return F.pad(patches, (0, 0, num_prefix_tokens, 0))
+
+
+def attend(
+    module: nn.Module, qkv: Tensor, share: Tensor, residual: Tensor | None, **offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What an attention of timm, which may normalise query and key, makes of its projection (B, N, 3, H, D).
+
+    Args:
+        module: A follower of an attention.
+        qkv: As for `attention_qkv`.
+        share: As for `attention_qkv`.
+        residual: As for `attention_qkv`.
+        offsets: `bias` and `mask` of `attention_qkv`, if there are any.
+
+    Returns:
+        (B, N, H, D) and (B, N, S).
+    """
+    options = dict(scale=module.scale, dropout_p=attention_dropout(module), backend=module.label_backend, **offsets)
+    if isinstance(module.q_norm, nn.Identity) and isinstance(module.k_norm, nn.Identity):
+        return attention_qkv(qkv, share, residual, **options)
+    query, key, value = qkv.unbind(2)
+    views = (part.transpose(1, 2) for part in (module.q_norm(query), module.k_norm(key), value))
+    attended, share = attention(*views, share, residual, **options)
+    return attended.transpose(1, 2), share
 
 
 def mask_options(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> dict[str, Tensor]:

@@ -8,9 +8,8 @@ import torch
 from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
-from tlalign_kernels.functional import attention, attention_qkv
-from tlalign_kernels.models.plain import PlainFollower
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, attention_dropout, check_head_dim, follow, register
+from tlalign_kernels.models.plain import PlainFollower, attend
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, check_head_dim, follow, register
 
 
 class AlignedRelPosAttention(LabelFollower, relpos.RelPosAttention):
@@ -45,19 +44,8 @@ class AlignedRelPosAttention(LabelFollower, relpos.RelPosAttention):
         if share is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
-        options = dict(
-            bias=shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias(),
-            scale=self.scale,
-            dropout_p=attention_dropout(self),
-            backend=self.label_backend,
-        )
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            attended, share = attention_qkv(qkv, share, residual, **options)
-        else:
-            query, key, value = qkv.unbind(2)
-            views = (part.transpose(1, 2) for part in (self.q_norm(query), self.k_norm(key), value))
-            attended, share = attention(*views, share, residual, **options)
-            attended = attended.transpose(1, 2)
+        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+        attended, share = attend(self, qkv, share, residual, bias=bias)
         return self.proj_drop(self.proj(attended.flatten(2))), share
 
 

@@ -16,9 +16,9 @@ from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models import deit, vision_transformer, vitamin
 from torch import Tensor, nn
 
-from tlalign_kernels.functional import attention, attention_qkv
+from tlalign_kernels.functional import attention
 from tlalign_kernels.labels import gather_share, residual_share
-from tlalign_kernels.models.plain import MaskedPlainFollower, mask_options
+from tlalign_kernels.models.plain import MaskedPlainFollower, attend, mask_options
 from tlalign_kernels.patch import LabelFollower, attention_dropout, check_head_dim, drop_path_factor, follow, register
 
 
@@ -57,19 +57,7 @@ class AlignedAttention(LabelFollower, tl.Attention):
         batch, tokens, _ = x.shape
         gate = None if self.gate is None else self.gate(x).sigmoid()
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
-        options = dict(
-            scale=self.scale,
-            dropout_p=attention_dropout(self),
-            backend=self.label_backend,
-            **mask_options(attn_mask, is_causal, x),
-        )
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            attended, share = attention_qkv(qkv, share, residual, **options)
-        else:
-            query, key, value = qkv.unbind(2)
-            views = (part.transpose(1, 2) for part in (self.q_norm(query), self.k_norm(key), value))
-            attended, share = attention(*views, share, residual, **options)
-            attended = attended.transpose(1, 2)
+        attended, share = attend(self, qkv, share, residual, **mask_options(attn_mask, is_causal, x))
         x = self.norm(attended.reshape(batch, tokens, self.attn_dim))
         if gate is not None:
             x = x * gate
