@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,8 +11,8 @@ from timm.models import beit
 from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention_qkv
-from tlalign_kernels.models.plain import PlainFollower
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, attention_dropout, check_head_dim, follow, register
+from tlalign_kernels.models.plain import BlockFollower, Branch, PlainFollower
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, attention_dropout, check_head_dim, register
 
 
 class AlignedBeitAttention(LabelFollower, beit.Attention):
@@ -60,8 +61,15 @@ class AlignedBeitAttention(LabelFollower, beit.Attention):
         return self.proj_drop(self.proj(attended.flatten(2))), share
 
 
-class AlignedBeitBlock(LabelFollower, beit.Block):
-    """timm's block of BEiT: labels go through the attention and its residual, the MLP leaves them as they are."""
+class ScaledBlockFollower(BlockFollower):
+    """Base of the followers of blocks whose branches are scaled by parameters, if they have them."""
+
+    def _around_branches(self) -> tuple[tuple[Branch, Branch], tuple[Branch, Branch]]:
+        return (self.norm1, partial(_scaled, self.gamma_1)), (self.norm2, partial(_scaled, self.gamma_2))
+
+
+class AlignedBeitBlock(ScaledBlockFollower, beit.Block):
+    """timm's block of BEiT with label propagation."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "68d8182b8e17fe16"}
 
@@ -71,11 +79,7 @@ class AlignedBeitBlock(LabelFollower, beit.Block):
         """Arguments and result as for `AlignedBeitAttention`."""
         if share is None:
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, self.norm1(x), shared_rel_pos_bias, share, residual)
-        attended, share = self.drop_attention(self.drop_path1, scaled(attended, self.gamma_1), mixed, share)
-        x = x + attended
-        return x + self.drop_path2(scaled(self.mlp(self.norm2(x)), self.gamma_2)), share
+        return self.run_branches(x, share, shared_rel_pos_bias)
 
 
 class AlignedBeit(PlainFollower, ImageModelFollower, beit.Beit):
@@ -107,8 +111,7 @@ def packed_projection(attention: nn.Module, x: Tensor) -> Tensor:
     return projected.unflatten(2, (3, attention.num_heads, -1))
 
 
-def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    """A branch times the scale of its layer, if it has one."""
+def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
     return x if gamma is None else gamma * x
 
 

@@ -7,22 +7,23 @@ from typing import ClassVar
 import timm.layers as tl
 import torch
 from timm.models import eva
-from torch import Tensor, nn
+from torch import Tensor
 
 from tlalign_kernels.functional import attention
 from tlalign_kernels.labels import gather_share
-from tlalign_kernels.models.beit import packed_projection, scaled
-from tlalign_kernels.models.plain import MaskedPlainFollower, mask_options
-from tlalign_kernels.patch import LabelFollower, attention_dropout, check_head_dim, follow, register
+from tlalign_kernels.models.beit import ScaledBlockFollower, packed_projection
+from tlalign_kernels.models.plain import (
+    AttentionFollower,
+    BlockFollower,
+    MaskedPlainFollower,
+    PostNormBlockFollower,
+    mask_options,
+)
+from tlalign_kernels.patch import attention_dropout, follow, register
 
 
-class RotaryFollower(LabelFollower):
+class RotaryFollower(AttentionFollower):
     """Base of the followers of attentions with rotary positions (RoFormer, arXiv 2104.09864)."""
-
-    @classmethod
-    def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError for heads that no backend has."""
-        check_head_dim(module.head_dim, name)
 
     def forward(
         self,
@@ -110,50 +111,33 @@ class AlignedAttentionRope(RotaryFollower, tl.AttentionRope):
         return self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
 
 
-class AlignedEvaBlock(LabelFollower, eva.EvaBlock):
-    """timm's pre-norm `EvaBlock`: labels go through the attention and its residual, the MLP leaves them as they are."""
+class RotaryBlockFollower(BlockFollower):
+    """Base of the followers of blocks of `Eva`."""
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        share: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments and result as for `RotaryFollower`."""
+        if share is None:
+            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        return self.run_branches(x, share, rope, attn_mask, is_causal)
+
+
+class AlignedEvaBlock(RotaryBlockFollower, ScaledBlockFollower, eva.EvaBlock):
+    """timm's pre-norm `EvaBlock` with label propagation."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "9b96d44bdb2cb974"}
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        share: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Arguments and result as for `RotaryFollower`."""
-        if share is None:
-            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, self.norm1(x), rope, attn_mask, is_causal, share, residual)
-        attended, share = self.drop_attention(self.drop_path1, scaled(attended, self.gamma_1), mixed, share)
-        x = x + attended
-        return x + self.drop_path2(scaled(self.mlp(self.norm2(x)), self.gamma_2)), share
 
-
-class AlignedEvaBlockPostNorm(LabelFollower, eva.EvaBlockPostNorm):
+class AlignedEvaBlockPostNorm(RotaryBlockFollower, PostNormBlockFollower, eva.EvaBlockPostNorm):
     """timm's post-norm `EvaBlockPostNorm`, for labels the same as the pre-norm one."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "faead0d7f3b7dfea"}
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        share: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Arguments and result as for `RotaryFollower`."""
-        if share is None:
-            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, x, rope, attn_mask, is_causal, share, residual)
-        attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
-        x = x + attended
-        return x + self.drop_path2(self.norm2(self.mlp(x))), share
 
 
 class AlignedEva(MaskedPlainFollower, eva.Eva):

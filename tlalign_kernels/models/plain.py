@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import timm.layers as tl
@@ -12,7 +13,17 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention, attention_qkv
 from tlalign_kernels.labels import MixedTarget
-from tlalign_kernels.patch import ModelFollower, attention_dropout, follows_labels, run_block
+from tlalign_kernels.patch import (
+    LabelFollower,
+    ModelFollower,
+    attention_dropout,
+    check_head_dim,
+    follow,
+    follows_labels,
+    run_block,
+)
+
+Branch = Callable[[Tensor], Tensor]
 
 
 class PlainFollower(ModelFollower):
@@ -164,6 +175,43 @@ class MaskedPlainFollower(PlainFollower):
                 raise ValueError("collect_layers: expected False without a target, got True")
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.align_target(x, target, collect_layers, attn_mask, is_causal)
+
+
+class AttentionFollower(LabelFollower):
+    """Base of the followers of attentions that know the dimension of their heads."""
+
+    @classmethod
+    def check(cls, module: nn.Module, name: str) -> None:
+        """Raises NotImplementedError for heads that no backend has."""
+        check_head_dim(module.head_dim, name)
+
+
+class BlockFollower(LabelFollower):
+    """Base of the followers of blocks: labels go through the attention and its residual, the MLP leaves them alone."""
+
+    def run_branches(self, x: Tensor, share: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, channels) and labels (B, N, S) after the block; `arguments`: further ones of its attention."""
+        (before_attention, after_attention), (before_mlp, after_mlp) = self._around_branches()
+        residual = share if self.label_residual else None
+        attended, mixed = follow(self.attn, before_attention(x), *arguments, share, residual)
+        attended, share = self.drop_attention(self.drop_path1, after_attention(attended), mixed, share)
+        x = x + attended
+        return x + self.drop_path2(after_mlp(self.mlp(before_mlp(x)))), share
+
+    def _around_branches(self) -> tuple[tuple[Branch, Branch], tuple[Branch, Branch]]:
+        """What comes before and after the attention, and before and after the MLP."""
+        return (self.norm1, self.ls1), (self.norm2, self.ls2)
+
+
+class PostNormBlockFollower(BlockFollower):
+    """Base of the followers of blocks that normalise what a branch adds."""
+
+    def _around_branches(self) -> tuple[tuple[Branch, Branch], tuple[Branch, Branch]]:
+        return (_unchanged, self.norm1), (_unchanged, self.norm2)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _mark_patches(share: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -6,22 +6,23 @@ from typing import ClassVar
 
 import torch
 from timm.models import vision_transformer_relpos as relpos
-from torch import Tensor, nn
+from torch import Tensor
 
-from tlalign_kernels.models.plain import PlainFollower, attend
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, check_head_dim, follow, register
+from tlalign_kernels.models.plain import (
+    AttentionFollower,
+    BlockFollower,
+    PlainFollower,
+    PostNormBlockFollower,
+    attend,
+)
+from tlalign_kernels.patch import ImageModelFollower, register
 
 
-class AlignedRelPosAttention(LabelFollower, relpos.RelPosAttention):
+class AlignedRelPosAttention(AttentionFollower, relpos.RelPosAttention):
     """timm's `RelPosAttention`, with a bias of its own or one that all blocks share."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "a38419a4d20b4ef8"}
     untouched = ("rel_pos",)
-
-    @classmethod
-    def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError for heads that no backend has."""
-        check_head_dim(module.head_dim, name)
 
     def forward(
         self,
@@ -49,40 +50,28 @@ class AlignedRelPosAttention(LabelFollower, relpos.RelPosAttention):
         return self.proj_drop(self.proj(attended.flatten(2))), share
 
 
-class AlignedRelPosBlock(LabelFollower, relpos.RelPosBlock):
-    """timm's `RelPosBlock`: labels go through the attention and its residual, the MLP leaves them as they are."""
+class RelPosBlockFollower(BlockFollower):
+    """Base of the followers of blocks of `VisionTransformerRelPos`."""
+
+    def forward(
+        self, x: Tensor, shared_rel_pos: Tensor | None = None, share: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments and result as for `AlignedRelPosAttention`."""
+        if share is None:
+            return super().forward(x, shared_rel_pos=shared_rel_pos)
+        return self.run_branches(x, share, shared_rel_pos)
+
+
+class AlignedRelPosBlock(RelPosBlockFollower, relpos.RelPosBlock):
+    """timm's pre-norm `RelPosBlock` with label propagation."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "690d76ce43a08797"}
 
-    def forward(
-        self, x: Tensor, shared_rel_pos: Tensor | None = None, share: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Arguments and result as for `AlignedRelPosAttention`."""
-        if share is None:
-            return super().forward(x, shared_rel_pos=shared_rel_pos)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, self.norm1(x), shared_rel_pos, share, residual)
-        attended, share = self.drop_attention(self.drop_path1, self.ls1(attended), mixed, share)
-        x = x + attended
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), share
 
-
-class AlignedResPostRelPosBlock(LabelFollower, relpos.ResPostRelPosBlock):
+class AlignedResPostRelPosBlock(RelPosBlockFollower, PostNormBlockFollower, relpos.ResPostRelPosBlock):
     """timm's post-norm `ResPostRelPosBlock`, for labels the same as the pre-norm one."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "da5d8ed3898e7694"}
-
-    def forward(
-        self, x: Tensor, shared_rel_pos: Tensor | None = None, share: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Arguments and result as for `AlignedRelPosAttention`."""
-        if share is None:
-            return super().forward(x, shared_rel_pos=shared_rel_pos)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, x, shared_rel_pos, share, residual)
-        attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
-        x = x + attended
-        return x + self.drop_path2(self.norm2(self.mlp(x))), share
 
 
 class AlignedVisionTransformerRelPos(PlainFollower, ImageModelFollower, relpos.VisionTransformerRelPos):

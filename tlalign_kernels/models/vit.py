@@ -18,19 +18,21 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention
 from tlalign_kernels.labels import gather_share, residual_share
-from tlalign_kernels.models.plain import MaskedPlainFollower, attend, mask_options
+from tlalign_kernels.models.plain import (
+    AttentionFollower,
+    BlockFollower,
+    MaskedPlainFollower,
+    PostNormBlockFollower,
+    attend,
+    mask_options,
+)
 from tlalign_kernels.patch import LabelFollower, attention_dropout, check_head_dim, drop_path_factor, follow, register
 
 
-class AlignedAttention(LabelFollower, tl.Attention):
+class AlignedAttention(AttentionFollower, tl.Attention):
     """timm's `Attention` with label propagation: Y^ = mean_h(A_h) . Y (TL-Align, arXiv 2210.06455)."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "37a80e0fdf45af9c"}
-
-    @classmethod
-    def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError for heads that no backend has."""
-        check_head_dim(module.head_dim, name)
 
     def forward(
         self,
@@ -64,10 +66,8 @@ class AlignedAttention(LabelFollower, tl.Attention):
         return self.proj_drop(self.proj(x)), share
 
 
-class AlignedBlock(LabelFollower, vision_transformer.Block):
-    """timm's pre-norm `Block`: labels go through the attention and its residual, the MLP leaves them as they are."""
-
-    mirrors: ClassVar[dict[str, str]] = {"forward": "2cb6f77c3039d89c"}
+class MaskedBlockFollower(BlockFollower):
+    """Base of the followers of blocks of `VisionTransformer`."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, share: Tensor | None = None
@@ -75,42 +75,25 @@ class AlignedBlock(LabelFollower, vision_transformer.Block):
         """Arguments and result as for `AlignedAttention`."""
         if share is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, self.norm1(x), attn_mask, is_causal, share, residual)
-        attended, share = self.drop_attention(self.drop_path1, self.ls1(attended), mixed, share)
-        x = x + attended
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x, share
+        return self.run_branches(x, share, attn_mask, is_causal)
 
 
-class AlignedResPostBlock(LabelFollower, vision_transformer.ResPostBlock):
+class AlignedBlock(MaskedBlockFollower, vision_transformer.Block):
+    """timm's pre-norm `Block` with label propagation."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "2cb6f77c3039d89c"}
+
+
+class AlignedResPostBlock(MaskedBlockFollower, PostNormBlockFollower, vision_transformer.ResPostBlock):
     """timm's post-norm `ResPostBlock`, for labels the same as the pre-norm one."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "e4c41427902a8088"}
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, share: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Arguments and result as for `AlignedAttention`."""
-        if share is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, x, attn_mask, is_causal, share, residual)
-        attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
-        x = x + attended
-        x = x + self.drop_path2(self.norm2(self.mlp(x)))
-        return x, share
 
-
-class AlignedParallelScalingBlock(LabelFollower, vision_transformer.ParallelScalingBlock):
+class AlignedParallelScalingBlock(AttentionFollower, vision_transformer.ParallelScalingBlock):
     """timm's `ParallelScalingBlock`: one residual around attention and MLP, which counts as the attention's."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "19c3e45701ce1613"}
-
-    @classmethod
-    def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError for heads that no backend has."""
-        check_head_dim(module.head_dim, name)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, share: Tensor | None = None
