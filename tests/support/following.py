@@ -252,8 +252,10 @@ def check_adapters(model, images, target):
         return output + 0.1 if type(module) in (nn.Linear, nn.Conv2d) else None
 
     of_all = register_module_forward_hook(shifted)
-    torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)
-    of_all.remove()
+    try:
+        torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)
+    finally:  # or other tests would have it
+        of_all.remove()
     hooks = [module.register_forward_hook(shifted) for _, module in layers]
     torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)
     for hook in hooks:
