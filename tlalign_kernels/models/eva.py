@@ -18,6 +18,7 @@ from tlalign_kernels.models.plain import (
     MaskedPlainFollower,
     PostNormBlockFollower,
     mask_options,
+    project_attended,
 )
 from tlalign_kernels.patch import attention_dropout, follow, register
 
@@ -49,7 +50,6 @@ class RotaryFollower(AttentionFollower):
         """
         if share is None:
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        gate = None if self.gate is None else self.gate(x).sigmoid()
         query, key, value = self._project(x)
         query, key = self._rotate(self.q_norm(query), rope, value), self._rotate(self.k_norm(key), rope, value)
         groups = self.num_heads // key.shape[2]
@@ -66,10 +66,7 @@ class RotaryFollower(AttentionFollower):
             backend=self.label_backend,
             **mask_options(attn_mask, is_causal, x),
         )
-        x = self.norm(attended.transpose(1, 2).flatten(2))
-        if gate is not None:
-            x = x * gate
-        return self.proj_drop(self.proj(x)), share
+        return project_attended(self, x, attended.transpose(1, 2)), share
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Query (B, N, H, D), key and value, (B, N, H, D) or with fewer heads."""

@@ -247,6 +247,14 @@ def attend(
     return attended.transpose(1, 2), share
 
 
+def project_attended(module: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+    """What an attention of timm, which may have a gate, makes of its input (B, N, channels) and of A.V (B, N, H, D)."""
+    projected = module.norm(attended.flatten(2))
+    if module.gate is not None:
+        projected = projected * module.gate(x).sigmoid()
+    return module.proj_drop(module.proj(projected))
+
+
 def mask_options(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> dict[str, Tensor]:
     """Translates timm's mask arguments to those of the operator."""
     if is_causal:

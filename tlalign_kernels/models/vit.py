@@ -25,6 +25,7 @@ from tlalign_kernels.models.plain import (
     PostNormBlockFollower,
     attend,
     mask_options,
+    project_attended,
 )
 from tlalign_kernels.patch import LabelFollower, attention_dropout, check_head_dim, drop_path_factor, follow, register
 
@@ -56,14 +57,9 @@ class AlignedAttention(AttentionFollower, tl.Attention):
         """
         if share is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        batch, tokens, _ = x.shape
-        gate = None if self.gate is None else self.gate(x).sigmoid()
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
         attended, share = attend(self, qkv, share, residual, **mask_options(attn_mask, is_causal, x))
-        x = self.norm(attended.reshape(batch, tokens, self.attn_dim))
-        if gate is not None:
-            x = x * gate
-        return self.proj_drop(self.proj(x)), share
+        return project_attended(self, x, attended), share
 
 
 class MaskedBlockFollower(BlockFollower):
