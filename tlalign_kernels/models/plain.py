@@ -203,6 +203,13 @@ class BlockFollower(LabelFollower):
         return (self.norm1, self.ls1), (self.norm2, self.ls2)
 
 
+class UnscaledBlockFollower(BlockFollower):
+    """Base of the followers of blocks that have no scales after their branches."""
+
+    def _around_branches(self) -> tuple[tuple[Branch, Branch], tuple[Branch, Branch]]:
+        return (self.norm1, _unchanged), (self.norm2, _unchanged)
+
+
 class PostNormBlockFollower(BlockFollower):
     """Base of the followers of blocks that normalise what a branch adds."""
 

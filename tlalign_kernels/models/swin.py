@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
-from tlalign_kernels.models.plain import check_image_size, check_patch_embed
+from tlalign_kernels.models.plain import (
+    BlockFollower,
+    PostNormBlockFollower,
+    UnscaledBlockFollower,
+    check_image_size,
+    check_patch_embed,
+)
 from tlalign_kernels.patch import (
     ImageModelFollower,
     LabelFollower,
@@ -38,9 +44,9 @@ class WindowFollower(LabelFollower):
         self,
         x: Tensor,
         mask: Tensor | None = None,
+        shift: tuple[int, int] = (0, 0),
         share: Tensor | None = None,
         residual: Tensor | None = None,
-        shift: tuple[int, int] = (0, 0),
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attends within the windows of a map, and mixes labels with the mean of the heads.
 
@@ -50,9 +56,9 @@ class WindowFollower(LabelFollower):
         Args:
             x: (B, Ht, Wt, channels) with a share; (B * W, N, channels), windows, without one.
             mask: timm's mask of shifted windows; None with a share.
+            shift: Tokens by which the map is rolled towards its start along each axis; of no account without a share.
             share: (B, Ht, Wt, S), or None to run timm's own forward.
             residual: (B, Ht, Wt, S) to average the labels with, or None.
-            shift: Tokens by which the map is rolled towards its start along each axis; of no account without a share.
 
         Returns:
             The shape of `x`, with a share also the new share (B, Ht, Wt, S).
@@ -170,8 +176,18 @@ class AlignedWindowMultiHeadAttention(CosineWindowFollower, swin_transformer_v2_
         return self._relative_positional_encodings().squeeze(0)
 
 
-class AlignedSwinTransformerBlock(LabelFollower, swin_transformer.SwinTransformerBlock):
-    """timm's pre-norm block of Swin: labels go through the attention and its residual, the MLP leaves them alone."""
+class WindowBlockFollower(BlockFollower):
+    """Base of the followers of blocks of Swin Transformers."""
+
+    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Takes and returns tokens (B, Ht, Wt, channels) and, if given, their share (B, Ht, Wt, S)."""
+        if share is None:
+            return super().forward(x)
+        return self.run_branches(x, share, None, self.shift_size)
+
+
+class AlignedSwinTransformerBlock(WindowBlockFollower, UnscaledBlockFollower, swin_transformer.SwinTransformerBlock):
+    """timm's pre-norm block of Swin with label propagation."""
 
     mirrors: ClassVar[dict[str, str]] = {
         "forward": "5a71b5cc50667a76",
@@ -179,19 +195,10 @@ class AlignedSwinTransformerBlock(LabelFollower, swin_transformer.SwinTransforme
         "get_attn_mask": "e8159378f675ed97",
     }
 
-    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Takes and returns tokens (B, Ht, Wt, channels) and, if given, their share (B, Ht, Wt, S)."""
-        if share is None:
-            return super().forward(x)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, self.norm1(x), share=share, residual=residual, shift=self.shift_size)
-        attended, share = self.drop_attention(self.drop_path1, attended, mixed, share)
-        x = x + attended
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x, share
 
-
-class AlignedSwinTransformerV2Block(LabelFollower, swin_transformer_v2.SwinTransformerV2Block):
+class AlignedSwinTransformerV2Block(
+    WindowBlockFollower, PostNormBlockFollower, swin_transformer_v2.SwinTransformerV2Block
+):
     """timm's post-norm block of Swin v2, for labels the same as the pre-norm one."""
 
     mirrors: ClassVar[dict[str, str]] = {
@@ -200,19 +207,10 @@ class AlignedSwinTransformerV2Block(LabelFollower, swin_transformer_v2.SwinTrans
         "get_attn_mask": "c5b7d625c4297baf",
     }
 
-    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """As for `AlignedSwinTransformerBlock`."""
-        if share is None:
-            return super().forward(x)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, x, share=share, residual=residual, shift=self.shift_size)
-        attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
-        x = x + attended
-        x = x + self.drop_path2(self.norm2(self.mlp(x)))
-        return x, share
 
-
-class AlignedSwinTransformerV2CrBlock(LabelFollower, swin_transformer_v2_cr.SwinTransformerV2CrBlock):
+class AlignedSwinTransformerV2CrBlock(
+    WindowBlockFollower, PostNormBlockFollower, swin_transformer_v2_cr.SwinTransformerV2CrBlock
+):
     """timm's post-norm block of Swin v2-CR, which some end with a norm of all that passes."""
 
     mirrors: ClassVar[dict[str, str]] = {
@@ -222,14 +220,10 @@ class AlignedSwinTransformerV2CrBlock(LabelFollower, swin_transformer_v2_cr.Swin
     }
 
     def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """As for `AlignedSwinTransformerBlock`."""
+        """As for `WindowBlockFollower`."""
         if share is None:
             return super().forward(x)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, x, share=share, residual=residual, shift=self.shift_size)
-        attended, share = self.drop_attention(self.drop_path1, self.norm1(attended), mixed, share)
-        x = x + attended
-        x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        x, share = super().forward(x, share)
         return self.norm3(x), share
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention, window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
+from tlalign_kernels.models.plain import UnscaledBlockFollower
 from tlalign_kernels.models.pvt_v2 import check_average_pooling, check_convolution, stride_of
 from tlalign_kernels.patch import (
     ImageModelFollower,
     LabelFollower,
     attention_dropout,
     check_head_dim,
-    follow,
     projected_padding,
     register,
     run_block,
@@ -106,7 +106,7 @@ class AlignedGlobalSubSampleAttn(LabelFollower, twins.GlobalSubSampleAttn):
         return self.proj_drop(self.proj(attended)), share
 
 
-class AlignedBlock(LabelFollower, twins.Block):
+class AlignedBlock(UnscaledBlockFollower, twins.Block):
     """timm's `Block`: labels go through the attention and its residual, the MLP leaves them as they are."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "12dc1f99b71f21f6"}
@@ -121,12 +121,7 @@ class AlignedBlock(LabelFollower, twins.Block):
         """Arguments and result as for `AlignedLocallyGroupedAttn`."""
         if share is None:
             return super().forward(x, size)
-        residual = share if self.label_residual else None
-        attended, mixed = follow(self.attn, self.norm1(x), size, share, residual)
-        attended, share = self.drop_attention(self.drop_path1, attended, mixed, share)
-        x = x + attended
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x, share
+        return self.run_branches(x, share, size)
 
 
 class AlignedPosConv(LabelFollower, twins.PosConv):
