@@ -12,7 +12,7 @@ from torch import Tensor
 from tlalign.mixing.strategy import (
     MixingStrategy,
     Mode,
-    check_alpha,
+    check_not_negative,
     check_number,
     check_positive,
     check_probability,
@@ -98,7 +98,7 @@ class CutMix(BoxStrategy):
         seed: int = 0,
     ) -> None:
         super().__init__(prob, mode, seed)
-        check_alpha("alpha", alpha)
+        check_not_negative("alpha", alpha)
         if alpha == 0 and minmax is None:
             raise ValueError("alpha: expected more than 0 unless minmax is given, got 0")
         self.alpha = float(alpha)
@@ -156,8 +156,8 @@ class MixUpCutMix(BoxStrategy):
         seed: int = 0,
     ) -> None:
         super().__init__(prob, mode, seed)
-        check_alpha("mixup_alpha", mixup_alpha)
-        check_alpha("cutmix_alpha", cutmix_alpha)
+        check_not_negative("mixup_alpha", mixup_alpha)
+        check_not_negative("cutmix_alpha", cutmix_alpha)
         check_probability("switch_prob", switch_prob)
         self.mixup_alpha = float(mixup_alpha)
         self.cutmix_alpha = float(cutmix_alpha)

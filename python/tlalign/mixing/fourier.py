@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tlalign.mixing.masks import MaskStrategy
-from tlalign.mixing.strategy import Mode, check_number, check_positive, draw_ratios
+from tlalign.mixing.strategy import Mode, check_not_negative, check_positive, draw_ratios
 
 
 class FMix(MaskStrategy):
@@ -29,9 +29,7 @@ class FMix(MaskStrategy):
     ) -> None:
         super().__init__(prob, mode, seed)
         self.alpha = check_positive("alpha", alpha)
-        check_number("decay", decay)
-        if not (math.isfinite(decay) and decay >= 0):
-            raise ValueError(f"decay: expected a finite number of at least 0, got {decay}")
+        check_not_negative("decay", decay)
         self.decay = float(decay)
 
     def _draw(self, count: int, image_size: tuple[int, int]) -> np.ndarray:

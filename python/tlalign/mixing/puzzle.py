@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlalign.mixing.strategy import MixingStrategy, Mode, check_number, check_positive, draw_ratios, to_device
+from tlalign.mixing.strategy import MixingStrategy, Mode, check_not_negative, check_positive, draw_ratios, to_device
 from tlalign_kernels.labels import MixedTarget
 
 # Blocks along each side of the image; one of these is drawn for each batch.
@@ -78,9 +78,7 @@ class PuzzleMix(MixingStrategy):
                 f"GradientSaliency(model), got {type(saliency).__name__}"
             )
         for name, value in (("beta", beta), ("gamma", gamma), ("eta", eta), ("xi", 0.0 if xi is None else xi)):
-            check_number(name, value)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+            check_not_negative(name, value)
         if gamma > 1:
             raise ValueError(f"gamma: expected a number in [0, 1], beyond which a cut finds no minimum, got {gamma}")
         _scipy()

@@ -250,7 +250,7 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
-def check_alpha(name: str, value: float) -> None:
+def check_not_negative(name: str, value: float) -> None:
     """Raises unless `value` is a finite number of at least 0."""
     check_number(name, value)
     if not (math.isfinite(value) and value >= 0):
@@ -266,7 +266,7 @@ def check_probability(name: str, value: float) -> None:
 
 def check_positive(name: str, value: float) -> float:
     """Returns `value` as a float; raises unless it is a finite number above 0."""
-    check_alpha(name, value)
+    check_not_negative(name, value)
     if value == 0:
         raise ValueError(f"{name}: expected more than 0, got 0")
     return float(value)
