@@ -107,11 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{os.environ['WORLD_SIZE']}"
             )
         return commands[name](options)
-    except UsageError as error:
-        print(f"tlalign: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in _REFUSALS:
+    except (UsageError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _REFUSALS:
             raise
         print(f"tlalign: error: {error}", file=sys.stderr)
         return 2
@@ -134,11 +131,8 @@ def train(options: Sequence[str]) -> int:
     values = _with_config_file(values, given.config, flags)
     if continued:
         values["output"] = given.resume
-    parser = jsonargparse.ArgumentParser(
-        prog="tlalign train",
-        description="Trains a model. A recipe is the start; values of --config replace its, and flags replace both.",
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = _parser(
+        "train", "Trains a model. A recipe is the start; values of --config replace its, and flags replace both."
     )
     _add_sources(parser)
     parser.add_argument(
@@ -176,13 +170,11 @@ def compare(options: Sequence[str]) -> int:
         sources.add_argument(name)
     given, flags = sources.parse_known_args([_underscored(option) for option in options])
     values = _with_config_file(load_recipe(given.recipe or _DEFAULT_RECIPE), given.config, flags)
-    parser = jsonargparse.ArgumentParser(
-        prog="tlalign compare",
-        description="Trains each method with each seed, all else being the same, in folders of their own in --output, "
+    parser = _parser(
+        "compare",
+        "Trains each method with each seed, all else being the same, in folders of their own in --output, "
         "and writes a table and a plot of what they gave. The same command goes on after a stop, and trains nothing "
         "twice.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     _add_sources(parser)
     parser.add_argument(
@@ -228,12 +220,7 @@ def compare(options: Sequence[str]) -> int:
 
 def evaluate(options: Sequence[str]) -> int:
     """`tlalign eval`: prints the accuracy of a checkpoint's weights."""
-    parser = jsonargparse.ArgumentParser(
-        prog="tlalign eval",
-        description=f"Evaluates a checkpoint of timm or tlalign. {_CONFIG_BESIDE}",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = _parser("eval", f"Evaluates a checkpoint of timm or tlalign. {_CONFIG_BESIDE}")
     parser.add_argument("--checkpoint", help="Checkpoint to evaluate.")
     given, config = _parse_over_checkpoint(parser, options, {})
     from tlalign.evaluation import evaluate_checkpoint
@@ -245,12 +232,10 @@ def evaluate(options: Sequence[str]) -> int:
 
 def list_runs(options: Sequence[str]) -> int:
     """`tlalign runs`: prints a table of runs, and draws their curves."""
-    parser = jsonargparse.ArgumentParser(
-        prog="tlalign runs",
-        description="Lists runs: what they are, how far they are and how they went, and the values in which they "
+    parser = _parser(
+        "runs",
+        "Lists runs: what they are, how far they are and how they went, and the values in which they "
         "differ. Top-1 is that of the averaged weights (EMA) where there are any.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument("paths", nargs="*", default=["runs"], help="Folders of runs, or folders that hold such.")
     parser.add_argument("--sort", default="name", help="Column to sort by, as --csv calls it.")
@@ -280,12 +265,10 @@ def list_runs(options: Sequence[str]) -> int:
 
 def export(options: Sequence[str]) -> int:
     """`tlalign export`: writes the weights of a checkpoint as timm and others load them."""
-    parser = jsonargparse.ArgumentParser(
-        prog="tlalign export",
-        description="Writes the weights of a checkpoint as a plain checkpoint of timm, loads it again and compares "
+    parser = _parser(
+        "export",
+        "Writes the weights of a checkpoint as a plain checkpoint of timm, loads it again and compares "
         f"the logits. {_CONFIG_BESIDE}",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", help="Checkpoint to export.")
     parser.add_argument("--output", help="File to write: NAME.safetensors, or NAME.pth for a bare state dict.")
@@ -309,12 +292,10 @@ def export(options: Sequence[str]) -> int:
 
 def analyze(options: Sequence[str]) -> int:
     """`tlalign analyze`: writes pictures, tables and a page about what alignment does in a model."""
-    parser = jsonargparse.ArgumentParser(
-        prog="tlalign analyze",
-        description="Shows what alignment does to the labels of a model's tokens: pictures, tables and a page of HTML. "
+    parser = _parser(
+        "analyze",
+        "Shows what alignment does to the labels of a model's tokens: pictures, tables and a page of HTML. "
         f"{_CONFIG_BESIDE}",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", help="Checkpoint of timm or tlalign; without one, weights are random.")
     given, config = _parse_over_checkpoint(parser, options, {}, AnalyzeConfig)
@@ -327,6 +308,12 @@ def analyze(options: Sequence[str]) -> int:
         raise UsageError(f"data: {error}") from error
     print(f"page      {page}\npictures and tables beside it")
     return 0
+
+
+def _parser(command: str, description: str) -> jsonargparse.ArgumentParser:
+    return jsonargparse.ArgumentParser(
+        prog=f"tlalign {command}", description=description, exit_on_error=False, allow_abbrev=False
+    )
 
 
 def _add_sources(parser: jsonargparse.ArgumentParser) -> None:
