@@ -196,11 +196,12 @@ class MixedTarget:
         """Share of the whole image: the state a class, distillation or register token starts with.
 
         Args:
-            dtype: float32, or float64 for models in float64.
+            dtype: Of the model; labels are float32, or float64 for models in float64.
 
         Returns:
             (B, S), or (B, C) for dense labels.
         """
+        dtype = torch.promote_types(dtype, torch.float32)
         if self.classes is None:
             return self.token_labels.to(dtype).mean(dim=(2, 3))
         if self.ratio is not None and self.ratio.dtype == dtype:
@@ -225,7 +226,7 @@ class MixedTarget:
         Args:
             grid_size: (Ht, Wt), tokens along each axis.
             patch_size: Pixels between one token and the next, along each axis (the stride, not the receptive field).
-            dtype: float32, or float64 for models in float64.
+            dtype: Of the model; labels are float32, or float64 for models in float64.
 
         Returns:
             (B, Ht * Wt, S), or (B, Ht * Wt, C) for dense labels.
@@ -234,6 +235,7 @@ class MixedTarget:
             ValueError: If the grid does not lie on the image, or dense labels do not fit the grid.
         """
         rows, columns = grid_size
+        dtype = torch.promote_types(dtype, torch.float32)
         if self.classes is None:
             return self._pooled_token_labels(grid_size, dtype)
         if self.boxes is None and self.masks is None:

@@ -126,9 +126,8 @@ class PlainFollower(ModelFollower):
                 f"patch_embed: expected tokens {step} pixels apart in an image of {image_size} pixels, got {grid_size} "
                 "of them; make the model for an image size that its stem divides"
             )
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        patches = target.token_share(grid_size, step, dtype)
-        prefix = target.image_share(dtype)[:, None, :].expand(-1, self.num_prefix_tokens, -1)
+        patches = target.token_share(grid_size, step, x.dtype)
+        prefix = target.image_share(x.dtype)[:, None, :].expand(-1, self.num_prefix_tokens, -1)
         return torch.cat((prefix, patches), dim=1)
 
     def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

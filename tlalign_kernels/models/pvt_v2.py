@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from timm.models import pvt_v2
 from torch import Tensor, nn
@@ -189,9 +188,8 @@ class AlignedPyramidVisionTransformerV2(ImageModelFollower, pvt_v2.PyramidVision
         """See `ImageModelFollower`."""
         check_average_pooling(self)
         x = self.patch_embed(x)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         grid_size = tuple(x.shape[1:3])
-        share = target.token_share(grid_size, stride_of(self.patch_embed.proj), dtype).unflatten(1, grid_size)
+        share = target.token_share(grid_size, stride_of(self.patch_embed.proj), x.dtype).unflatten(1, grid_size)
         for stage in self.stages:
             x, share, *of_blocks = follow(stage, x, share, layer_shares is not None)
             if layer_shares is not None:

@@ -331,8 +331,7 @@ class SwinFollower(ImageModelFollower):
         _check_head(self)
         x = self.patch_embed(x)
         grid_size = self._grid_size(x)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        share = target.token_share(grid_size, self.patch_embed.patch_size, dtype).unflatten(1, grid_size)
+        share = target.token_share(grid_size, self.patch_embed.patch_size, x.dtype).unflatten(1, grid_size)
         for stage in self._stages(self):
             x, share, *of_blocks = follow(stage, x, share=share, collect_layers=layer_shares is not None)
             if layer_shares is not None:

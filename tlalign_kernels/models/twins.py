@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from timm.models import twins
 from torch import Tensor, nn
 
@@ -188,14 +187,13 @@ class AlignedTwins(ImageModelFollower, twins.Twins):
     def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """See `ImageModelFollower`."""
         check_average_pooling(self)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         share = None
         for embed, drop, blocks, encode in zip(
             self.patch_embeds, self.pos_drops, self.blocks, self.pos_block, strict=False
         ):
             if share is None:
                 x, size = embed(x)
-                share = target.token_share(size, embed.patch_size, dtype)
+                share = target.token_share(size, embed.patch_size, x.dtype)
             else:
                 x, size, share = embed(x.transpose(1, 2).unflatten(2, size), share.unflatten(1, size))
             x = drop(x)

@@ -232,19 +232,18 @@ class AlignedPyramidVisionTransformer(ImageModelFollower, PyramidVisionTransform
     def align(self, x: Tensor, target: tlk.MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """See `ImageModelFollower`."""
         self.check(self, "model")
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         share, size = None, None
         for stage in range(self.num_stages):
             share = None if share is None else share.unflatten(1, size)
             x, size = self._embed(x, size, stage)
             patch_size = getattr(self, f"patch_embed{stage + 1}").patch_size
             if share is None:
-                share = target.token_share(size, patch_size, dtype)
+                share = target.token_share(size, patch_size, x.dtype)
             else:
                 share = pool_share(share, patch_size, partial_cells=False).flatten(1, 2)
             has_prefix = stage == self.num_stages - 1
             if has_prefix:
-                share = torch.cat((target.image_share(dtype)[:, None], share), dim=1)
+                share = torch.cat((target.image_share(x.dtype)[:, None], share), dim=1)
             for block in self._blocks(stage):
                 x, share = run_block(block, x, size, share=share, checkpoints=self.grad_checkpointing)
                 if layer_shares is not None:
