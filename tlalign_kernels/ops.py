@@ -62,17 +62,23 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _empty_outputs(query: Tensor, key: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, queries, head_dim = query.shape
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    output = query.new_empty((batch, queries, heads, head_dim))
+def _empty_outputs(
+    like: Tensor, share: Tensor | None, shape: tuple[int, ...], rows: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output of a shape (..., H, D), share (..., S), and log-sum-exp, whose shape is `rows`."""
+    places, wide = shape[:-2], torch.promote_types(like.dtype, torch.float32)
     # An operator can't return None: without labels the share has no column.
     share_out = (
-        query.new_empty((batch, queries, 0), dtype=torch.float32)
+        like.new_empty((*places, 0), dtype=torch.float32)
         if share is None
-        else share.new_empty((batch, queries, share.shape[2]))
+        else share.new_empty((*places, share.shape[-1]))
     )
-    return output, share_out, query.new_empty((batch, heads, queries), dtype=wide)
+    return like.new_empty(shape), share_out, like.new_empty(rows, dtype=wide)
+
+
+def _empty_attention_outputs(query: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, head_dim = query.shape
+    return _empty_outputs(query, share, (batch, queries, heads, head_dim), (batch, heads, queries))
 
 
 def _empty_grad_bias(like: Tensor, bias: Tensor | None, needs_grad_bias: bool) -> Tensor:
@@ -81,7 +87,7 @@ def _empty_grad_bias(like: Tensor, bias: Tensor | None, needs_grad_bias: bool) -
 
 def _attention(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
     query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
-    output, share_out, log_sum_exp = _empty_outputs(query, key, share)
+    output, share_out, log_sum_exp = _empty_attention_outputs(query, share)
     LAUNCHERS[backend].forward(
         query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p,
         output, None if share is None else share_out, log_sum_exp,
@@ -114,8 +120,9 @@ def _attention_qkv_backward(
     grad_output, qkv, output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend
 ):
     qkv = unit_last_stride(qkv)
-    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    grad_bias = _empty_grad_bias(qkv, bias, needs_grad_bias)
+    grad_qkv, grad_bias = _attention_qkv_backward_fake(
+        grad_output, qkv, output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend
+    )
     LAUNCHERS[backend].backward(
         grad_output, *unpack_qkv(qkv), output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p,
         *unpack_qkv(grad_qkv), grad_bias if needs_grad_bias else None,
@@ -158,26 +165,16 @@ def _empty_window_outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, columns, _, heads, head_dim = qkv.shape
     windows = _windows(qkv, window_size, shift)
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    share_out = (
-        qkv.new_empty((batch, rows, columns, 0), dtype=torch.float32)
-        if share is None
-        else share.new_empty((batch, rows, columns, share.shape[3]))
-    )
-    return (
-        qkv.new_empty((batch, rows, columns, heads, head_dim)),
-        share_out,
-        qkv.new_empty((batch * windows.count, heads, windows.tokens), dtype=wide),
-    )
+    of_windows = (batch * windows.count, heads, windows.tokens)
+    return _empty_outputs(qkv, share, (batch, rows, columns, heads, head_dim), of_windows)
 
 
 def _attention_fake(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
-    return _empty_outputs(query, key, share)
+    return _empty_attention_outputs(query, share)
 
 
 def _attention_qkv_fake(qkv, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
-    query, key, _ = unpack_qkv(qkv)
-    return _empty_outputs(query, key, share)
+    return _empty_attention_outputs(unpack_qkv(qkv)[0], share)
 
 
 def _attention_backward_fake(

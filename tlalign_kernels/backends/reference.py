@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tlalign_kernels.ops import unpack_qkv
+
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
     from tlalign_kernels.windows import Windows
@@ -230,9 +232,7 @@ def _region_bias(windows: Windows, qkv: Tensor) -> Tensor | None:
 
 def _window_qkv(qkv: Tensor, pad_qkv: Tensor | None, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of all windows, (B * W, H, N, D)."""
-    gathered = windows.gather(qkv, 0.0 if pad_qkv is None else pad_qkv)
-    query, key, value = gathered.permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
+    return unpack_qkv(windows.gather(qkv, 0.0 if pad_qkv is None else pad_qkv))
 
 
 def _attended(probabilities: Tensor, value: Tensor, dropout_seed: Tensor | None, dropout_p: float) -> Tensor:
