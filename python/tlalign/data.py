@@ -230,10 +230,15 @@ def sample_images(
     Returns:
         Images (B, channels, Hi, Wi) and class ids (B,), as evaluation sees them.
     """
-    if not isinstance(data, ImageStream):
-        data = Subset(data, np.random.default_rng(0).permutation(len(data))[:count].tolist())
-    images, classes = next(iter(create_eval_loader(data, config, image_config, device)))
+    images, classes = next(iter(create_eval_loader(sampled(data, count), config, image_config, device)))
     return images[:count], classes[:count]
+
+
+def sampled(data: Dataset, count: int) -> Dataset:
+    """So many images from all over a data set, always the same; a stream is left as it is."""
+    if isinstance(data, ImageStream):
+        return data
+    return Subset(data, np.random.default_rng(0).permutation(len(data))[:count].tolist())
 
 
 def _micro_batch_size(config: TrainConfig, world_size: int) -> int:

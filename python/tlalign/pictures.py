@@ -80,17 +80,13 @@ def draw_token_labels(
     rows = [*_ROWS, *(f"token labels\n{name}" for name in names)]
     shown = [before.layer_shares[0], *(shares[layer] for layer in layers)]
 
-    def pixels(normalised: Tensor) -> np.ndarray:
-        scale, offset = (torch.tensor(value, device=images.device).view(1, -1, 1, 1) for value in (std, mean))
-        return (normalised * scale + offset).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
-
     figure = Figure(figsize=(1.45 * len(chosen) + 2.0, 1.5 * len(rows) + 0.8), layout="constrained")
     axes = figure.subplots(len(rows), len(chosen), squeeze=False)
     for axis, label in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     kinds = ((images, _OWN, "-"), (partners, _PARTNER, "--"), (mixed, _OWN, "-"))
     for row, (content, frame, style) in zip(axes, kinds, strict=False):
-        for axis, picture in zip(row, pixels(content), strict=True):
+        for axis, picture in zip(row, pixels(content, mean, std), strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
             _frame(axis, frame, 2.0, style)
     for axis, (y0, x0, y1, x1) in zip(axes[2], boxes.tolist(), strict=True):
@@ -119,6 +115,12 @@ def draw_token_labels(
     bar = figure.colorbar(colours, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
     bar.set_label("share of the partner (dots: over a half)")
     figure.savefig(path, dpi=150)
+
+
+def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Images (B, channels, Hi, Wi) before they were normalised, (B, Hi, Wi, channels) in [0, 1]."""
+    scale, offset = (torch.tensor(value).view(-1, 1, 1) for value in (std, mean))
+    return (images.cpu().float() * scale + offset).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def _last_of_each_size(shares: Sequence[Tensor]) -> list[int]:

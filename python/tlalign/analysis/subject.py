@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from timm.utils import random_seed
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Subset
 
 from tlalign.analysis.blocks import following
 from tlalign.analysis.ratios import MixedBatch, mix_batches
 from tlalign.config import AnalyzeConfig, UsageError
-from tlalign.data import DataSets, create_eval_loader, resolve_image_config
+from tlalign.data import DataSets, create_eval_loader, resolve_image_config, sampled
 from tlalign.evaluation import choose_device
 from tlalign.networks import create_model, load_weights, set_weights
+from tlalign.pictures import pixels
 
 # The models of the paper's Table 1.
 TABLE_1 = (
@@ -64,11 +63,8 @@ class Subject:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images and class ids, always the same: from all over the held-out ones, of shards the first."""
-        data, count = self.data.held_out, self.config.images
-        if not isinstance(data, IterableDataset):
-            chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
-            data = Subset(data, chosen)
-        taken = 0
+        taken, count = 0, self.config.images
+        data = sampled(self.data.held_out, count)
         for images, classes in create_eval_loader(data, self.config, self.image_config, self.device):
             yield images[: count - taken], classes[: count - taken]
             taken += len(images)
@@ -80,9 +76,8 @@ class Subject:
         return mix_batches(self.batches(), self.config.seed)
 
     def pixels(self, images: Tensor) -> np.ndarray:
-        """Images (B, channels, Hi, Wi) before they were normalised, (B, Hi, Wi, channels) in [0, 1]."""
-        mean, std = (torch.tensor(self.image_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-        return (images.cpu().float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        """As the function of that name, of images that were normalised for this model."""
+        return pixels(images, self.image_config["mean"], self.image_config["std"])
 
 
 def create_subject(config: AnalyzeConfig, data: DataSets, checkpoint: Path | None) -> Subject:
