@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -230,60 +231,38 @@ def _runner(problem: Problem) -> Callable[[str], None]:
     """Runs a problem on a backend: self-attention from a packed projection, other attention from three tensors."""
     if problem.windows is not None:
         return _runner_of_windows(problem)
-    (
-        _,
-        dtype,
-        batch,
-        heads,
-        queries,
-        keys,
-        head_dim,
-        sources,
-        share_dtype,
-        has_bias,
-        has_mask,
-        dropout_p,
-        gradient,
-        _,
-    ) = problem
-    device = torch.device(problem.device_type)
-
-    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=device)
-
+    batch, heads, head_dim, sources = problem.batch, problem.heads, problem.head_dim, problem.sources
+    queries, keys = problem.queries, problem.keys
+    draw = functools.partial(_draw, problem)
     packed = queries == keys
     inputs = [draw(batch, queries, 3, heads, head_dim)] if packed else [draw(batch, queries, heads, head_dim)]
     if not packed:
         inputs += [draw(batch, keys, heads, head_dim) for _ in range(2)]
-    bias = draw(1, heads, queries, keys) if has_bias else None
-    mask = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=device) if has_mask else None
-    share = draw(batch, keys, sources, dtype=share_dtype) if sources else None
-    residual = draw(batch, queries, sources, dtype=share_dtype) if sources else None
+    bias = draw(1, heads, queries, keys) if problem.has_bias else None
+    mask = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=problem.device_type) if problem.has_mask else None
+    share = draw(batch, keys, sources, dtype=problem.share_dtype) if sources else None
+    residual = draw(batch, queries, sources, dtype=problem.share_dtype) if sources else None
     leaves = [*inputs, *([] if bias is None else [bias])]
     for leaf in leaves:
-        leaf.requires_grad_(gradient)
+        leaf.requires_grad_(problem.needs_gradient)
     grad_output = draw(batch, queries, heads, head_dim)
 
     def run(backend: str) -> None:
-        options = dict(residual=residual, bias=bias, mask=mask, dropout_p=dropout_p, backend=backend)
+        options = dict(residual=residual, bias=bias, mask=mask, dropout_p=problem.dropout_p, backend=backend)
         if packed:
             output, _ = attention_qkv(*inputs, share, **options)
         else:
             output, _ = attention(*(tensor.transpose(1, 2) for tensor in inputs), share, **options)
             output = output.transpose(1, 2)
-        if gradient:
+        if problem.needs_gradient:
             torch.autograd.grad(output, leaves, grad_output)
 
     return run
 
 
 def _runner_of_windows(problem: Problem) -> Callable[[str], None]:
-    windows, heads, head_dim, dtype = problem.windows, problem.heads, problem.head_dim, problem.dtype
-    map_shape = (problem.batch // windows.count, *windows.map_size)
-
-    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=problem.device_type)
-
+    windows, heads, head_dim = problem.windows, problem.heads, problem.head_dim
+    map_shape, draw = (problem.batch // windows.count, *windows.map_size), functools.partial(_draw, problem)
     qkv = draw(*map_shape, 3, heads, head_dim)
     pad_qkv = draw(3, heads, head_dim) if windows.is_padded else None
     bias = draw(heads, windows.tokens, windows.tokens) if problem.has_bias else None
@@ -302,6 +281,10 @@ def _runner_of_windows(problem: Problem) -> Callable[[str], None]:
             torch.autograd.grad(output, leaves, grad_output)
 
     return run
+
+
+def _draw(problem: Problem, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.randn(shape, dtype=dtype or problem.dtype, device=problem.device_type)
 
 
 def _time(run: Callable[[], None], device_type: str) -> float:
