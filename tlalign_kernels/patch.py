@@ -258,6 +258,11 @@ def attention_dropout(attention: nn.Module) -> float:
     return dropout.p if drops else 0.0
 
 
+def attention_options(attention: nn.Module) -> dict[str, object]:
+    """Scale, dropout (see `attention_dropout`) and backend of the operator in the place of an attention of timm."""
+    return {"scale": attention.scale, "dropout_p": attention_dropout(attention), "backend": attention.label_backend}
+
+
 def projected_padding(projection: nn.Module, x: Tensor) -> Tensor | None:
     """What a projection of tokens x (..., channels) makes of zeros, (outputs) or (1, outputs); None: zeros."""
     hooks = (projection._forward_hooks, projection._forward_pre_hooks)

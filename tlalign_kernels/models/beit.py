@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention_qkv
 from tlalign_kernels.models.plain import BlockFollower, Branch, PlainFollower
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, attention_dropout, check_head_dim, register
+from tlalign_kernels.patch import ImageModelFollower, LabelFollower, attention_options, check_head_dim, register
 
 
 class AlignedBeitAttention(LabelFollower, beit.Attention):
@@ -54,9 +54,7 @@ class AlignedBeitAttention(LabelFollower, beit.Attention):
             share,
             residual,
             bias=bias,
-            scale=self.scale,
-            dropout_p=attention_dropout(self),
-            backend=self.label_backend,
+            **attention_options(self),
         )
         return self.proj_drop(self.proj(attended.flatten(2))), share
 

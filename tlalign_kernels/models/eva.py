@@ -20,7 +20,7 @@ from tlalign_kernels.models.plain import (
     mask_options,
     project_attended,
 )
-from tlalign_kernels.patch import attention_dropout, follow, register
+from tlalign_kernels.patch import attention_options, follow, register
 
 
 class RotaryFollower(AttentionFollower):
@@ -61,9 +61,7 @@ class RotaryFollower(AttentionFollower):
             value.transpose(1, 2),
             share,
             residual,
-            scale=self.scale,
-            dropout_p=attention_dropout(self),
-            backend=self.label_backend,
+            **attention_options(self),
             **mask_options(attn_mask, is_causal, x),
         )
         return project_attended(self, x, attended.transpose(1, 2)), share

@@ -16,7 +16,7 @@ from tlalign_kernels.labels import MixedTarget
 from tlalign_kernels.patch import (
     LabelFollower,
     ModelFollower,
-    attention_dropout,
+    attention_options,
     check_head_dim,
     follow,
     follows_labels,
@@ -244,7 +244,7 @@ def attend(
     Returns:
         (B, N, H, D) and (B, N, S).
     """
-    options = dict(scale=module.scale, dropout_p=attention_dropout(module), backend=module.label_backend, **offsets)
+    options = {**attention_options(module), **offsets}
     if isinstance(module.q_norm, nn.Identity) and isinstance(module.k_norm, nn.Identity):
         return attention_qkv(qkv, share, residual, **options)
     query, key, value = qkv.unbind(2)

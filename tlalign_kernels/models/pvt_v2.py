@@ -13,7 +13,7 @@ from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.patch import (
     ImageModelFollower,
     LabelFollower,
-    attention_dropout,
+    attention_options,
     check_head_dim,
     follow,
     register,
@@ -67,9 +67,7 @@ class AlignedAttention(LabelFollower, pvt_v2.Attention):
             value,
             share,
             residual,
-            scale=self.scale,
-            dropout_p=attention_dropout(self),
-            backend=self.label_backend,
+            **attention_options(self),
         )
         attended = attended.transpose(1, 2).reshape(batch, tokens, channels)
         return self.proj_drop(self.proj(attended)), share

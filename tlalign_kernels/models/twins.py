@@ -14,7 +14,7 @@ from tlalign_kernels.models.pvt_v2 import check_average_pooling, check_convoluti
 from tlalign_kernels.patch import (
     ImageModelFollower,
     LabelFollower,
-    attention_dropout,
+    attention_options,
     check_head_dim,
     projected_padding,
     register,
@@ -58,9 +58,7 @@ class AlignedLocallyGroupedAttn(LabelFollower, twins.LocallyGroupedAttn):
             window_size=windows.window_size,
             # timm pads with zeros before the projection, which makes its bias of them.
             pad_qkv=projected_padding(self.qkv, x).view(heads) if windows.is_padded else None,
-            scale=self.scale,
-            dropout_p=attention_dropout(self),
-            backend=self.label_backend,
+            **attention_options(self),
         )
         return self.proj_drop(self.proj(attended.reshape(x.shape))), share.flatten(1, 2)
 
@@ -97,9 +95,7 @@ class AlignedGlobalSubSampleAttn(LabelFollower, twins.GlobalSubSampleAttn):
             value,
             share,
             residual,
-            scale=self.scale,
-            dropout_p=attention_dropout(self),
-            backend=self.label_backend,
+            **attention_options(self),
         )
         attended = attended.transpose(1, 2).reshape(batch, tokens, channels)
         return self.proj_drop(self.proj(attended)), share

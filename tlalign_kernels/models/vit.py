@@ -27,7 +27,7 @@ from tlalign_kernels.models.plain import (
     mask_options,
     project_attended,
 )
-from tlalign_kernels.patch import LabelFollower, attention_dropout, check_head_dim, drop_path_factor, follow, register
+from tlalign_kernels.patch import LabelFollower, attention_options, check_head_dim, drop_path_factor, follow, register
 
 
 class AlignedAttention(AttentionFollower, tl.Attention):
@@ -108,9 +108,7 @@ class AlignedParallelScalingBlock(AttentionFollower, vision_transformer.Parallel
             value.view(heads).transpose(1, 2),
             share,
             share if self.label_residual else None,
-            scale=self.scale,
-            dropout_p=attention_dropout(self),
-            backend=self.label_backend,
+            **attention_options(self),
             **mask_options(attn_mask, is_causal, x),
         )
         attended = attended.transpose(1, 2).reshape(batch, tokens, channels)
