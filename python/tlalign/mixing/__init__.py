@@ -13,7 +13,7 @@ Letters in shapes: B images in the batch, Hi x Wi pixels, h x w cells of a map, 
 """
 
 from tlalign.mixing.attentive import AttentiveCutMix
-from tlalign.mixing.boxes import BoxStrategy, CutMix, MixUp, MixUpCutMix, blend, draw_boxes, paste, whole_boxes
+from tlalign.mixing.boxes import BoxStrategy, CutMix, MixUp, MixUpCutMix, draw_boxes
 from tlalign.mixing.fourier import FMix
 from tlalign.mixing.masks import MaskStrategy
 from tlalign.mixing.patches import BlockWise, RandomPatches, TokenMix
@@ -40,9 +40,6 @@ __all__ = [
     "ResizeMix",
     "SaliencyMix",
     "TokenMix",
-    "blend",
     "draw_boxes",
     "draw_ratios",
-    "paste",
-    "whole_boxes",
 ]
