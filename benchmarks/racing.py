@@ -91,7 +91,5 @@ def race(
         ours=ours,
         seconds={name: [float(f"{value:.5g}") for value in values] for name, values in times.items()},
         left_out=left_out,
-        device=DEVICE,
-        threads=torch.get_num_threads(),
         **more,
     )

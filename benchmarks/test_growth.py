@@ -33,4 +33,4 @@ PEERS = ("SDPA", "SDPA + column", "materialised, share", "materialised, classes"
 def test_growth(race, axis, value, problem):
     runs, left_out = peers.contenders(problem, DEVICE, True, PEERS)
     peers.require_ours(runs, left_out)
-    race(runs, left_out, level=f"growth with {axis}", row=f"{axis}={value}", axis=axis, value=value)
+    race(runs, left_out, level=f"growth with {axis}", row=f"{axis}={value}", value=value)

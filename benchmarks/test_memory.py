@@ -31,7 +31,7 @@ def test_peak_memory(benchmark, name):
 
     peaks = benchmark.pedantic(measure_all, rounds=1)
     benchmark.extra_info.update(
-        level="peak memory", row=f"{name}: B={images}", ours=models.OURS, bytes=peaks, left_out={}, device=DEVICE
+        level="peak memory", row=f"{name}: B={images}", ours=models.OURS, bytes=peaks, left_out={}
     )
 
 
