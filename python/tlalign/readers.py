@@ -294,7 +294,7 @@ def open_small(config: EvalConfig) -> Parts:
     return train, held_out, train.classes
 
 
-def open_folder(root: Path, trains: bool, classes: Sequence[str] | None = None) -> Parts:
+def open_folder(root: Path, trains: bool, classes: Sequence[str] | None) -> Parts:
     """Opens an image folder, or archives of one.
 
     Args:

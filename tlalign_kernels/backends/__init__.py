@@ -93,7 +93,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_choice(problem: Problem, backend: str = "auto") -> Explanation:
+def explain_choice(problem: Problem, backend: str) -> Explanation:
     """Says which backend a problem would take, without raising where none fits.
 
     Raises:
@@ -121,7 +121,7 @@ def _auto_candidates(problem: Problem) -> tuple[str, ...]:
     return (tuned, *order) if tuned else order
 
 
-def choose(problem: Problem, backend: str = "auto") -> str:
+def choose(problem: Problem, backend: str) -> str:
     """Picks the backend of a call: the one asked for, or for "auto" the first that can do it.
 
     Raises:

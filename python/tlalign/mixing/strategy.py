@@ -215,7 +215,7 @@ def draw_ratios(generator: np.random.Generator, count: int, alpha: float) -> np.
     return generator.beta(alpha, alpha, size=count)
 
 
-def check_batch(images: Tensor, classes: Tensor, averaged_by: str | None = None) -> None:
+def check_batch(images: Tensor, classes: Tensor, averaged_by: str | None) -> None:
     """Raises unless images are (B, channels, Hi, Wi) with B >= 2, of a dtype that can be mixed, and classes (B,) int64.
 
     Args:
