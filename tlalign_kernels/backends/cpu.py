@@ -163,7 +163,7 @@ def window_forward(
     """Computes attention and labels within windows into the given tensors; see `reference.window_forward`."""
     batch, heads, head_dim = qkv.shape[0], *qkv.shape[4:]
     of_map, sources = (batch, *windows.map_size), 0 if share is None else share.shape[3]
-    qkv, pad_qkv = _by_token(qkv), None if pad_qkv is None else pad_qkv.contiguous()
+    qkv, pad_qkv = qkv.flatten(1, 2), None if pad_qkv is None else pad_qkv.contiguous()
     bias, tables = float_or_smaller(bias), _tables(windows)
     count, tokens = tables[0].shape
     share = None if share is None else share.contiguous()
@@ -204,8 +204,8 @@ def window_backward(
 ) -> None:
     """Computes the gradients into the given tensors; see `reference.window_backward`."""
     dtype, batch, heads, head_dim = qkv.dtype, qkv.shape[0], *qkv.shape[4:]
-    qkv, pad_qkv = _by_token(qkv), None if pad_qkv is None else pad_qkv.contiguous()
-    grad_output = _by_token(unit_last_stride(grad_output.to(dtype))).unsqueeze(2)
+    qkv, pad_qkv = qkv.flatten(1, 2), None if pad_qkv is None else pad_qkv.contiguous()
+    grad_output = unit_last_stride(grad_output.to(dtype)).flatten(1, 2).unsqueeze(2)
     grad_qkv = grad_qkv.view(batch, -1, 3, heads, head_dim)
     (computing_bias, computing_grad_bias), tables = _computing_biases(bias, grad_bias), _tables(windows)
     count, tokens = tables[0].shape
@@ -231,14 +231,6 @@ def window_backward(
     )
     if computing_grad_bias is not grad_bias:
         grad_bias.copy_(computing_grad_bias)
-
-
-def _by_token(of_map: Tensor) -> Tensor:
-    """(B, Ht * Wt, ...) of a map (B, Ht, Wt, ...): a view of what a linear layer puts out.
-
-    A map whose rows don't follow one another, a part of a larger one, is copied.
-    """
-    return of_map.flatten(1, 2)
 
 
 def _rows_of_parts(
