@@ -183,7 +183,7 @@ class AlignedPyramidVisionTransformerV2(ImageModelFollower, pvt_v2.PyramidVision
         check_average_pooling(module)
 
     def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """See `ImageModelFollower`."""
+        """As for `ModelFollower`."""
         check_average_pooling(self)
         x = self.patch_embed(x)
         grid_size = tuple(x.shape[1:3])

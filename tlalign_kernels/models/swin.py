@@ -326,7 +326,7 @@ class SwinFollower(ImageModelFollower):
         _check_head(module)
 
     def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """See `ImageModelFollower`."""
+        """As for `ModelFollower`."""
         check_image_size(self.patch_embed, tuple(x.shape[-2:]))
         _check_head(self)
         x = self.patch_embed(x)

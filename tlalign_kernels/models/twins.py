@@ -181,7 +181,7 @@ class AlignedTwins(ImageModelFollower, twins.Twins):
         check_average_pooling(module)
 
     def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """See `ImageModelFollower`."""
+        """As for `ModelFollower`."""
         check_average_pooling(self)
         share = None
         for embed, drop, blocks, encode in zip(

@@ -230,7 +230,7 @@ class AlignedPyramidVisionTransformer(ImageModelFollower, PyramidVisionTransform
             raise NotImplementedError("global_pool: labels are defined for 'token' and 'avg' pooling, got ''")
 
     def align(self, x: Tensor, target: tlk.MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """See `ImageModelFollower`."""
+        """As for `ModelFollower`."""
         self.check(self, "model")
         share, size = None, None
         for stage in range(self.num_stages):
