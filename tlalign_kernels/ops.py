@@ -62,6 +62,10 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 def _empty_outputs(
     like: Tensor, share: Tensor | None, shape: tuple[int, ...], rows: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,6 +91,7 @@ def _empty_grad_bias(like: Tensor, bias: Tensor | None, needs_grad_bias: bool) -
 
 def _attention(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
     query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
+    share, residual = _contiguous(share, residual)
     output, share_out, log_sum_exp = _empty_attention_outputs(query, share)
     LAUNCHERS[backend].forward(
         query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p,
@@ -132,6 +137,7 @@ def _attention_qkv_backward(
 
 def _window_attention(qkv, pad_qkv, share, residual, bias, dropout_seed, window_size, shift, scale, dropout_p, backend):
     qkv = unit_last_stride(qkv)
+    pad_qkv, share, residual = _contiguous(pad_qkv, share, residual)
     output, share_out, log_sum_exp = _empty_window_outputs(qkv, share, window_size, shift)
     LAUNCHERS[backend].window_forward(
         qkv, pad_qkv, share, residual, bias, dropout_seed, _windows(qkv, window_size, shift), scale, dropout_p,
@@ -144,7 +150,7 @@ def _window_attention_backward(
     grad_output, qkv, pad_qkv, output, log_sum_exp,
     bias, dropout_seed, window_size, shift, scale, dropout_p, needs_grad_bias, backend,
 ):  # fmt: skip
-    qkv = unit_last_stride(qkv)
+    qkv, (pad_qkv,) = unit_last_stride(qkv), _contiguous(pad_qkv)
     grad_qkv, grad_pad_qkv, grad_bias = _window_attention_backward_fake(
         grad_output, qkv, pad_qkv, output, log_sum_exp,
         bias, dropout_seed, window_size, shift, scale, dropout_p, needs_grad_bias, backend,

@@ -73,8 +73,6 @@ def forward(
     batch, heads, queries, head_dim = query.shape
     keys, sources = key.shape[2], 0 if share is None else share.shape[2]
     bias, mask = float_or_smaller(bias), float_or_smaller(mask)
-    share = None if share is None else share.contiguous()
-    residual = None if residual is None else residual.contiguous()
     extension.compiled.cpu_attention_forward(
         (batch, heads, queries, keys, head_dim, sources),
         DTYPES[query.dtype],
@@ -163,11 +161,9 @@ def window_forward(
     """Computes attention and labels within windows into the given tensors; see `reference.window_forward`."""
     batch, heads, head_dim = qkv.shape[0], *qkv.shape[4:]
     of_map, sources = (batch, *windows.map_size), 0 if share is None else share.shape[3]
-    qkv, pad_qkv = qkv.flatten(1, 2), None if pad_qkv is None else pad_qkv.contiguous()
+    qkv = qkv.flatten(1, 2)
     bias, tables = float_or_smaller(bias), _tables(windows)
     count, tokens = tables[0].shape
-    share = None if share is None else share.contiguous()
-    residual = None if residual is None else residual.contiguous()
     extension.compiled.cpu_attention_forward(
         (batch * count, heads, tokens, tokens, head_dim, sources),
         DTYPES[qkv.dtype],
@@ -204,7 +200,7 @@ def window_backward(
 ) -> None:
     """Computes the gradients into the given tensors; see `reference.window_backward`."""
     dtype, batch, heads, head_dim = qkv.dtype, qkv.shape[0], *qkv.shape[4:]
-    qkv, pad_qkv = qkv.flatten(1, 2), None if pad_qkv is None else pad_qkv.contiguous()
+    qkv = qkv.flatten(1, 2)
     grad_output = unit_last_stride(grad_output.to(dtype)).flatten(1, 2).unsqueeze(2)
     grad_qkv = grad_qkv.view(batch, -1, 3, heads, head_dim)
     (computing_bias, computing_grad_bias), tables = _computing_biases(bias, grad_bias), _tables(windows)

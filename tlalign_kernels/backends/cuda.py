@@ -68,8 +68,6 @@ def forward(
     device, dtype = query.device, query.dtype
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     bias, mask = float_or_smaller(bias), float_or_smaller(mask)
-    share = None if share is None else share.contiguous()
-    residual = None if residual is None else residual.contiguous()
     packed_labels = query.new_empty(_native.cuda_labels(batch, keys, sources, False))
     head_share = None
     if sources:
@@ -159,8 +157,6 @@ def window_forward(
     sources, device = 0 if share is None else share.shape[3], qkv.device
     of_map, labels = output.shape, (*output.shape[:3], sources)
     qkv = _aligned(qkv.flatten(1, 2))
-    share = None if share is None else share.contiguous()
-    residual = None if residual is None else residual.contiguous()
     packed_labels = qkv.new_empty(_native.cuda_labels(batch, tokens, sources, True))
     head_share = None
     if sources:
@@ -253,7 +249,7 @@ def _window_problem(
     batch, tokens, device, dtype = images * windows.count, windows.tokens, qkv.device, qkv.dtype
     of_map = (images, heads, tokens_of_map, head_dim)
     bias = float_or_smaller(bias)
-    pad_qkv = None if pad_qkv is None else _aligned(pad_qkv).contiguous()
+    pad_qkv = None if pad_qkv is None else _aligned(pad_qkv)
     sizes = (batch, heads, tokens, tokens, head_dim, sources)
     bias_offsets = offsets("bias", bias, (1, heads, tokens, tokens), device)
     starts, _ = _starts(sizes, bias_offsets, None, scale, qkv, in_windows=True)

@@ -60,8 +60,8 @@ def forward(
         query: (B, H, Nq, D), any strides but a unit last one, as for key and value.
         key: (B, H, Nk, D).
         value: (B, H, Nk, D).
-        share: (B, Nk, S), labels of the keys, or None.
-        residual: (B, Nq, S), labels of the queries to average with, or None.
+        share: (B, Nk, S), contiguous, labels of the keys, or None.
+        residual: (B, Nq, S), contiguous, labels of the queries to average with, or None.
         bias: Added to the scores, (1 or B, 1 or H, Nq, Nk), or None.
         mask: Like `bias`; additive, or bool where True lets a query see a key; or None.
         dropout_seed: int64 (1,), needed if dropout_p > 0.
@@ -145,9 +145,9 @@ def window_forward(
 
     Args:
         qkv: (B, Ht, Wt, 3, H, D), any strides but a unit last one.
-        pad_qkv: (3, H, D), what lies in the padding; None exactly if there is none.
-        share: (B, Ht, Wt, S), labels of the tokens as keys, or None.
-        residual: (B, Ht, Wt, S), labels of the tokens as queries, to average with, or None.
+        pad_qkv: (3, H, D), contiguous, what lies in the padding; None exactly if there is none.
+        share: (B, Ht, Wt, S), contiguous, labels of the tokens as keys, or None.
+        residual: (B, Ht, Wt, S), contiguous, labels of the tokens as queries, to average with, or None.
         bias: Added to the scores, (1, 1 or H, N, N), or None.
         dropout_seed: As in `forward`; windows count as images, image after image.
         windows: The map and its windows.

@@ -459,8 +459,6 @@ def forward(
     given = _given(bias, mask, windows)
     if windows is not None:
         bias = _arranged(bias, query, windows)
-    share = None if share is None else share.contiguous()
-    residual = None if residual is None else residual.contiguous()
     fused = sources if sources <= MAX_FUSED_SOURCES else 0
     parts = 1 if query.dtype == torch.float32 else 3
     has_offsets = bias is not None or mask is not None
@@ -647,7 +645,7 @@ def window_forward(
     """
     forward(
         *unpack_qkv(qkv.flatten(1, 2)), share, residual, bias, None, dropout_seed, scale, dropout_p, output, share_out,
-        log_sum_exp, windows, None if pad_qkv is None else pad_qkv.contiguous(),
+        log_sum_exp, windows, pad_qkv,
     )  # fmt: skip
 
 
@@ -669,8 +667,7 @@ def window_backward(
     """Computes the gradients into the given tensors; see `reference.window_backward`, and `window_forward`."""
     backward(
         grad_output.flatten(1, 2), *unpack_qkv(qkv.flatten(1, 2)), output, log_sum_exp, bias, None, dropout_seed, scale,
-        dropout_p, *unpack_qkv(grad_qkv.flatten(1, 2)), grad_bias, windows,
-        None if pad_qkv is None else pad_qkv.contiguous(), grad_pad_qkv,
+        dropout_p, *unpack_qkv(grad_qkv.flatten(1, 2)), grad_bias, windows, pad_qkv, grad_pad_qkv,
     )  # fmt: skip
 
 
