@@ -114,35 +114,44 @@ def test_bytes(benchmark, name):
     keep(benchmark, title, ["without labels", "with", "more"], [[none, labels, more]])
 
 
-SWIN = Windows((28, 28), (7, 7), (3, 3))
+# Kernels for windows of so many tokens along each axis.
+OF_WINDOWS = {
+    7: ("attention_forward_row", "attention_forward_heads", "attention_backward_head"),
+    12: ("attention_forward_row", *BACKWARDS),
+}
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_counts_in_windows_of_a_map(benchmark, arch):
+@pytest.mark.parametrize("window", OF_WINDOWS)
+def test_counts_in_windows_of_a_map(benchmark, arch, window):
     """Windows with a bias and its gradient against attention of as many tokens with a bias: what indexing costs."""
-    heads, images = 3, offline.IMAGES * SWIN.count
+    heads, tokens = 3, window**2
+    shifted = Windows((4 * window, 4 * window), (window, window), (window // 2, window // 2))
+    maps = {
+        "windows": shifted._replace(shift=(0, 0)),
+        "shifted": shifted,
+        "shifted, padded": shifted._replace(map_size=(4 * window - 1, 4 * window - 1)),
+    }
 
     def measure():
         rows = {}
-        for kernel in ("attention_forward_row", "attention_forward_heads", "attention_backward_head"):
-            for name, windows in {
-                "windows": SWIN._replace(shift=(0, 0)),
-                "shifted": SWIN,
-                "shifted, padded": SWIN._replace(map_size=(27, 27)),
-            }.items():
-                launch = offline.record_windows(arch, windows, 32, heads=heads, prefer=[kernel])[kernel]
-                rows[f"{kernel}, {name}"] = launch, offline.count_of_head(launch, arch, heads, images)
-            if kernel != "attention_forward_heads":
-                launch = offline.record_packed(arch, 49, 32, heads=heads, offsets=True, mask=False)[kernel]
-                rows[f"{kernel}, no map"] = launch, offline.count_of_head(launch, arch, heads)
+        for kernel in OF_WINDOWS[window]:
+            prefer = ["attention_backward_queries" if kernel == "attention_backward_keys" else kernel]
+            for name, windows in maps.items():
+                launch = offline.record_windows(arch, windows, 32, heads=heads, prefer=prefer)[kernel]
+                images = offline.IMAGES * windows.count
+                rows[f"{kernel}, {name}"] = offline.count_of_head(launch, arch, heads, images)
+            of_images = offline.record_packed(arch, tokens, 32, heads=heads, prefer=prefer, offsets=True, mask=False)
+            if kernel in of_images:
+                rows[f"{kernel}, no map"] = offline.count_of_head(of_images[kernel], arch, heads)
         return rows
 
     rows = benchmark.pedantic(measure, rounds=1)
     keep(
         benchmark,
-        f"Triton, instructions and cycles of a head of a window, sm_{arch}, N=49 D=32 H=3, bfloat16, with a bias",
+        f"Triton, instructions and cycles of a head of a window, sm_{arch}, N={tokens} D=32 H=3, bfloat16, with a bias",
         HEAD,
-        [[row, *row_of(counts, arch, 49)] for row, (_, counts) in rows.items()],
+        [[row, *row_of(counts, arch, tokens)] for row, counts in rows.items()],
         "Code that is skipped is counted.",
     )
 
