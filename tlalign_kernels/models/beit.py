@@ -49,13 +49,8 @@ class AlignedBeitAttention(LabelFollower, beit.Attention):
         if self.relative_position_bias_table is not None:
             own = self._get_rel_pos_bias()
             bias = own if bias is None else own + bias
-        attended, share = attention_qkv(
-            packed_projection(self, x),
-            share,
-            residual,
-            bias=bias,
-            **attention_options(self),
-        )
+        qkv = packed_projection(self, x)
+        attended, share = attention_qkv(qkv, share, residual, bias=bias, **attention_options(self))
         return self.proj_drop(self.proj(attended.flatten(2))), share
 
 

@@ -21,6 +21,28 @@ from tlalign_kernels.patch import (
 )
 
 
+def attend_to_reduced(
+    module: nn.Module, x: Tensor, reduced: Tensor, share: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of PVT v2 or Twins, `module`, to keys and values made of other tokens.
+
+    Args:
+        module: Has timm's `q`, `kv`, `proj` and `proj_drop`.
+        x: (B, N, channels), what queries are made of.
+        reduced: (B, Nk, channels), what keys and values are made of.
+        share: (B, Nk, S) of these.
+        residual: (B, N, S) to average the labels with, or None.
+
+    Returns:
+        (B, N, channels) and the new share (B, N, S).
+    """
+    heads = (module.num_heads, x.shape[2] // module.num_heads)
+    query = module.q(x).unflatten(2, heads).transpose(1, 2)
+    key, value = module.kv(reduced).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    attended, share = attention(query, key, value, share, residual, **attention_options(module))
+    return module.proj_drop(module.proj(attended.transpose(1, 2).flatten(2))), share
+
+
 class AlignedAttention(LabelFollower, pvt_v2.Attention):
     """timm's attention to reduced keys and values: their labels are means over what a key was made of."""
 
@@ -56,21 +78,8 @@ class AlignedAttention(LabelFollower, pvt_v2.Attention):
         """
         if share is None:
             return super().forward(x, feat_size)
-        batch, tokens, channels = x.shape
-        query = self.q(x).view(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
-        if self.sr is not None:
-            x, share = self._reduced(x, feat_size, share)
-        key, value = self.kv(x).view(batch, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        attended, share = attention(
-            query,
-            key,
-            value,
-            share,
-            residual,
-            **attention_options(self),
-        )
-        attended = attended.transpose(1, 2).reshape(batch, tokens, channels)
-        return self.proj_drop(self.proj(attended)), share
+        reduced, share = (x, share) if self.sr is None else self._reduced(x, feat_size, share)
+        return attend_to_reduced(self, x, reduced, share, residual)
 
     def _reduced(self, x: Tensor, feat_size: tuple[int, int], share: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, Nk, channels) that keys and values are made of, and their labels (B, Nk, S)."""

@@ -7,10 +7,10 @@ from typing import ClassVar
 from timm.models import twins
 from torch import Tensor, nn
 
-from tlalign_kernels.functional import attention, window_attention
+from tlalign_kernels.functional import window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.plain import UnscaledBlockFollower
-from tlalign_kernels.models.pvt_v2 import check_average_pooling, check_convolution, stride_of
+from tlalign_kernels.models.pvt_v2 import attend_to_reduced, check_average_pooling, check_convolution, stride_of
 from tlalign_kernels.patch import (
     ImageModelFollower,
     LabelFollower,
@@ -82,23 +82,11 @@ class AlignedGlobalSubSampleAttn(LabelFollower, twins.GlobalSubSampleAttn):
         """Arguments and result as for `AlignedLocallyGroupedAttn`; without a reduction the tokens need form no map."""
         if share is None:
             return super().forward(x, size)
-        batch, tokens, channels = x.shape
-        heads = (self.num_heads, channels // self.num_heads)
-        query = self.q(x).unflatten(2, heads).transpose(1, 2)
+        reduced = x
         if self.sr is not None:
-            x = self.norm(self.sr(x.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2))
+            reduced = self.norm(self.sr(x.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2))
             share = pool_share(share.unflatten(1, size), stride_of(self.sr), partial_cells=False).flatten(1, 2)
-        key, value = self.kv(x).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        attended, share = attention(
-            query,
-            key,
-            value,
-            share,
-            residual,
-            **attention_options(self),
-        )
-        attended = attended.transpose(1, 2).reshape(batch, tokens, channels)
-        return self.proj_drop(self.proj(attended)), share
+        return attend_to_reduced(self, x, reduced, share, residual)
 
 
 class AlignedBlock(UnscaledBlockFollower, twins.Block):
