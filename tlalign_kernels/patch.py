@@ -461,7 +461,10 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _describe(module: nn.Module) -> str:
-    module_class = _own_class(module)
+    return _name_of(_own_class(module))
+
+
+def _name_of(module_class: type[nn.Module]) -> str:
     return f"{module_class.__module__}.{module_class.__qualname__}"
 
 
@@ -483,7 +486,7 @@ def _check_source(module_class: type[nn.Module], follower: type[LabelFollower]) 
         given = source_digest(getattr(module_class, method))
         if given != digest:
             raise NotImplementedError(
-                f"{module_class.__module__}.{module_class.__qualname__}.{method}: expected the source with digest "
+                f"{_name_of(module_class)}.{method}: expected the source with digest "
                 f"{digest}, which {follower.__name__} follows, got {given}; install the timm version that "
                 "tlalign-kernels asks for"
             )
