@@ -3,7 +3,7 @@
 A strategy is a callable, `mixed_images, target = strategy(images, classes)`. It draws from a generator of its own and
 so never from numpy's or torch's global state: `seed=` and `reseed(seed, step, rank)` decide everything it does. The
 partner of an image is its mirror in the batch (`images.flip(0)`), as in `timm.data.Mixup`, whose parameters and
-distributions are kept where timm has the strategy; the others have the parameters of their papers. Two of timm's
+distributions are kept where timm has the strategy; the others have the parameters of their papers. Three of timm's
 parameters are missing on purpose: `correct_lam=False` would label a box cut off by the border with the area it was
 meant to have, but a token's label is the share of each image in the token's pixels, so that the ratio has to be the
 area that was really pasted; and `label_smoothing` and `num_classes` belong to the loss (or to
