@@ -237,8 +237,8 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
     did in 147. So it is for `tune` to try there. A bias leaves it no registers; sm_86, sm_89 and float16 on sm_90 have
     room for 16 keys, sm_120 for none. Nor have other architectures, with most lengths below 193, whose last tiles are
     larger, and heads of neither 32 nor 64. Windows of 12 x 12 with a bias have room but on sm_120: 20 k instructions
-    (15 k cycles) a head of a window on sm_80 where two kernels, which pad 144 to 192, take 46 k (19 k), and 16 k (11 k)
-    where they take 43 k (12 k) on sm_90.
+    (15 k cycles) a head of a window on sm_80 where two kernels, which pad 144 to 192, take 46 k (19 k). On sm_90 cycles
+    are nearly the same (11 k and 12 k), and more warps are resident with two.
     """
     queries, head_dim = shape.queries, shape.head_dim
     split = _queries_config(shape), _keys_config(shape)
@@ -249,8 +249,8 @@ def backward_configs(shape: Shape) -> list[tuple[Config, ...]]:
         head = Config("attention_backward_head", _head_tiles(shape, 64), warps)
         return [(head,), split]
     if shape.in_windows and shape.has_offsets and (queries, head_dim) == (144, 32) and shape.capability < 120:
-        block = 16 if shape.capability == 80 else 32
-        return [(Config("attention_backward_head", _head_tiles(shape, block), 4),), split]
+        head = Config("attention_backward_head", _head_tiles(shape, 16 if shape.capability == 80 else 32), 4)
+        return [split, (head,)] if _has_warp_groups(shape) else [(head,), split]
     if shape.has_offsets or shape.capability >= 120 or queries <= 192 or head_dim not in (32, 64):
         return [split]
     is_tight = shape.capability in (86, 89) or (shape.capability == 90 and shape.dtype == torch.float16)
