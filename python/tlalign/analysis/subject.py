@@ -76,7 +76,7 @@ class Subject:
         return mix_batches(self.batches(), self.config.seed)
 
     def pixels(self, images: Tensor) -> np.ndarray:
-        """As the function of that name, of images that were normalised for this model."""
+        """Images before they were normalised for this model; see `tlalign.pictures.pixels`."""
         return pixels(images, self.image_config["mean"], self.image_config["std"])
 
 
