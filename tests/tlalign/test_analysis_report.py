@@ -183,6 +183,28 @@ def test_swin_is_drawn_stage_by_stage_and_without_transmix(tmp_path):
     assert "random weights: nothing here was trained" in (folder / "index.html").read_text()
 
 
+PLAIN = "patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2"
+MERGING = "patch_size: 2, embed_dim: 16, depths: [1, 1], num_heads: [2, 2], window_size: 4"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "whole_image"),
+    [
+        ("swinv2_cr_tiny_ns_224", MERGING, "mean of the tokens"),
+        ("pvt_v2_b0", "depths: [1, 1, 1, 1]", "mean of the tokens"),
+        ("twins_svt_small", "depths: [1, 1, 1, 1]", "mean of the tokens"),
+        ("vit_base_patch16_siglip_224", PLAIN, "mean of the tokens, which the head weights by attention"),
+        ("eva02_tiny_patch14_224", PLAIN, "mean of the tokens"),
+        ("deit_tiny_distilled_patch16_224", PLAIN, "mean of class and distillation token"),
+    ],
+)
+def test_models_are_analysed_however_they_pool(model, options, whole_image, tmp_path):
+    images = ["--img_size=32", *[option for option in IMAGES if "img_size" not in option], "--images=2"]
+    flags = [f"--model={model}", f"--model_kwargs={{{options}}}", *images, "--batch_size=2"]
+    assert main(["analyze", *flags, "--output", str(tmp_path / "out")]) == 0
+    assert f"that of the {whole_image}. " in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_labels_are_drawn_after_the_blocks_asked_for_and_the_last(tmp_path):
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=16, patch_size=2, embed_dim=16,
                               depths=(2, 2), num_heads=(2, 2), window_size=4)  # fmt: skip

@@ -80,9 +80,14 @@ def column_ranges(share: Tensor, memory: int) -> Iterator[range]:
     return (range(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
+def pooling_of(model: nn.Module) -> str:
+    """What the head of a model sees, in timm's words; Swin v2-CR does not say that it is the mean of the tokens."""
+    return getattr(model, "global_pool", "avg")
+
+
 def has_class_token(model: nn.Module, share: Tensor) -> bool:
     """Whether labels (B, N, S) or (B, Ht, Wt, S) are those of a stage with a class token that the head sees."""
-    return share.dim() == 3 and model.global_pool == "token" and prefix_of(model, share) > 0
+    return share.dim() == 3 and pooling_of(model) == "token" and prefix_of(model, share) > 0
 
 
 def prefix_of(model: nn.Module, share: Tensor) -> int:
@@ -113,7 +118,7 @@ def image_value(model: nn.Module, share: Tensor) -> Tensor:
     """Of labels (B, N, S) or (B, Ht, Wt, S) that of the image, (B, S): of the class token, else the tokens' mean.
 
     In distilled DeiT, whose two heads are averaged, it is the mean of both tokens'. Register tokens count where the
-    model's own mean has them. What is not a number is left out.
+    model's own mean has them. A head that pools by attention sees another mean. What is not a number is left out.
     """
     if has_class_token(model, share):
         return share[:, :2].nanmean(dim=1) if hasattr(model, "dist_token") else share[:, 0]

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from tlalign.analysis import figures
-from tlalign.analysis.blocks import has_class_token, map_size
+from tlalign.analysis.blocks import has_class_token, map_size, pooling_of
 from tlalign.analysis.page import Picture, Section, Table, write_page
 from tlalign.analysis.presence import QUANTILES, PresenceOfLayer, convolution_presence, quantiles, token_presence
 from tlalign.analysis.ratios import (
@@ -371,7 +371,7 @@ def _rollout(subject: Subject, first: FirstBatch, folder: Path) -> Section:
     with autocast(subject.device, subject.config.precision):
         rollout = attention_rollout(subject.model, images)
     path, (rows, columns) = folder / "rollout.png", rollout.grid
-    head = "attention pool" if subject.model.global_pool == "map" else _name_of_image(subject.model)
+    head = "attention pool" if pooling_of(subject.model) == "map" else _name_of_image(subject.model)
     figures.draw_rollout(subject.pixels(images), rollout, head, path)
     weights = rollout.head[:, -rows * columns :].cpu()
     _write_csv(
@@ -439,8 +439,10 @@ def _first_images(subject: Subject, count: int) -> tuple[Tensor, Tensor]:
 
 def _name_of_image(model: nn.Module) -> str:
     """The tokens whose label `image_value` takes for that of the image."""
-    if model.global_pool == "token" and getattr(model, "num_prefix_tokens", 0):
+    if pooling_of(model) == "token" and getattr(model, "num_prefix_tokens", 0):
         return "mean of class and distillation token" if hasattr(model, "dist_token") else "class token"
+    if pooling_of(model) == "map":
+        return "mean of the tokens, which the head weights by attention"
     return "mean of the tokens"
 
 
