@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import io
-import itertools
 import os
 import re
 import shlex
@@ -106,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"expected one process, for only train is for several, got {name} with WORLD_SIZE="
                 f"{os.environ['WORLD_SIZE']}"
             )
-        return commands[name](options)
+        return commands[name](_spelled_out(options))
     except (UsageError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _REFUSALS:
             raise
@@ -123,7 +122,7 @@ def train(options: Sequence[str]) -> int:
     for name in ("--recipe", "--config", "--resume"):
         sources.add_argument(name)
     sources.add_argument("--dry_run", action="store_true")
-    given, flags = sources.parse_known_args([_underscored(option) for option in options])
+    given, flags = sources.parse_known_args(options)
     continued = given.resume not in (None, "auto")
     if continued and given.recipe is not None:
         raise UsageError(f"resume: expected no recipe, for {given.resume} has its configuration, got {given.recipe}")
@@ -168,7 +167,7 @@ def compare(options: Sequence[str]) -> int:
     sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--recipe", "--config"):
         sources.add_argument(name)
-    given, flags = sources.parse_known_args([_underscored(option) for option in options])
+    given, flags = sources.parse_known_args(options)
     values = _with_config_file(load_recipe(given.recipe or _DEFAULT_RECIPE), given.config, flags)
     parser = _parser(
         "compare",
@@ -326,7 +325,7 @@ def _add_sources(parser: jsonargparse.ArgumentParser) -> None:
 def _with_config_file(values: dict[str, Any], path: str | None, flags: Sequence[str]) -> dict[str, Any]:
     """Values of a file over those of a recipe, whose model_kwargs go with its model only."""
     of_file = {} if path is None else load_config_file(path)
-    model = _model_among(flags) or of_file.get("model")
+    model = _text_of("model", flags) or of_file.get("model")
     if model not in (None, values.get("model")):
         values = {name: value for name, value in values.items() if name != "model_kwargs"}
     return values | of_file
@@ -382,7 +381,7 @@ def _parse_over_checkpoint(
     else:
         beside = config_beside(Path(given.checkpoint))
         of_run = load_config_file(beside) if beside.is_file() else {}
-        if _model_among(flags) not in (None, of_run.get("model")):
+        if _text_of("model", flags) not in ("", of_run.get("model")):
             of_run.pop("model_kwargs", None)
         if config_class is AnalyzeConfig:
             # The tokens of all layers are kept of a batch; and the seed is another's.
@@ -412,12 +411,14 @@ def _parse(
         # What a file leaves empty jsonargparse takes for any type.
         if values.get(name, "") is None and type(None) not in typing.get_args(of_type):
             raise UsageError(f"{name}: expected a value, got null")
+        # YAML takes ~ for null, and #name for a comment; behind a flag they are text.
+        if values[name] is None and str in typing.get_args(of_type) and _text_of(name, flags) not in ("", "null"):
+            values[name] = _text_of(name, flags)
     return config_class(**values)
 
 
 def _parse_flags(parser: jsonargparse.ArgumentParser, flags: Sequence[str]) -> jsonargparse.Namespace:
     """Reads flags; where one is unknown, the error says which of the parser's own is near."""
-    flags = [_underscored(flag) for flag in flags]
     known = list(parser.get_defaults().keys())
     try:
         return parser.parse_args(flags)
@@ -434,7 +435,7 @@ def _in_words(error: argparse.ArgumentError) -> str:
     """What a parser found wrong; a value of a wrong type without the parser's words for types."""
     message = str(error).replace("Parser key ", "")
     found = re.fullmatch(r'"(\w+)":\n.*(?:Got|Given) value: (.*)', message, re.DOTALL)
-    types = typing.get_type_hints(AnalyzeConfig) | typing.get_type_hints(TrainConfig)
+    types = _types_of_fields()
     if found is None or found[1] not in types:
         return message
     name, value = found.groups()
@@ -462,17 +463,39 @@ def _is_among(name: str, flags: Sequence[str]) -> bool:
     return any(flag in (f"--{name}", "-h", "--help") or flag.startswith(f"--{name}=") for flag in flags)
 
 
-def _model_among(flags: Sequence[str]) -> str | None:
-    """The last model that flags name."""
-    names = [following for flag, following in itertools.pairwise(flags) if flag == "--model"]
-    names += [flag.removeprefix("--model=") for flag in flags if flag.startswith("--model=")]
-    return names[-1] if names else None
+def _text_of(name: str, flags: Sequence[str]) -> str:
+    """What flags give an option, the last time; nothing if they don't."""
+    texts = [flag.removeprefix(f"--{name}=") for flag in flags if flag.startswith(f"--{name}=")]
+    return texts[-1] if texts else ""
+
+
+def _spelled_out(flags: Sequence[str]) -> list[str]:
+    """Flags as parsers read them: --batch-size as --batch_size, --compile as --compile=true, --layers 1,3 as a list."""
+    types = _types_of_fields()
+    words: list[str] = []
+    flags = [_underscored(flag) for flag in flags]
+    while flags:
+        flag, equals, value = flags.pop(0).partition("=")
+        of_type = types.get(flag.removeprefix("--")) if flag.startswith("--") else None
+        if of_type is not None and not equals:
+            if flags and (not flags[0].startswith("-") or re.match(r"-[\d.]", flags[0])):
+                equals, value = "=", flags.pop(0)
+            elif of_type is bool:
+                equals, value = "=", "true"
+        is_list = any(typing.get_origin(each) is tuple for each in (of_type, *typing.get_args(of_type)))
+        if is_list and re.fullmatch(r"[-+.,\de ]+", value):
+            value = f"[{value}]"
+        words.append(flag + equals + value)
+    return words
 
 
 def _underscored(flag: str) -> str:
-    """--batch-size as --batch_size."""
     name, equals, value = flag.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else flag
+
+
+def _types_of_fields() -> dict[str, Any]:
+    return typing.get_type_hints(AnalyzeConfig) | typing.get_type_hints(TrainConfig)
 
 
 def _saved(folder: Path) -> dict[str, Any]:

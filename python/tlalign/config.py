@@ -172,7 +172,7 @@ class TrainConfig(EvalConfig):
             `transmix`; as `tl-align`, but of `token-labels`, a teacher's class probabilities of each token; or of a
             `teacher` how much of each image's class activation is seen (TokenMix).
         layers: Blocks in which `tl-align` or `token-labels` aligns labels, counted from 0, negative from the end; null:
-            all.
+            all. The paper counts from 1: its 2, 4, 6, 8 are 1,3,5,7 here.
         residual: Let them average labels over residual connections.
         stochastic_depth: Let them leave the labels of an image as they are in blocks that drop its attention (of models
             with a drop_path_rate); the paper aligns them there too.
@@ -283,7 +283,8 @@ class TrainConfig(EvalConfig):
         for name in ("epochs", "aug_repeats", "accumulate", "checkpoint_steps"):
             self._check(name, "at least 1", lambda value: value >= 1)
         self._check("batch_size", "at least 2 images to mix", lambda value: value >= 2 or self.mixing == "none")
-        self._check("warmup_epochs", f"0 to epochs - 1 = {self.epochs - 1}", lambda value: 0 <= value < self.epochs)
+        warmup = f"0 to epochs - 1 = {self.epochs - 1} (a recipe's are given anew with fewer epochs)"
+        self._check("warmup_epochs", warmup, lambda value: 0 <= value < self.epochs)
         self._check("smoothing", "0 to less than 1", lambda value: 0 <= value < 1)
         for name in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay", "momentum"):
             self._check(name, "0 to 1", lambda value: 0 <= value <= 1)

@@ -331,7 +331,7 @@ def open_torchvision(config: EvalConfig) -> Parts:
         UsageError: If there is no such set or part, or it isn't in data_dir.
     """
     if config.data_dir is None:
-        raise UsageError(f"data_dir: expected a folder for {config.data}, got null")
+        raise UsageError(f"data_dir: expected a folder for {config.data}, got null{_remedy(config)}")
     train = _torchvision_part(config, "train_split")
     held_out = _torchvision_part(config, "eval_split")
     return train, held_out, list(getattr(train, "classes", ()))
@@ -482,9 +482,14 @@ def _torchvision_part(config: EvalConfig, option: str) -> Dataset:
     except AssertionError as error:
         raise UsageError(f"data: {error}") from error
     except (RuntimeError, ValueError, OSError) as error:
-        remedy = "; --download true fetches it" if not config.download and name != "imagenet" else ""
-        remedy = f"; {_CARS_LAYOUT}" if name == "stanford_cars" else remedy
-        raise UsageError(f"data: {config.data} is not in {config.data_dir} ({error}){remedy}") from error
+        raise UsageError(f"data: {config.data} is not in {config.data_dir} ({error}){_remedy(config)}") from error
+
+
+def _remedy(config: EvalConfig) -> str:
+    """How a set of torchvision comes into data_dir."""
+    if config.data == "torch/stanford_cars":
+        return f"; {_CARS_LAYOUT}"
+    return "" if config.download or config.data == "torch/imagenet" else "; --download true fetches it there"
 
 
 def _create_hugging_face_reader(config: EvalConfig, arguments: dict[str, Any]) -> Any:

@@ -44,6 +44,20 @@ def test_flags_may_be_written_with_dashes(resolved):
     assert resolved("--batch-size=32", "--mix-mode", "elem").batch_size == 32
 
 
+def test_switches_need_no_value_and_lists_no_brackets(resolved):
+    config = resolved("--compile", "--channels-last", "--fsdp", "false", "--layers", "-2,-1", "--mean", ".5")
+    assert (config.compile, config.channels_last, config.fsdp) == (True, True, False)
+    assert (config.layers, config.mean) == ((-2, -1), (0.5,))
+    assert resolved("--layers=1,3", "--grad_checkpointing").layers == (1, 3)
+    assert resolved("--layers", "2", "--layers", "null").layers is None
+
+
+@pytest.mark.parametrize("name", ["#1", "&a", "NULL"])
+def test_text_behind_a_flag_is_text(resolved, name):
+    config = resolved("--output", name, f"--initial_checkpoint={name}", "--data_dir", "null")
+    assert (config.output, config.initial_checkpoint, config.data_dir) == (name, name, None)
+
+
 def test_one_argument_of_the_model_can_be_changed_by_a_flag(resolved):
     config = resolved("--model_kwargs.depth", "2")
     assert config.model_kwargs == load_recipe("digits")["model_kwargs"] | {"depth": 2}
@@ -121,7 +135,9 @@ def test_every_field_is_explained_in_the_help(capsys):
         (["--lr", "fast"], "error: lr: expected a number, got fast\n"),
         (["--epochs", "1.5"], "error: epochs: expected a whole number, got 1.5\n"),
         (["--pretrained", "3"], "error: pretrained: expected true or false, got 3\n"),
-        (["--layers", "1"], "error: layers: expected a list [a whole number, ...] or null, got 1\n"),
+        (["--layers", "1.5"], "error: layers: expected a list [a whole number, ...] or null, got [1.5]\n"),
+        (["--layers", "last"], "error: layers: expected a list [a whole number, ...] or null, got last\n"),
+        (["--epochs", "3"], "0 to epochs - 1 = 2 (a recipe's are given anew with fewer epochs), got 5"),
         (["--opt_betas", "[0.9]"], "error: opt_betas: expected a list [a number, a number] or null, got ["),
         (["--model_kwargs", "3"], "error: model_kwargs: expected a mapping {name: value}, got 3\n"),
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),

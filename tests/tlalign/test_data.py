@@ -210,7 +210,8 @@ def test_classes_are_numbered_in_natural_order_always_the_same(image_folder):
     ("values", "message"),
     [
         ({"data": "imagenet"}, "expected digits, mnist-5k, folder:PATH, .*, got 'imagenet'"),
-        ({"data": "torch/cifar10"}, "data_dir: expected a folder"),
+        ({"data": "torch/cifar10"}, "data_dir: expected a folder for torch/cifar10, got null; --download true fetches"),
+        ({"data": "torch/stanford_cars"}, "got null; its URL is dead, .* expected DATA_DIR/stanford_cars with"),
         ({"data": "torch/cifar11", "data_dir": "."}, "Unknown torchvision dataset"),
         ({"data": "torch/image_folder", "data_dir": "."}, "expected folder:PATH for a folder of images, got torch/im"),
         ({"data": "digits", "num_classes": 5}, "num_classes: expected at least the 10 of digits, got 5"),
