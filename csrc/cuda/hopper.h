@@ -87,172 +87,79 @@ __device__ void store_row(char* to, const float (&sum)[8][4], int i, float facto
   }
 }
 
-// sum (64 x 200, or += if it ADDS) = left (64 x 16) right^T (200 x 16), of which a warp has 16 rows as in
-// `multiply_add`.
-template <class T, bool ADDS>
-__device__ void multiply_rows(float (&sum)[25][4], uint64_t left, uint64_t right);
-// The same for 128, 80, 32, 16 or 8 columns.
-template <class T, bool ADDS>
-__device__ void multiply_rows(float (&sum)[16][4], uint64_t left, uint64_t right);
-template <class T, bool ADDS>
-__device__ void multiply_rows(float (&sum)[10][4], uint64_t left, uint64_t right);
-template <class T, bool ADDS>
-__device__ void multiply_rows(float (&sum)[4][4], uint64_t left, uint64_t right);
-template <class T, bool ADDS>
-__device__ void multiply_rows(float (&sum)[2][4], uint64_t left, uint64_t right);
-template <class T, bool ADDS>
-__device__ void multiply_rows(float (&sum)[1][4], uint64_t left, uint64_t right);
-// sum (64 x 64) = or += left (64 x 16) right (16 x 64): a warp has 16 rows of sum and left.
-template <class T, bool ADDS>
-__device__ void multiply_columns(float (&sum)[8][4], const Fragment& left, uint64_t right);
-// The same for 72 columns.
-template <class T, bool ADDS>
-__device__ void multiply_columns(float (&sum)[9][4], const Fragment& left, uint64_t right);
+// sum (64 x 8 N) = or, if it ADDS, += left (64 x 16) right^T (8 N x 16), of which a warp has 16 rows as in
+// `multiply_add`. For the N that are listed below, here and after.
+template <class T, bool ADDS, int N>
+__device__ void multiply_rows(float (&sum)[N][4], uint64_t left, uint64_t right);
+// sum (64 x 8 N) = or += left (64 x 16) right (16 x 8 N): a warp has 16 rows of sum and left.
+template <class T, bool ADDS, int N>
+__device__ void multiply_columns(float (&sum)[N][4], const Fragment& left, uint64_t right);
 // The same with left^T (16 x 64) in shared memory, too.
-template <class T, bool ADDS>
-__device__ void multiply_columns(float (&sum)[8][4], uint64_t left, uint64_t right);
-// sum (64 x 8) = or += left^T (16 x 64) times right^T (8 x 16).
-template <class T, bool ADDS>
-__device__ void multiply_transposed(float (&sum)[1][4], uint64_t left, uint64_t right);
+template <class T, bool ADDS, int N>
+__device__ void multiply_columns(float (&sum)[N][4], uint64_t left, uint64_t right);
+// sum (64 x 8 N) = or += left^T (16 x 64) times right^T (8 N x 16).
+template <class T, bool ADDS, int N>
+__device__ void multiply_transposed(float (&sum)[N][4], uint64_t left, uint64_t right);
 
-#define TLALIGN_4(is, sum, i) is(sum[i][0]), is(sum[i][1]), is(sum[i][2]), is(sum[i][3])
-#define TLALIGN_8(is, sum, i) TLALIGN_4(is, sum, i), TLALIGN_4(is, sum, i + 1)
-#define TLALIGN_32(is, sum, i) \
-  TLALIGN_8(is, sum, i), TLALIGN_8(is, sum, i + 2), TLALIGN_8(is, sum, i + 4), TLALIGN_8(is, sum, i + 6)
-#define TLALIGN_100(is, sum) \
-  TLALIGN_32(is, sum, 0), TLALIGN_32(is, sum, 8), TLALIGN_32(is, sum, 16), TLALIGN_4(is, sum, 24)
+// So many numbers of a sum, and what they are called.
+#define TLALIGN_SUM_4(is, i) is(sum[i][0]), is(sum[i][1]), is(sum[i][2]), is(sum[i][3])
+#define TLALIGN_SUM_8(is, i) TLALIGN_SUM_4(is, i), TLALIGN_SUM_4(is, i + 1)
+#define TLALIGN_SUM_16(is, i) TLALIGN_SUM_8(is, i), TLALIGN_SUM_8(is, i + 2)
+#define TLALIGN_SUM_32(is, i) TLALIGN_SUM_16(is, i), TLALIGN_SUM_16(is, i + 4)
+#define TLALIGN_SUM_36(is, i) TLALIGN_SUM_32(is, i), TLALIGN_SUM_4(is, i + 8)
+#define TLALIGN_SUM_40(is, i) TLALIGN_SUM_32(is, i), TLALIGN_SUM_8(is, i + 8)
+#define TLALIGN_SUM_64(is, i) TLALIGN_SUM_32(is, i), TLALIGN_SUM_32(is, i + 8)
+#define TLALIGN_SUM_100(is, i) TLALIGN_SUM_64(is, i), TLALIGN_SUM_36(is, i + 16)
+#define TLALIGN_NAMES_4 "%0, %1, %2, %3"
+#define TLALIGN_NAMES_8 TLALIGN_NAMES_4 ", %4, %5, %6, %7"
+#define TLALIGN_NAMES_16 TLALIGN_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define TLALIGN_NAMES_32 \
+  TLALIGN_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TLALIGN_NAMES_36 TLALIGN_NAMES_32 ", %32, %33, %34, %35"
+#define TLALIGN_NAMES_40 TLALIGN_NAMES_36 ", %36, %37, %38, %39"
+#define TLALIGN_NAMES_64                                           \
+  TLALIGN_NAMES_40                                                 \
+  ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TLALIGN_NAMES_100                                                                        \
+  TLALIGN_NAMES_64                                                                               \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99"
 
-#define TLALIGN_PRODUCTS(type, name, adds, is)                                                                    \
+// The left factor, in registers or in shared memory.
+#define TLALIGN_FRAGMENT "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w)
+#define TLALIGN_SHARED "l"(left)
+
+// `columns`, and `count` numbers of the sum in each thread. Behind these come the factors, and whether it adds; then
+// which factors are transposed.
+#define TLALIGN_PRODUCT(function, Left, input, columns, count, factors, flag, transposed, type, name, adds, is)   \
   template <>                                                                                                     \
-  __device__ inline void multiply_rows<type, adds>(float (&sum)[25][4], uint64_t left, uint64_t right) {          \
-    asm volatile(                                                                                                 \
-        "{ .reg .pred adds; setp.ne.b32 adds, %102, 0; "                                                          \
-        "wgmma.mma_async.sync.aligned.m64n200k16.f32." name "." name                                              \
-        " {"                                                                                                      \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                        \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                        \
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                        \
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                        \
-        "%96, %97, %98, %99"                                                                                      \
-        "}, %100, %101, adds, 1, 1, 0, 0; }"                                                                      \
-        : TLALIGN_100(is, sum)                                                                                    \
-        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_rows<type, adds>(float (&sum)[16][4], uint64_t left, uint64_t right) {          \
-    asm volatile(                                                                                                 \
-        "{ .reg .pred adds; setp.ne.b32 adds, %66, 0; "                                                           \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name                                              \
-        " {"                                                                                                      \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                        \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                          \
-        "}, %64, %65, adds, 1, 1, 0, 0; }"                                                                        \
-        : TLALIGN_32(is, sum, 0), TLALIGN_32(is, sum, 8)                                                          \
-        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_rows<type, adds>(float (&sum)[10][4], uint64_t left, uint64_t right) {          \
-    asm volatile(                                                                                                 \
-        "{ .reg .pred adds; setp.ne.b32 adds, %42, 0; "                                                           \
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32." name "." name                                               \
-        " {"                                                                                                      \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
-        "%32, %33, %34, %35, %36, %37, %38, %39"                                                                  \
-        "}, %40, %41, adds, 1, 1, 0, 0; }"                                                                        \
-        : TLALIGN_32(is, sum, 0), TLALIGN_8(is, sum, 8)                                                           \
-        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_rows<type, adds>(float (&sum)[4][4], uint64_t left, uint64_t right) {           \
-    asm volatile(                                                                                                 \
-        "{ .reg .pred adds; setp.ne.b32 adds, %18, 0; "                                                           \
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name                                               \
-        " {"                                                                                                      \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"                                    \
-        "}, %16, %17, adds, 1, 1, 0, 0; }"                                                                        \
-        : TLALIGN_8(is, sum, 0), TLALIGN_8(is, sum, 2)                                                            \
-        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_rows<type, adds>(float (&sum)[2][4], uint64_t left, uint64_t right) {           \
-    asm volatile(                                                                                                 \
-        "{ .reg .pred adds; setp.ne.b32 adds, %10, 0; "                                                           \
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32." name "." name                                               \
-        " {"                                                                                                      \
-        "%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, adds, 1, 1, 0, 0; }"                                            \
-        : TLALIGN_8(is, sum, 0)                                                                                   \
-        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_rows<type, adds>(float (&sum)[1][4], uint64_t left, uint64_t right) {           \
-    asm volatile(                                                                                                 \
-        "{ .reg .pred adds; setp.ne.b32 adds, %6, 0; "                                                            \
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32." name "." name                                                \
-        " {"                                                                                                      \
-        "%0, %1, %2, %3}, %4, %5, adds, 1, 1, 0, 0; }"                                                            \
-        : TLALIGN_4(is, sum, 0)                                                                                   \
-        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_columns<type, adds>(float (&sum)[8][4], uint64_t left, uint64_t right) {        \
-    asm volatile(                                                                                                 \
-        "{ .reg .pred adds; setp.ne.b32 adds, %34, 0; "                                                           \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                                               \
-        " {"                                                                                                      \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                          \
-        "}, %32, %33, adds, 1, 1, 1, 1; }"                                                                        \
-        : TLALIGN_32(is, sum, 0)                                                                                  \
-        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_transposed<type, adds>(float (&sum)[1][4], uint64_t left, uint64_t right) {     \
-    asm volatile(                                                                                                 \
-        "{ .reg .pred adds; setp.ne.b32 adds, %6, 0; "                                                            \
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32." name "." name                                                \
-        " {"                                                                                                      \
-        "%0, %1, %2, %3}, %4, %5, adds, 1, 1, 1, 0; }"                                                            \
-        : TLALIGN_4(is, sum, 0)                                                                                   \
-        : "l"(left), "l"(right), "r"(int(adds)));                                                                 \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_columns<type, adds>(float (&sum)[8][4], const Fragment& left, uint64_t right) { \
-    asm volatile(                                                                                                 \
-        "{ .reg .pred adds; setp.ne.b32 adds, %37, 0; "                                                           \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                                               \
-        " {"                                                                                                      \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                          \
-        "}, {%32, %33, %34, %35}, %36, adds, 1, 1, 1; }"                                                          \
-        : TLALIGN_32(is, sum, 0)                                                                                  \
-        : "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w), "l"(right), "r"(int(adds)));                        \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  __device__ inline void multiply_columns<type, adds>(float (&sum)[9][4], const Fragment& left, uint64_t right) { \
-    asm volatile(                                                                                                 \
-        "{ .reg .pred adds; setp.ne.b32 adds, %41, 0; "                                                           \
-        "wgmma.mma_async.sync.aligned.m64n72k16.f32." name "." name                                               \
-        " {"                                                                                                      \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                        \
-        "%32, %33, %34, %35"                                                                                      \
-        "}, {%36, %37, %38, %39}, %40, adds, 1, 1, 1; }"                                                          \
-        : TLALIGN_32(is, sum, 0), TLALIGN_4(is, sum, 8)                                                           \
-        : "r"(left.x), "r"(left.y), "r"(left.z), "r"(left.w), "l"(right), "r"(int(adds)));                        \
+  __device__ inline void function<type, adds>(float (&sum)[columns / 8][4], Left left, uint64_t right) {          \
+    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, " flag                                                     \
+                 ", 0; "                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" TLALIGN_NAMES_##count \
+                 "}, " factors ", adds, 1, 1, " transposed "; }"                                                  \
+                 : TLALIGN_SUM_##count(is, 0)                                                                     \
+                 : input, "l"(right), "r"(int(adds)));                                                            \
   }
+#define TLALIGN_ROWS(columns, count, factors, flag, ...) \
+  TLALIGN_PRODUCT(multiply_rows, uint64_t, TLALIGN_SHARED, columns, count, factors, flag, "0, 0", __VA_ARGS__)
+#define TLALIGN_PRODUCTS(...)                                                                                      \
+  TLALIGN_ROWS(200, 100, "%100, %101", "%102", __VA_ARGS__)                                                        \
+  TLALIGN_ROWS(128, 64, "%64, %65", "%66", __VA_ARGS__)                                                            \
+  TLALIGN_ROWS(80, 40, "%40, %41", "%42", __VA_ARGS__)                                                             \
+  TLALIGN_ROWS(32, 16, "%16, %17", "%18", __VA_ARGS__)                                                             \
+  TLALIGN_ROWS(16, 8, "%8, %9", "%10", __VA_ARGS__)                                                                \
+  TLALIGN_ROWS(8, 4, "%4, %5", "%6", __VA_ARGS__)                                                                  \
+  TLALIGN_PRODUCT(multiply_columns, uint64_t, TLALIGN_SHARED, 64, 32, "%32, %33", "%34", "1, 1", __VA_ARGS__)      \
+  TLALIGN_PRODUCT(multiply_transposed, uint64_t, TLALIGN_SHARED, 8, 4, "%4, %5", "%6", "1, 0", __VA_ARGS__)        \
+  TLALIGN_PRODUCT(multiply_columns, const Fragment&, TLALIGN_FRAGMENT, 64, 32, "{%32, %33, %34, %35}, %36", "%37", \
+                  "1", __VA_ARGS__)                                                                                \
+  TLALIGN_PRODUCT(multiply_columns, const Fragment&, TLALIGN_FRAGMENT, 72, 36, "{%36, %37, %38, %39}, %40", "%41", \
+                  "1", __VA_ARGS__)
 TLALIGN_PRODUCTS(__nv_bfloat16, "bf16", false, "=f")
 TLALIGN_PRODUCTS(__nv_bfloat16, "bf16", true, "+f")
 TLALIGN_PRODUCTS(__half, "f16", false, "=f")
 TLALIGN_PRODUCTS(__half, "f16", true, "+f")
-#undef TLALIGN_PRODUCTS
-#undef TLALIGN_100
-#undef TLALIGN_32
-#undef TLALIGN_8
-#undef TLALIGN_4
 
 }  // namespace tlalign::cuda::hopper
