@@ -161,10 +161,10 @@ void launch_for_keys(const Forward& p, cudaStream_t stream) {
     }
     return launch<T, D, D <= 96 ? 8 : 4, 4, true, KIND, 4>(p, stream);
   }
-  // Where blocks take heads in turn, labels of two sources take kernels of their own; with a bias, or in wider heads,
+  // Where blocks take heads in turn, labels of two sources take kernels of their own; with offsets, or in wider heads,
   // which are few, they stream.
   if (p.keys <= 64 && p.sources == 2) {
-    constexpr bool TAKES_TURNS = KIND == Kind::plain && D <= 64;
+    constexpr bool TAKES_TURNS = KIND != Kind::offsets && D <= 64;
     return launch<T, D, 8, 4, !TAKES_TURNS, KIND, TAKES_TURNS ? 2 : 1>(p, stream);
   }
   if constexpr (D <= 64) {
@@ -174,7 +174,8 @@ void launch_for_keys(const Forward& p, cudaStream_t stream) {
     if (p.keys <= 56) return launch<T, D, 7, 4, false, KIND, 1>(p, stream);
   }
   if (p.keys <= 64) return launch<T, D, 8, 4, false, KIND, 1>(p, stream);
-  if constexpr (D <= 64) {
+  // In windows one kernel has all from here to 256 keys.
+  if constexpr (D <= 64 && KIND != Kind::windows) {
     if constexpr (KIND == Kind::plain) {
       if (p.keys <= 128) return launch<T, D, 16, 4, false, KIND, 1>(p, stream);
       if (p.keys <= 192) return launch<T, D, 24, 4, false, KIND, 1>(p, stream);
@@ -188,26 +189,13 @@ void launch_for_keys(const Forward& p, cudaStream_t stream) {
   launch<T, D, 8, 4, true, KIND, 1>(p, stream);
 }
 
-template <class T>
-void launch_for_windows(const Forward& p, cudaStream_t stream) {
-  constexpr int D = HEAD_DIM_OF_WINDOWS;
-  if (p.sources > 2) {
-    if (p.keys > 64 && p.keys <= 256) return launch<T, D, 32, 4, false, Kind::windows, 4>(p, stream);
-    return launch<T, D, 8, 4, true, Kind::windows, 4>(p, stream);
-  }
-  if (p.keys <= 64 && p.sources == 2) return launch<T, D, 8, 4, false, Kind::windows, 2>(p, stream);
-  if (p.keys <= 56) return launch<T, D, 7, 4, false, Kind::windows, 1>(p, stream);
-  if (p.keys <= 64) return launch<T, D, 8, 4, false, Kind::windows, 1>(p, stream);
-  if (p.keys <= 256) return launch<T, D, 32, 4, false, Kind::windows, 1>(p, stream);
-  launch<T, D, 8, 4, true, Kind::windows, 1>(p, stream);
-}
-
 }  // namespace
 
 void forward(const Forward& p, cudaStream_t stream) {
   prepare(p, stream);
   if (p.windows.places != nullptr) {
-    return with_dtype(p, [&](auto type) { launch_for_windows<decltype(type)>(p, stream); });
+    return with_dtype(
+        p, [&](auto type) { launch_for_keys<decltype(type), HEAD_DIM_OF_WINDOWS, Kind::windows>(p, stream); });
   }
   with_types(p, [&](auto type, auto head_dim) {
     using T = decltype(type);
