@@ -202,11 +202,10 @@ bool launch_on_hopper(Forward& p, cudaStream_t stream) {
   if (blocks == 0 || int64_t(p.batch) * p.heads < 2 * blocks) return false;
   p.heads_of_block = 1;
   p.turns = Divisor(p.heads);
-  if (p.dtype == DType::bfloat16) {
-    launch<__nv_bfloat16, HopperKernel<__nv_bfloat16>>(attention_forward_hopper<__nv_bfloat16>, p, blocks, stream);
-  } else {
-    launch<__half, HopperKernel<__half>>(attention_forward_hopper<__half>, p, blocks, stream);
-  }
+  with_dtype(p, [&](auto type) {
+    using T = decltype(type);
+    launch<T, HopperKernel<T>>(attention_forward_hopper<T>, p, blocks, stream);
+  });
   return true;
 }
 

@@ -279,12 +279,10 @@ bool stream_on_hopper(Forward& p, cudaStream_t stream) {
   p.turns = Divisor(p.heads);
   p.blocks = Divisor(unsigned(p.queries + Kernel::QUERIES - 1) / Kernel::QUERIES);
   const unsigned blocks = unsigned(std::min<int64_t>(multiprocessors, p.batch * p.heads * p.blocks.divisor));
-  if (p.dtype == DType::bfloat16) {
-    launch<__nv_bfloat16, HopperStreamingKernel<__nv_bfloat16>>(attention_forward_hopper_streaming<__nv_bfloat16>, p,
-                                                                blocks, stream);
-  } else {
-    launch<__half, HopperStreamingKernel<__half>>(attention_forward_hopper_streaming<__half>, p, blocks, stream);
-  }
+  with_dtype(p, [&](auto type) {
+    using T = decltype(type);
+    launch<T, HopperStreamingKernel<T>>(attention_forward_hopper_streaming<T>, p, blocks, stream);
+  });
   return true;
 }
 

@@ -25,22 +25,6 @@ inline void check(cudaError_t status, const char* kernel, const Problem& p) {
 template <int D>
 using HeadDim = std::integral_constant<int, D>;
 
-template <class T, class Call>
-void with_head_dim(const Problem& p, Call call) {
-  switch (p.head_dim) {
-    case 32:
-      return call(T(), HeadDim<32>());
-    case 64:
-      return call(T(), HeadDim<64>());
-    case 80:
-      return call(T(), HeadDim<80>());
-    case 96:
-      return call(T(), HeadDim<96>());
-    default:
-      return call(T(), HeadDim<128>());
-  }
-}
-
 // Calls call(T()) with the dtype of a problem.
 template <class Call>
 void with_dtype(const Problem& p, Call call) {
@@ -50,7 +34,20 @@ void with_dtype(const Problem& p, Call call) {
 // Calls call(T(), HeadDim<D>()) with the dtype and head dimension of a problem.
 template <class Call>
 void with_types(const Problem& p, Call call) {
-  with_dtype(p, [&](auto type) { with_head_dim<decltype(type)>(p, call); });
+  with_dtype(p, [&](auto type) {
+    switch (p.head_dim) {
+      case 32:
+        return call(type, HeadDim<32>());
+      case 64:
+        return call(type, HeadDim<64>());
+      case 80:
+        return call(type, HeadDim<80>());
+      case 96:
+        return call(type, HeadDim<96>());
+      default:
+        return call(type, HeadDim<128>());
+    }
+  });
 }
 
 // Multiprocessors of the current device if it is a Hopper, else 0.
