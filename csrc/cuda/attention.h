@@ -70,7 +70,7 @@ struct Problem {
   int heads, queries, keys, head_dim, sources;  // sources: 0 to MAX_SOURCES; 0 in the backward
   DType dtype;                                  // of query, key, value, output and their gradients: bfloat16 or float16
   float scale;
-  // Each row begins at a multiple of 16 bytes, as in all Rows here; kernels get strides in bytes.
+  // Each row begins at a multiple of 16 bytes, and strides are in bytes, as in all Rows here.
   Rows query, key, value;
   Offsets bias, mask;
   // Scratch where there is a bias or a mask or the scale is not positive, and for windows: the bias, or zeros; and the

@@ -71,7 +71,7 @@ struct Block {
   __device__ RowTermOf<T>* row_terms() const {
     return static_cast<RowTermOf<T>*>(p.row_terms) + pair() * padded(p.queries);
   }
-  // Strides are in bytes, and take 32 bits: see aligned_rows.
+  // Strides take 32 bits: see aligned_rows.
   __device__ char* start(const Rows& rows) const {
     const unsigned of_rows = WINDOWS ? window().image : image;
     return rows.data + uint64_t(of_rows) * uint32_t(rows.image) + uint64_t(head) * uint32_t(rows.head);
@@ -873,9 +873,6 @@ void backward(const Backward& arguments, cudaStream_t stream) {
   p.query_blocks = Divisor(padded(p.queries) / ROWS_OF_BLOCK);
   p.key_blocks = Divisor(padded(p.keys) / ROWS_OF_BLOCK);
   p.heads_of_image = Divisor(p.heads);
-  for (Rows* rows : {&p.query, &p.key, &p.value, &p.grad_output, &p.grad_query, &p.grad_key, &p.grad_value}) {
-    rows->image *= sizeof(uint16_t), rows->head *= sizeof(uint16_t), rows->row *= sizeof(uint16_t);
-  }
   prepare(p, stream);
   if (launch_on_hopper(p, stream)) return;
   if (p.windows.places != nullptr) {

@@ -27,12 +27,14 @@ int size(const std::string& name, int64_t number, int64_t least) {
   return static_cast<int>(number);
 }
 
+// With strides in bytes of numbers of 16 bits.
 Rows aligned_rows(const std::string& argument, const RowsTuple& tuple) {
-  const Rows r = rows(argument, tuple);
+  Rows r = rows(argument, tuple);
   expect(reinterpret_cast<uintptr_t>(r.data) % 16 == 0 && r.image % 8 == 0 && r.head % 8 == 0 && r.row % 8 == 0,
          argument + ": expected rows that begin at multiples of 16 bytes");
   expect(std::max({r.image, r.head, r.row}) < std::numeric_limits<int>::max() / 2,
          argument + ": expected less than 2**30 elements from an image, head or row to the next");
+  r.image *= 2, r.head *= 2, r.row *= 2;
   return r;
 }
 

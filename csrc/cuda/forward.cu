@@ -139,7 +139,6 @@ void launch(Forward p, cudaStream_t stream) {
         "attention_forward", p);
   p.blocks = Divisor(Kernel::QUERY_TURNS ? 1 : blocks_of(p.queries, Kernel::QUERIES));
   const int64_t pairs = p.blocks.divisor * p.batch * p.heads;
-  count_in_bytes<T>(p);
   p.query_head_bytes = unsigned(p.query.head), p.key_head_bytes = unsigned(p.key.head);
   p.value_head_bytes = unsigned(p.value.head);
   p.heads_of_block = Kernel::TURNS ? int(std::clamp<int64_t>(pairs / FEW_BLOCKS, 1, p.heads)) : 1;

@@ -813,11 +813,4 @@ struct ForwardKernel {
   }
 };
 
-template <class T>
-void count_in_bytes(Forward& p) {
-  for (Rows* rows : {&p.query, &p.key, &p.value}) {
-    rows->image *= sizeof(T), rows->head *= sizeof(T), rows->row *= sizeof(T);
-  }
-}
-
 }  // namespace tlalign::cuda

@@ -204,7 +204,7 @@ bool launch_on_hopper(Forward& p, cudaStream_t stream) {
   p.turns = Divisor(p.heads);
   with_dtype(p, [&](auto type) {
     using T = decltype(type);
-    launch<T, HopperKernel<T>>(attention_forward_hopper<T>, p, blocks, stream);
+    launch<HopperKernel<T>>(attention_forward_hopper<T>, p, blocks, stream);
   });
   return true;
 }

@@ -58,7 +58,7 @@ struct HopperKernel {
       image = p.heads_of_image.quotient(pair);
       head = pair - image * p.heads;
     }
-    // Strides are in bytes, and take 32 bits: see aligned_rows.
+    // Strides take 32 bits: see aligned_rows.
     __device__ char* start(const Rows& rows) const {
       return rows.data + uint64_t(image) * uint32_t(rows.image) + uint64_t(head) * uint32_t(rows.head);
     }

@@ -31,12 +31,11 @@ struct HopperForwardKernel : Base {
   }
 };
 
-// Launches the kernel that `Kernel`, of numbers T, is the struct of.
-template <class T, class Kernel, class Function>
-void launch(Function* kernel, Forward p, unsigned blocks, cudaStream_t stream) {
+// Launches the kernel that `Kernel` is the struct of.
+template <class Kernel>
+void launch(void (*kernel)(Forward), const Forward& p, unsigned blocks, cudaStream_t stream) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
         "attention_forward", p);
-  count_in_bytes<T>(p);
   kernel<<<blocks, Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
   check(cudaGetLastError(), "attention_forward", p);
 }

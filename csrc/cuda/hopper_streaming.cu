@@ -281,7 +281,7 @@ bool stream_on_hopper(Forward& p, cudaStream_t stream) {
   const unsigned blocks = unsigned(std::min<int64_t>(multiprocessors, p.batch * p.heads * p.blocks.divisor));
   with_dtype(p, [&](auto type) {
     using T = decltype(type);
-    launch<T, HopperStreamingKernel<T>>(attention_forward_hopper_streaming<T>, p, blocks, stream);
+    launch<HopperStreamingKernel<T>>(attention_forward_hopper_streaming<T>, p, blocks, stream);
   });
   return true;
 }
