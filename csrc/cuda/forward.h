@@ -249,10 +249,10 @@ struct ForwardKernel {
   __device__ Keys keys(int step) const { return source<Keys>(p.key, 1, step * KEYS, p.keys); }
   __device__ Values values(int step) const { return source<Values>(p.value, 2, step * KEYS, p.keys); }
   // What `pack_labels` does for other blocks: so many threads as there are pairs of keys write one each. The image is
-  // kept, here and below, for its number to be one of 32 bits where it is multiplied.
+  // hidden, here and below, for its number to be one of 32 bits where it is multiplied.
   __device__ void store_labels(uint32_t to, int source, int pair) const {
     if (2 * pair >= 8 * LABEL_CHUNKS) return;
-    const LabelsOfPair labels = labels_of_pair<T, WINDOWS>(p, kept(image), source, pair);
+    const LabelsOfPair labels = labels_of_pair<T, WINDOWS>(p, hidden(image), source, pair);
     to += source * (8 * LABEL_PITCH) + pair * 4;
 #pragma unroll
     for (int i = 0; i <= PARTS; ++i) {
@@ -343,7 +343,7 @@ struct ForwardKernel {
     if constexpr (IN_PLACE) {
       __syncthreads();
       // No registers are to keep where K was copied to.
-      values(0).copy(stage(0).value, kept(threadIdx.x));
+      values(0).copy(stage(0).value, hidden(threadIdx.x));
       commit_copies();
     }
     if (works) exponentiate(scores, weights, highest, output, label, 0);
@@ -355,10 +355,8 @@ struct ForwardKernel {
     const PackedLabels packed = packed_labels(lane);
     if (AHEAD > 0) read_labels(labels, 0, packed, 0);
     multiply_values(weights, output, label, labels, packed, 0, value_address(0), key_address(0));
-    // Hides from the compiler what registers could keep.
-    unsigned thread = threadIdx.x;
-    asm volatile("" : "+r"(thread));
-    write_all(output, label, highest, Destination(*this, thread));
+    // No registers are to keep through the products what follows from it.
+    write_all(output, label, highest, Destination(*this, hidden(threadIdx.x)));
   }
 
   __device__ void take_queries() {
@@ -380,16 +378,16 @@ struct ForwardKernel {
         multiply_keys(query, scores, 0, key_address(0));
         add_regions(scores, 0);
         exponentiate(scores, weights, highest, output, label, 0);
-        const PackedLabels packed = packed_labels(kept(lane));
+        const PackedLabels packed = packed_labels(hidden(lane));
         if (AHEAD > 0) read_labels(labels, 0, packed, 0);
         multiply_values(weights, output, label, labels, packed, 0, value_address(0), key_address(0));
-        write_all(output, label, highest, Destination(*this, kept(threadIdx.x)));
+        write_all(output, label, highest, Destination(*this, hidden(threadIdx.x)));
       }
       if (next >= p.queries) break;
       first = next;
       // No registers are to keep through the loop what it takes of the window, nor where labels are and the output
       // goes.
-      image = kept(image);
+      image = hidden(image);
     }
   }
 
@@ -404,12 +402,12 @@ struct ForwardKernel {
     Fragment query[D / 16], weights[TILES];
     Labels labels;
     float scores[OCTETS][4], output[D / 8][4], label[LABEL_BLOCKS][4], highest[2];
-    const uint32_t from_query = kept(query_address()), from_key = kept(key_address(0));
-    const uint32_t from_value = kept(value_address(0));
+    const uint32_t from_query = hidden(query_address()), from_key = hidden(key_address(0));
+    const uint32_t from_value = hidden(value_address(0));
     Destination destination(*this, threadIdx.x);
-    query_rows.own = key_rows.own = value_rows.own = kept(value_rows.own);
-    destination.lane = kept(destination.lane);
-    destination.rows.from = kept(destination.rows.from);
+    query_rows.own = key_rows.own = value_rows.own = hidden(value_rows.own);
+    destination.lane = hidden(destination.lane);
+    destination.rows.from = hidden(destination.rows.from);
     Shares shares = {};
     const float* starts = STARTS ? find_starts(p.bias_starts, 0) : nullptr;
     if (STARTS) read_starts(scores, starts, 0);
@@ -438,7 +436,7 @@ struct ForwardKernel {
       wait_for_copies<0>();
       __syncthreads();
       if (more > 0) {
-        next = kept(next + 1);
+        next = hidden(next + 1);
         query_rows.of_head(next, p.query_head_bytes).copy(shared);
         key_rows.of_head(next, p.key_head_bytes).copy(stage(0).key);
         commit_copies();
@@ -493,12 +491,6 @@ struct ForwardKernel {
   __device__ void read_labels(Labels& labels, int tile, const PackedLabels& packed, int step) const {
 #pragma unroll
     for (int n = 0; n < LABEL_BLOCKS; ++n) labels[tile / 2][n] = __ldg(packed.from[n] + (step * TILES + tile) * 8);
-  }
-
-  // Hides from the compiler how to compute it, which it would do anew for each head.
-  static __device__ uint32_t kept(uint32_t address) {
-    asm volatile("" : "+r"(address));
-    return address;
   }
 
   __device__ void read_queries(Fragment (&query)[D / 16], uint32_t from) const {
@@ -791,7 +783,7 @@ struct ForwardKernel {
     if (has_all_heads(p)) {
       if (WINDOWS && !window().has(to.query)) return;
       const uint64_t first = WINDOWS ? window().token_of_all(to.query) * unsigned(p.sources)
-                                     : uint64_t(kept(image)) * p.shares_of_queries + to.query * unsigned(p.sources);
+                                     : uint64_t(hidden(image)) * p.shares_of_queries + to.query * unsigned(p.sources);
       const HeadMean mean = STARTS ? HeadMean(p, rows[0].weight) : HeadMean(p);
 #pragma unroll
       for (int n = 0; n < LABEL_BLOCKS; ++n) {

@@ -43,18 +43,12 @@ struct HopperKernel {
   // The same in all threads of a warp, as the compiler sees now.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 
-  // What follows from such a number is found anew where it is needed: registers are scarcer than instructions.
-  static __device__ unsigned anew(unsigned number) {
-    asm volatile("" : "+r"(number));
-    return number;
-  }
-
-  __device__ unsigned heads() const { return unsigned(p.batch) * anew(p.heads); }
+  __device__ unsigned heads() const { return unsigned(p.batch) * hidden(p.heads); }
 
   struct Head {
     unsigned pair, image, head;
 
-    __device__ Head(const Backward& p, unsigned of_pair) : pair(anew(of_pair)) {
+    __device__ Head(const Backward& p, unsigned of_pair) : pair(hidden(of_pair)) {
       image = p.heads_of_image.quotient(pair);
       head = pair - image * p.heads;
     }
@@ -72,12 +66,12 @@ struct HopperKernel {
   __device__ void copy_keys(uint32_t to, const Rows& rows, unsigned pair) const {
     const Head head(p, pair);
     using Source = typename Tile::template Source<ROWS, THREADS, false, CERTAIN_KEYS>;
-    Source(head.start(rows), anew(rows.row), 0, anew(p.keys)).copy(to);
+    Source(head.start(rows), hidden(rows.row), 0, hidden(p.keys)).copy(to);
   }
   template <int COUNT>
   __device__ void copy_rows(uint32_t to, const char* data, int row_bytes, int step) const {
     using Source = typename Tile::template Source<COUNT, THREADS, false, COUNT == STEP ? STEP : 0>;
-    Source(data, anew(row_bytes), step * STEP, anew(p.queries)).copy(to);
+    Source(data, hidden(row_bytes), step * STEP, hidden(p.queries)).copy(to);
   }
   __device__ void copy_step(uint32_t to, const char* data, int row_bytes, int step) const {
     if (step < STEPS - 1) return copy_rows<STEP>(to, data, row_bytes, step);
@@ -98,14 +92,14 @@ struct HopperKernel {
 
   // Eight threads have a row of a step, and the first of them its log-sum-exp.
   __device__ float load_log_sum(unsigned pair, int step) const {
-    const unsigned thread = anew(threadIdx.x);
+    const unsigned thread = hidden(threadIdx.x);
     const int query = step * STEP + thread / 8;
     if (thread % 8 != 0 || query >= p.queries) return -INFINITY;
     return p.log_sum_exp[int64_t(pair) * p.queries + query];
   }
   // Those of rows that a thread has copied parts of itself.
   __device__ void write_terms(int step, float log_sum) const {
-    const unsigned thread = anew(threadIdx.x), row = thread / 8;
+    const unsigned thread = hidden(threadIdx.x), row = thread / 8;
     if (step == STEPS - 1 && row >= LAST_STEP) return;
     const uint32_t own = Tile::at(row, thread % 8);
     const uint4 output = load_shared(shared + OUTPUT_AT + step % 2 * STEP_BYTES + own);
@@ -184,7 +178,7 @@ struct HopperKernel {
 
   // Of keys that there are not dS is 0, and stays so.
   __device__ void clear_missing_keys() const {
-    const unsigned thread = anew(threadIdx.x), row = CERTAIN_KEYS + thread / 8;
+    const unsigned thread = hidden(threadIdx.x), row = CERTAIN_KEYS + thread / 8;
     if (row >= ROWS) return;
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
@@ -201,7 +195,7 @@ struct HopperKernel {
 #pragma unroll 1
     for (int step = 0; step < STEPS; ++step) {
       const float log_sum = begin_step(number, now, step);
-      const uint32_t keys = keys_of(anew(number)) + Tile::bytes(first);
+      const uint32_t keys = keys_of(hidden(number)) + Tile::bytes(first);
       if (step < STEPS - 1) {
 #pragma unroll
         for (int part = 0; part < STEP; part += AT_ONCE) add_queries<AT_ONCE>(keys, step, part, grad_key, grad_value);
@@ -211,7 +205,7 @@ struct HopperKernel {
       end_step(now, step, log_sum, grad_key, grad_value);
     }
     const Head head(p, now);
-    const int row = anew(warp) * 16;
+    const int row = hidden(warp) * 16;
     write(grad_key, p.scale, head.start(p.grad_key), int(p.grad_key.row), row, p.keys);
     write(grad_value, 1.0f, head.start(p.grad_value), int(p.grad_value.row), row, p.keys);
   }
@@ -254,7 +248,7 @@ struct HopperKernel {
         grad_scores[n][i] = scores[n][i] * (grad_scores[n][i] - (i % 2 == 0 ? row_sum.x : row_sum.y));
       }
     }
-    const int row = anew(warp) * 16 + lane / 4;
+    const int row = hidden(warp) * 16 + lane / 4;
     const uint32_t to = grad_scores_of(step) + Tile::at(row, first / 8) + lane % 4 * 4;
 #pragma unroll
     for (int i = 0; i < COUNT / 16; ++i) {
@@ -303,9 +297,9 @@ struct HopperKernel {
 #pragma unroll 1
     for (int step = 0; step < STEPS; ++step) {
       const float log_sum = begin_step(number, now, step);
-      add_last_keys(keys_of(anew(number)), step, grad_key, grad_value);
+      add_last_keys(keys_of(hidden(number)), step, grad_key, grad_value);
       end_step(now, step, log_sum);
-      write_grad_query(now, keys_of(anew(number)), step);
+      write_grad_query(now, keys_of(hidden(number)), step);
     }
     const Head head(p, now);
     write_last_keys(grad_key, p.scale, head.start(p.grad_key), int(p.grad_key.row));
@@ -382,7 +376,7 @@ struct HopperKernel {
 
   // 16 rows of a sum, of which a thread has two, from `row` on.
   __device__ void write(const float (&sum)[D / 8][4], float factor, char* data, int row_bytes, int row, int end) const {
-    row_bytes = anew(row_bytes);
+    row_bytes = hidden(row_bytes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int own = row + lane / 4 + 8 * i;

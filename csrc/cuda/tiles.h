@@ -65,6 +65,13 @@ __device__ inline float inverse_of(float x) {
   return y;
 }
 
+// Hides from the compiler how a number comes about: what follows from it is computed where it is needed, rather than
+// kept in registers, or kept, rather than computed again.
+__device__ inline unsigned hidden(unsigned number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 __device__ inline void store_shared(uint32_t to, uint32_t word) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 }

@@ -155,8 +155,7 @@ struct WindowTarget {
       const uint4 words =
           load_shared(Tile::SWIZZLES ? Tile::below(from, i * Own::STEP) : from + Tile::at(chunk.row, chunk.chunk));
       // Where a block goes on to the next head the compiler would keep products of 64 bits in registers.
-      int place = places[i];
-      asm volatile("" : "+r"(place));
+      const int place = hidden(places[i]);
       char* row = to + int64_t(place) * row_bytes + 16 * chunk.chunk;
       if (place >= 0) {
         store_global(row, words);
