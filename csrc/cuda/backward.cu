@@ -77,23 +77,15 @@ struct Block {
     return rows.data + uint64_t(of_rows) * uint32_t(rows.image) + uint64_t(head) * uint32_t(rows.head);
   }
 
-  template <int COUNT>
-  __device__ void load(uint32_t to, const Rows& rows, int from, int end) const {
+  // `number`: 1 and 2 of keys and values, of which windows, if PADDED, have what lies in the padding, too.
+  template <int COUNT, bool PADDED = false>
+  __device__ void load(uint32_t to, const Rows& rows, int from, int end, int number = 0) const {
     if constexpr (WINDOWS) {
-      WindowSource<Tile, COUNT, THREADS, false>(window(), from, start(rows), int(rows.row), nullptr).copy(to);
+      const char* padding = p.windows.padding + uint64_t(number * p.heads + head) * unsigned(D * sizeof(T));
+      WindowSource<Tile, COUNT, THREADS, PADDED>(window(), from, start(rows), int(rows.row), padding).copy(to);
     } else {
       using Source = typename Tile::template Source<COUNT, THREADS, false>;
       Source(start(rows), int(rows.row), from, end).copy(to);
-    }
-  }
-  // Of windows with what lies in the padding: 1 and 2 of keys and values.
-  template <int COUNT>
-  __device__ void load_padded(uint32_t to, const Rows& rows, int number, int from, int end) const {
-    if constexpr (WINDOWS) {
-      const char* padding = p.windows.padding + uint64_t(number * p.heads + head) * unsigned(D * sizeof(T));
-      WindowSource<Tile, COUNT, THREADS, true>(window(), from, start(rows), int(rows.row), padding).copy(to);
-    } else {
-      load<COUNT>(to, rows, from, end);
     }
   }
 
@@ -284,8 +276,8 @@ struct QueriesKernel : QueryRows<T, D, KIND, ROWS_OF_BLOCK> {
   __device__ uint32_t stage(int step) const { return shared + STAGES_AT + step % 2 * STAGE_BYTES; }
 
   __device__ void load_step(int step) const {
-    Base::template load_padded<STEP>(stage(step), p.key, 1, step * STEP, p.keys);
-    Base::template load_padded<STEP>(stage(step) + Tile::bytes(STEP), p.value, 2, step * STEP, p.keys);
+    Base::template load<STEP, true>(stage(step), p.key, step * STEP, p.keys, 1);
+    Base::template load<STEP, true>(stage(step) + Tile::bytes(STEP), p.value, step * STEP, p.keys, 2);
   }
 
   __device__ void run() {
@@ -394,8 +386,8 @@ struct KeysKernel : Block<T, D, KIND, ROWS_OF_BLOCK> {
   __device__ void run() {
     const bool works = first + warp * ROWS_OF_WARP < p.keys;
     const uint32_t value_rows = shared + Tile::bytes(ROWS_OF_BLOCK);
-    Base::template load_padded<ROWS_OF_BLOCK>(shared, p.key, 1, first, p.keys);
-    Base::template load_padded<ROWS_OF_BLOCK>(value_rows, p.value, 2, first, p.keys);
+    Base::template load<ROWS_OF_BLOCK, true>(shared, p.key, first, p.keys, 1);
+    Base::template load<ROWS_OF_BLOCK, true>(value_rows, p.value, first, p.keys, 2);
     commit_copies();
     load_step(0);
     commit_copies();
@@ -545,8 +537,8 @@ struct HeadKernel : QueryRows<T, D, KIND, ROWS> {
   __device__ void run_head(GradBias& grad_bias) const {
     const uint32_t squares = shared + SQUARES_AT;
     Base::load_rows(squares);
-    Base::template load_padded<ROWS>(shared + KEYS_AT, p.key, 1, 0, p.keys);
-    Base::template load_padded<ROWS>(shared + VALUES_AT, p.value, 2, 0, p.keys);
+    Base::template load<ROWS, true>(shared + KEYS_AT, p.key, 0, p.keys, 1);
+    Base::template load<ROWS, true>(shared + VALUES_AT, p.value, 0, p.keys, 2);
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
