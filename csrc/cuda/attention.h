@@ -43,7 +43,7 @@ struct Windows {
 
   Axis down, across;
   // Tokens of a row of the padded map, and those of its padding.
-  int padded_width, padding_tokens;
+  int padded_width, padding_tokens = 0;
   // What divides windows into images, and into rows of them, and tokens of a window into rows.
   Divisor of_image, of_row, width;
   // Where the tokens of each window of a map lie, (W, places_of_window), as `Window` has it.

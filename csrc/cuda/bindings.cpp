@@ -51,9 +51,55 @@ Starts starts(const std::string& argument, const Problem& p, const Offsets& offs
   return s;
 }
 
+// Ht, Wt, tokens of a window along each axis, and the shift along each; addresses: pad_qkv, places.
+using WindowsTuple = std::tuple<std::array<int64_t, 6>, Address, Address>;
+
+Windows::Axis axis(const std::string& name, int64_t tokens, int64_t window, int64_t shift) {
+  Windows::Axis a;
+  a.tokens = size(name + " of the map", tokens, 1);
+  a.window = size(name + " of a window", window, 1);
+  a.windows = (a.tokens - 1) / a.window + 1;
+  a.shift = size("shift of " + name, shift, 0);
+  expect(a.shift < a.window, "shift of " + name + ": expected less than the window");
+  a.rolled = a.shift % a.tokens;
+  return a;
+}
+
+// Of `p`, whose images are windows.
+void read_windows(Problem& p, const WindowsTuple& tuple) {
+  const auto& [map, padding, places] = tuple;
+  Windows& w = p.windows;
+  w.down = axis("rows", map[0], map[2], map[4]);
+  w.across = axis("columns", map[1], map[3], map[5]);
+  const int64_t height = int64_t(w.down.windows) * w.down.window, width = int64_t(w.across.windows) * w.across.window;
+  size("tokens of a padded map", height * width, 1);
+  w.padded_width = static_cast<int>(width);
+  w.padding_tokens = static_cast<int>(height * width - int64_t(w.down.tokens) * w.across.tokens);
+  w.of_row = Divisor(w.across.windows);
+  w.of_image = Divisor(w.down.windows * w.across.windows);
+  w.width = Divisor(w.across.window);
+  expect(p.queries == p.keys && p.keys == int64_t(w.down.window) * w.across.window,
+         "Nq, Nk: expected the tokens of a window");
+  expect(p.batch % w.of_image.divisor == 0, "B: expected a multiple of the windows of a map");
+  w.padding = pointer<const char>("pad_qkv", padding, w.padding_tokens > 0);
+  expect(padding % 16 == 0, "pad_qkv: expected an address that is a multiple of 16");
+  expect(p.head_dim == HEAD_DIM_OF_WINDOWS,
+         "D: expected " + std::to_string(HEAD_DIM_OF_WINDOWS) + " in windows, got " + std::to_string(p.head_dim));
+  w.places_of_window = laid_out(p.keys);
+  size("places of tokens", int64_t(w.of_image.divisor) * w.places_of_window, 1);
+  w.places = pointer<int>("places", places);
+  expect(p.bias_starts.data != nullptr, "bias_starts: expected what the products of windows begin with");
+  expect(p.bias.image == 0, "bias: expected one for all windows");
+  expect(p.mask.data == nullptr, "mask: expected none in windows");
+  expect(int64_t(p.heads) * padded(p.keys) * padded(p.keys) <= std::numeric_limits<int>::max(),
+         "H, N: expected less than 2**31 numbers of a bias");
+  w.region_start = REGION_BIAS * LOG2_E / p.unit;
+}
+
 void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
                   const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                  const std::optional<OffsetsTuple>& mask, double scale, Address bias_starts, Address mask_starts) {
+                  const std::optional<OffsetsTuple>& mask, double scale, Address bias_starts, Address mask_starts,
+                  const std::optional<WindowsTuple>& windows) {
   p.batch = size("B", sizes[0], 1);
   p.heads = size("H", sizes[1], 1);
   p.queries = size("Nq", sizes[2], 1);
@@ -83,10 +129,16 @@ void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, cons
   // Large enough to divide by.
   p.unit = std::max(std::abs(p.scale), std::ldexp(1.0f, -100)) * LOG2_E;
   p.flipped = p.scale < 0.0f ? 0x80008000u : 0;
+  if (windows) read_windows(p, *windows);
 }
 
-void read_outputs(Forward& f, Address share, Address residual, Address labels, Address head_share, Address output,
-                  Address share_out, Address log_sum_exp) {
+void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
+                       const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
+                       const std::optional<OffsetsTuple>& mask, double scale, Address bias_starts, Address mask_starts,
+                       const std::optional<WindowsTuple>& windows, Address share, Address residual, Address labels,
+                       Address head_share, Address output, Address share_out, Address log_sum_exp, Address stream) {
+  Forward f;
+  read_problem(f, sizes, dtype, query, key, value, bias, mask, scale, bias_starts, mask_starts, windows);
   const bool has_labels = f.sources > 0;
   f.share = pointer<const float>("share", share, has_labels);
   f.residual = pointer<const float>("residual", residual, false);
@@ -95,11 +147,18 @@ void read_outputs(Forward& f, Address share, Address residual, Address labels, A
   f.output = pointer<void>("output", output);
   f.share_out = pointer<float>("share_out", share_out, has_labels);
   f.log_sum_exp = pointer<float>("log_sum_exp", log_sum_exp);
+  forward(f, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void read_gradients(Backward& b, const RowsTuple& grad_output, Address output, Address log_sum_exp, Address row_terms,
-                    const RowsTuple& grad_query, const RowsTuple& grad_key, const RowsTuple& grad_value,
-                    Address bias_sums, int64_t bias_heads, int64_t images_of_sum) {
+void attention_backward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
+                        const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
+                        const std::optional<OffsetsTuple>& mask, double scale, Address bias_starts, Address mask_starts,
+                        const std::optional<WindowsTuple>& windows, const RowsTuple& grad_output, Address output,
+                        Address log_sum_exp, Address row_terms, const RowsTuple& grad_query, const RowsTuple& grad_key,
+                        const RowsTuple& grad_value, Address grad_padding, Address bias_sums, int64_t bias_heads,
+                        int64_t images_of_sum, Address stream) {
+  Backward b;
+  read_problem(b, sizes, dtype, query, key, value, bias, mask, scale, bias_starts, mask_starts, windows);
   b.grad_output = aligned_rows("grad_output", grad_output);
   b.output = pointer<const void>("output", output);
   b.log_sum_exp = pointer<const float>("log_sum_exp", log_sum_exp);
@@ -107,113 +166,21 @@ void read_gradients(Backward& b, const RowsTuple& grad_output, Address output, A
   b.grad_query = aligned_rows("grad_query", grad_query);
   b.grad_key = aligned_rows("grad_key", grad_key);
   b.grad_value = aligned_rows("grad_value", grad_value);
+  b.grad_padding = pointer<char>("grad_padding", grad_padding, b.windows.padding_tokens > 0);
+  expect(grad_padding % 16 == 0, "grad_padding: expected an address that is a multiple of 16");
   b.bias_sums = pointer<float>("bias_sums", bias_sums, false);
+  b.bias_heads = static_cast<int>(bias_heads);
+  b.images_of_sum = size("images_of_sum", images_of_sum, 1);
   if (b.bias_sums != nullptr) {
     expect(b.bias.data != nullptr, "bias_sums: expected none where there is no bias");
-    expect(bias_heads == 1 || bias_heads == b.heads, "bias_heads: expected 1 or H, got " + std::to_string(bias_heads));
-    b.bias_heads = static_cast<int>(bias_heads);
-    b.images_of_sum = size("images_of_sum", images_of_sum, 1);
+    expect(bias_heads == b.heads || (bias_heads == 1 && !windows),
+           std::string("bias_heads: expected ") + (windows ? "H" : "1 or H") + ", got " + std::to_string(bias_heads));
     expect(int64_t(b.images_of_sum) * b.heads <= std::numeric_limits<int>::max(),
            "images_of_sum, H: expected less than 2**31 passes");
     const int64_t sums = (b.batch + b.images_of_sum - 1) / b.images_of_sum * bias_heads;
     expect(int64_t(padded(b.queries) / 64) * (padded(b.keys) / 64) <= std::numeric_limits<int>::max() / sums,
            "B, H, Nq, Nk: expected less than 2**31 blocks of 64 x 64 gradients of the bias");
   }
-}
-
-// Ht, Wt, tokens of a window along each axis, and the shift along each.
-using MapSizes = std::array<int64_t, 6>;
-
-Windows::Axis axis(const std::string& name, int64_t tokens, int64_t window, int64_t shift) {
-  Windows::Axis a;
-  a.tokens = size(name + " of the map", tokens, 1);
-  a.window = size(name + " of a window", window, 1);
-  a.windows = (a.tokens - 1) / a.window + 1;
-  a.shift = size("shift of " + name, shift, 0);
-  expect(a.shift < a.window, "shift of " + name + ": expected less than the window");
-  a.rolled = a.shift % a.tokens;
-  return a;
-}
-
-// `p` without a mask, whose images are windows.
-void read_windows(Problem& p, const MapSizes& map, Address padding, Address places) {
-  Windows& w = p.windows;
-  w.down = axis("rows", map[0], map[2], map[4]);
-  w.across = axis("columns", map[1], map[3], map[5]);
-  const int64_t height = int64_t(w.down.windows) * w.down.window, width = int64_t(w.across.windows) * w.across.window;
-  size("tokens of a padded map", height * width, 1);
-  w.padded_width = static_cast<int>(width);
-  w.padding_tokens = static_cast<int>(height * width - int64_t(w.down.tokens) * w.across.tokens);
-  w.of_row = Divisor(w.across.windows);
-  w.of_image = Divisor(w.down.windows * w.across.windows);
-  w.width = Divisor(w.across.window);
-  expect(p.queries == p.keys && p.keys == int64_t(w.down.window) * w.across.window,
-         "Nq, Nk: expected the tokens of a window");
-  expect(p.batch % w.of_image.divisor == 0, "B: expected a multiple of the windows of a map");
-  w.padding = pointer<const char>("pad_qkv", padding, w.padding_tokens > 0);
-  expect(padding % 16 == 0, "pad_qkv: expected an address that is a multiple of 16");
-  expect(p.head_dim == HEAD_DIM_OF_WINDOWS,
-         "D: expected " + std::to_string(HEAD_DIM_OF_WINDOWS) + " in windows, got " + std::to_string(p.head_dim));
-  w.places_of_window = laid_out(p.keys);
-  size("places of tokens", int64_t(w.of_image.divisor) * w.places_of_window, 1);
-  w.places = pointer<int>("places", places);
-  expect(p.bias_starts.data != nullptr, "bias_starts: expected what the products of windows begin with");
-  expect(p.bias.image == 0, "bias: expected one for all windows");
-  expect(int64_t(p.heads) * padded(p.keys) * padded(p.keys) <= std::numeric_limits<int>::max(),
-         "H, N: expected less than 2**31 numbers of a bias");
-  w.region_start = REGION_BIAS * LOG2_E / p.unit;
-}
-
-void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
-                       const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                       const std::optional<OffsetsTuple>& mask, double scale, Address bias_starts, Address mask_starts,
-                       Address share, Address residual, Address labels, Address head_share, Address output,
-                       Address share_out, Address log_sum_exp, Address stream) {
-  Forward f;
-  read_problem(f, sizes, dtype, query, key, value, bias, mask, scale, bias_starts, mask_starts);
-  read_outputs(f, share, residual, labels, head_share, output, share_out, log_sum_exp);
-  forward(f, reinterpret_cast<cudaStream_t>(stream));
-}
-
-void window_attention_forward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
-                              const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                              double scale, Address bias_starts, const MapSizes& map, Address pad_qkv, Address places,
-                              Address share, Address residual, Address labels, Address head_share, Address output,
-                              Address share_out, Address log_sum_exp, Address stream) {
-  Forward f;
-  read_problem(f, sizes, dtype, query, key, value, bias, std::nullopt, scale, bias_starts, 0);
-  read_windows(f, map, pad_qkv, places);
-  read_outputs(f, share, residual, labels, head_share, output, share_out, log_sum_exp);
-  forward(f, reinterpret_cast<cudaStream_t>(stream));
-}
-
-void attention_backward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query, const RowsTuple& key,
-                        const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                        const std::optional<OffsetsTuple>& mask, double scale, Address bias_starts, Address mask_starts,
-                        const RowsTuple& grad_output, Address output, Address log_sum_exp, Address row_terms,
-                        const RowsTuple& grad_query, const RowsTuple& grad_key, const RowsTuple& grad_value,
-                        Address bias_sums, int64_t bias_heads, int64_t images_of_sum, Address stream) {
-  Backward b;
-  read_problem(b, sizes, dtype, query, key, value, bias, mask, scale, bias_starts, mask_starts);
-  read_gradients(b, grad_output, output, log_sum_exp, row_terms, grad_query, grad_key, grad_value, bias_sums,
-                 bias_heads, images_of_sum);
-  backward(b, reinterpret_cast<cudaStream_t>(stream));
-}
-
-void window_attention_backward(const Sizes& sizes, const std::string& dtype, const RowsTuple& query,
-                               const RowsTuple& key, const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
-                               double scale, Address bias_starts, const MapSizes& map, Address pad_qkv, Address places,
-                               const RowsTuple& grad_output, Address output, Address log_sum_exp, Address row_terms,
-                               const RowsTuple& grad_query, const RowsTuple& grad_key, const RowsTuple& grad_value,
-                               Address grad_padding, Address bias_sums, int64_t images_of_sum, Address stream) {
-  Backward b;
-  read_problem(b, sizes, dtype, query, key, value, bias, std::nullopt, scale, bias_starts, 0);
-  read_windows(b, map, pad_qkv, places);
-  read_gradients(b, grad_output, output, log_sum_exp, row_terms, grad_query, grad_key, grad_value, bias_sums, b.heads,
-                 images_of_sum);
-  b.images_of_sum = size("images_of_sum", images_of_sum, 1);
-  b.grad_padding = pointer<char>("grad_padding", grad_padding, b.windows.padding_tokens > 0);
-  expect(grad_padding % 16 == 0, "grad_padding: expected an address that is a multiple of 16");
   backward(b, reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -250,8 +217,6 @@ void bind(py::module_& module) {
       },
       "Numbers of the scratch `bias_starts` and `mask_starts`, 0 where there is none.");
   module.def("cuda_places", &laid_out, "Numbers of the scratch `places` of a window with so many tokens.");
-  module.def("cuda_window_attention_forward", &window_attention_forward);
-  module.def("cuda_window_attention_backward", &window_attention_backward);
   module.def("cuda_attention_forward", &attention_forward);
   module.def("cuda_attention_backward", &attention_backward);
 }

@@ -239,8 +239,6 @@ def record(monkeypatch, run):
         cuda_attention_backward=running(recorder.cuda_attention_backward),
         cuda_starts=recorder.cuda_starts,
         cuda_places=recorder.cuda_places,
-        cuda_window_attention_forward=running(recorder.cuda_window_attention_forward),
-        cuda_window_attention_backward=running(recorder.cuda_window_attention_backward),
     )
     for name in ("new_empty", "clone", "contiguous", "flatten", "float", "to"):
         monkeypatch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name)))

@@ -717,8 +717,8 @@ def test_what_is_not_supported_is_said():
 def test_native_code_checks_its_arguments(change, message):
     rows = (16, 128, 32, 32)
     arguments = dict(sizes=(1, 1, 4, 4, 32, 0), dtype="float16", query=rows, key=rows, value=rows, bias=None, mask=None)
-    arguments |= dict(scale=1.0, bias_starts=0, mask_starts=0, share=0, residual=0, labels=16, head_share=0)
-    arguments |= dict(output=16, share_out=0, log_sum_exp=16)
+    arguments |= dict(scale=1.0, bias_starts=0, mask_starts=0, windows=None, share=0, residual=0, labels=16)
+    arguments |= dict(head_share=0, output=16, share_out=0, log_sum_exp=16)
     with pytest.raises(ValueError, match=message):
         extension.compiled.cuda_attention_forward(*{**arguments, **change}.values(), 0)
 
@@ -731,15 +731,15 @@ def test_native_code_checks_its_arguments(change, message):
         (dict(row_terms=0), "row_terms: expected an address, got 0"),
         (dict(bias_sums=16), "bias_sums: expected none where there is no bias"),
         (dict(bias_sums=16, bias=(16, "float32", 0, 0, 4, 1), bias_heads=3), "bias_heads: expected 1 or H, got 3"),
-        (dict(bias_sums=16, bias=(16, "float32", 0, 0, 4, 1), bias_heads=1), "images_of_sum: expected at least 1"),
+        (dict(images_of_sum=0), "images_of_sum: expected at least 1"),
     ],
 )
 def test_native_code_checks_the_arguments_of_the_backward(change, message):
     rows = (16, 128, 32, 32)
     arguments = dict(sizes=(1, 1, 4, 4, 32, 0), dtype="float16", query=rows, key=rows, value=rows, bias=None, mask=None)
-    arguments |= dict(scale=1.0, bias_starts=16, mask_starts=0, grad_output=rows)
-    arguments |= dict(output=16, log_sum_exp=16, row_terms=16)
-    arguments |= dict(grad_query=rows, grad_key=rows, grad_value=rows, bias_sums=0, bias_heads=0, images_of_sum=0)
+    arguments |= dict(scale=1.0, bias_starts=16, mask_starts=0, windows=None, grad_output=rows)
+    arguments |= dict(output=16, log_sum_exp=16, row_terms=16, grad_query=rows, grad_key=rows, grad_value=rows)
+    arguments |= dict(grad_padding=0, bias_sums=0, bias_heads=1, images_of_sum=1)
     with pytest.raises(ValueError, match=message):
         extension.compiled.cuda_attention_backward(*{**arguments, **change}.values(), 0)
 
@@ -748,26 +748,28 @@ def test_native_code_checks_the_arguments_of_the_backward(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(map=(9, 9, 4, 4, 4, 0)), "shift of rows: expected less than the window"),
-        (dict(map=(9, 9, 4, 4, 0, -1)), "shift of columns: expected at least 0"),
-        (dict(map=(9, 0, 4, 4, 0, 0)), "columns of the map: expected at least 1"),
-        (dict(map=(9, 9, 4, 5, 0, 0)), "Nq, Nk: expected the tokens of a window"),
+        (dict(windows=((9, 9, 4, 4, 4, 0), 16, 16)), "shift of rows: expected less than the window"),
+        (dict(windows=((9, 9, 4, 4, 0, -1), 16, 16)), "shift of columns: expected at least 0"),
+        (dict(windows=((9, 0, 4, 4, 0, 0), 16, 16)), "columns of the map: expected at least 1"),
+        (dict(windows=((9, 9, 4, 5, 0, 0), 16, 16)), "Nq, Nk: expected the tokens of a window"),
         (dict(sizes=(4, 1, 16, 16, 32, 0)), "B: expected a multiple of the windows of a map"),
         (dict(sizes=(9, 1, 16, 16, 64, 0)), "D: expected 32 in windows, got 64"),
-        (dict(pad_qkv=0), "pad_qkv: expected an address, got 0"),
-        (dict(pad_qkv=8), "pad_qkv: expected an address that is a multiple of 16"),
+        (dict(windows=((9, 9, 4, 4, 2, 0), 0, 16)), "pad_qkv: expected an address, got 0"),
+        (dict(windows=((9, 9, 4, 4, 2, 0), 8, 16)), "pad_qkv: expected an address that is a multiple of 16"),
         (dict(bias_starts=0), "bias_starts: expected what the products of windows begin with"),
         (dict(bias_starts=8), "bias_starts: expected an address that is a multiple of 16"),
         (dict(bias=(16, "float32", 256, 0, 16, 1)), "bias: expected one for all windows"),
+        (dict(mask=(16, "bool", 0, 0, 16, 1), mask_starts=16), "mask: expected none in windows"),
     ],
 )
 def test_native_code_checks_the_arguments_of_windows(change, message):
     rows = (16, 128, 32, 32)
-    arguments = dict(sizes=(9, 1, 16, 16, 32, 0), dtype="float16", query=rows, key=rows, value=rows, bias=None)
-    arguments |= dict(scale=1.0, bias_starts=16, map=(9, 9, 4, 4, 2, 0), pad_qkv=16, places=16)
+    sizes = (9, 1, 16, 16, 32, 0)
+    arguments = dict(sizes=sizes, dtype="float16", query=rows, key=rows, value=rows, bias=None, mask=None)
+    arguments |= dict(scale=1.0, bias_starts=16, mask_starts=0, windows=((9, 9, 4, 4, 2, 0), 16, 16))
     arguments |= dict(share=0, residual=0, labels=16, head_share=0, output=16, share_out=0, log_sum_exp=16)
     with pytest.raises(ValueError, match=message):
-        extension.compiled.cuda_window_attention_forward(*{**arguments, **change}.values(), 0)
+        extension.compiled.cuda_attention_forward(*{**arguments, **change}.values(), 0)
 
 
 @needs_kernels
@@ -776,7 +778,7 @@ def test_an_error_of_cuda_names_the_kernel_and_its_shape():
     rows = (16, 128, 32, 32)
     with pytest.raises(RuntimeError, match="attention_forward with B, H, Nq, Nk, D, S = 1, 1, 4, 4, 32, 0: "):
         extension.compiled.cuda_attention_forward(
-            (1, 1, 4, 4, 32, 0), "float16", rows, rows, rows, None, None, 1.0, 0, 0, 0, 0, 16, 0, 16, 0, 16, 0
+            (1, 1, 4, 4, 32, 0), "float16", rows, rows, rows, None, None, 1.0, 0, 0, None, 0, 0, 16, 0, 16, 0, 16, 0
         )  # fmt: skip
 
 

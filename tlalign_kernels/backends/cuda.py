@@ -113,7 +113,7 @@ def backward(
     bias, mask = float_or_smaller(bias), float_or_smaller(mask)
     of_queries, of_keys = (batch, heads, queries, head_dim), (batch, heads, keys, head_dim)
     row_terms = query.new_empty((batch, heads, *_native.cuda_row_terms(queries, DTYPES[dtype])), dtype=torch.float32)
-    bias_sums, bias_heads, images = None, 0, 0
+    bias_sums, bias_heads, images = None, heads, 1
     if grad_bias is not None:
         bias_images, bias_heads = grad_bias.shape[:2]
         images = images_of_sum(batch, bias_images, -(-queries // 64) * -(-keys // 64) * bias_heads)
@@ -129,6 +129,7 @@ def backward(
             rows("grad_query", grad_query, of_queries, dtype, device),
             rows("grad_key", grad_key, of_keys, dtype, device),
             rows("grad_value", grad_value, of_keys, dtype, device),
+            0,
             0 if bias_sums is None else bias_sums.data_ptr(),
             bias_heads,
             images,
@@ -164,7 +165,7 @@ def window_forward(
         head_share = qkv.new_empty((batch, heads, sources + 1, tokens), dtype=torch.float32)
     problem, _keep = _window_problem(qkv, pad_qkv, bias, windows, sources, scale)
     with _current(device):
-        _native.cuda_window_attention_forward(
+        _native.cuda_attention_forward(
             *problem,
             whole("share", share, labels, torch.float32, device),
             whole("residual", residual, labels, torch.float32, device),
@@ -209,7 +210,7 @@ def window_backward(
         bias_sums = qkv.new_empty((-(-batch // windows_of_sum), heads, tokens, tokens), dtype=torch.float32)
     problem, _keep = _window_problem(qkv, pad_qkv, bias, windows, 0, scale)
     with _current(device):
-        _native.cuda_window_attention_backward(
+        _native.cuda_attention_backward(
             *problem,
             rows("grad_output", grad_output.transpose(1, 2), of_map, dtype, device),
             whole("output", output, (images, *windows.map_size, heads, head_dim), dtype, device),
@@ -221,6 +222,7 @@ def window_backward(
             ),
             0 if grad_padding is None else grad_padding.data_ptr(),
             0 if bias_sums is None else bias_sums.data_ptr(),
+            heads,
             windows_of_sum,
             torch.cuda.current_stream().cuda_stream,
         )
@@ -260,11 +262,15 @@ def _window_problem(
         DTYPES[dtype],
         *(rows(name, view, of_map, dtype, device) for name, view in views),
         bias_offsets,
+        None,
         scale,
         starts.data_ptr(),
-        (*windows.map_size, *windows.window_size, *windows.shift),
-        whole("pad_qkv", pad_qkv, (3, heads, head_dim), dtype, device),
-        places.data_ptr(),
+        0,
+        (
+            (*windows.map_size, *windows.window_size, *windows.shift),
+            whole("pad_qkv", pad_qkv, (3, heads, head_dim), dtype, device),
+            places.data_ptr(),
+        ),
     )
     return problem, (bias, pad_qkv, starts, places)
 
@@ -289,6 +295,7 @@ def _problem(
         mask_offsets,
         scale,
         *(0 if scratch is None else scratch.data_ptr() for scratch in starts),
+        None,
     )
     return problem, starts
 
