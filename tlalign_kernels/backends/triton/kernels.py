@@ -210,12 +210,12 @@ def arrange_bias(
 
 
 @triton.jit
-def _pad_row(pad, which, head, heads, D: tl.constexpr):
-    """What the padding is in a head, of query (0), key (1) or value (2); where there is none, nothing to be read."""
+def _pad_rows(pad, head, heads, D: tl.constexpr):
+    """What the padding is in a head, of query, key and value; where there is none, nothing to be read."""
     if pad is None:
-        return 0
+        return 0, 0, 0
     else:
-        return pad + (which * heads + head) * D
+        return pad + head * D, pad + (heads + head) * D, pad + (2 * heads + head) * D
 
 
 @triton.jit
@@ -625,9 +625,7 @@ def attention_forward_row(
     PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
     if PACKED > 0:
         parts += image * (PACKED * PARTS_ROW)
-    pad_query = _pad_row(pad, 0, head, HEADS, D)
-    pad_key = _pad_row(pad, 1, head, HEADS, D)
-    pad_value = _pad_row(pad, 2, head, HEADS, D)
+    pad_query, pad_key, pad_value = _pad_rows(pad, head, HEADS, D)
     q = _load_rows(query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
 
     COUNT: tl.constexpr = len(TILES)
@@ -733,9 +731,7 @@ def attention_forward_stream(
     PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
     if PACKED > 0:
         parts += image * (PACKED * PARTS_ROW)
-    pad_query = _pad_row(pad, 0, head, heads, D)
-    pad_key = _pad_row(pad, 1, head, heads, D)
-    pad_value = _pad_row(pad, 2, head, heads, D)
+    pad_query, pad_key, pad_value = _pad_rows(pad, head, heads, D)
     q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
 
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -811,9 +807,7 @@ def attention_forward_heads(
             at_query, at_key, at_value = query + number * D, key + number * D, value + number * D
         else:
             at_query, at_key, at_value = query + head * query_head, key + head * key_head, value + head * value_head
-        pad_query = _pad_row(pad, 0, head, HEADS, D)
-        pad_key = _pad_row(pad, 1, head, HEADS, D)
-        pad_value = _pad_row(pad, 2, head, HEADS, D)
+        pad_query, pad_key, pad_value = _pad_rows(pad, head, HEADS, D)
         q = _load_rows(at_query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
         scores = _scores(
             q, at_key, KEY_ROW, row, QUERIES, 0, KEYS, 1.0 if FOLDS else factor,
@@ -941,10 +935,8 @@ def normalise(
     bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     query += of_map * query_image + head * query_head
-    pad_key = _pad_row(pad, 1, head, heads, D)
-    q = _load_rows(
-        query, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, _pad_row(pad, 0, head, heads, D), WINDOWS
-    )
+    pad_query, pad_key, _ = _pad_rows(pad, head, heads, D)
+    q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
     pair = image * heads + head
     known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
     total = tl.full((BLOCK_Q,), 1.0, tl.float32)
@@ -1006,9 +998,8 @@ def dense_share(
         for number in range(heads):
             head = tl.cast(number, tl.int64)
             at = query + of_map * query_image + head * query_head
-            pad_query = _pad_row(pad, 0, head, heads, D)
             at_key = key + of_map * key_image + head * key_head
-            pad_key = _pad_row(pad, 1, head, heads, D)
+            pad_query, pad_key, _ = _pad_rows(pad, head, heads, D)
             if _is_narrow(WIDTHS):
                 products = _products_in_turn(
                     at, QUERY_ROW, first, queries, pad_query, at_key, KEY_ROW, start, keys, pad_key, place,
@@ -1282,9 +1273,7 @@ def attention_backward_head(
     output += (of_map * _tokens_of_image(QUERIES, WINDOWS) * HEADS + head) * D
     bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
-    pad_query = _pad_row(pad, 0, head, HEADS, D)
-    pad_key = _pad_row(pad, 1, head, HEADS, D)
-    pad_value = _pad_row(pad, 2, head, HEADS, D)
+    pad_query, pad_key, pad_value = _pad_rows(pad, head, HEADS, D)
 
     COUNT: tl.constexpr = len(TILES)
     terms = ()
@@ -1355,9 +1344,7 @@ def attention_backward_queries(
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
     query += of_map * query_image + head * query_head
     grad_output += of_map * grad_output_image + head * grad_output_head
-    pad_query = _pad_row(pad, 0, head, heads, D)
-    pad_key = _pad_row(pad, 1, head, heads, D)
-    pad_value = _pad_row(pad, 2, head, heads, D)
+    pad_query, pad_key, pad_value = _pad_rows(pad, head, heads, D)
     q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
     d_o = _load_rows(grad_output, GRAD_OUTPUT_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, None, WINDOWS)
     known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
@@ -1414,9 +1401,7 @@ def attention_backward_keys(
     grad_output += of_map * grad_output_image + head * grad_output_head
     bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
     mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
-    pad_query = _pad_row(pad, 0, head, heads, D)
-    pad_key = _pad_row(pad, 1, head, heads, D)
-    pad_value = _pad_row(pad, 2, head, heads, D)
+    pad_query, pad_key, pad_value = _pad_rows(pad, head, heads, D)
     k = _load_rows(key, KEY_ROW, first, keys, BLOCK_K, D, WIDTHS, True, place, pad_key, WINDOWS)
     v = _load_rows(value, VALUE_ROW, first, keys, BLOCK_K, D, WIDTHS, True, place, pad_value, WINDOWS)
     d_k = _zeros(BLOCK_K, WIDTHS)
@@ -1486,9 +1471,7 @@ def attention_backward_bias(
         at_grad = grad_output + of_map * grad_output_image + head * grad_output_head
         at_key = key + of_map * key_image + head * key_head
         at_value = value + of_map * value_image + head * value_head
-        pad_query = _pad_row(pad, 0, head, heads, D)
-        pad_key = _pad_row(pad, 1, head, heads, D)
-        pad_value = _pad_row(pad, 2, head, heads, D)
+        pad_query, pad_key, pad_value = _pad_rows(pad, head, heads, D)
         at_bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, True)
         at_mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
         known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
