@@ -384,12 +384,12 @@ def _add_mixed(weights, rows, sums, WIDTHS: tl.constexpr, PRECISION: tl.constexp
 
 
 @triton.jit
-def _offset_base(data, image, head, image_stride, head_stride, HAS: tl.constexpr):
+def _offset_base(data, image, head, image_stride, head_stride):
     """Where the bias or mask of an image and head begins, if there is one."""
-    if HAS:
-        return data + image * image_stride + head * head_stride
-    else:
+    if data is None:
         return 0
+    else:
+        return data + image * image_stride + head * head_stride
 
 
 @triton.jit
@@ -423,9 +423,9 @@ def _arranged(row, rows, row_stride, column, columns, data):
 
 
 @triton.jit
-def _kept(row, row_stride, column, column_stride, first, seed, threshold, factor):
+def _kept(row, keys, column, first, seed, threshold, factor):
     """What attention weights are multiplied with, 0 or `factor`: Philox at their index, as the reference has it."""
-    index = first + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    index = first + row.to(tl.int64) * keys + column.to(tl.int64)
     word = tl.randint(seed, index).to(tl.uint32, bitcast=True)
     return tl.where(word >= threshold, factor, 0.0)
 
@@ -575,7 +575,7 @@ def _add_values(
     if DROPS:
         column = first + tl.arange(0, SIZE)
         kept = p * _kept(
-            row[:, None], keys, column[None, :], 1, pair * queries * keys, tl.load(seed), threshold, kept_factor
+            row[:, None], keys, column[None, :], pair * queries * keys, tl.load(seed), threshold, kept_factor
         )
     accumulated = _add_mixed(kept.to(w.dtype), v, accumulated, WIDTHS, PRECISION)
     return accumulated, tl.dot(p.to(w.dtype), w, labels, input_precision=_precise(PRECISION))
@@ -620,8 +620,8 @@ def attention_forward_row(
         query += of_map * query_image + head * query_head
         key += of_map * key_image + head * key_head
         value += of_map * value_image + head * value_head
-    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
-    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head)
+    mask = _offset_base(mask, image, head, mask_image, mask_head)
     PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
     if PACKED > 0:
         parts += image * (PACKED * PARTS_ROW)
@@ -726,8 +726,8 @@ def attention_forward_stream(
     query += of_map * query_image + head * query_head
     key += of_map * key_image + head * key_head
     value += of_map * value_image + head * value_head
-    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
-    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head)
+    mask = _offset_base(mask, image, head, mask_image, mask_head)
     PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
     if PACKED > 0:
         parts += image * (PACKED * PARTS_ROW)
@@ -811,9 +811,9 @@ def attention_forward_heads(
         q = _load_rows(at_query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
         scores = _scores(
             q, at_key, KEY_ROW, row, QUERIES, 0, KEYS, 1.0 if FOLDS else factor,
-            _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0),
+            _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head),
             bias_query, bias_key,
-            _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
+            _offset_base(mask, image, head, mask_image, mask_head), mask_query, mask_key,
             BLOCK_K, True, D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
         )  # fmt: skip
         scores = _without_padding(scores, float("-inf"), 0, KEYS, True, BIAS)
@@ -932,8 +932,8 @@ def normalise(
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
     key += of_map * key_image + head * key_head
-    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
-    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head)
+    mask = _offset_base(mask, image, head, mask_image, mask_head)
     query += of_map * query_image + head * query_head
     pad_query, pad_key, _ = _pad_rows(pad, head, heads, D)
     q = _load_rows(query, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
@@ -1011,9 +1011,9 @@ def dense_share(
                 products = _products(q, k, WIDTHS, PRECISION)
             scores = _with_offsets(
                 products * factor, row, queries, start, keys,
-                _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0),
+                _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head),
                 bias_query, bias_key,
-                _offset_base(mask, image, head, mask_image, mask_head, MASK != 0), mask_query, mask_key,
+                _offset_base(mask, image, head, mask_image, mask_head), mask_query, mask_key,
                 TILE, True, BIAS, MASK,
             )  # fmt: skip
             pair = (image * heads + head) * queries
@@ -1096,7 +1096,7 @@ def _dropped(
     kept = p
     if DROPS:
         row, column = _of_queries(row, TRANSPOSED), _of_queries(column, not TRANSPOSED)
-        kept_or_not = _kept(row, keys, column, 1, first, tl.load(seed), threshold, kept_factor)
+        kept_or_not = _kept(row, keys, column, first, tl.load(seed), threshold, kept_factor)
         kept = p * kept_or_not
         grad *= kept_or_not
     return kept, p * (grad - _of_queries(row_term, TRANSPOSED))
@@ -1271,8 +1271,8 @@ def attention_backward_head(
         grad_value += of_map * grad_value_image + head * grad_value_head
     grad_output += of_map * grad_output_image + head * grad_output_head
     output += (of_map * _tokens_of_image(QUERIES, WINDOWS) * HEADS + head) * D
-    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
-    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head)
+    mask = _offset_base(mask, image, head, mask_image, mask_head)
     pad_query, pad_key, pad_value = _pad_rows(pad, head, HEADS, D)
 
     COUNT: tl.constexpr = len(TILES)
@@ -1340,8 +1340,8 @@ def attention_backward_queries(
     of_map, place = _place(image, WINDOWS)
     key += of_map * key_image + head * key_head
     value += of_map * value_image + head * value_head
-    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
-    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head)
+    mask = _offset_base(mask, image, head, mask_image, mask_head)
     query += of_map * query_image + head * query_head
     grad_output += of_map * grad_output_image + head * grad_output_head
     pad_query, pad_key, pad_value = _pad_rows(pad, head, heads, D)
@@ -1399,8 +1399,8 @@ def attention_backward_keys(
     key += of_map * key_image + head * key_head
     value += of_map * value_image + head * value_head
     grad_output += of_map * grad_output_image + head * grad_output_head
-    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, BIAS != 0)
-    mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head)
+    mask = _offset_base(mask, image, head, mask_image, mask_head)
     pad_query, pad_key, pad_value = _pad_rows(pad, head, heads, D)
     k = _load_rows(key, KEY_ROW, first, keys, BLOCK_K, D, WIDTHS, True, place, pad_key, WINDOWS)
     v = _load_rows(value, VALUE_ROW, first, keys, BLOCK_K, D, WIDTHS, True, place, pad_value, WINDOWS)
@@ -1472,8 +1472,8 @@ def attention_backward_bias(
         at_key = key + of_map * key_image + head * key_head
         at_value = value + of_map * value_image + head * value_head
         pad_query, pad_key, pad_value = _pad_rows(pad, head, heads, D)
-        at_bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head, True)
-        at_mask = _offset_base(mask, image, head, mask_image, mask_head, MASK != 0)
+        at_bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head)
+        at_mask = _offset_base(mask, image, head, mask_image, mask_head)
         known = _log_sum_exp(log_sum_exp + pair * queries, row, queries)
         of_row = _inverse(inverse, pair * queries, row, queries, NORMALISES)
         row_term = tl.load(row_terms + pair * queries + row, mask=row < queries, other=0.0)
