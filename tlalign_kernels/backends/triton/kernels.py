@@ -257,38 +257,30 @@ def _load(
 
 
 @triton.jit
-def _load_rows(
-    data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, ENDS: tl.constexpr,
-    place=None, pad=None, WINDOWS: tl.constexpr = None,
-):  # fmt: skip
-    """ROWS rows of D numbers from `first` on, a matrix (ROWS, width) for each of the WIDTHS."""
-    blocks = ()
-    for i in tl.static_range(len(WIDTHS)):
-        column = _first(WIDTHS, i) + tl.arange(0, _size(WIDTHS, i))
-        blocks = blocks + (
-            _load(
-                data, tl.arange(0, ROWS)[:, None], column[None, :], stride, first, end, place, pad,
-                D, _exceeds(WIDTHS, i, D), ENDS, WINDOWS,
-            ),
-        )  # fmt: skip
-    return blocks
+def _of_rows(numbers, TRANSPOSED: tl.constexpr):
+    """One number a row of a matrix, or, transposed, a column."""
+    if TRANSPOSED:
+        return numbers[None, :]
+    else:
+        return numbers[:, None]
 
 
 @triton.jit
-def _load_columns(
+def _load_rows(
     data, stride, first, end, ROWS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, ENDS: tl.constexpr,
-    place=None, pad=None, WINDOWS: tl.constexpr = None,
+    place=None, pad=None, WINDOWS: tl.constexpr = None, TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
-    """The same transposed, (width, ROWS), without a way round through shared memory."""
+    """ROWS rows of D numbers from `first` on, a matrix (ROWS, width) for each of the WIDTHS.
+
+    Transposed they are (width, ROWS), without a way round through shared memory.
+    """
+    row = _of_rows(tl.arange(0, ROWS), TRANSPOSED)
     blocks = ()
     for i in tl.static_range(len(WIDTHS)):
-        column = _first(WIDTHS, i) + tl.arange(0, _size(WIDTHS, i))
+        column = _of_rows(_first(WIDTHS, i) + tl.arange(0, _size(WIDTHS, i)), not TRANSPOSED)
         blocks = blocks + (
-            _load(
-                data, tl.arange(0, ROWS)[None, :], column[:, None], stride, first, end, place, pad,
-                D, _exceeds(WIDTHS, i, D), ENDS, WINDOWS,
-            ),
-        )  # fmt: skip
+            _load(data, row, column, stride, first, end, place, pad, D, _exceeds(WIDTHS, i, D), ENDS, WINDOWS),
+        )
     return blocks
 
 
@@ -526,7 +518,7 @@ def _scores(
     MASK: tl.constexpr, PRECISION: tl.constexpr, place=None, pad_key=None, WINDOWS: tl.constexpr = None,
 ):  # fmt: skip
     """Scores of some queries and SIZE keys from `first` on; -inf from key `keys` on, if this tile ENDS them."""
-    k = _load_columns(key, KEY_ROW, first, keys, SIZE, D, WIDTHS, ENDS, place, pad_key, WINDOWS)
+    k = _load_rows(key, KEY_ROW, first, keys, SIZE, D, WIDTHS, ENDS, place, pad_key, WINDOWS, TRANSPOSED=True)
     return _with_offsets(
         _products(q, k, WIDTHS, PRECISION) * factor, row, queries, first, keys, bias, bias_query, bias_key,
         mask, mask_query, mask_key, SIZE, ENDS, BIAS, MASK,
@@ -1007,7 +999,9 @@ def dense_share(
                 )  # fmt: skip
             else:
                 q = _load_rows(at, QUERY_ROW, first, queries, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
-                k = _load_columns(at_key, KEY_ROW, start, keys, TILE, D, WIDTHS, True, place, pad_key, WINDOWS)
+                k = _load_rows(
+                    at_key, KEY_ROW, start, keys, TILE, D, WIDTHS, True, place, pad_key, WINDOWS, TRANSPOSED=True
+                )
                 products = _products(q, k, WIDTHS, PRECISION)
             scores = _with_offsets(
                 products * factor, row, queries, start, keys,
@@ -1059,29 +1053,20 @@ def dense_share(
 
 
 @triton.jit
-def _of_queries(numbers, TRANSPOSED: tl.constexpr):
-    """One number a query, to go with a matrix (queries, keys) or, transposed, (keys, queries)."""
-    if TRANSPOSED:
-        return numbers[None, :]
-    else:
-        return numbers[:, None]
-
-
-@triton.jit
 def _probabilities(
     scores, row, queries, column, keys, known, inverse, bias, bias_query, bias_key, mask, mask_query, mask_key,
     ENDS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, NORMALISES: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of products of queries and keys, as these lie in `_grad_scores`."""
-    row, column = _of_queries(row, TRANSPOSED), _of_queries(column, not TRANSPOSED)
+    row, column = _of_rows(row, TRANSPOSED), _of_rows(column, not TRANSPOSED)
     if BIAS == ARRANGED:
         scores += _arranged(row, queries, bias_query, column, keys, bias)
     else:
         scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
         scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
-    p = tl.exp2(scores * _unit(BIAS, MASK) - _of_queries(known, TRANSPOSED))
+    p = tl.exp2(scores * _unit(BIAS, MASK) - _of_rows(known, TRANSPOSED))
     if NORMALISES:
-        p *= _of_queries(inverse, TRANSPOSED)
+        p *= _of_rows(inverse, TRANSPOSED)
     if ENDS and BIAS != ARRANGED:
         p = tl.where(column < keys, p, 0.0)
     return p
@@ -1095,11 +1080,11 @@ def _dropped(
     """What `_grad_scores` returns, of probabilities and their gradients; `first`: index of the first of this head."""
     kept = p
     if DROPS:
-        row, column = _of_queries(row, TRANSPOSED), _of_queries(column, not TRANSPOSED)
+        row, column = _of_rows(row, TRANSPOSED), _of_rows(column, not TRANSPOSED)
         kept_or_not = _kept(row, keys, column, first, tl.load(seed), threshold, kept_factor)
         kept = p * kept_or_not
         grad *= kept_or_not
-    return kept, p * (grad - _of_queries(row_term, TRANSPOSED))
+    return kept, p * (grad - _of_rows(row_term, TRANSPOSED))
 
 
 @triton.jit
