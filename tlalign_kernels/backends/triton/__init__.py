@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tlalign_kernels.backends.bias_sums import images_of_sum
-from tlalign_kernels.ops import unpack_qkv
+from tlalign_kernels.ops import unit_last_stride, unpack_qkv
 
 try:
     import triton
@@ -559,9 +559,7 @@ def backward(
     Within windows, grad_output (B, Ht * Wt, H, D) and the gradients of query, key and value are those of a map.
     """
     batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
-    grad_output = grad_output.to(query.dtype).transpose(1, 2)
-    if grad_output.stride(-1) != 1:
-        grad_output = grad_output.contiguous()
+    grad_output = unit_last_stride(grad_output.to(query.dtype).transpose(1, 2))
     bias, mask = _readable(bias), _readable(mask)
     given = _given(bias, mask, windows)
     if windows is not None:
