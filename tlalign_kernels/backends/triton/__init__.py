@@ -43,11 +43,11 @@ MAX_FUSED_SOURCES = 8
 MAX_ROW_KEYS = 256
 MAX_ROW_KEYS_WITH_OFFSETS = 128
 MAX_ROW_KEYS_OF_WINDOWS = 208
+# So do the gradients of so many queries.
+MAX_GRADIENT_ROWS = 208
 # Of so few keys a program takes all heads in turn, if there are enough programs to fill a GPU a few times.
 MAX_KEYS_OF_HEADS = 64
 MIN_PROGRAMS_OF_HEADS = 2048
-# So do the gradients of so many queries.
-MAX_GRADIENT_ROWS = 208
 # Unless a thread is granted all, the assembler takes fewer for some kernels, and spills.
 ALL_REGISTERS = 255
 
