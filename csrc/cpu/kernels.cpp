@@ -89,7 +89,7 @@ TLALIGN_INLINE void with_vectors(int64_t vectors, Work work) {
 // Calls `work` with an element of the type.
 template <class Work>
 void with_type(DType dtype, Work work) {
-  if (dtype == DType::float32) return work(Float32{});
+  if (dtype == DType::float32) return work(0.0f);
   if (dtype == DType::bfloat16) return work(BFloat16{});
   work(Float16{});
 }
@@ -421,7 +421,7 @@ bool writes_in_place(const Problem& p) {
 }
 
 // Whether even sums that are not complete can be kept there.
-bool sums_in_place(const Problem& p) { return p.dtype == DType::float32 && writes_in_place<Float32>(p); }
+bool sums_in_place(const Problem& p) { return p.dtype == DType::float32 && writes_in_place<float>(p); }
 
 // Whether results of so many floats are written past the caches, which they would only fill.
 bool streams(const Problem& p, const Rows& rows, int64_t floats) {
@@ -462,10 +462,10 @@ struct QueryKeyValue {
 };
 
 // Labels of an image, from one of the sources on.
-TokenRows<Float32> labels_of(const Problem& p, const float* labels, int64_t image, int64_t tokens, int64_t source) {
+TokenRows<float> labels_of(const Problem& p, const float* labels, int64_t image, int64_t tokens, int64_t source) {
   auto* data = reinterpret_cast<char*>(const_cast<float*>(labels + source));
   const int64_t of_image = (p.windows.count == 0 ? tokens : p.windows.map_tokens) * p.sources;
-  return rows_of<Float32>(p, {data, of_image, 0, p.sources}, image, 0, ZEROS);
+  return rows_of<float>(p, {data, of_image, 0, p.sources}, image, 0, ZEROS);
 }
 
 // Whether some tokens of a window are padding.
@@ -589,7 +589,7 @@ class OffsetReader {
       IntVector own = {};
       if (regions != nullptr)
         own = bits<IntVector>(
-            load_first(reinterpret_cast<const Float32*>(regions + query + lane), problem_.queries - query - lane));
+            load_first(reinterpret_cast<const float*>(regions + query + lane), problem_.queries - query - lane));
       for (int64_t j = 0; j < keys; ++j) {
         float* at = panel_ + j * lanes + lane;
         Vector sum = varying_count_ > 0 ? load(at) : Vector{};
@@ -876,9 +876,9 @@ Split chunks_of(const Problem& p, int64_t queries) { return Split(padded_queries
 // others.
 void gather_labels(const Forward& f, int64_t image, bool padded, float* labels) {
   const int64_t fused = fused_sources(f), sources = fused + padded;
-  const TokenRows<Float32> rows = labels_of(f, f.share, image, f.keys, 0);
+  const TokenRows<float> rows = labels_of(f, f.share, image, f.keys, 0);
   for (int64_t s = 0; s < fused; ++s)
-    for (int64_t key = 0; key < f.keys; ++key) labels[key * sources + s] = rows[key][s].value;
+    for (int64_t key = 0; key < f.keys; ++key) labels[key * sources + s] = rows[key][s];
   for (int64_t key = 0; padded && key < f.keys; ++key)
     labels[key * sources + fused] = rows.tokens[key] < 0 ? 0.0f : 1.0f;
 }
@@ -919,11 +919,10 @@ void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query
     store(inverse + lane, inverted);
     // sum - sum is 0, or NaN if sum is: that the logarithm would lose.
     const Vector log_sum_exp = sum == 0.0f ? broadcast(-INFINITE) : highest * LN_2 + logarithm(sum) + (sum - sum);
-    store_first(reinterpret_cast<Float32*>(f.log_sum_exp + index * f.queries + first), log_sum_exp, count);
+    store_first(f.log_sum_exp + index * f.queries + first, log_sum_exp, count);
     for (int64_t s = 0; s < sources; ++s) {
       float* target = head_share + (index * head_sums(f) + s) * f.queries + first;
-      store_first(reinterpret_cast<Float32*>(target), load(running.share + s * running.share_row + lane) * inverted,
-                  count);
+      store_first(target, load(running.share + s * running.share_row + lane) * inverted, count);
     }
   }
 }
@@ -1018,17 +1017,17 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
 }
 
 // Labels of LANES tokens, one source.
-Vector load_labels(const TokenRows<Float32> rows, int64_t count) {
+Vector load_labels(const TokenRows<float> rows, int64_t count) {
   if (rows.tokens == nullptr) return load_strided(rows.data, rows.stride, count);
   Vector labels = {};
-  for (int64_t i = 0; i < count; ++i) labels[i] = rows[i]->value;
+  for (int64_t i = 0; i < count; ++i) labels[i] = *rows[i];
   return labels;
 }
 
-void store_labels(const TokenRows<Float32> rows, Vector labels, int64_t count) {
+void store_labels(const TokenRows<float> rows, Vector labels, int64_t count) {
   if (rows.tokens == nullptr) return store_strided(rows.data, labels, rows.stride, count);
   for (int64_t i = 0; i < count; ++i)
-    if (rows.tokens[i] >= 0) rows[i]->value = labels[i];
+    if (rows.tokens[i] >= 0) *rows[i] = labels[i];
 }
 
 // share = mean over the heads that see a key, averaged with the residual; without any such head the residual, or 0.
@@ -1037,9 +1036,7 @@ void average_heads(const Forward& f, const float* head_share, int64_t image) {
   const bool padded = is_padded(f, image);
   for (int64_t query = 0; query < f.queries; query += LANES) {
     const int64_t count = smaller(f.queries - query, LANES);
-    const auto of_head = [&](const float* p, int64_t row) {
-      return load_first(reinterpret_cast<const Float32*>(p + row * f.queries + query), count);
-    };
+    const auto of_head = [&](const float* p, int64_t row) { return load_first(p + row * f.queries + query, count); };
     Vector seeing = {};
     for (int64_t row = image * f.heads; row < (image + 1) * f.heads; ++row)
       if (padded)
@@ -1168,7 +1165,7 @@ void load_log_sum_exp(const Problem& p, const float* log_sum_exp, int64_t image,
   const float* source = log_sum_exp + (image * p.heads + head) * p.queries + query;
   const int64_t present = p.queries - query;
   for (int64_t i = 0; i < lanes; i += LANES) {
-    const Vector known = load_first(reinterpret_cast<const Float32*>(source + i), present - i);
+    const Vector known = load_first(source + i, present - i);
     const DoubleVector exact = __builtin_convertvector(known, DoubleVector) * 1.4426950408889634;
     const Vector rounded = __builtin_convertvector(exact, Vector);
     const DoubleVector rest = exact - __builtin_convertvector(rounded, DoubleVector);
@@ -1419,7 +1416,7 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
     }
     for (int64_t label = 0; label < f.sources; label += LABEL_BLOCK) {
       const int64_t labels = smaller(f.sources - label, LABEL_BLOCK), row = DenseShareScratch::LABEL_ROW;
-      const TokenRows<Float32> result = labels_of(f, f.share_out, image, f.queries, label).from(query);
+      const TokenRows<float> result = labels_of(f, f.share_out, image, f.queries, label).from(query);
       pack_rows(labels_of(f, f.share, image, f.keys, label).from(key), keys, labels, at.labels, row);
       Product product{at.mean, DenseShareScratch::MEAN_ROW, at.sums, row, at.labels, row, keys};
       if (block > 0 || f.residual != nullptr) {
@@ -1432,8 +1429,7 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
         product.init_row = row;
       }
       multiply<true>(product, queries, (labels + LANES - 1) / LANES);
-      unpack_rows(at.sums, row, queries, labels,
-                  TokenRows<Float32>{result.data, result.stride, result.tokens, nullptr});
+      unpack_rows(at.sums, row, queries, labels, TokenRows<float>{result.data, result.stride, result.tokens, nullptr});
     }
   }
 }
@@ -1489,7 +1485,7 @@ void sum_grad_padding(const Backward& b, const float* parts, int64_t image_parts
         Vector sum = {};
         for (int64_t part = 0; part < image_parts; ++part) {
           const float* at = parts + ((part * b.heads + head) * 3 + which) * b.head_dim + d;
-          sum += load_first(reinterpret_cast<const Float32*>(at), count);
+          sum += load_first(at, count);
         }
         store_first(reinterpret_cast<T*>(b.grad_padding) + (which * b.heads + head) * b.head_dim + d, sum, count);
       }

@@ -132,11 +132,8 @@ TLALIGN_INLINE Vector logarithm(Vector x) {
   return __builtin_convertvector(exponent, Vector) * 0.693147181f + series * z;
 }
 
-// The element types of queries, keys, values: how a vector of them becomes one of floats, and back.
+// The element types of queries, keys, values besides float: how a vector of them becomes one of floats, and back.
 
-struct Float32 {
-  float value;
-};
 struct BFloat16 {
   uint16_t word;
 };
@@ -154,8 +151,6 @@ TLALIGN_INLINE ShortVector load_words(const T* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
-
-TLALIGN_INLINE Vector load(const Float32* p) { return load(&p->value); }
 
 TLALIGN_INLINE Vector load(const BFloat16* p) {
   return bits<Vector>(__builtin_convertvector(load_words(p), UintVector) << 16);
@@ -184,8 +179,6 @@ TLALIGN_INLINE Vector load(const Boolean* p) {
   const UintVector seen = __builtin_convertvector(bytes, UintVector);
   return seen != 0 ? Vector{} : broadcast(-__builtin_inff());
 }
-
-TLALIGN_INLINE void store(Float32* p, Vector v) { store(&p->value, v); }
 
 // Round to nearest, ties to even, as everyone does.
 TLALIGN_INLINE UintVector round_to_bfloat16(Vector v) {
