@@ -128,6 +128,8 @@ void launch(Forward p, cudaStream_t stream) {
   p.label_groups = label_groups(p.sources, KIND == Kind::windows);
   // Where there are none, those of all images are the same.
   p.labels_of_image = p.sources == 0 ? 0 : labels_of_image(p.label_groups, p.keys) * sizeof(T) / sizeof(Fragment);
+  p.heads_of_block = 1;
+  p.turns = Divisor(p.heads);
   using Kernel = ForwardKernel<T, D, OCTETS, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
   if (KIND == Kind::plain && LABEL_BLOCKS == 1) {
     if (OCTETS == 25 && launch_on_hopper(p, stream)) return average<KIND>(p, stream);
@@ -141,7 +143,7 @@ void launch(Forward p, cudaStream_t stream) {
   const int64_t pairs = p.blocks.divisor * p.batch * p.heads;
   p.query_head_bytes = unsigned(p.query.head), p.key_head_bytes = unsigned(p.key.head);
   p.value_head_bytes = unsigned(p.value.head);
-  p.heads_of_block = Kernel::TURNS ? int(std::clamp<int64_t>(pairs / FEW_BLOCKS, 1, p.heads)) : 1;
+  if (Kernel::TURNS) p.heads_of_block = int(std::clamp<int64_t>(pairs / FEW_BLOCKS, 1, p.heads));
   p.turns = Divisor(blocks_of(p.heads, p.heads_of_block));
   const int64_t blocks = p.blocks.divisor * p.batch * p.turns.divisor;
   kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);

@@ -194,14 +194,12 @@ int multiprocessors_of_hopper() {
   return cudaGetDevice(&device) == cudaSuccess && device < int(of_devices.size()) ? of_devices[device] : 0;
 }
 
-bool launch_on_hopper(Forward& p, cudaStream_t stream) {
+bool launch_on_hopper(const Forward& p, cudaStream_t stream) {
   const bool fits = p.queries > 192 && p.queries <= 208 && p.keys > 192 && p.keys <= 200;
   if (p.head_dim != 64 || !fits) return false;
   // So few heads are done sooner by more blocks than one a multiprocessor.
   const int blocks = multiprocessors_of_hopper();
   if (blocks == 0 || int64_t(p.batch) * p.heads < 2 * blocks) return false;
-  p.heads_of_block = 1;
-  p.turns = Divisor(p.heads);
   with_dtype(p, [&](auto type) {
     using T = decltype(type);
     launch<HopperKernel<T>>(attention_forward_hopper<T>, p, blocks, stream);

@@ -271,12 +271,11 @@ __global__ void __launch_bounds__(HopperStreamingKernel<T>::THREADS, 1)
 
 }  // namespace
 
-bool stream_on_hopper(Forward& p, cudaStream_t stream) {
+bool stream_on_hopper(const Forward& arguments, cudaStream_t stream) {
+  Forward p = arguments;
   using Kernel = HopperStreamingKernel<__half>;
   const int multiprocessors = multiprocessors_of_hopper();
   if (multiprocessors == 0 || p.head_dim != 64 || p.keys <= Kernel::KEYS) return false;
-  p.heads_of_block = 1;
-  p.turns = Divisor(p.heads);
   p.blocks = Divisor(unsigned(p.queries + Kernel::QUERIES - 1) / Kernel::QUERIES);
   const unsigned blocks = unsigned(std::min<int64_t>(multiprocessors, p.batch * p.heads * p.blocks.divisor));
   with_dtype(p, [&](auto type) {
