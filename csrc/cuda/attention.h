@@ -1,5 +1,5 @@
-// Attention with label propagation on NVIDIA GPUs: what is passed to the kernels, by value. `forward.cu` and
-// `backward.cu` have them.
+// Attention with label propagation on NVIDIA GPUs: what is passed to the kernels, by value. `forward.h`, `backward.cu`
+// and `hopper*.cu` have them.
 #pragma once
 
 #include <cuda_runtime_api.h>

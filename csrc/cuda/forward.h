@@ -1,4 +1,4 @@
-// The kernel of the forward, of which `hopper.cu` has another one.
+// The kernel of the forward; for Hopper `hopper.cu` and `hopper_streaming.cu` have others.
 #pragma once
 
 #include <cuda_bf16.h>
