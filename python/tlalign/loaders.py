@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import signal
@@ -235,6 +236,12 @@ class EvalLoader(PrefetchLoader):
             yield from super().__iter__()
         except UnreadableImagesError as error:
             raise error.with_traceback(None) from None  # as in training
+
+    def __len__(self) -> int:
+        # A stream has no number of batches for torch; where it doesn't tell how many images it has, none.
+        if isinstance(self.dataset, ImageStream):
+            return math.ceil(len(self.dataset) / self.loader.batch_size)
+        return super().__len__()
 
     @property
     def dataset(self) -> Dataset:

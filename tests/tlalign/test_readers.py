@@ -318,6 +318,11 @@ def test_shards_can_be_given_by_pattern_and_number(tmp_path):
             load_data_sets(config(**given, train_split=split))
 
 
+def test_batches_of_held_out_shards_are_counted(shards):
+    given = config(data="wds/", data_dir=str(shards), batch_size=4)
+    assert len(create_eval_loader(load_data_sets(given).held_out, given, IMAGE_CONFIG, CPU)) == 3  # of ten images
+
+
 def test_shards_need_a_folder_a_number_of_classes_and_no_repeats(shards):
     with pytest.raises(UsageError, match="data_dir: expected the folder of the shards, got null"):
         load_data_sets(config(data="wds/"))
