@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tlalign.config import UsageError
-from tlalign.runs import CURVES_FILE, LOG_FILE, TENSORBOARD_FOLDER, EpochRecord, log_row, write_log
+from tlalign.runs import CURVES_FILE, LOG_FILE, TENSORBOARD_FOLDER, EpochRecord, log_row, read_log, write_log
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -50,9 +50,13 @@ class RunLog:
         self.path = path
         self.records = list(records)
         self.last_drawing = time.monotonic()
-        self.drawn_epochs = len(self.records)
-        write_log(path / LOG_FILE, self.records)
+        # What a run that was killed has drawn may lack its last epochs.
+        self.drawn_epochs = 0
         self.events = _EventFile(path / TENSORBOARD_FOLDER, step)
+        # Likewise what it has logged, which comes after the checkpoint of an epoch.
+        for record in self.records[_count_rows(path / LOG_FILE) :]:
+            self._show_epoch(record)
+        write_log(path / LOG_FILE, self.records)
 
     def __enter__(self) -> RunLog:
         return self
@@ -79,16 +83,12 @@ class RunLog:
             ratio_changes: Aligned minus original mixing ratio of each image, any shape, or None.
         """
         self.records.append(record)
+        # Before the row, without which a run that continues shows the epoch again.
+        self._show_epoch(record, ratio_changes)
         with (self.path / LOG_FILE).open("a", newline="", encoding="utf-8") as file:
             file.write(log_row(record))
             file.flush()
             os.fsync(file.fileno())
-        for name, value in dataclasses.asdict(record).items():
-            if name != "step" and value is not None:
-                self.events.add(record.step, scalar(f"epoch/{name}", value))
-        if ratio_changes is not None and np.size(ratio_changes):
-            self.events.add(record.step, histogram("aligned minus original ratio", ratio_changes, _RATIO_CHANGE_BINS))
-        self.events.flush()
         if self.drawn_epochs == 0 or time.monotonic() - self.last_drawing >= _SECONDS_BETWEEN_CURVES:
             self._draw()
 
@@ -100,10 +100,25 @@ class RunLog:
         finally:
             self.events.close()
 
+    def _show_epoch(self, record: EpochRecord, ratio_changes: np.ndarray | None = None) -> None:
+        for name, value in dataclasses.asdict(record).items():
+            if name != "step" and value is not None:
+                self.events.add(record.step, scalar(f"epoch/{name}", value))
+        if ratio_changes is not None and np.size(ratio_changes):
+            self.events.add(record.step, histogram("aligned minus original ratio", ratio_changes, _RATIO_CHANGE_BINS))
+        self.events.flush()
+
     def _draw(self) -> None:
         draw_curves(self.records, self.path / CURVES_FILE)
         self.drawn_epochs = len(self.records)
         self.last_drawing = time.monotonic()
+
+
+def _count_rows(path: Path) -> int:
+    try:
+        return len(read_log(path))
+    except (OSError, ValueError):
+        return 0
 
 
 class _EventFile:

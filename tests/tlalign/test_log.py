@@ -158,6 +158,19 @@ def test_curves_are_drawn_after_the_first_epoch_then_now_and_then_and_at_the_end
     assert drawn == [(epochs, tmp_path / CURVES_FILE) for epochs in (1, 3, 4)]
 
 
+def test_what_a_killed_run_had_not_shown_of_its_checkpoint_is_shown_when_it_continues(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.epoch(record(1), None)
+    (tmp_path / CURVES_FILE).unlink()
+    # The checkpoint knows the second epoch, the log does not.
+    with RunLog(tmp_path, [record(1), record(2)], step=20):
+        assert steps(tmp_path, "epoch/top1") == [10, 20]
+        assert not (tmp_path / CURVES_FILE).exists()
+    assert (tmp_path / CURVES_FILE).exists()
+    assert read_log(tmp_path / LOG_FILE) == [record(1), record(2)]
+    assert steps(tmp_path, "epoch/top1") == [10, 20]
+
+
 @pytest.mark.parametrize("without", [{}, {"top1_ema": None, "ratio_change": None}])
 def test_curves_of_one_epoch_and_of_many_are_pictures(tmp_path, without):
     for epochs in (1, 40):
