@@ -25,6 +25,7 @@ try:
         CONFIG_FILE,
         MAY_CHANGE,
         MAY_MOVE,
+        STREAMS,
         AnalyzeConfig,
         EvalConfig,
         TrainConfig,
@@ -518,6 +519,11 @@ def _is_to_resume(config: TrainConfig) -> bool:
         before, now = getattr(saved, name), getattr(config, name)
         if before != now and name not in MAY_CHANGE and not _has_moved(name, str(before), str(now)):
             raise UsageError(f"resume: {name} of the run in {config.output} is {before}, got {now}")
+    if saved.workers != config.workers and config.data.partition("/")[0] in STREAMS:
+        raise UsageError(
+            f"resume: expected the {saved.workers} workers of the run in {config.output}, for they decide the order of "
+            f"the stream {config.data}, got {config.workers}"
+        )
     return True
 
 
@@ -595,14 +601,14 @@ def _train(trainer: Trainer, folder: RunFolder | None, resume: bool) -> int:
     if first:
         _describe(trainer)
         print(f"  run folder  {folder.path}" + (f", continued after step {trainer.step}" if resume else ""), flush=True)
-    start = time.monotonic()
+    start, first_step = time.monotonic(), trainer.step
     try:
         console = None if first else Console(quiet=True)
         with TrainingProgress(config.epochs, trainer.steps_per_epoch, console, trainer.step) as progress:
             records = trainer.fit(folder, progress)
     except TrainingInterrupted as error:
         if first:
-            print(f"tlalign: {error}; {_kept(folder)}", file=sys.stderr)
+            print(f"tlalign: {error}; {_kept(folder, trainer.processes.world_size)}", file=sys.stderr)
         return 128 + error.number
     except Exception as error:
         reason = str(error)
@@ -612,21 +618,23 @@ def _train(trainer: Trainer, folder: RunFolder | None, resume: bool) -> int:
             traceback.print_exc()
             reason = f"{type(error).__name__}: {reason.partition(chr(10))[0]}"
         if first:
-            print(f"tlalign: error: {reason}; {_kept(folder)}", file=sys.stderr)
+            print(f"tlalign: error: {reason}; {_kept(folder, trainer.processes.world_size)}", file=sys.stderr)
         return 1
     seconds = time.monotonic() - start
     if first:
-        _summarise(trainer, folder, records, seconds)
+        _summarise(trainer, folder, records, trainer.step - first_step, seconds)
     trainer.processes.leave()
     return 0
 
 
-def _kept(folder: RunFolder) -> str:
+def _kept(folder: RunFolder, processes: int) -> str:
     """What is left of a run that ended early, and how it goes on."""
     if not folder.last_checkpoint.exists():
         return "no checkpoint yet"
     command = shlex.join(["tlalign", "train", "--resume", str(folder.path)])
-    return f"last checkpoint {folder.last_checkpoint}, to continue: {command}"
+    # Each process draws its own mixing: another number of them would train another run.
+    again, launcher = ("", "") if processes == 1 else (f" as {processes} processes again", "torchrun ... -m ")
+    return f"last checkpoint {folder.last_checkpoint}, to continue{again}: {launcher}{command}"
 
 
 def _resume(trainer: Trainer, folder: Path) -> None:
@@ -656,10 +664,12 @@ def _resume(trainer: Trainer, folder: Path) -> None:
             raise UsageError(f"resume: {error}") from error
 
 
-def _summarise(trainer: Trainer, folder: RunFolder, records: Sequence[EpochRecord], seconds: float) -> None:
+def _summarise(trainer: Trainer, folder: RunFolder, records: Sequence[EpochRecord], steps: int, seconds: float) -> None:
     config, held_out = trainer.config, len(trainer.eval_loader.dataset)
     last, best = records[-1], max(records, key=lambda record: record.metric)
-    print(f"{config.epochs} epochs in {timedelta(seconds=round(seconds))}, on {held_out} held-out images:")
+    # Of a run that continued the time is that of its last steps.
+    part = "" if steps == trainer.total_steps else f", the last {steps} of {trainer.total_steps} steps"
+    print(f"{config.epochs} epochs{part} in {timedelta(seconds=round(seconds))}, on {held_out} held-out images:")
     print(f"  top-1 of the model         {last.top1:.2f} %")
     if last.top1_ema is not None:
         print(f"  top-1 of its average (EMA) {last.top1_ema:.2f} %")

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.fsdp import fully_shard
 
 from tlalign.checkpoints import Checkpoints
-from tlalign.config import BOX_MIXING, PATCH_MIXING, TrainConfig, UsageError
+from tlalign.config import BOX_MIXING, MAY_CHANGE, MAY_MOVE, PATCH_MIXING, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config, sample_images
 from tlalign.evaluation import autocast, choose_device, evaluate
 from tlalign.log import RunLog
@@ -99,6 +99,11 @@ def create_optimizer(
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"opt, sched: {error}") from error
+    if scheduler is None and config.warmup_epochs:
+        raise UsageError(
+            f"warmup_epochs: expected 0 with sched {config.sched}, which has no warm-up (`constant` has), got "
+            f"{config.warmup_epochs}"
+        )
     if getattr(optimizer, "is_second_order", False):
         raise UsageError(f"opt: expected one that needs no second derivatives, got {config.opt}")
     return optimizer, scheduler
@@ -288,6 +293,12 @@ class Trainer:
             self._totals = _Totals(**state["totals"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"resume: the checkpoint is not of this run: {error!r}") from error
+        # The optimiser and its schedule are those that were loaded, whatever config.yaml says by now.
+        for name, before in vars(state["args"]).items():
+            now = getattr(self.config, name, before)
+            before, now = (list(value) if isinstance(value, tuple) else value for value in (before, now))
+            if before != now and name not in (*MAY_CHANGE, *MAY_MOVE):
+                raise UsageError(f"resume: {name} of the checkpoint's run is {before}, got {now}")
 
     def evaluate(self, ema: bool = False, after_batch: Callable[[], None] | None = None) -> dict[str, float]:
         """Evaluates the model or its averaged weights on the held-out images, as `evaluate`."""

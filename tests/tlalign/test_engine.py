@@ -357,6 +357,10 @@ def test_weights_broken_by_the_last_step_are_not_kept(tmp_path, monkeypatch, val
         ({"opt": "adahessian"}, "opt: expected one that needs no second derivatives, got adahessian"),
         ({"opt": "lookahead_adahessian"}, "opt: expected one that needs no second derivatives, got lookahead_adahess"),
         ({"sched": "cosinus"}, "cosinus"),
+        (
+            {"sched": "none", "epochs": 2, "warmup_epochs": 1},
+            "warmup_epochs: expected 0 with sched none, which has no warm-up",
+        ),
         ({"box_grid": 5}, "box_grid: expected a divisor of the 16 pixels"),
         ({"box_grid": 8}, "box_grid: expected at most a third of the 16 pixels of an image, got 8"),
         ({"device": "cuda:99"}, "device: cannot use 'cuda:99'"),

@@ -16,7 +16,7 @@ from training import PYTHONPATH, FewDigits, became, differences, fit, options, q
 
 from tlalign import checkpoints
 from tlalign.checkpoints import CheckpointError, Checkpoints
-from tlalign.cli import main
+from tlalign.cli import _kept, main
 from tlalign.config import UsageError
 from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
 from tlalign.listing import read_run
@@ -267,6 +267,30 @@ def test_another_run_s_checkpoint_is_refused(tmp_path):
         other.resume(state)
 
 
+def test_a_configuration_edited_by_hand_is_refused(tmp_path):
+    trainer, _, _ = fit(small(tmp_path / "run"))
+    for name, value in {"epochs": trainer.config.epochs + 1, "lr": 1.0}.items():
+        other = Trainer(small(tmp_path / "other", **{name: value}))
+        with pytest.raises(UsageError, match=f"resume: {name} of the checkpoint's run is .*, got {value}"):
+            other.resume(trainer.state())
+    Trainer(small(tmp_path / "moved", max_unreadable=7)).resume(trainer.state())
+
+
+def test_several_processes_are_told_to_be_as_many_again(tmp_path):
+    folder = RunFolder(small(tmp_path / "run"))
+    folder.last_checkpoint.touch()
+    command = f"tlalign train --resume {folder.path}"
+    assert _kept(folder, 1).endswith(f"to continue: {command}")
+    assert _kept(folder, 4).endswith(f"to continue as 4 processes again: torchrun ... -m {command}")
+
+
+def test_a_stream_continues_with_as_many_workers_only(tmp_path, capsys):
+    folder = tmp_path / "run"
+    RunFolder(small(folder, data="wds/", data_dir=str(tmp_path), num_classes=2, workers=1))
+    assert main(["train", "--resume", str(folder), "--workers=2"]) == 2
+    assert f"resume: expected the 1 workers of the run in {folder}, for they decide the" in capsys.readouterr().err
+
+
 def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "a run"
     original = Trainer._update
@@ -286,6 +310,7 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
     printed = capsys.readouterr()
     assert f"{newest} is damaged" in printed.err
     assert "continued after step 3" in printed.out
+    assert re.search(r"^1 epochs, the last 2 of 5 steps in 0:\d\d:\d\d, on ", printed.out, re.MULTILINE)
     assert main(["train", *options(folder, checkpoint_steps=3), "--resume=auto"]) == 0
     assert "continued after step 5" in capsys.readouterr().out
 
