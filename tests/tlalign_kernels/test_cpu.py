@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties import check_heads_may_be_permuted, check_labels_never_influence_others
 
 import tlalign_kernels as tlk
 from tlalign_kernels import extension
@@ -60,6 +61,16 @@ def large_cases(draw):
 @given(case=large_cases(), seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_errors_are_within_the_bound_at_large_shapes(case, seed, dtype):
     assert [check for check in compare(case, dtype, "cpu", seed=seed) if not check.passed] == []
+
+
+@given(case=large_cases(), seed=st.integers(0, 2**31))
+def test_permuting_heads_leaves_labels_alone_at_large_shapes(case, seed):
+    check_heads_may_be_permuted(case, "cpu", seed)
+
+
+@given(case=large_cases(), seed=st.integers(0, 2**31), sources=st.sampled_from([1, 2, 8, 9, 70]))
+def test_labels_never_influence_outputs_or_gradients_at_large_shapes(case, seed, sources):
+    check_labels_never_influence_others(case, "cpu", seed, sources)
 
 
 @st.composite

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from properties import call, check_heads_may_be_permuted, check_labels_never_influence_others
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlalign_kernels as tlk
@@ -44,11 +45,6 @@ def another_backend():
 
 def only_float16(problem):
     return [] if problem.dtype == torch.float16 else [f"dtype: expected float16, got {problem.dtype}"]
-
-
-def call(inputs, **changes):
-    arguments = {name: tensor for name, tensor in inputs.items() if name != "grad_output"}
-    return tlk.attention(**{**arguments, **changes})
 
 
 @st.composite
@@ -143,38 +139,34 @@ def test_shares_stay_in_the_unit_interval_and_a_constant_is_a_fixed_point(backen
 
 
 @backends
-def test_one_share_equals_dense_labels_of_the_pair(backend):
-    inputs = make_inputs(Case("pair", queries=50, keys=50), "cpu", torch.float32)
+@given(case=cases(), seed=st.integers(0, 2**31))
+def test_one_share_equals_dense_labels_of_the_pair(backend, case, seed):
     classes, first, second = 10, 3, 7
-    dense = torch.zeros(2, 50, classes)
-    dense[..., first], dense[..., second] = 1 - inputs["share"][..., 0], inputs["share"][..., 0]
-    inputs["residual"] = inputs["share"]
+    # Without a residual, queries that see no key have the label 0.
+    case = dataclasses.replace(case, sources=1, residual=case.residual or case.mask == "rows")
+    inputs = make_inputs(case, "cpu", torch.float32, seed)
+
+    def as_classes(share):
+        return torch.zeros(*share.shape[:2], classes).index_add_(
+            2, torch.tensor([first, second]), torch.cat((1 - share, share), dim=2)
+        )
+
+    dense = {name: as_classes(inputs[name]) for name in ("share", "residual") if inputs[name] is not None}
     share = call(inputs, backend=backend)[1]
-    aligned = call(inputs, share=dense, residual=dense, backend=backend)[1]
-    torch.testing.assert_close(aligned[..., second], share[..., 0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(aligned[..., first], 1 - share[..., 0], rtol=0, atol=1e-6)
+    aligned = call(inputs, **dense, backend=backend)[1]
+    torch.testing.assert_close(aligned, as_classes(share), rtol=0, atol=1e-6)
 
 
 @backends
-def test_permuting_heads_leaves_labels_alone(backend):
-    inputs = make_inputs(Case("heads", heads=5, queries=50, keys=70, bias_scale=1.0), "cpu", torch.float32)
-    order = torch.randperm(5)
-    output, share = call(inputs, backend=backend)
-    heads = {name: inputs[name][:, order] for name in ("query", "key", "value")}
-    permuted, permuted_share = call(inputs, **heads, bias=inputs["bias"][order], backend=backend)
-    torch.testing.assert_close(permuted, output[:, order])
-    torch.testing.assert_close(permuted_share, share, rtol=0, atol=1e-6)
+@given(case=cases(), seed=st.integers(0, 2**31))
+def test_permuting_heads_leaves_labels_alone(backend, case, seed):
+    check_heads_may_be_permuted(case, backend, seed)
 
 
 @backends
-@pytest.mark.parametrize("packed", [False, True])
-def test_labels_never_influence_outputs_or_gradients(backend, packed):
-    case = Case("labels", batch=1, queries=50, keys=50, bias_scale=1.0, packed=packed)
-    inputs = make_inputs(case, "cpu", torch.float32)
-    first = run_operator(case, inputs, backend)
-    second = run_operator(case, {**inputs, "share": torch.rand(1, 50, 3), "residual": None}, backend)
-    for name in first.keys() - {"share"}:
-        assert torch.equal(first[name], second[name]), name
+@given(case=cases(), seed=st.integers(0, 2**31), sources=st.integers(1, 5))
+def test_labels_never_influence_outputs_or_gradients(backend, case, seed, sources):
+    check_labels_never_influence_others(case, backend, seed, sources)
 
 
 @backends
