@@ -219,6 +219,14 @@ def test_transmix_misses_a_class_token_that_is_no_longer_read():
         model(images, target=target)
 
 
+def test_transmix_misses_a_distillation_token_that_may_be_dropped():
+    model = small("deit_tiny_distilled_patch16_224", patch_drop_rate=0.5)
+    with pytest.raises(NotImplementedError, match="patch_drop: expected none in a distilled model for TransMix"):
+        tlk.patch_model(model, method="transmix")
+    tlk.patch_model(model)
+    tlk.patch_model(small("deit_tiny_distilled_patch16_224"), method="transmix")
+
+
 def test_alignment_in_the_last_block_without_residual_restricted_to_patches_is_transmix():
     model = small("vit_tiny_patch16_224")
     images, target = images_and_target(model)

@@ -241,6 +241,16 @@ class AlignedVisionTransformerDistilled(AlignedVisionTransformer, deit.VisionTra
     }
     untouched = ("patch_embed", "head", "head_dist")
 
+    @classmethod
+    def check_transmix(cls, model: nn.Module) -> None:
+        """As for `PlainFollower`; and for PatchDropout, which in timm takes the distillation token for a patch."""
+        super().check_transmix(model)
+        if not isinstance(model.patch_drop, nn.Identity):
+            raise NotImplementedError(
+                "patch_drop: expected none in a distilled model for TransMix, since it may drop the distillation "
+                f"token, got {model.patch_drop}"
+            )
+
     def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.forward_head(x)
         if isinstance(logits, tuple):
