@@ -181,7 +181,8 @@ def compare(options: Sequence[str]) -> int:
         "--methods",
         nargs="+",
         default=list(METHODS),
-        help="Methods, MIXING or MIXING+TARGET as train calls them, in place of those of a recipe or file.",
+        help="Methods, MIXING or MIXING+TARGET as train calls them, in place of those of a recipe or file; where one "
+        "aligns otherwise, with that, as in cutmix+tl-align+layers=1,3 or cutmix+tl-align+residual=false.",
     )
     parser.add_argument("--seeds", type=int, default=5, help="Number of seeds, from --seed on.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, which share the cores and the device.")

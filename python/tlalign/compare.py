@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import fcntl
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -32,11 +33,13 @@ from tlalign.progress import ComparisonProgress
 from tlalign.runs import RunFolder, written_whole
 from tlalign.signals import StopSignals
 
-# What is compared unless methods are named: those of tables 2, 7 and 8 of the TL-Align paper that need nothing else.
+# What is compared unless methods are named: those of tables 2 and 7 of the TL-Align paper that need nothing else.
 METHODS = (
     "none", "cutmix", "cutmix+tl-align", "mixup-cutmix", "mixup-cutmix+tl-align", "random", "random+tl-align", "block",
     "block+tl-align", "fmix", "resizemix", "cutmix+transmix",
 )  # fmt: skip
+# Options that may be a method's own, table 8 of the paper, and what they are in the method of the paper.
+_ABLATIONS: dict[str, Any] = {"layers": None, "residual": True, "stochastic_depth": False}
 # Whose time others are measured by.
 BASELINE = "cutmix"
 
@@ -60,7 +63,8 @@ def plan_runs(config: TrainConfig, methods: Sequence[str], seeds: int, output: P
     Args:
         config: What is common to them; its options of alignment go to the methods that align layer by layer only, and
             its seed is the first.
-        methods: MIXING or MIXING+TARGET.
+        methods: MIXING, MIXING+TARGET, or of those that align layer by layer MIXING+TARGET+OPTION=VALUE..., with the
+            options layers (such as 1,3), residual and stochastic_depth.
         seeds: Number of seeds.
         output: Folder of the comparison.
 
@@ -73,13 +77,13 @@ def plan_runs(config: TrainConfig, methods: Sequence[str], seeds: int, output: P
     for name, value in (("methods", len(methods)), ("seeds", seeds)):
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, got {value}")
-    if len(set(methods)) < len(methods):
+    of_methods = [_with_method(config, method) for method in methods]
+    if len({each.method for each in of_methods}) < len(methods):
         raise UsageError(f"methods: expected each once, got {' '.join(methods)}")
-    of_methods = {method: _with_method(config, method) for method in methods}
     return [
-        dataclasses.replace(of_methods[method], seed=seed, output=str(output / f"{method}-seed{seed}"))
+        dataclasses.replace(each, seed=seed, output=str(output / f"{each.method}-seed{seed}"))
         for seed in range(config.seed, config.seed + seeds)
-        for method in methods
+        for each in of_methods
     ]
 
 
@@ -316,22 +320,41 @@ class Comparison:
 
 
 def _with_method(config: TrainConfig, name: str) -> TrainConfig:
-    mixing, _, target = name.partition("+")
-    target = target or "ratio"
-    for word, known in ((mixing, get_args(Mixing)), (target, get_args(Target))):
-        if word not in known:
-            near = suggestion(word, list(known))
-            raise UsageError(f"methods: expected one of {', '.join(known)} in {name}, got {word}{near}")
+    mixing, *words = name.split("+")
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    # Of more than one the words together are no target.
+    target = "+".join(word for word in words if "=" not in word) or "ratio"
+    choices = [
+        (mixing, get_args(Mixing)),
+        (target, get_args(Target)),
+        *((option, tuple(_ABLATIONS)) for option in options),
+    ]
+    for word, expected in choices:
+        if word not in expected:
+            near = suggestion(word, list(expected))
+            raise UsageError(f"methods: expected one of {', '.join(expected)} in {name}, got {word}{near}")
     values: dict[str, Any] = {"mixing": mixing, "target": target}
     if target not in ALIGNED_TARGETS:
-        values |= {"layers": None, "residual": True, "stochastic_depth": False}
+        values |= _ABLATIONS
+    values |= {option: _ablation(name, option, text) for option, text in options.items()}
     try:
         config = dataclasses.replace(config, **values)
     except UsageError as error:
         raise UsageError(f"methods: {name}: {error}") from error
-    if config.method != name:
-        raise UsageError(f"methods: expected {config.method}, got {name}, which is the same")
+    plain = dataclasses.replace(config, **_ABLATIONS).method
+    given = "+".join(word for word in (mixing, *words) if "=" not in word)
+    if plain != given:
+        raise UsageError(f"methods: expected {plain}, got {given}, which is the same")
     return config
+
+
+def _ablation(method: str, option: str, text: str) -> tuple[int, ...] | bool:
+    """The value of an option in the name of a method."""
+    is_list = option == "layers"
+    pattern, expected = (r"-?\d+(,-?\d+)*", "blocks such as 1,3") if is_list else ("true|false", "true or false")
+    if not re.fullmatch(pattern, text):
+        raise UsageError(f"methods: expected {expected} for {option} in {method}, got {text!r}")
+    return tuple(map(int, text.split(","))) if is_list else text == "true"
 
 
 def _name(config: TrainConfig) -> str:

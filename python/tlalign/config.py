@@ -312,8 +312,14 @@ class TrainConfig(EvalConfig):
 
     @property
     def method(self) -> str:
-        """Name of the combination of mixing and target: `none`, `cutmix`, `cutmix+tl-align`, ..."""
-        return self.mixing if self.mixing == "none" or self.target == "ratio" else f"{self.mixing}+{self.target}"
+        """Name of mixing, target, and of what it aligns otherwise than the paper: `cutmix+tl-align+layers=1,3`, ..."""
+        if self.mixing == "none" or self.target == "ratio":
+            return self.mixing
+        words = [self.mixing, self.target]
+        words += [] if self.layers is None else [f"layers={','.join(map(str, self.layers))}"]
+        words += [] if self.residual else ["residual=false"]
+        words += ["stochastic_depth=true"] if self.stochastic_depth else []
+        return "+".join(words)
 
     @property
     def aligns(self) -> bool:

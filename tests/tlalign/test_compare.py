@@ -121,11 +121,28 @@ def test_runs_continue_where_the_images_are_now(tmp_path, monkeypatch):
 
 def test_seeds_are_trained_one_after_the_other_with_all_methods(tmp_path):
     configs = plan(tmp_path, METHODS, 3, seed=4, lr=0.25, layers=(1,))
-    assert [(config.seed, config.method) for config in configs] == list(itertools.product((4, 5, 6), METHODS))
+    named = [method + "+layers=1" * method.endswith("tl-align") for method in METHODS]
+    assert [(config.seed, config.method) for config in configs] == list(itertools.product((4, 5, 6), named))
     assert [config.output for config in configs[:2]] == [str(tmp_path / "none-seed4"), str(tmp_path / "cutmix-seed4")]
     assert {config.lr for config in configs} == {0.25}
     # What only tl-align knows goes to its methods only.
-    assert all((config.layers == (1,)) == config.method.endswith("tl-align") for config in configs)
+    assert all((config.layers == (1,)) == (config.target == "tl-align") for config in configs)
+
+
+def test_methods_may_differ_in_how_they_align(fake, tmp_path, capsys):
+    methods = (ALIGNED, f"{ALIGNED}+layers=-1,0", f"{ALIGNED}+residual=false+stochastic_depth=true", "cutmix")
+    whole, some, otherwise, plain = configs = plan(tmp_path / "plan", methods, 1)
+    assert [config.method for config in configs] == list(methods)
+    assert (whole.layers, some.layers, otherwise.layers, plain.layers) == (None, (-1, 0), None, None)
+    assert (whole.residual, some.residual, otherwise.residual, plain.residual) == (True, True, False, True)
+    assert (some.stochastic_depth, otherwise.stochastic_depth) == (False, True)
+    # Its own option comes before the common one.
+    common = plan(tmp_path / "common", (ALIGNED, f"{ALIGNED}+layers=0"), 1, layers=(1,))
+    assert [config.layers for config in common] == [(1,), (0,)]
+    assert run(tmp_path / "out", "--seeds=1", methods=methods) == 0
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^\| {re.escape(method)} +\|", printed, re.MULTILINE) for method in methods)
+    assert (tmp_path / "out" / f"{methods[2]}-seed0" / LOG_FILE).is_file()
 
 
 def test_the_table_is_what_the_logs_say(fake, tmp_path, capsys):
@@ -278,6 +295,21 @@ def test_a_run_of_another_configuration_is_refused_before_anything_is_trained(fa
         (["--methods", "none+tl-align"], "methods: expected none, got none+tl-align"),
         (["--methods", "cutmix+ratio"], "methods: expected cutmix, got cutmix+ratio"),
         (["--methods", "cutmix", "cutmix"], "methods: expected each once"),
+        (["--methods", "cutmix+tl-align", "cutmix+tl-align+residual=true"], "methods: expected each once"),
+        (
+            ["--methods", "cutmix+layers=1"],
+            "methods: cutmix+layers=1: layers, residual, stochastic_depth: expected none",
+        ),
+        (["--methods", "cutmix+tl-align+layer=1"], "got layer; did you mean layers?"),
+        (
+            ["--methods", "cutmix+tl-align+layers=all"],
+            "expected blocks such as 1,3 for layers in cutmix+tl-align+layers",
+        ),
+        (
+            ["--methods", "cutmix+tl-align+residual=0"],
+            "expected true or false for residual in cutmix+tl-align+residual=0",
+        ),
+        (["--methods", "cutmix+tl-align+transmix"], "in cutmix+tl-align+transmix, got tl-align+transmix"),
         (["--methods", "cutmix+teacher"], "methods: cutmix+teacher: teacher_checkpoint: expected weights"),
         (["--seeds=0"], "seeds: expected at least 1, got 0"),
         (["--jobs=0"], "jobs: expected at least 1, got 0"),
