@@ -141,6 +141,15 @@ def test_levels_that_are_missing_are_left_out(tmp_path, benchmarks):
     assert ("## Training step\n" in page) == (benchmarks == [STEP])
 
 
+def test_goals_are_held_against_the_best_peer_and_a_matrix_product_is_none(tmp_path):
+    others = {"SDPA": [4e-3] * 3, "eager": [3e-3] * 3, "matrix product": [5e-4] * 3}
+    rows = [race("goals", name, {OURS: [1e-3] * 3, **others}, goal=goal) for name, goal in (("a", 2.5), ("b", 3.5))]
+    page = page_of(tmp_path, rows)
+    assert cells(page, "a") == ["a", "1 ms", "2.5", "4.000", "**3.000**", "0.500"]
+    assert "- **Goals of the CPU kernels** met in 1 of 2 rows: a.\n" in page
+    assert "In no row." in section(page, "Where others are faster")
+
+
 def test_a_race_that_ours_wins_is_not_listed(tmp_path):
     assert "In no row." in page_of(tmp_path, GROWTH)
 
