@@ -27,6 +27,7 @@ from tlalign.mixing import (
     SaliencyMix,
     TokenMix,
 )
+from tlalign.pictures import draw_shares
 
 PICTURE = Path(__file__).parent / "results" / "mixing.png"
 SIDE, PATCH = 224, 16
@@ -100,10 +101,10 @@ def main() -> None:
         axes[2 * row, column].imshow(image.permute(1, 2, 0).numpy())
         axes[2 * row, column].set_title(name, fontsize=10)
         if share is not None:
-            shown = axes[2 * row + 1, column].imshow(share.numpy(), cmap="RdBu", vmin=0, vmax=1)
+            shown = draw_shares(axes[2 * row + 1, column], share.numpy())
             axes[2 * row + 1, column].set_title(f"mixing ratio {ratio:.2f}", fontsize=9)
     bar = figure.colorbar(shown, ax=axes, ticks=(0, 0.5, 1), aspect=40, pad=0.01)
-    bar.set_label("label of a token: share of the partner")
+    bar.set_label("label of a token: share of the partner (dots: over a half)")
     figure.savefig(PICTURE, dpi=100)
     print(PICTURE)
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
@@ -97,11 +99,7 @@ def draw_token_labels(
         maps = share.flatten(1, -2)[:, prefix_of(followed, share) :, 0]
         maps = maps.unflatten(1, map_size(followed, share, image_size)).cpu().numpy()
         for axis, of_tokens, ratio in zip(row, maps, image_value(followed, share)[:, 0].tolist(), strict=True):
-            colours = axis.imshow(of_tokens, cmap=_SHARES, vmin=0, vmax=1)
-            # Dots say what is blue to those who see neither red nor blue.
-            rows_of_partner, columns_of_partner = np.nonzero(of_tokens > 0.5)
-            size = 30 / max(of_tokens.shape)
-            axis.plot(columns_of_partner, rows_of_partner, ".", color="black", markersize=size, markeredgewidth=0)
+            colours = draw_shares(axis, of_tokens)
             axis.set_xlabel(f"{ratio:.2f}", fontsize=9, labelpad=2)
             _frame(axis, "black", 0.6)
     if not class_names:
@@ -115,6 +113,15 @@ def draw_token_labels(
     bar = figure.colorbar(colours, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
     bar.set_label("share of the partner (dots: over a half)")
     figure.savefig(path, dpi=150)
+
+
+def draw_shares(axis: Axes, shares: np.ndarray) -> AxesImage:
+    """Draws shares (rows, columns) that tokens have of the partner, from red to blue, with dots where over a half."""
+    colours = axis.imshow(shares, cmap=_SHARES, vmin=0, vmax=1)
+    # Dots say what is blue to those who see neither red nor blue.
+    rows, columns = np.nonzero(shares > 0.5)
+    axis.plot(columns, rows, ".", color="black", markersize=30 / max(shares.shape), markeredgewidth=0)
+    return colours
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
