@@ -13,6 +13,7 @@ import torch
 
 from tlalign_kernels import extension
 from tlalign_kernels.backends import BACKENDS, Problem
+from tlalign_kernels.backends.cpu import instruction_set
 from tlalign_kernels.selftest import selftest
 
 
@@ -56,6 +57,7 @@ def _report() -> int:
     if extension.compiled is not None:
         features = [name for name, present in extension.compiled.cpu_features().items() if present]
         print(f"  cpu features     {' '.join(features) or 'none of those that kernels use'}")
+        print(f"  cpu kernels      {_instruction_set()}")
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         print(f"  cuda:{index}           {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
@@ -76,6 +78,13 @@ def _report() -> int:
                 reasons = [str(error)]
             print(f"  {name:<16} on {device}: {'usable' if not reasons else '; '.join(reasons)}")
     return 0
+
+
+def _instruction_set() -> str:
+    try:
+        return instruction_set() or "none"
+    except ValueError as error:  # of an environment variable
+        return str(error)
 
 
 def _selftest(device: str) -> int:

@@ -23,6 +23,14 @@ def test_report_names_versions_devices_and_backends(capsys):
         assert extension.compiled.build_info()["compiler"] in report
 
 
+@pytest.mark.skipif(not hasattr(extension.compiled, "cpu_instruction_set"), reason="built without CPU kernels")
+def test_report_names_the_instruction_set_of_the_cpu_kernels(capsys, monkeypatch):
+    for wanted, shown in (("portable", "portable"), ("sse", "TLALIGN_CPU_ISA: expected one of ")):
+        monkeypatch.setenv("TLALIGN_CPU_ISA", wanted)
+        assert __main__.main([]) == 0
+        assert f"  cpu kernels      {shown}" in capsys.readouterr().out
+
+
 @pytest.fixture
 def two_cases(monkeypatch):
     monkeypatch.setattr(selftest, "CASES", (selftest.Case("small", queries=9, keys=9), selftest.CASES[3]))
