@@ -38,7 +38,9 @@ try:
     )
     from tlalign.runs import EpochRecord, RunFolder, config_beside
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"tlalign: {missing.name} is not installed; pip install 'tlalign-kernels[train]'") from missing
+    raise SystemExit(
+        f"tlalign: error: {missing.name} is not installed; pip install 'tlalign-kernels[train]'"
+    ) from missing
 
 if TYPE_CHECKING:
     from tlalign.engine import Trainer
@@ -51,6 +53,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _DEFAULT_RECIPE = "digits"
+# What else of the extra `train` is imported, where it is needed.
+_PACKAGES = ("matplotlib", "rich", "safetensors", "scipy", "sklearn", "tensorboard")
 # What a disk refuses wherever a path leads to it, even where a command only asks whether there is a file; other errors
 # of the system are faults of the program, and end in a traceback.
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -111,6 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno not in _REFUSALS:
             raise
         print(f"tlalign: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in _PACKAGES:
+            raise
+        print(f"tlalign: error: {package} is not installed; pip install 'tlalign-kernels[train]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tlalign: interrupted", file=sys.stderr)

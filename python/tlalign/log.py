@@ -10,20 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch.utils.tensorboard import RecordWriter
+from torch.utils.tensorboard.summary import histogram, scalar
 
-from tlalign.config import UsageError
+from tlalign.curves import draw_curves
 from tlalign.runs import CURVES_FILE, LOG_FILE, TENSORBOARD_FOLDER, EpochRecord, log_row, read_log, write_log
-
-try:
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from torch.utils.tensorboard import RecordWriter
-    from torch.utils.tensorboard.summary import histogram, scalar
-
-    from tlalign.curves import draw_curves
-except ModuleNotFoundError as missing:
-    raise UsageError(
-        f"{missing.name.partition('.')[0]} is not installed; pip install 'tlalign-kernels[train]'"
-    ) from missing
 
 # Curves take about a second to draw: with short epochs, not after each one.
 _SECONDS_BETWEEN_CURVES = 60.0

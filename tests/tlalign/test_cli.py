@@ -219,6 +219,16 @@ def test_an_existing_run_is_left_as_it_is(run, capsys):
     assert (run / "log.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("package", ["rich", "sklearn", "tensorboard"])
+def test_a_package_that_is_missing_is_named_with_what_installs_it(package, tmp_path):
+    code = f"import sys; sys.modules['{package}'] = None\nfrom tlalign.cli import main\nsys.exit(main())"
+    flags = ["train", "--output", str(tmp_path / "run")]
+    failed = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+    message = f"tlalign: error: {package} is not installed; pip install 'tlalign-kernels[train]'\n"
+    assert (failed.returncode, failed.stderr) == (2, message)
+    assert not (tmp_path / "run").exists()
+
+
 def test_help_needs_no_torch():
     code = "import sys, tlalign.cli; tlalign.cli.main(['--help']); assert 'torch' not in sys.modules"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
