@@ -39,7 +39,7 @@ def draw_token_labels(
     columns: int = 5,
     layers: Sequence[int] | None = None,
     alignment: dict[str, Any] | None = None,
-) -> None:
+) -> dict[int, np.ndarray]:
     """Draws a few images mixed by CutMix, and the labels of their tokens before and after alignment.
 
     Red is the image, blue with a dot the partner. Below a map stands the share of the partner in the whole image: of
@@ -57,6 +57,9 @@ def draw_token_labels(
         layers: Blocks after which labels are drawn, counted from 0, beside the last one; None: where a model merges
             tokens, the last of each stage.
         alignment: How labels are aligned, as for `patch_model`; None: in all blocks, as in the paper.
+
+    Returns:
+        The maps, shares (columns, rows, columns of a map) by the number of blocks before them.
 
     Raises:
         NotImplementedError: If labels can't be followed through the model.
@@ -80,7 +83,7 @@ def draw_token_labels(
     names = [f"after {after} {1 + (layer if after == 'block' else stage)}" for stage, layer in enumerate(layers)]
     names[-1] = "after alignment" if len(names) == 1 else f"{names[-1]}\n(the last)"
     rows = [*_ROWS, *(f"token labels\n{name}" for name in names)]
-    shown = [before.layer_shares[0], *(shares[layer] for layer in layers)]
+    shown = {0: before.layer_shares[0], **{layer + 1: shares[layer] for layer in layers}}
 
     figure = Figure(figsize=(1.45 * len(chosen) + 2.0, 1.5 * len(rows) + 0.8), layout="constrained")
     axes = figure.subplots(len(rows), len(chosen), squeeze=False)
@@ -95,10 +98,12 @@ def draw_token_labels(
         box = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False)
         box.set(edgecolor=_PARTNER, linewidth=2, linestyle="--")
         axis.add_patch(box)
-    for row, share in zip(axes[3:], shown, strict=True):
-        maps = share.flatten(1, -2)[:, prefix_of(followed, share) :, 0]
-        maps = maps.unflatten(1, map_size(followed, share, image_size)).cpu().numpy()
-        for axis, of_tokens, ratio in zip(row, maps, image_value(followed, share)[:, 0].tolist(), strict=True):
+    maps = {}
+    for row, (blocks, share) in zip(axes[3:], shown.items(), strict=True):
+        patches = share.flatten(1, -2)[:, prefix_of(followed, share) :, 0]
+        maps[blocks] = patches.unflatten(1, map_size(followed, share, image_size)).cpu().numpy()
+        ratios = image_value(followed, share)[:, 0].tolist()
+        for axis, of_tokens, ratio in zip(row, maps[blocks], ratios, strict=True):
             colours = draw_shares(axis, of_tokens)
             axis.set_xlabel(f"{ratio:.2f}", fontsize=9, labelpad=2)
             _frame(axis, "black", 0.6)
@@ -113,6 +118,7 @@ def draw_token_labels(
     bar = figure.colorbar(colours, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
     bar.set_label("share of the partner (dots: over a half)")
     figure.savefig(path, dpi=150)
+    return maps
 
 
 def draw_shares(axis: Axes, shares: np.ndarray) -> AxesImage:

@@ -94,6 +94,10 @@ def test_all_analyses_of_a_run_are_written_beside_its_checkpoint(run):
     assert all(float(value) >= 0 for row in ratios for value in row.values())
     assert len(rows(folder / "token_ratios.csv")) == 3 * 2
     assert [row["block"] for row in rows(folder / "presence.csv")] == ["1", "2", "3 x 3 convolution"]
+    shares = [(row["block"], float(row["share"])) for row in rows(folder / "label_maps.csv")]
+    assert [block for block, _ in shares] == [block for block in "012" for _ in range(4 * 16)]
+    assert {share for block, share in shares if block == "0"} != {share for block, share in shares if block == "2"}
+    assert all(0 <= share <= 1 for _, share in shares)
     seen = rows(folder / "rollout.csv")
     assert len(seen) == 4 * 16
     # A residual connection leaves the class token a quarter of itself, the patches get no more than the rest.

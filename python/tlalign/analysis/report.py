@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -132,13 +133,22 @@ def _label_maps(subject: Subject, first: FirstBatch, folder: Path) -> Section:
     images, classes = _first_images(subject, _IMAGES_OF_MAPS)
     path = folder / "label_maps.png"
     try:
-        draw_token_labels(
+        maps = draw_token_labels(
             subject.model, images, classes, path, subject.image_config["mean"], subject.image_config["std"],
             subject.data.class_names, _COLUMNS, layers, subject.alignment,
         )  # fmt: skip
     except ValueError as error:
         section.text.append(f"Not drawn: {error}.")
         return section
+    _write_csv(
+        folder / "label_maps.csv",
+        ("image", "block", "row", "column", "share"),
+        [
+            (image, block, row, column, share)
+            for block, of_block in maps.items()
+            for (image, row, column), share in np.ndenumerate(of_block)
+        ],
+    )
     alt = (
         "Columns are mixed images. Rows: the image, its partner, the mixed image with the partner's box, and maps of "
         "token labels before the first block and after some, the last among them. Labels start as the box and blend."
