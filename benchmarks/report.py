@@ -55,6 +55,7 @@ gradients that of the tokens), training steps in float32 on two images (logits, 
 weights), mixing by its loss; what is wrong or does not run is listed.
 
 - **SDPA**, **eager**, **FlexAttention**, **FlashAttention** compute no labels at all.
+- **ours**: all backends but `reference`, which keeps the attention matrix as **materialised, share** does.
 - **+ column**: the share stands as a further column of V, and is averaged over the heads.
 - **materialised**: the attention matrix is kept, and its mean over the heads multiplied with the share of a pair, or
   with labels of 1000 classes (where costs grow with classes, of so many), as the official code does. **compiled**: the
