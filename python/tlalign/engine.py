@@ -523,14 +523,14 @@ class Trainer:
         if unread[0][1] is not None:
             changes = torch.cat([change.flatten() for _, change in unread])
             totals.ratio_changes = torch.cat([totals.ratio_changes, changes.cpu()])
-            values.append(changes.abs().mean())
-        loss, stop, *change = self.processes.mean(torch.stack(values)).tolist()
+            values += [changes.abs().mean(), changes.square().mean(), changes.mean()]
+        loss, stop, *means = self.processes.mean(torch.stack(values)).tolist()
         steps = self.steps_per_epoch
         _check_finite(loss, f"in epoch {epoch}, at or before its step {totals.steps + len(unread)} of {steps}")
         totals.steps += len(unread)
         totals.loss += loss * len(unread)
-        if change:
-            totals.ratio_change += change[0] * len(unread)
+        for name, mean in zip(("ratio_change", "ratio_square", "ratio_shift"), means, strict=False):
+            setattr(totals, name, getattr(totals, name) + mean * len(unread))
         for name, seconds in stopwatch.read().items():
             totals.part_seconds[name] = totals.part_seconds.get(name, 0.0) + seconds
         return loss, stop > 0
@@ -547,7 +547,7 @@ class Trainer:
         # The last step may have broken the weights without a loss to show it.
         for name, value in (("evaluation", result["loss"]), ("evaluation of the average", averaged.get("loss", 0.0))):
             _check_finite(value, f"of the {name} after epoch {epoch}")
-        totals = self._totals
+        totals, aligns = self._totals, len(self._totals.ratio_changes) > 0
         return EpochRecord(
             epoch=epoch,
             step=self.step,
@@ -560,8 +560,10 @@ class Trainer:
             top5_ema=averaged.get("top5"),
             images_per_second=self.config.batch_size * totals.steps / totals.seconds,
             **{f"{part}_seconds": seconds / totals.steps for part, seconds in totals.part_seconds.items()},
-            ratio_change=totals.ratio_change / totals.steps if len(totals.ratio_changes) else None,
+            ratio_change=totals.ratio_change / totals.steps if aligns else None,
             peak_memory=_peak_memory(self.device),
+            ratio_rmse=math.sqrt(totals.ratio_square / totals.steps) if aligns else None,
+            ratio_shift=totals.ratio_shift / totals.steps if aligns else None,
         )
 
     def _save(self, checkpoints: Checkpoints | None, best: bool) -> None:
@@ -608,6 +610,8 @@ class _Totals:
     steps: int = 0
     loss: float = 0.0
     ratio_change: float = 0.0
+    ratio_square: float = 0.0
+    ratio_shift: float = 0.0
     part_seconds: dict[str, float] = field(default_factory=dict)
     ratio_changes: Tensor = field(default_factory=lambda: torch.empty(0))
 

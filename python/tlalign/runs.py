@@ -48,6 +48,8 @@ class EpochRecord:
             the sum of |aligned - original| over the classes.
         peak_memory: Bytes that were in use at most since the process started: on an accelerator by tensors, on the CPU
             by the process.
+        ratio_rmse: Root mean square of what `ratio_change` is the mean of.
+        ratio_shift: Its mean with the sign: of aligned - original, where that has one.
     """
 
     epoch: int
@@ -65,6 +67,9 @@ class EpochRecord:
     backward_seconds: float
     ratio_change: float | None
     peak_memory: int
+    # Checkpoints of older versions know nothing of these.
+    ratio_rmse: float | None = None
+    ratio_shift: float | None = None
 
     @property
     def metric(self) -> float:

@@ -109,7 +109,7 @@ def test_rmse_is_told_of_the_weights_it_is_of_and_over_training(run):
     assert set(by_model) == {"last.pth.tar", RANDOM}
     training = rows(run / "analysis" / "training.csv")
     logged = [row["value"] for row in training if row["what"].startswith("log")]
-    assert logged == [row["ratio_change"] for row in rows(run / "log.csv")]
+    assert logged == [row["ratio_rmse"] for row in rows(run / "log.csv")]
     checkpoints = {float(row["epoch"]): float(row["value"]) for row in training if row["what"].endswith("rmse")}
     assert checkpoints[0.0] == by_model[RANDOM]
     assert checkpoints[2.0] == by_model["last.pth.tar"]
@@ -413,7 +413,7 @@ def test_maps_are_drawn_with_the_run_s_options_and_a_log_of_another_target_is_le
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("target: tl-align", "target: transmix"))
     asked = []
-    monkeypatch.setattr(report, "draw_token_labels", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(report, "draw_token_labels", lambda *arguments: asked.append(arguments) or {})
     monkeypatch.setattr(report, "write_page", lambda *arguments: None)
     flags = ["--images=4", "--mean=[0.1]", "--std=[0.2]", "--layers=[-1]", "--residual=false", "--map_layers=[0]"]
     assert main(["analyze", "--checkpoint", str(tmp_path / "run" / "last.pth.tar"), *flags]) == 0

@@ -52,7 +52,8 @@ def test_every_mixing_and_target_trains_and_logs(tmp_path, mixing, target, metho
     assert config.method == method
     trainer, folder, (record,) = fit(config)
     aligned = "+" in method
-    assert (record.ratio_change is not None) == aligned
+    for value in (record.ratio_change, record.ratio_rmse, record.ratio_shift):
+        assert (value is not None) == aligned
     assert 2**20 < record.peak_memory < 2**40
     header, row = folder.log.read_text().splitlines()
     assert header.split(",") == [field.name for field in dataclasses.fields(record)]
@@ -76,6 +77,8 @@ def test_a_row_of_the_log_has_the_means_of_its_steps(tmp_path, monkeypatch):
     assert record.loss == pytest.approx(torch.stack(losses).mean().item())
     assert record.ratio_change == pytest.approx(torch.cat(changes).abs().mean().item())
     assert record.ratio_change > 0
+    assert record.ratio_rmse == pytest.approx(torch.cat(changes).square().mean().sqrt().item())
+    assert record.ratio_shift == pytest.approx(torch.cat(changes).mean().item(), abs=1e-7)
 
 
 def test_to_write_checkpoints_is_not_to_wait_for_images(tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ def draw_training(logged: Sequence[tuple[float, float]], measured: Sequence[tupl
     """How far targets move over training.
 
     Args:
-        logged: Epoch and mean |aligned - original| ratio of the training images, from the log.
+        logged: Epoch and RMSE of the training images, from the log.
         measured: Epoch and RMSE of checkpoints, on held-out images; of random weights as epoch 0.
         path: PNG file to write.
     """
@@ -178,12 +178,10 @@ def draw_training(logged: Sequence[tuple[float, float]], measured: Sequence[tupl
     if logged:
         # A single epoch is no line.
         marker = "o" if len(logged) == 1 else ""
-        axis.plot(
-            *zip(*logged, strict=True), color="#0072b2", marker=marker, label="log: mean |change|, training images"
-        )
+        axis.plot(*zip(*logged, strict=True), color="#0072b2", marker=marker, label="log: training images")
     style = {"linestyle": "", "marker": "D", "color": "#d55e00", "markersize": 7}
-    axis.plot(*zip(*measured, strict=True), **style, label="checkpoints (0: random): RMSE, held-out images")
-    axis.set(xlabel="epoch", ylabel="aligned - original ratio")
+    axis.plot(*zip(*measured, strict=True), **style, label="checkpoints (0: random): held-out images")
+    axis.set(xlabel="epoch", ylabel="RMSE of aligned and original ratio")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _save(figure, path)

@@ -280,14 +280,14 @@ def _target_rmse(
         _write_csv(
             folder / "training.csv",
             ("epoch", "what", "value"),
-            [(epoch, "log: mean change", value) for epoch, value in logged]
+            [(epoch, "log: training images", value) for epoch, value in logged]
             + [(epoch, f"{name}: rmse", value) for epoch, name, value in measured],
         )
         training = folder / "rmse_training.png"
         figures.draw_training(logged, [(epoch, value) for epoch, _, value in measured], training)
         alt = "; ".join(f"epoch {epoch:g}, {name}: {value:.4f}" for epoch, name, value in measured)
-        caption = "Over training: of checkpoints the RMSE"
-        caption += ", of the log the mean |change|." if logged else "; no log with changes lies beside them."
+        caption = "RMSE over training: of checkpoints on held-out images"
+        caption += ", of the log on those of each epoch." if logged else "; no log with it lies beside them."
         section.pictures.append(Picture(training, f"{caption} {alt}", caption))
         section.tables.append(
             Table("training.csv: checkpoints", ("checkpoint", "epoch", "RMSE"), [(n, e, v) for e, n, v in measured])
@@ -298,7 +298,7 @@ def _target_rmse(
 def _over_training(
     subject: Subject, ratios: MixingRatios, checkpoint: Path, untrained: float, console: Console
 ) -> tuple[list[tuple[float, float]], list[tuple[float, str, float]]]:
-    """Change by epoch in the log of a run; and epoch, name and RMSE of its checkpoints."""
+    """RMSE by epoch in the log of a run; and epoch, name and RMSE of its checkpoints."""
     folder, logged = config_beside(checkpoint).parent, []
     is_run = (folder / CONFIG_FILE).is_file()
     # What other targets changed is not what is measured here.
@@ -308,7 +308,7 @@ def _over_training(
             records = read_log(folder / LOG_FILE)
         except ValueError as error:
             raise UsageError(f"checkpoint: cannot read the log beside it: {error}") from error
-        logged = [(record.epoch, record.ratio_change) for record in records if record.ratio_change is not None]
+        logged = [(record.epoch, record.ratio_rmse) for record in records if record.ratio_rmse is not None]
     measured = {0.0: (RANDOM, untrained)}
     epoch = _epoch_of(checkpoint)
     if epoch is None:
