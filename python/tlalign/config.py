@@ -285,7 +285,7 @@ class TrainConfig(EvalConfig):
         for name in ("epochs", "aug_repeats", "accumulate", "checkpoint_steps"):
             self._check(name, "at least 1", lambda value: value >= 1)
         self._check("batch_size", "at least 2 images to mix", lambda value: value >= 2 or self.mixing == "none")
-        warmup = f"0 to epochs - 1 = {self.epochs - 1} (a recipe's are given anew with fewer epochs)"
+        warmup = f"0 to epochs - 1 = {self.epochs - 1} (give it beside fewer epochs than a recipe's)"
         self._check("warmup_epochs", warmup, lambda value: 0 <= value < self.epochs)
         self._check("smoothing", "0 to less than 1", lambda value: 0 <= value < 1)
         for name in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay", "momentum"):

@@ -137,7 +137,7 @@ def test_every_field_is_explained_in_the_help(capsys):
         (["--pretrained", "3"], "error: pretrained: expected true or false, got 3\n"),
         (["--layers", "1.5"], "error: layers: expected a list [a whole number, ...] or null, got [1.5]\n"),
         (["--layers", "last"], "error: layers: expected a list [a whole number, ...] or null, got last\n"),
-        (["--epochs", "3"], "0 to epochs - 1 = 2 (a recipe's are given anew with fewer epochs), got 5"),
+        (["--epochs", "3"], "0 to epochs - 1 = 2 (give it beside fewer epochs than a recipe's), got 5"),
         (["--opt_betas", "[0.9]"], "error: opt_betas: expected a list [a number, a number] or null, got ["),
         (["--model_kwargs", "3"], "error: model_kwargs: expected a mapping {name: value}, got 3\n"),
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
