@@ -6,6 +6,7 @@ instructions are SASS, of all warps of all blocks of a head, and follow loops an
 are what these take of each pipe of an A100 or H100 (`triton_offline.pipe_cycles`).
 """
 
+import itertools
 import shutil
 
 import pytest
@@ -37,6 +38,8 @@ CALLS = {
     "N=197 D=80": dict(tokens=197, head_dim=80),
     "N=197 D=128": dict(tokens=197, head_dim=128),
 }
+# Calls of which a Hopper takes kernels of its own.
+ON_HOPPER, OF_HOPPER = ["N=197 D=64", "N=577 D=64"], "on Hopper"
 # Which Triton kernel is compared, where there is a choice.
 TRITON = {"N=197 D=64": "attention_forward_row", "N=49 D=32 H=3": "attention_forward_heads"}
 # Calls of windows, and that on windows which were copied before, with the same bias and its gradient.
@@ -60,6 +63,12 @@ def test_resources(benchmark, arch):
         launches = []
         for name, call in CALLS.items():
             record(lambda launch, _, name=name: launches.append((name, launch)), **call)
+        if arch == 90:
+            with offline.on_hopper():
+                for name in ON_HOPPER:
+                    record(
+                        lambda launch, _, name=name: launches.append((f"{name}, {OF_HOPPER}", launch)), **CALLS[name]
+                    )
         for _, launch in launches:
             offline.assemble(launch.kernel, arch)
         return launches
@@ -68,7 +77,7 @@ def test_resources(benchmark, arch):
     spilling, table = [], []
     for name, launch in launches:
         kernel = offline.name_of(launch.kernel)
-        if "attention" not in kernel:
+        if "attention" not in kernel or (OF_HOPPER in name and "hopper" not in kernel):
             continue
         resources, blocks = offline.resources_of(launch, arch), offline.resident_blocks(launch, arch)
         spilled, least = resources["STACK"] + resources["LOCAL"], min(blocks, key=blocks.get)
@@ -113,9 +122,17 @@ def test_counts(benchmark, arch, name):
             call = {option: value for option, value in CALLS[name].items() if option != "images"}
             return triton_offline.counts_of_head(arch, prefer=[TRITON[name], *prefer], **call, **options)
 
+        def of_cuda(**options):
+            return offline.counts_of_head(arch, **CALLS[name], **options)
+
+        of_hopper = {}
+        if arch == 90 and name in ON_HOPPER:
+            with offline.on_hopper():
+                of_hopper = {f"CUDA {OF_HOPPER}": of_cuda(), f"CUDA {OF_HOPPER}, no labels": of_cuda(sources=0)}
         return {
-            "CUDA": offline.counts_of_head(arch, **CALLS[name]),
-            "CUDA, no labels": offline.counts_of_head(arch, sources=0, **CALLS[name]),
+            "CUDA": of_cuda(),
+            "CUDA, no labels": of_cuda(sources=0),
+            **of_hopper,
             # With both ways to do the backward.
             "Triton": of_triton() | of_triton("attention_backward_head"),
             "Triton, no labels": of_triton(sources=0),
@@ -130,7 +147,8 @@ def test_counts(benchmark, arch, name):
             cycles, total = triton_offline.pipe_cycles(of_kernel, arch), of_kernel.total()
             of_pipes = [f"{cycles[pipe]:.0f}" for pipe in PIPES]
             table.append([row, kernel, f"{total:.0f}", f"{32 * total / tokens**2:.1f}", *of_pipes])
-    for of, kernels in (("CUDA", "forward"), ("CUDA", ""), ("Triton", "forward")):
+    cuda = ["CUDA", *([f"CUDA {OF_HOPPER}"] if f"CUDA {OF_HOPPER}" in rows else [])]
+    for of, kernels in (*itertools.product(cuda, ("forward", "")), ("Triton", "forward")):
 
         def total(row, kernels=kernels):
             return sum(of.total() for kernel, of in rows[row].items() if kernels in kernel and "backward" not in kernel)

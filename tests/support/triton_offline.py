@@ -262,6 +262,12 @@ def programs_at_once(launch, arch):
 SHARED_LEFT = ".left"
 
 
+def with_left(opcode, rest):
+    """An opcode, of SASS whose operands are in `rest`, marked if it is such a product."""
+    is_such = opcode.startswith("HGMMA") and re.match(r"\s*R\d+, gdesc", rest)
+    return opcode + SHARED_LEFT if is_such else opcode
+
+
 def pipe_cycles(counts, arch):
     """Cycles that each pipe of a multiprocessor is busy with counted instructions: A100 (80) or H100 (90).
 
@@ -399,6 +405,4 @@ def executions(instructions, trips):
     if len(loops) > 1 or (trips > 1 and not loops):
         raise ValueError(f"trips: expected the trips of {len(loops)} loops, got {trips}")
     for number, (_, opcode, rest) in enumerate(instructions):
-        if opcode.startswith("HGMMA") and re.match(r"\s*R\d+, gdesc", rest):
-            opcode += SHARED_LEFT
-        yield opcode, trips if loops and number in loops[0] else 1
+        yield with_left(opcode, rest), trips if loops and number in loops[0] else 1

@@ -100,12 +100,8 @@ def check_on_hopper(monkeypatch, case, dtype, **options):
         return check(monkeypatch, replace(case, batch=400 // case.heads), dtype, **options)
     import cuda_offline
 
-    recorder, _ = cuda_offline.build()
-    recorder.set_device(1)
-    try:
+    with cuda_offline.on_hopper():
         return check(monkeypatch, case, dtype, **options)
-    finally:
-        recorder.set_device(0)
 
 
 @executed
