@@ -21,10 +21,11 @@ try:
     import jsonargparse
 
     from tlalign.config import (
-        BOX_MIXING,
         CONFIG_FILE,
         MAY_CHANGE,
         MAY_MOVE,
+        OPTIONS_OF_MIXING,
+        PATCH_MIXING,
         STREAMS,
         AnalyzeConfig,
         EvalConfig,
@@ -359,7 +360,10 @@ def _check_recipe(recipe: str | None, config: TrainConfig) -> None:
 def _check_used(config: TrainConfig, flags: Sequence[str]) -> None:
     """Raises UsageError if flags give what nothing asks for, so that something else is trained than was meant."""
     trained = f"mixing {config.mixing} and target {config.target}"
-    unused = {"box_grid": f"mixing {config.mixing}"} if config.mixing not in BOX_MIXING else {}
+    mixing = f"mixing {config.mixing}"
+    unused = {name: mixing for name, users in OPTIONS_OF_MIXING.items() if config.mixing not in users}
+    if not config.needs_teacher and config.mixing not in PATCH_MIXING:
+        unused["mix_patch_size"] = trained
     if not config.needs_teacher:
         unused |= dict.fromkeys(("teacher_checkpoint", "teacher_model"), trained)
     if not config.aligns:

@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -26,6 +26,14 @@ ALIGNED_TARGETS = ("tl-align", "token-labels")
 BOX_MIXING = ("cutmix", "mixup-cutmix")
 # Strategies whose masks consist of patches.
 PATCH_MIXING = ("random", "block", "tokenmix")
+# Options that are for some strategies only.
+OPTIONS_OF_MIXING: dict[str, tuple[str, ...]] = {
+    "box_grid": BOX_MIXING,
+    "cutmix_alpha": (*BOX_MIXING, "random", "block", "fmix", "saliencymix", "puzzlemix"),
+    "mixup_alpha": ("mixup", "mixup-cutmix"),
+    "mix_switch_prob": ("mixup-cutmix",),
+    **dict.fromkeys(("mix_prob", "mix_mode"), tuple(mixing for mixing in get_args(Mixing) if mixing != "none")),
+}
 
 # numpy takes no greater one.
 GREATEST_SEED = 2**32 - 1

@@ -132,6 +132,17 @@ def test_every_field_is_explained_in_the_help(capsys):
             ["--mixing", "mixup", "--box_grid", "4"],
             "box_grid: expected none, for mixing mixup makes no use",
         ),
+        (
+            ["--mixing", "mixup", "--cutmix_alpha", ".2"],
+            "cutmix_alpha: expected none, for mixing mixup makes no use of",
+        ),
+        (["--mixup_alpha", ".2"], "mixup_alpha: expected none, for mixing cutmix makes no use of it, got 0.2\n"),
+        (["--mix_switch_prob", ".2"], "mix_switch_prob: expected none, for mixing cutmix makes no use"),
+        (
+            ["--mix_patch_size", "2"],
+            "mix_patch_size: expected none, for mixing cutmix and target tl-align makes no use",
+        ),
+        (["--mixing", "none", "--mix_mode", "elem"], "mix_mode: expected none, for mixing none makes no use of it"),
         (["--lr", "fast"], "error: lr: expected a number, got fast\n"),
         (["--epochs", "1.5"], "error: epochs: expected a whole number, got 1.5\n"),
         (["--pretrained", "3"], "error: pretrained: expected true or false, got 3\n"),
