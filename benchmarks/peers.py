@@ -25,7 +25,6 @@ from tlalign_kernels.selftest import ROUNDING
 from tlalign_kernels.windows import Windows
 
 EAGER = "eager"  # by whose error the others are judged
-MATRIX_PRODUCT = "matrix product"  # no peer, but what bounds all of them
 WITHOUT = ", no labels"  # how the names of ours end without them
 WRONG = ("wrong: ", "fails: ")  # how a reason starts that should not be
 MASKED = -100.0  # what timm's Swin adds to scores across the border of a shifted map

@@ -40,7 +40,7 @@ LEVELS = {
     )},
 }  # fmt: skip
 PLAIN, FUSED, OFFICIAL = "plain CutMix", "plain CutMix, fused", "official way"
-MATRIX_PRODUCT = "matrix product"
+MATRIX_PRODUCT = "matrix product"  # no peer, but what bounds all of them
 PICTURES = ("speed.png", "growth.png", "steps.png")
 # What `--run` writes and packs.
 SENT = ("environment.txt", "benchmarks.txt", "results.json", "report.md", *PICTURES)
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def peers(self) -> list[str]:
-        """What is not ours."""
+        """What people would use in place of ours."""
         return [name for name in self.values if not name.startswith("ours") and name != MATRIX_PRODUCT]
 
     @property

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.racing import DEVICE
+from benchmarks.report import MATRIX_PRODUCT
 
 SDPA_OR_EAGER = ("SDPA", peers.EAGER)
 MATRIX_SIDE = 1024
@@ -59,6 +60,6 @@ def test_goals(race, goals, backward):
     runs, left_out = peers.contenders(goals.problem, DEVICE, backward, SDPA_OR_EAGER)
     peers.require_ours(runs, left_out)
     if goals.problem.windows is None:
-        runs[peers.MATRIX_PRODUCT] = product_of_matrices(goals.problem, backward)
+        runs[MATRIX_PRODUCT] = product_of_matrices(goals.problem, backward)
     row = f"{goals}, forward and backward" if backward else f"{goals}, forward"
     race(runs, left_out, level="goals", row=row, goal=goal)

@@ -39,7 +39,7 @@ METHODS = (
     "block+tl-align", "fmix", "resizemix", "cutmix+transmix",
 )  # fmt: skip
 # Options that may be a method's own, table 8 of the paper, and what they are in the method of the paper.
-_ABLATIONS: dict[str, Any] = {"layers": None, "residual": True, "stochastic_depth": False}
+_ABLATIONS = {name: getattr(TrainConfig, name) for name in ("layers", "residual", "stochastic_depth")}
 # Whose time others are measured by.
 BASELINE = "cutmix"
 
