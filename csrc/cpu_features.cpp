@@ -45,6 +45,10 @@ CpuFeatures detect() {
   features.fma = bit(basic.ecx, 12);
   features.f16c = bit(basic.ecx, 29);
   features.avx2 = bit(extended.ebx, 5);
+#if defined(TLALIGN_EMULATED_AVX512)
+  features.avx512f = features.avx512dq = features.avx512bw = features.avx512vl = features.avx512_bf16 = features.avx2;
+  return features;
+#endif
   if ((preserved & ZMM_STATE) != ZMM_STATE) return features;
 
   const uint32_t last_subleaf = extended.eax;

@@ -322,10 +322,8 @@ void multiply(const Product& p, int64_t rows, int64_t vectors) {
 // Whether products take the numbers of a tensor as pairs of bfloat16, not as floats.
 template <class T>
 constexpr bool PAIRED = false;
-#if TLALIGN_PAIRS
 template <>
-constexpr bool PAIRED<BFloat16> = true;
-#endif
+constexpr bool PAIRED<BFloat16> = ONLY_BFLOAT16;
 
 // Words along the depth of a product of so many numbers.
 template <bool PAIRS>
@@ -1136,7 +1134,7 @@ struct BackwardScratch {
   BackwardScratch(const Problem& p, const Plan& plan, float* scratch) {
     Arena arena(scratch);
     const int64_t keys = plan.key_block(), padded = padded_queries(p, LANES) + PANEL;
-    const int64_t key_pairs_rows = TLALIGN_PAIRS && p.dtype == DType::bfloat16 ? (keys + 1) / 2 : 0;
+    const int64_t key_pairs_rows = ONLY_BFLOAT16 && p.dtype == DType::bfloat16 ? (keys + 1) / 2 : 0;
     key = arena.take(keys * plan.row);
     key_pairs = arena.take(key_pairs_rows * plan.row);
     value = arena.take(keys * plan.row);

@@ -11,22 +11,12 @@
 #include <immintrin.h>
 #endif
 
-// Vectors wider than the registers work too, slowly: -DTLALIGN_LANES=16 runs the layout of AVX-512 on any processor.
-#if defined(TLALIGN_LANES)
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 #define TLALIGN_LANES 16
 #elif defined(__AVX2__)
 #define TLALIGN_LANES 8
 #else
 #define TLALIGN_LANES 4
-#endif
-
-// Products of bfloat16 take two at a time where the processor has instructions for it: -DTLALIGN_PAIRS=1 runs that
-// layout on any processor, slowly.
-#if defined(__AVX512BF16__)
-#define TLALIGN_PAIRS 1
-#elif !defined(TLALIGN_PAIRS)
-#define TLALIGN_PAIRS 0
 #endif
 
 #define TLALIGN_INLINE static inline __attribute__((always_inline))
@@ -64,11 +54,11 @@ TLALIGN_INLINE void store(float* p, Vector v) { memcpy(p, &v, sizeof v); }
 // Past the caches, for what is too large to stay in them; `p` lies at a multiple of the vector's size. Others see it
 // after `finish_streams` only.
 TLALIGN_INLINE void stream(float* p, Vector v) {
-#if defined(__AVX512F__) && TLALIGN_LANES == 16
+#if defined(__AVX512F__)
   _mm512_stream_ps(p, v);
-#elif defined(__AVX__) && TLALIGN_LANES == 8
+#elif defined(__AVX2__)
   _mm256_stream_ps(p, v);
-#elif defined(__x86_64__) && TLALIGN_LANES == 4
+#elif defined(__x86_64__)
   _mm_stream_ps(p, v);
 #else
   store(p, v);
@@ -91,9 +81,9 @@ TLALIGN_INLINE To bits(From from) {
 
 // Keeps a NaN in `x`, and a NaN in `y` is lost.
 TLALIGN_INLINE Vector maximum(Vector x, Vector y) {
-#if defined(__AVX512F__) && TLALIGN_LANES == 16
+#if defined(__AVX512F__)
   return _mm512_maskz_max_ps(0xffff, y, x);  // without a mask gcc 12 warns of its own header
-#elif defined(__AVX__) && TLALIGN_LANES == 8
+#elif defined(__AVX2__)
   return _mm256_max_ps(y, x);
 #else
   return y > x ? y : x;
@@ -157,9 +147,9 @@ TLALIGN_INLINE Vector load(const BFloat16* p) {
 }
 
 TLALIGN_INLINE Vector load(const Float16* p) {
-#if defined(__AVX512F__) && TLALIGN_LANES == 16
+#if defined(__AVX512F__)
   return bits<Vector>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(load_words(p))));
-#elif defined(__F16C__) && TLALIGN_LANES == 8
+#elif defined(__AVX2__)
   return bits<Vector>(_mm256_cvtph_ps(bits<__m128i>(load_words(p))));
 #else
   const UintVector word = __builtin_convertvector(load_words(p), UintVector), magnitude = word & 0x7fff;
@@ -198,9 +188,9 @@ TLALIGN_INLINE void store(BFloat16* p, Vector v) {
 }
 
 TLALIGN_INLINE void store(Float16* p, Vector v) {
-#if defined(__AVX512F__) && TLALIGN_LANES == 16
+#if defined(__AVX512F__)
   const __m256i words = _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__F16C__) && TLALIGN_LANES == 8
+#elif defined(__AVX2__)
   const __m128i words = _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
 #else
   constexpr uint32_t TO_DENORMAL = (127 - 15 + 23 - 10 + 1) << 23;  // adding it leaves the digits of a denormal number
@@ -215,7 +205,7 @@ TLALIGN_INLINE void store(Float16* p, Vector v) {
   memcpy(p, &words, sizeof words);
 }
 
-#if defined(__AVX512F__) && TLALIGN_LANES == 16
+#if defined(__AVX512F__)
 
 TLALIGN_INLINE __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
