@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
     try:
         return create_model(config, num_classes, pretrained=True, pretrained_cfg_overlay=source)
     except Exception as error:  # downloads have errors of many classes
-        raise UsageError(f"{described}: {error.__cause__ or error}") from error
+        raise UsageError(f"{described}: {_first_reason(error.__cause__ or error)}") from error
 
 
 def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) -> Teacher:
@@ -150,7 +151,16 @@ def set_weights(option: str, path: Path, weights: dict[str, Tensor], model: nn.M
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UsageError(f"{option}: {path} is not of this {name}: {error}") from error
+        raise UsageError(f"{option}: {path} is not of this {name}: {_first_reason(error)}") from error
+
+
+def _first_reason(error: BaseException) -> str:
+    """What an error says; of PyTorch's about weights, which has a line for each kind and tensor, the first line."""
+    headline, *reasons = str(error).splitlines() or [type(error).__name__]
+    if not reasons:
+        return headline
+    others = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    return textwrap.shorten(reasons[0].rstrip("."), 300, placeholder=" ...") + others
 
 
 def align_targets(model: nn.Module, config: TrainConfig) -> None:

@@ -128,7 +128,8 @@ class Teacher:
         features = self.model.forward_features(images)
         if self._has_tokens:
             features = features[:, self.model.num_prefix_tokens :]
-            return features.unflatten(1, self.model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
+            stem = self.model.embeds if hasattr(self.model, "embeds") else self.model.patch_embed  # NaFlexVit's name
+            return features.unflatten(1, stem.dynamic_feat_size(tuple(images.shape[-2:])))
         if features.dim() != 4:
             raise ValueError(
                 f"model: expected features of shape (B, channels, h, w), got {tuple(features.shape)} of "

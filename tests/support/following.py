@@ -27,12 +27,16 @@ def randomised(model):
     return model
 
 
+def stem(model):
+    return model.embeds if hasattr(model, "embeds") else model.patch_embed
+
+
 def small_plain(name, **options):
     """A timm model of few, small blocks and 3 x 2 patches, with weights large enough that attention is not flat."""
     with torch.device("meta"):
         model = timm.create_model(name, **{**options, "depth": 1})
-    stride = model.patch_embed.feat_ratio(as_scalar=False)
-    if not isinstance(model.patch_embed.proj, nn.Identity):  # else the stem's width is the model's
+    stride = stem(model).feat_ratio(as_scalar=False)
+    if not isinstance(stem(model).proj, nn.Identity):  # else the stem's width is the model's
         options = {"embed_dim": 96, "num_heads": 4, **options}
     image_size = (3 * stride[0], 2 * stride[1])
     model = timm.create_model(name, **{"depth": 2, "img_size": image_size, "num_classes": CLASSES, **options})

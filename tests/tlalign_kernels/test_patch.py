@@ -391,7 +391,7 @@ def test_a_block_can_be_registered(registry, images, target, checkpointing):
     model.set_grad_checkpointing(checkpointing)
     ours, aligned = tlk.patch_model(model)(images, target=target, collect_layers=True)
     torch.testing.assert_close(ours, logits)
-    first = model._first_share(model.patch_embed(images), target, (32, 32))
+    first = model._enter(images, target)[1]
     assert torch.equal(aligned.layer_shares[0], (first + first.roll(1, dims=1)) / 2)
     assert not torch.equal(aligned.layer_shares[1], aligned.layer_shares[0])
     assert type(tlk.unpatch_model(model).blocks[0]) is RollingBlock

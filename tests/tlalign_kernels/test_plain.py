@@ -1,4 +1,4 @@
-"""Plain transformers other than `VisionTransformer`: Eva with its rotary positions, BEiT and relative positions."""
+"""Plain transformers other than `VisionTransformer`: Eva with rotary positions, BEiT, relative positions, NaFlexVit."""
 
 import copy
 import re
@@ -7,14 +7,14 @@ import following
 import pytest
 import timm
 import torch
-from following import gradients, materialised_attention, randomised, small_plain
+from following import gradients, materialised_attention, randomised, small_plain, stem
 from timm.models import beit, eva
 
 import tlalign_kernels as tlk
 from tlalign_kernels import MixedTarget
 from tlalign_kernels.patch import unfollowable_reason
 
-FILES = ("eva", "beit", "vision_transformer_relpos")
+FILES = ("eva", "beit", "vision_transformer_relpos", "naflexvit")
 # A name for each way in which models differ, and what makes a small one of it; the slow test has all names.
 SAMPLE = {
     "eva_giant_patch14_224": {},
@@ -32,13 +32,30 @@ SAMPLE = {
     "vit_relpos_base_patch16_rpn_224": {"qk_norm": True},  # norm after the attention
     "vit_relpos_base_patch16_cls_224": {},  # class token
     "vit_srelpos_small_patch16_224": {},  # one bias for all blocks
+    "naflexvit_base_patch16_gap": {},  # register tokens
+    "naflexvit_base_patch16_par_gap": {"rope_type": "axial", "pool_include_prefix": True, "embed_proj_type": "conv"},
+    "naflexvit_base_patch16_parfac_gap": {"rope_type": "mixed"},  # rotations of each block
+    "naflexvit_base_patch16_map": {},  # attention pooling
+    "naflexvit_base_patch16_radio_v3": {},  # class token
+    "vit_base_patch16_rope_224": {"use_naflex": True},  # of another name
 }
-OF_EACH_FAMILY = ["vit_small_patch16_rope_mixed_224", "beit_base_patch16_224", "vit_srelpos_small_patch16_224"]
-WITH_CLASS_TOKEN = ["vit_small_patch16_rope_224", "vit_base_patch16_lingbot", "vit_relpos_base_patch16_cls_224"]
+OF_EACH_FAMILY = [
+    "vit_small_patch16_rope_mixed_224", "beit_base_patch16_224", "vit_srelpos_small_patch16_224",
+    "naflexvit_base_patch16_gap",
+]  # fmt: skip
+WITH_CLASS_TOKEN = [
+    "vit_small_patch16_rope_224", "vit_base_patch16_lingbot", "vit_relpos_base_patch16_cls_224",
+    "naflexvit_base_patch16_radio_v3",
+]  # fmt: skip
+
+
+def image_size_of(model):
+    height, width = stem(model).patch_size
+    return 3 * height, 2 * width
 
 
 def images_and_target(model, batch=3):
-    return following.images_and_target(model.patch_embed.img_size, batch, next(model.parameters()).dtype)
+    return following.images_and_target(image_size_of(model), batch, next(model.parameters()).dtype)
 
 
 def check_followed(name, **options):
@@ -65,20 +82,22 @@ def test_all_names_are_followed(name):
 # Labels
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLE if "pe_core" not in name])
+@pytest.mark.parametrize("name", [name for name in SAMPLE if "pe_core" not in name and not name.endswith("map")])
 def test_shares_equal_thousand_class_labels_in_float64(name):
     model = small_plain(name, **SAMPLE[name]).double()
-    images, target, pixels = following.thousand_classes(model.patch_embed.img_size)
+    images, target, pixels = following.thousand_classes(image_size_of(model))
     matrices, logits = materialised_attention(model, images)
-    height, width = model.patch_embed.patch_size
+    height, width = stem(model).patch_size
     patches = pixels.unflatten(2, (2, width)).unflatten(1, (3, height)).mean(dim=(2, 4)).flatten(1, 2)
     prefix = model.num_prefix_tokens
     labels = torch.cat((pixels.mean(dim=(1, 2))[:, None].expand(-1, prefix, -1), patches), dim=1)
     for attention in matrices:
         labels = (attention @ labels + labels) / 2
 
+    pooled = slice(0 if getattr(model, "pool_include_prefix", False) else prefix, None)
+
     def pool(labels):
-        return labels[:, 0] if model.global_pool == "token" else labels[:, prefix:].mean(dim=1)
+        return labels[:, 0] if model.global_pool == "token" else labels[:, pooled].mean(dim=1)
 
     following.check_against_dense(tlk.patch_model(model), images, target, logits, labels, pool)
 
@@ -102,7 +121,7 @@ def test_transmix_equals_transmix_from_a_materialised_attention_matrix(name):
     prefix = model.num_prefix_tokens
     matrices, logits = materialised_attention(model, images)
     attention = matrices[-1][:, 0, prefix:, None]
-    patches = target.token_share((3, 2), model.patch_embed.patch_size)
+    patches = target.token_share((3, 2), stem(model).patch_size)
     ours, aligned = tlk.patch_model(model, method="transmix")(images, target=target)
     torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(aligned.ratio, (attention * patches).sum(dim=1) / attention.sum(dim=1))
@@ -113,25 +132,30 @@ def test_transmix_equals_transmix_from_a_materialised_attention_matrix(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["eva_giant_patch14_224", "eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224"]
-)
+    "name",
+    [
+        "eva_giant_patch14_224", "eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224",
+        "naflexvit_base_patch16_radio_v3", "vit_base_patch16_rope_224", "naflexvit_base_patch16_parfac_gap",
+    ],
+)  # fmt: skip
 def test_labels_and_rotations_of_dropped_patches_go_with_them(name):
-    model = small_plain(name, patch_drop_rate=0.5).double().train()
+    model = small_plain(name, patch_drop_rate=0.5, **SAMPLE[name]).double().train()
     images, target = images_and_target(model)
     kept = []
     hook = model.patch_drop.register_forward_hook(lambda module, inputs, output: kept.append(output[1]))
     torch.manual_seed(1)
     matrices, logits = materialised_attention(model, images)
     hook.remove()
-    labels = target.token_share((3, 2), model.patch_embed.patch_size, torch.float64)
+    labels = target.token_share((3, 2), stem(model).patch_size, torch.float64)
     labels = torch.stack([of_image[index] for of_image, index in zip(labels, kept[0], strict=True)])
-    labels = torch.cat((target.image_share(torch.float64)[:, None], labels), dim=1)
+    prefix = target.image_share(torch.float64)[:, None].expand(-1, model.num_prefix_tokens, -1)
+    labels = torch.cat((prefix, labels), dim=1)
     for attention in matrices:
         labels = (attention @ labels + labels) / 2
     torch.manual_seed(1)
     ours, aligned = tlk.patch_model(model)(images, target=target, collect_layers=True)
     torch.testing.assert_close(ours, logits)
-    assert labels.shape == (3, 4, 1)
+    assert labels.shape == (3, model.num_prefix_tokens + 3, 1)
     torch.testing.assert_close(aligned.layer_shares[-1], labels)
     torch._dynamo.reset()
     torch.compile(model, fullgraph=True, backend="aot_eager")(images, target=target)
@@ -145,6 +169,34 @@ def test_any_image_size_is_followed_where_the_model_allows_it():
     ours, aligned = tlk.patch_model(model)(images, target=target, collect_layers=True)
     torch.testing.assert_close(ours, logits)
     assert aligned.layer_shares[0].shape[1] == model.num_prefix_tokens + 3 * 4
+
+
+def test_naflexvit_takes_patches_without_a_target_and_images_with_one():
+    model = small_plain("naflexvit_base_patch16_gap", dynamic_img_pad=True, patch_drop_rate=0.5).double()
+    images, target = images_and_target(model)
+    coordinates = torch.cartesian_prod(torch.arange(3), torch.arange(2)).expand(3, -1, -1)
+    patches = images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 4, 5, 1).reshape(3, 6, -1)
+    batch = {"patches": patches, "patch_coord": coordinates, "patch_valid": torch.ones(3, 6, dtype=torch.bool)}
+    logits = model(batch)
+    torch.testing.assert_close(model(images), logits)
+    tlk.patch_model(model)
+    assert torch.equal(model(batch), logits)
+    for given, options in ((batch, {}), (patches, {"patch_coord": coordinates}), (images, {"attn_mask": images})):
+        with pytest.raises(
+            NotImplementedError, match=r"x: expected images \(B, channels, Hi, Wi\) alone beside a target"
+        ):
+            model(given, **options, target=target)
+    images = torch.randn(1, 3, 40, 56, dtype=torch.float64)
+    target = MixedTarget.from_boxes(torch.tensor([[0, 1]]), torch.tensor([[[5, 0, 32, 20]]]), (40, 56))
+    ours, aligned = model(images, target=target, collect_layers=True)
+    torch.testing.assert_close(ours, model(images))
+    assert aligned.layer_shares[0].shape[1] == model.num_prefix_tokens + 3 * 4
+    model.embeds.dynamic_img_pad = False
+    with pytest.raises(ValueError, match=r"images: expected multiples of the patches of \(16, 16\), got \(40, 56\)"):
+        model(images, target=target)
+    model.embeds = timm.layers.PatchEmbed(48, 16, 3, 96)
+    with pytest.raises(NotImplementedError, match="embeds: can't follow labels through PatchEmbed"):
+        tlk.patch_model(model)
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive", "causal"])
@@ -206,7 +258,7 @@ def test_checkpointing_and_compilation_change_nothing(name):
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", *OF_EACH_FAMILY[1:], "vit_relpos_base_patch16_rpn_224"])
 def test_labels_may_stay_where_an_attention_is_dropped(name):
     model = small_plain(name, drop_path_rate=0.5)
-    following.check_stochastic_depth(model, model.patch_embed.img_size)
+    following.check_stochastic_depth(model, image_size_of(model))
 
 
 @pytest.mark.parametrize("name", ["eva02_enormous_patch14_clip_224", "vit_pe_core_tiny_patch16_384", *OF_EACH_FAMILY])

@@ -283,7 +283,7 @@ def test_transmix_without_a_class_token_is_refused(name):
 def test_parallel_attentions_and_attention_beside_an_mlp_average_over_their_residual():
     model = tlk.patch_model(small("vit_small_patch16_18x2_224", depth=1).double())
     images, target = images_and_target(model)
-    first = model._first_share(model.patch_embed(images), target, tuple(images.shape[2:]))
+    first = model._enter(images, target)[1]
     _, aligned = model(images, target=target, collect_layers=True)
     attentions = parallel_attentions(model, images)
     expected = (first + attentions[0] @ first + attentions[1] @ first) / 3
@@ -307,7 +307,7 @@ def test_of_parallel_attentions_those_that_are_dropped_may_count_for_nothing(res
     torch.manual_seed(1)
     ours, aligned = model(images, target=target, collect_layers=True)
     assert relative(ours, logits) < 1e-11
-    first = model._first_share(model.patch_embed(images), target, tuple(images.shape[2:]))
+    first = model._enter(images, target)[1]
     mixed = [attention @ first for attention in parallel_attentions(model, images)]
     for image, of_branches in enumerate(kept.tolist()):
         paths = [share[image] for share, is_kept in zip(mixed, of_branches, strict=True) if is_kept]
@@ -377,7 +377,7 @@ def test_layers_choose_the_blocks_that_align():
     images, target = images_and_target(model)
     _, everywhere = tlk.patch_model(model)(images, target=target, collect_layers=True)
     _, late = tlk.patch_model(model, layers=[-1, 2])(images, target=target, collect_layers=True)
-    first = model._first_share(model.patch_embed(images), target, tuple(images.shape[2:]))
+    first = model._enter(images, target)[1]
     assert torch.equal(late.layer_shares[0], first)
     assert torch.equal(late.layer_shares[1], first)
     assert not torch.equal(late.layer_shares[2], first)
@@ -404,7 +404,7 @@ def test_without_residual_labels_are_only_attended():
     images, target = images_and_target(model)
     _, with_residual = tlk.patch_model(model)(images, target=target, collect_layers=True)
     _, without = tlk.patch_model(model, residual=False)(images, target=target, collect_layers=True)
-    first = model._first_share(model.patch_embed(images), target, tuple(images.shape[2:]))
+    first = model._enter(images, target)[1]
     torch.testing.assert_close(with_residual.layer_shares[0], (without.layer_shares[0] + first) / 2)
     assert not torch.allclose(without.layer_shares[0], first)
 

@@ -59,11 +59,17 @@ class PlainFollower(ModelFollower):
     @classmethod
     def check_transmix(cls, model: nn.Module) -> None:
         """Raises NotImplementedError unless the logits are those of a class token."""
-        if model.global_pool != "token" or model.cls_token is None:
+        class_token = cls.class_token(model)
+        if model.global_pool != "token" or class_token is None:
             raise NotImplementedError(
                 f"method: TransMix needs logits of a class token, got global_pool {model.global_pool!r} "
-                f"{'without' if model.cls_token is None else 'beside'} a class token"
+                f"{'without' if class_token is None else 'beside'} a class token"
             )
+
+    @classmethod
+    def class_token(cls, model: nn.Module) -> Tensor | None:
+        """The parameter of the class token."""
+        return model.cls_token
 
     def align(
         self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None, *masks: object
@@ -85,10 +91,7 @@ class PlainFollower(ModelFollower):
             self.check_transmix(self)
             if not follows_labels(self.blocks[-1]):
                 raise ValueError("model: the last of its blocks is another than when it was patched; patch it again")
-        image_size = tuple(x.shape[-2:])
-        check_image_size(self.patch_embed, image_size)
-        x = self.patch_embed(x)
-        x, share, positions = self._embed(x, self._first_share(x, target, image_size))
+        x, share, positions = self._enter(x, target)
         for block, position in zip(self.blocks, positions, strict=True):
             before, marks = share, self.label_method == "transmix" and follows_labels(block)
             if marks:
@@ -101,15 +104,11 @@ class PlainFollower(ModelFollower):
                 layer_shares.append(share.detach())
         return self._aligned_head(self.norm(x), share)
 
-    def _embed(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, list[tuple]]:
-        """What enters the blocks: tokens (B, N, channels), labels, and of each block what it is told of positions.
-
-        x: the embedded patches; share (B, N, S): with prefix tokens, and of all patches.
-        """
-        raise NotImplementedError
-
-    def _first_share(self, x: Tensor, target: MixedTarget, image_size: tuple[int, int]) -> Tensor:
-        """Share (B, N, S) of prefix tokens and patches, before any block. x: the embedded patches."""
+    def _enter(self, images: Tensor, target: MixedTarget) -> tuple[Tensor, Tensor, list[tuple]]:
+        """What enters the blocks: tokens (B, N, channels), labels (B, N, S), and what each is told of positions."""
+        image_size = tuple(images.shape[-2:])
+        check_image_size(self.patch_embed, image_size)
+        x = self.patch_embed(images)
         grid_size = tuple(x.shape[1:3]) if x.dim() == 4 else self.patch_embed.dynamic_feat_size(image_size)
         if x.dim() == 3 and x.shape[1] != grid_size[0] * grid_size[1]:
             raise NotImplementedError(
@@ -126,8 +125,18 @@ class PlainFollower(ModelFollower):
                 f"patch_embed: expected tokens {step} pixels apart in an image of {image_size} pixels, got {grid_size} "
                 "of them; make the model for an image size that its stem divides"
             )
-        patches = target.token_share(grid_size, step, x.dtype)
-        prefix = target.image_share(x.dtype)[:, None, :].expand(-1, self.num_prefix_tokens, -1)
+        return self._embed(x, self._first_share(target, grid_size, step, x.dtype))
+
+    def _embed(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, list[tuple]]:
+        """As `_enter`. x: the embedded patches; share (B, N, S): with prefix tokens, and of all patches."""
+        raise NotImplementedError
+
+    def _first_share(
+        self, target: MixedTarget, grid_size: tuple[int, int], step: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """Share (B, N, S) of prefix tokens and of patches of `step` pixels, before any block."""
+        patches = target.token_share(grid_size, step, dtype)
+        prefix = target.image_share(dtype)[:, None, :].expand(-1, self.num_prefix_tokens, -1)
         return torch.cat((prefix, patches), dim=1)
 
     def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +144,22 @@ class PlainFollower(ModelFollower):
         self.check_pooling(self)
         pooled = share[:, 0] if self.global_pool == "token" else share[:, self.num_prefix_tokens :].mean(dim=1)
         return self.forward_head(x), pooled
+
+
+class PrefixPoolingFollower(PlainFollower):
+    """Base of the followers of plain transformers that pool by mean or attention, with prefix tokens if asked to."""
+
+    label_poolings = ("token", "avg", "map")
+
+    def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        if self.global_pool == "token":
+            return super()._aligned_head(x, share)
+        self.check_pooling(self)
+        pooled = slice(0 if self.pool_include_prefix else self.num_prefix_tokens, None)
+        if self.global_pool == "avg":
+            return self.forward_head(x), share[:, pooled].mean(dim=1)
+        x, share = follow(self.attn_pool, x[:, pooled], share=share[:, pooled])
+        return self.head(self.head_drop(self.fc_norm(x))), share
 
 
 class MaskedPlainFollower(PlainFollower):
@@ -274,16 +299,16 @@ def mask_options(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> dict[s
     return {"mask": attn_mask} if attn_mask.dtype == torch.bool else {"bias": attn_mask}
 
 
-def check_patch_embed(patch_embed: nn.Module, classes: tuple[type[nn.Module], ...]) -> None:
+def check_patch_embed(patch_embed: nn.Module, classes: tuple[type[nn.Module], ...], name: str = "patch_embed") -> None:
     """Raises NotImplementedError for stems of other classes, and for those that attend.
 
     They may convolve, since a token stands for its stride; one that attends has labels of its own.
     """
     if type(patch_embed) not in classes:
-        raise NotImplementedError(f"patch_embed: can't follow labels through {type(patch_embed).__name__}")
-    for name, module in patch_embed.named_modules():
+        raise NotImplementedError(f"{name}: can't follow labels through {type(patch_embed).__name__}")
+    for child_name, module in patch_embed.named_modules():
         if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower():
-            raise NotImplementedError(f"patch_embed.{name}: can't follow labels through {type(module).__name__}")
+            raise NotImplementedError(f"{name}.{child_name}: can't follow labels through {type(module).__name__}")
 
 
 def check_image_size(patch_embed: nn.Module, image_size: tuple[int, int]) -> None:
@@ -293,9 +318,11 @@ def check_image_size(patch_embed: nn.Module, image_size: tuple[int, int]) -> Non
     if patch_embed.strict_img_size:
         if image_size != tuple(patch_embed.img_size):
             raise ValueError(f"images: expected {tuple(patch_embed.img_size)} pixels, got {image_size}")
-    elif (
-        isinstance(patch_embed, tl.PatchEmbed)
-        and not patch_embed.dynamic_img_pad
-        and any(size % patch for size, patch in zip(image_size, patch_embed.patch_size, strict=True))
-    ):
-        raise ValueError(f"images: expected multiples of the patches of {patch_embed.patch_size}, got {image_size}")
+    elif isinstance(patch_embed, tl.PatchEmbed) and not patch_embed.dynamic_img_pad:
+        check_patches_fit(patch_embed.patch_size, image_size)
+
+
+def check_patches_fit(patch_size: tuple[int, int], image_size: tuple[int, int]) -> None:
+    """Raises ValueError unless an image is cut into whole patches."""
+    if any(size % patch for size, patch in zip(image_size, patch_size, strict=True)):
+        raise ValueError(f"images: expected multiples of the patches of {patch_size}, got {image_size}")

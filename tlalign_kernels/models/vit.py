@@ -23,6 +23,7 @@ from tlalign_kernels.models.plain import (
     BlockFollower,
     MaskedPlainFollower,
     PostNormBlockFollower,
+    PrefixPoolingFollower,
     attend,
     mask_options,
     project_attended,
@@ -202,10 +203,9 @@ class AlignedPatchDropout(LabelFollower, tl.PatchDropout):
         return x, share if kept is None else gather_share(share, kept, self.num_prefix_tokens)
 
 
-class AlignedVisionTransformer(MaskedPlainFollower, vision_transformer.VisionTransformer):
+class AlignedVisionTransformer(MaskedPlainFollower, PrefixPoolingFollower, vision_transformer.VisionTransformer):
     """timm's `VisionTransformer` that returns the aligned target beside the logits when it is given a target."""
 
-    label_poolings = ("token", "avg", "map")
     mirrors: ClassVar[dict[str, str]] = {
         "forward": "baf4cb09a321c472",
         "forward_features": "00c84be8897149e5",
@@ -219,16 +219,6 @@ class AlignedVisionTransformer(MaskedPlainFollower, vision_transformer.VisionTra
         if not isinstance(self.patch_drop, nn.Identity):
             x, share = follow(self.patch_drop, x, share)
         return self.norm_pre(x), share, [()] * len(self.blocks)
-
-    def _aligned_head(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        if self.global_pool == "token":
-            return super()._aligned_head(x, share)
-        self.check_pooling(self)
-        pooled = slice(0 if self.pool_include_prefix else self.num_prefix_tokens, None)
-        if self.global_pool == "avg":
-            return self.forward_head(x), share[:, pooled].mean(dim=1)
-        x, share = follow(self.attn_pool, x[:, pooled], share=share[:, pooled])
-        return self.head(self.head_drop(self.fc_norm(x))), share
 
 
 class AlignedVisionTransformerDistilled(AlignedVisionTransformer, deit.VisionTransformerDistilled):

@@ -104,8 +104,9 @@ def map_size(model: nn.Module, share: Tensor, image_size: tuple[int, int]) -> tu
     if share.dim() == 4:
         return share.shape[1], share.shape[2]
     tokens = share.shape[1] - prefix_of(model, share)
-    if hasattr(getattr(model, "patch_embed", None), "dynamic_feat_size"):
-        rows, columns = model.patch_embed.dynamic_feat_size(image_size)
+    stem = getattr(model, "embeds", None) or getattr(model, "patch_embed", None)  # NaFlexVit's name, and all others'
+    if hasattr(stem, "dynamic_feat_size"):
+        rows, columns = stem.dynamic_feat_size(image_size)
         if rows * columns == tokens:
             return rows, columns
     aspect = image_size[0] / image_size[1]
