@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,53 @@ from tlalign_kernels.windows import Windows
 
 # Name of a backend -> the module with its launchers: `forward`, `backward`, `window_forward` and `window_backward`.
 LAUNCHERS: dict[str, ModuleType] = {}
+
+
+class Inputs(NamedTuple):
+    """What `forward` and `backward` of a backend are told of attention.
+
+    Attributes:
+        query: (B, H, Nq, D), any strides but a unit last one, as for key and value.
+        key: (B, H, Nk, D).
+        value: (B, H, Nk, D).
+        bias: Added to the scores, (1 or B, 1 or H, Nq, Nk), or None.
+        mask: Like `bias`; additive, or bool where True lets a query see a key; or None.
+        dropout_seed: int64 (1,), needed if dropout_p > 0.
+        scale: Factor of the products of queries and keys.
+        dropout_p: Probability with which an attention weight is dropped from A.V; labels take part undropped.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    dropout_seed: Tensor | None
+    scale: float
+    dropout_p: float
+
+
+class WindowInputs(NamedTuple):
+    """What `window_forward` and `window_backward` of a backend are told of attention within the windows of a map.
+
+    Attributes:
+        qkv: (B, Ht, Wt, 3, H, D), any strides but a unit last one.
+        pad_qkv: (3, H, D), contiguous, what lies in the padding; None exactly if there is none.
+        bias: Added to the scores, (1, 1 or H, N, N), or None.
+        dropout_seed: As in `Inputs`; windows count as images, image after image.
+        windows: The map and its windows.
+        scale: As in `Inputs`.
+        dropout_p: As in `Inputs`.
+    """
+
+    qkv: Tensor
+    pad_qkv: Tensor | None
+    bias: Tensor | None
+    dropout_seed: Tensor | None
+    windows: Windows
+    scale: float
+    dropout_p: float
+
 
 _library = torch.library.Library("tlalign_kernels", "DEF")
 
@@ -53,8 +101,7 @@ _library.define(
 
 def unpack_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views (B, H, N, D) of query, key and value in a projection (B, N, 3, H, D)."""
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def unit_last_stride(tensor: Tensor) -> Tensor:
@@ -91,18 +138,22 @@ def _empty_grad_bias(like: Tensor, bias: Tensor | None, needs_grad_bias: bool) -
 
 def _attention(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
     query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
-    share, residual = _contiguous(share, residual)
-    output, share_out, log_sum_exp = _empty_attention_outputs(query, share)
-    LAUNCHERS[backend].forward(
-        query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p,
-        output, None if share is None else share_out, log_sum_exp,
-    )  # fmt: skip
-    return output, share_out, log_sum_exp
+    inputs = Inputs(query, key, value, bias, mask, dropout_seed, scale, dropout_p)
+    return _forward(inputs, share, residual, backend)
 
 
 def _attention_qkv(qkv, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend):
-    query, key, value = unpack_qkv(unit_last_stride(qkv))
-    return _attention(query, key, value, share, residual, bias, mask, dropout_seed, scale, dropout_p, backend)
+    inputs = Inputs(*unpack_qkv(unit_last_stride(qkv)), bias, mask, dropout_seed, scale, dropout_p)
+    return _forward(inputs, share, residual, backend)
+
+
+def _forward(
+    inputs: Inputs, share: Tensor | None, residual: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    share, residual = _contiguous(share, residual)
+    output, share_out, log_sum_exp = _empty_attention_outputs(inputs.query, share)
+    LAUNCHERS[backend].forward(inputs, share, residual, output, None if share is None else share_out, log_sum_exp)
+    return output, share_out, log_sum_exp
 
 
 def _attention_backward(
@@ -114,10 +165,10 @@ def _attention_backward(
         grad_output, query, key, value, output, log_sum_exp,
         bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend,
     )  # fmt: skip
+    inputs = Inputs(query, key, value, bias, mask, dropout_seed, scale, dropout_p)
     LAUNCHERS[backend].backward(
-        grad_output, query, key, value, output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p,
-        *grads, grad_bias if needs_grad_bias else None,
-    )  # fmt: skip
+        inputs, grad_output, output, log_sum_exp, *grads, grad_bias if needs_grad_bias else None
+    )
     return *grads, grad_bias
 
 
@@ -128,10 +179,10 @@ def _attention_qkv_backward(
     grad_qkv, grad_bias = _attention_qkv_backward_fake(
         grad_output, qkv, output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p, needs_grad_bias, backend
     )
+    inputs = Inputs(*unpack_qkv(qkv), bias, mask, dropout_seed, scale, dropout_p)
     LAUNCHERS[backend].backward(
-        grad_output, *unpack_qkv(qkv), output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p,
-        *unpack_qkv(grad_qkv), grad_bias if needs_grad_bias else None,
-    )  # fmt: skip
+        inputs, grad_output, output, log_sum_exp, *unpack_qkv(grad_qkv), grad_bias if needs_grad_bias else None
+    )
     return grad_qkv, grad_bias
 
 
@@ -139,10 +190,10 @@ def _window_attention(qkv, pad_qkv, share, residual, bias, dropout_seed, window_
     qkv = unit_last_stride(qkv)
     pad_qkv, share, residual = _contiguous(pad_qkv, share, residual)
     output, share_out, log_sum_exp = _empty_window_outputs(qkv, share, window_size, shift)
+    inputs = WindowInputs(qkv, pad_qkv, bias, dropout_seed, _windows(qkv, window_size, shift), scale, dropout_p)
     LAUNCHERS[backend].window_forward(
-        qkv, pad_qkv, share, residual, bias, dropout_seed, _windows(qkv, window_size, shift), scale, dropout_p,
-        output, None if share is None else share_out, log_sum_exp,
-    )  # fmt: skip
+        inputs, share, residual, output, None if share is None else share_out, log_sum_exp
+    )
     return output, share_out, log_sum_exp
 
 
@@ -155,9 +206,10 @@ def _window_attention_backward(
         grad_output, qkv, pad_qkv, output, log_sum_exp,
         bias, dropout_seed, window_size, shift, scale, dropout_p, needs_grad_bias, backend,
     )  # fmt: skip
+    inputs = WindowInputs(qkv, pad_qkv, bias, dropout_seed, _windows(qkv, window_size, shift), scale, dropout_p)
     LAUNCHERS[backend].window_backward(
-        grad_output, qkv, pad_qkv, output, log_sum_exp, bias, dropout_seed, _windows(qkv, window_size, shift), scale,
-        dropout_p, grad_qkv, None if pad_qkv is None else grad_pad_qkv, grad_bias if needs_grad_bias else None,
+        inputs, grad_output, output, log_sum_exp,
+        grad_qkv, None if pad_qkv is None else grad_pad_qkv, grad_bias if needs_grad_bias else None,
     )  # fmt: skip
     return grad_qkv, grad_pad_qkv, grad_bias
 

@@ -237,9 +237,9 @@ def record(monkeypatch, run):
         return call
 
     def noting_arguments(launcher):
-        def call(*arguments):
-            tensors[:] = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-            launcher(*arguments)
+        def call(inputs, *others):
+            tensors[:] = [argument for argument in (*inputs, *others) if isinstance(argument, torch.Tensor)]
+            launcher(inputs, *others)
 
         return call
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from properties import check_heads_may_be_permuted, check_labels_never_influence_others
 
 import tlalign_kernels as tlk
-from tlalign_kernels import extension
+from tlalign_kernels import extension, ops
 from tlalign_kernels.backends import cpu
 from tlalign_kernels.selftest import CASES, Case, compare, make_inputs, run_operator
 from tlalign_kernels.windows import Windows
@@ -348,13 +348,13 @@ def test_nothing_is_written_beyond_the_results(monkeypatch, isa, dtype, queries,
     output, check_output = guarded(2, queries, 3, head_dim, dtype=dtype)
     share, check_share = guarded(2, queries, 3)
     log_sum_exp, check_log_sum_exp = guarded(2, 3, queries)
-    options = (bias, None, None, head_dim**-0.5, 0.0)
-    cpu.forward(query, key, value, inputs["share"], inputs["residual"], *options, output, share, log_sum_exp)
+    told = ops.Inputs(query, key, value, bias, None, None, head_dim**-0.5, 0.0)
+    cpu.forward(told, inputs["share"], inputs["residual"], output, share, log_sum_exp)
     gradients = [guarded(*tensor.transpose(1, 2).shape, dtype=dtype) for tensor in (query, key, value)]
     grad_bias, check_grad_bias = guarded(*bias.shape, dtype=dtype)
     views = [gradient.transpose(1, 2) for gradient, _ in gradients]
     grad_output = inputs["grad_output"].transpose(1, 2)
-    cpu.backward(grad_output, query, key, value, output, log_sum_exp, *options, *views, grad_bias)
+    cpu.backward(told, grad_output, output, log_sum_exp, *views, grad_bias)
     for check in (check_output, check_share, check_log_sum_exp, check_grad_bias, *(check for _, check in gradients)):
         check()
 
@@ -379,13 +379,12 @@ def test_nothing_is_written_beyond_the_results_of_windows(monkeypatch, isa, dtyp
     output, check_output = guarded(*of_map, 3, head_dim, dtype=dtype)
     share, check_share = guarded(*of_map, 3)
     log_sum_exp, check_log_sum_exp = guarded(2 * windows.count, 3, windows.tokens)
-    options = (bias, None, windows, head_dim**-0.5, 0.0)
-    cpu.window_forward(qkv, pad_qkv, inputs["share"], inputs["residual"], *options, output, share, log_sum_exp)
+    told = ops.WindowInputs(qkv, pad_qkv, bias, None, windows, head_dim**-0.5, 0.0)
+    cpu.window_forward(told, inputs["share"], inputs["residual"], output, share, log_sum_exp)
     grad_qkv, check_grad_qkv = guarded(*qkv.shape, dtype=dtype)
     grad_pad_qkv, check_grad_pad_qkv = guarded(3, 3, head_dim, dtype=dtype) if windows.is_padded else (None, bool)
     grad_bias, check_grad_bias = guarded(*bias.shape, dtype=dtype)
-    gradients = (grad_qkv, grad_pad_qkv, grad_bias)
-    cpu.window_backward(inputs["grad_output"], qkv, pad_qkv, output, log_sum_exp, *options, *gradients)
+    cpu.window_backward(told, inputs["grad_output"], output, log_sum_exp, grad_qkv, grad_pad_qkv, grad_bias)
     for check in (check_output, check_share, check_log_sum_exp, check_grad_qkv, check_grad_pad_qkv, check_grad_bias):
         check()
 

@@ -101,9 +101,9 @@ def test_errors_are_within_the_bound_at_random_shapes(backend, case, seed):
 
 
 def test_the_bound_notices_an_error_of_one_part_in_ten_thousand(another_backend):
-    def forward(*arguments):
-        reference.forward(*arguments)
-        arguments[10].mul_(1.0001)  # the output
+    def forward(inputs, share, residual, output, *others):
+        reference.forward(inputs, share, residual, output, *others)
+        output.mul_(1.0001)
 
     another_backend(forward=forward)
     failed = [check.tensor for check in compare(CASES[0], torch.float32, "another") if not check.passed]

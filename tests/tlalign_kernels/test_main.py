@@ -56,9 +56,9 @@ def test_selftest_fails_where_a_backend_is_wrong(two_cases, monkeypatch, capsys)
         unsupported_reasons, forward = staticmethod(reference.unsupported_reasons), staticmethod(reference.forward)
 
         @staticmethod
-        def backward(*arguments):
-            reference.backward(*arguments)
-            arguments[12].mul_(1.001)  # the gradient of the key
+        def backward(inputs, grad_output, output, log_sum_exp, grad_query, grad_key, *others):
+            reference.backward(inputs, grad_output, output, log_sum_exp, grad_query, grad_key, *others)
+            grad_key.mul_(1.001)
 
     monkeypatch.setitem(BACKENDS, "wrong", Wrong)
     monkeypatch.setitem(ops.LAUNCHERS, "wrong", Wrong)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tlalign_kernels import extension
 from tlalign_kernels.backends.addresses import DTYPES, check, float_or_smaller, offsets, rows, whole
-from tlalign_kernels.ops import unit_last_stride
+from tlalign_kernels.ops import Inputs, WindowInputs, unit_last_stride
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
@@ -55,21 +55,15 @@ def _instruction_set(wanted: str) -> str | None:
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: Inputs,
     share: Tensor | None,
     residual: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
     output: Tensor,
     share_out: Tensor | None,
     log_sum_exp: Tensor,
 ) -> None:
     """Computes A.V and mean_h(A).share into the given tensors; see `reference.forward`."""
+    query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     batch, heads, queries, head_dim = query.shape
     keys, sources = key.shape[2], 0 if share is None else share.shape[2]
     bias, mask = float_or_smaller(bias), float_or_smaller(mask)
@@ -95,23 +89,17 @@ def forward(
 
 
 def backward(
+    inputs: Inputs,
     grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     output: Tensor,
     log_sum_exp: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
     grad_bias: Tensor | None,
 ) -> None:
     """Computes the gradients into the given tensors; see `reference.backward`."""
+    query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     dtype = query.dtype
@@ -145,20 +133,15 @@ def backward(
 
 
 def window_forward(
-    qkv: Tensor,
-    pad_qkv: Tensor | None,
+    inputs: WindowInputs,
     share: Tensor | None,
     residual: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    windows: Windows,
-    scale: float,
-    dropout_p: float,
     output: Tensor,
     share_out: Tensor | None,
     log_sum_exp: Tensor,
 ) -> None:
     """Computes attention and labels within windows into the given tensors; see `reference.window_forward`."""
+    qkv, pad_qkv, bias, dropout_seed, windows, scale, dropout_p = inputs
     batch, heads, head_dim = qkv.shape[0], *qkv.shape[4:]
     of_map, sources = (batch, *windows.map_size), 0 if share is None else share.shape[3]
     qkv = qkv.flatten(1, 2)
@@ -184,21 +167,16 @@ def window_forward(
 
 
 def window_backward(
+    inputs: WindowInputs,
     grad_output: Tensor,
-    qkv: Tensor,
-    pad_qkv: Tensor | None,
     output: Tensor,
     log_sum_exp: Tensor,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    windows: Windows,
-    scale: float,
-    dropout_p: float,
     grad_qkv: Tensor,
     grad_pad_qkv: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
     """Computes the gradients into the given tensors; see `reference.window_backward`."""
+    qkv, pad_qkv, bias, dropout_seed, windows, scale, dropout_p = inputs
     dtype, batch, heads, head_dim = qkv.dtype, qkv.shape[0], *qkv.shape[4:]
     qkv = qkv.flatten(1, 2)
     grad_output = unit_last_stride(grad_output.to(dtype)).flatten(1, 2).unsqueeze(2)

@@ -11,11 +11,10 @@ from torch import Tensor
 from tlalign_kernels import extension
 from tlalign_kernels.backends.addresses import DTYPES, float_or_smaller, offsets, rows, whole
 from tlalign_kernels.backends.bias_sums import images_of_sum
-from tlalign_kernels.ops import unpack_qkv
+from tlalign_kernels.ops import Inputs, WindowInputs, unpack_qkv
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
-    from tlalign_kernels.windows import Windows
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # The native functions; tests put a recorder in their place.
@@ -48,31 +47,23 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: Inputs,
     share: Tensor | None,
     residual: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
     output: Tensor,
     share_out: Tensor | None,
     log_sum_exp: Tensor,
 ) -> None:
     """Computes A.V and mean_h(A).share into the given tensors; see `reference.forward`."""
+    query = inputs.query
     batch, heads, queries, head_dim = query.shape
-    keys, sources = key.shape[2], 0 if share is None else share.shape[2]
+    keys, sources = inputs.key.shape[2], 0 if share is None else share.shape[2]
     device, dtype = query.device, query.dtype
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    bias, mask = float_or_smaller(bias), float_or_smaller(mask)
     packed_labels = query.new_empty(_native.cuda_labels(batch, keys, sources, False))
     head_share = None
     if sources:
         head_share = query.new_empty((batch, heads, sources, queries), dtype=torch.float32)
-    problem, _keep = _problem(query, key, value, sources, bias, mask, scale)
+    problem, _keep = _problem(inputs, sources)
     with _current(device):
         _native.cuda_attention_forward(
             *problem,
@@ -88,29 +79,21 @@ def forward(
 
 
 def backward(
+    inputs: Inputs,
     grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     output: Tensor,
     log_sum_exp: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
     grad_bias: Tensor | None,
 ) -> None:
     """Computes the gradients into the given tensors; see `reference.backward`."""
+    query = inputs.query
     batch, heads, queries, head_dim = query.shape
-    keys = key.shape[2]
+    keys = inputs.key.shape[2]
     device, dtype = query.device, query.dtype
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
     grad_output, output = _aligned(grad_output.to(dtype).transpose(1, 2)), _aligned(output)
-    bias, mask = float_or_smaller(bias), float_or_smaller(mask)
     of_queries, of_keys = (batch, heads, queries, head_dim), (batch, heads, keys, head_dim)
     row_terms = query.new_empty((batch, heads, *_native.cuda_row_terms(queries, DTYPES[dtype])), dtype=torch.float32)
     bias_sums, bias_heads, images = None, heads, 1
@@ -118,7 +101,7 @@ def backward(
         bias_images, bias_heads = grad_bias.shape[:2]
         images = images_of_sum(batch, bias_images, -(-queries // 64) * -(-keys // 64) * bias_heads)
         bias_sums = query.new_empty((-(-batch // images), bias_heads, queries, keys), dtype=torch.float32)
-    problem, _keep = _problem(query, key, value, 0, bias, mask, scale)
+    problem, _keep = _problem(inputs, sources=0)
     with _current(device):
         _native.cuda_attention_backward(
             *problem,
@@ -140,30 +123,24 @@ def backward(
 
 
 def window_forward(
-    qkv: Tensor,
-    pad_qkv: Tensor | None,
+    inputs: WindowInputs,
     share: Tensor | None,
     residual: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    windows: Windows,
-    scale: float,
-    dropout_p: float,
     output: Tensor,
     share_out: Tensor | None,
     log_sum_exp: Tensor,
 ) -> None:
     """Computes attention and labels within windows into the given tensors; see `reference.window_forward`."""
+    qkv = inputs.qkv
     batch, heads, tokens = log_sum_exp.shape
     sources, device = 0 if share is None else share.shape[3], qkv.device
     of_map, labels = output.shape, (*output.shape[:3], sources)
-    qkv = _aligned(qkv.flatten(1, 2))
     packed_labels = qkv.new_empty(_native.cuda_labels(batch, tokens, sources, True))
     head_share = None
     if sources:
         # Beside shares what part of the attention goes to labels.
         head_share = qkv.new_empty((batch, heads, sources + 1, tokens), dtype=torch.float32)
-    problem, _keep = _window_problem(qkv, pad_qkv, bias, windows, sources, scale)
+    problem, _keep = _window_problem(inputs, sources)
     with _current(device):
         _native.cuda_attention_forward(
             *problem,
@@ -179,26 +156,20 @@ def window_forward(
 
 
 def window_backward(
+    inputs: WindowInputs,
     grad_output: Tensor,
-    qkv: Tensor,
-    pad_qkv: Tensor | None,
     output: Tensor,
     log_sum_exp: Tensor,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    windows: Windows,
-    scale: float,
-    dropout_p: float,
     grad_qkv: Tensor,
     grad_pad_qkv: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
     """Computes the gradients into the given tensors; see `reference.window_backward`."""
+    qkv, windows = inputs.qkv, inputs.windows
     batch, heads, tokens = log_sum_exp.shape
     images, head_dim, device, dtype = qkv.shape[0], qkv.shape[5], qkv.device, qkv.dtype
     of_map = (images, heads, windows.map_size[0] * windows.map_size[1], head_dim)
-    qkv, grad_output = _aligned(qkv.flatten(1, 2)), _aligned(grad_output.to(dtype).flatten(1, 2))
-    output = _aligned(output)
+    grad_output, output = _aligned(grad_output.to(dtype).flatten(1, 2)), _aligned(output)
     row_terms = qkv.new_empty((batch, heads, *_native.cuda_row_terms(tokens, DTYPES[dtype])), dtype=torch.float32)
     padding = grad_padding = bias_sums = None
     if grad_pad_qkv is not None:
@@ -208,7 +179,7 @@ def window_backward(
     if grad_bias is not None:
         windows_of_sum = _windows_of_sum(batch, heads, tokens)
         bias_sums = qkv.new_empty((-(-batch // windows_of_sum), heads, tokens, tokens), dtype=torch.float32)
-    problem, _keep = _window_problem(qkv, pad_qkv, bias, windows, 0, scale)
+    problem, _keep = _window_problem(inputs, sources=0)
     with _current(device):
         _native.cuda_attention_backward(
             *problem,
@@ -243,10 +214,10 @@ def _windows_of_sum(windows: int, heads: int, tokens: int) -> int:
     return -(-windows // max(1, min(windows, 4096 // (tiles * heads))))
 
 
-def _window_problem(
-    qkv: Tensor, pad_qkv: Tensor | None, bias: Tensor | None, windows: Windows, sources: int, scale: float
-) -> tuple[tuple, tuple]:
+def _window_problem(inputs: WindowInputs, sources: int) -> tuple[tuple, tuple]:
     """What both directions are told first of windows, and the tensors that have to live until they are launched."""
+    qkv, pad_qkv, bias, _, windows, scale, _ = inputs
+    qkv = _aligned(qkv.flatten(1, 2))
     images, tokens_of_map, _, heads, head_dim = qkv.shape
     batch, tokens, device, dtype = images * windows.count, windows.tokens, qkv.device, qkv.dtype
     of_map = (images, heads, tokens_of_map, head_dim)
@@ -272,13 +243,14 @@ def _window_problem(
             places.data_ptr(),
         ),
     )
-    return problem, (bias, pad_qkv, starts, places)
+    return problem, (qkv, bias, pad_qkv, starts, places)
 
 
-def _problem(
-    query: Tensor, key: Tensor, value: Tensor, sources: int, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[tuple, tuple]:
+def _problem(inputs: Inputs, sources: int) -> tuple[tuple, tuple]:
     """What both directions are told first, and the tensors that have to live until they are launched."""
+    query, key, value, bias, mask, _, scale, _ = inputs
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    bias, mask = float_or_smaller(bias), float_or_smaller(mask)
     batch, heads, queries, head_dim = query.shape
     keys, device, dtype = key.shape[2], query.device, query.dtype
     sizes = (batch, heads, queries, keys, head_dim, sources)
@@ -297,7 +269,7 @@ def _problem(
         *(0 if scratch is None else scratch.data_ptr() for scratch in starts),
         None,
     )
-    return problem, starts
+    return problem, (query, key, value, bias, mask, *starts)
 
 
 def _starts(

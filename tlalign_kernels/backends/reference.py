@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tlalign_kernels.ops import unpack_qkv
+from tlalign_kernels.ops import Inputs, WindowInputs, unpack_qkv
 
 if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
@@ -28,28 +28,21 @@ def _without_autocast(launcher: Callable[..., None]) -> Callable[..., None]:
     """Autocast reaches into operators, and would turn the float32 products of a launcher into bfloat16 ones."""
 
     @functools.wraps(launcher)
-    def launch(*tensors_and_options) -> None:
-        device_type = tensors_and_options[0].device.type
+    def launch(inputs: Inputs | WindowInputs, *tensors: Tensor | None) -> None:
+        device_type = inputs[0].device.type
         if not torch.amp.is_autocast_available(device_type):  # the meta device
-            return launcher(*tensors_and_options)
+            return launcher(inputs, *tensors)
         with torch.autocast(device_type, enabled=False):
-            return launcher(*tensors_and_options)
+            return launcher(inputs, *tensors)
 
     return launch
 
 
 @_without_autocast
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: Inputs,
     share: Tensor | None,
     residual: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
     output: Tensor,
     share_out: Tensor | None,
     log_sum_exp: Tensor,
@@ -57,20 +50,14 @@ def forward(
     """Computes A.V and mean_h(A).share (TL-Align, arXiv 2210.06455) into the given tensors.
 
     Args:
-        query: (B, H, Nq, D), any strides but a unit last one, as for key and value.
-        key: (B, H, Nk, D).
-        value: (B, H, Nk, D).
+        inputs: What attends to what, and how.
         share: (B, Nk, S), contiguous, labels of the keys, or None.
         residual: (B, Nq, S), contiguous, labels of the queries to average with, or None.
-        bias: Added to the scores, (1 or B, 1 or H, Nq, Nk), or None.
-        mask: Like `bias`; additive, or bool where True lets a query see a key; or None.
-        dropout_seed: int64 (1,), needed if dropout_p > 0.
-        scale: Factor of the products of queries and keys.
-        dropout_p: Probability with which an attention weight is dropped from A.V; labels take part undropped.
         output: Filled with (B, Nq, H, D).
         share_out: Filled with (B, Nq, S); None exactly if `share` is.
         log_sum_exp: Filled with (B, H, Nq), -inf where a query sees no key.
     """
+    query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     scores = _scores(query, key, bias, mask, scale)
     log_sum_exp.copy_(torch.logsumexp(scores, dim=-1))
     probabilities = _probabilities(scores, log_sum_exp)
@@ -81,17 +68,10 @@ def forward(
 
 @_without_autocast
 def backward(
+    inputs: Inputs,
     grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     output: Tensor,
     log_sum_exp: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
@@ -100,40 +80,27 @@ def backward(
     """Computes the gradients into the given tensors; labels take no part.
 
     Args:
+        inputs: Those of the forward.
         grad_output: (B, Nq, H, D), any strides.
-        query: As in the forward, like all that is not named here.
-        key: As in the forward.
-        value: As in the forward.
         output: (B, Nq, H, D), of the forward.
         log_sum_exp: (B, H, Nq), of the forward.
-        bias: As in the forward.
-        mask: As in the forward.
-        dropout_seed: As in the forward.
-        scale: As in the forward.
-        dropout_p: As in the forward.
         grad_query: Filled with (B, H, Nq, D), any strides but a unit last one.
         grad_key: Filled with (B, H, Nk, D).
         grad_value: Filled with (B, H, Nk, D).
         grad_bias: Filled with the shape of `bias`, or None if it is not wanted.
     """
-    grads = _gradients(grad_output, query, key, value, output, log_sum_exp, bias, mask, dropout_seed, scale, dropout_p)
+    grads = _gradients(inputs, grad_output, output, log_sum_exp)
     for target, grad in zip((grad_query, grad_key, grad_value), grads, strict=False):
         target.copy_(grad)
     if grad_bias is not None:
-        grad_bias.copy_(grads[3].sum_to_size(bias.shape))
+        grad_bias.copy_(grads[3].sum_to_size(grad_bias.shape))
 
 
 @_without_autocast
 def window_forward(
-    qkv: Tensor,
-    pad_qkv: Tensor | None,
+    inputs: WindowInputs,
     share: Tensor | None,
     residual: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    windows: Windows,
-    scale: float,
-    dropout_p: float,
     output: Tensor,
     share_out: Tensor | None,
     log_sum_exp: Tensor,
@@ -144,21 +111,16 @@ def window_forward(
     of a query is the sum over real j of A_ij share_j, A averaged over the heads, over the sum over real j of A_ij.
 
     Args:
-        qkv: (B, Ht, Wt, 3, H, D), any strides but a unit last one.
-        pad_qkv: (3, H, D), contiguous, what lies in the padding; None exactly if there is none.
+        inputs: What attends to what, and how.
         share: (B, Ht, Wt, S), contiguous, labels of the tokens as keys, or None.
         residual: (B, Ht, Wt, S), contiguous, labels of the tokens as queries, to average with, or None.
-        bias: Added to the scores, (1, 1 or H, N, N), or None.
-        dropout_seed: As in `forward`; windows count as images, image after image.
-        windows: The map and its windows.
-        scale: As in `forward`.
-        dropout_p: As in `forward`.
         output: Filled with (B, Ht, Wt, H, D).
         share_out: Filled with (B, Ht, Wt, S); None exactly if `share` is.
         log_sum_exp: Filled with (B * W, H, N); what it is for queries in the padding is nobody's business.
     """
-    query, key, value = _window_qkv(qkv, pad_qkv, windows)
-    scores = _scores(query, key, bias, _region_bias(windows, qkv), scale)
+    windows = inputs.windows
+    query, key, value, bias, mask, dropout_seed, scale, dropout_p = _of_windows(inputs)
+    scores = _scores(query, key, bias, mask, scale)
     log_sum_exp.copy_(torch.logsumexp(scores, dim=-1))
     probabilities = _probabilities(scores, log_sum_exp)
     if share is not None:
@@ -171,16 +133,10 @@ def window_forward(
 
 @_without_autocast
 def window_backward(
+    inputs: WindowInputs,
     grad_output: Tensor,
-    qkv: Tensor,
-    pad_qkv: Tensor | None,
     output: Tensor,
     log_sum_exp: Tensor,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    windows: Windows,
-    scale: float,
-    dropout_p: float,
     grad_qkv: Tensor,
     grad_pad_qkv: Tensor | None,
     grad_bias: Tensor | None,
@@ -188,33 +144,26 @@ def window_backward(
     """Computes the gradients into the given tensors; labels take no part.
 
     Args:
+        inputs: Those of the forward.
         grad_output: (B, Ht, Wt, H, D), any strides.
-        qkv: As in `window_forward`, like all that is not named here.
-        pad_qkv: As in `window_forward`.
         output: (B, Ht, Wt, H, D), of the forward.
         log_sum_exp: (B * W, H, N), of the forward.
-        bias: As in `window_forward`.
-        dropout_seed: As in `window_forward`.
-        windows: As in `window_forward`.
-        scale: As in `window_forward`.
-        dropout_p: As in `window_forward`.
         grad_qkv: Filled with (B, Ht, Wt, 3, H, D), contiguous.
-        grad_pad_qkv: Filled with (3, H, D), the sum over the padding of all windows; None exactly if `pad_qkv` is.
+        grad_pad_qkv: Filled with (3, H, D), the sum over the padding of all windows; None exactly if there is none.
         grad_bias: Filled with the shape of `bias`, or None if it is not wanted.
     """
-    query, key, value = _window_qkv(qkv, pad_qkv, windows)
+    windows = inputs.windows
     *grads, grad_scores = _gradients(
-        windows.gather(grad_output), query, key, value, windows.gather(output), log_sum_exp,
-        bias, _region_bias(windows, qkv), dropout_seed, scale, dropout_p,
-    )  # fmt: skip
+        _of_windows(inputs), windows.gather(grad_output), windows.gather(output), log_sum_exp
+    )
     packed = torch.stack(grads, dim=2).transpose(1, 3)
     windows.scatter(packed, grad_qkv)
     if grad_pad_qkv is not None:
-        is_padding = (windows.token_numbers(qkv.device) < 0).flatten()
-        in_order = packed.reshape(qkv.shape[0], -1, *packed.shape[2:])
+        is_padding = (windows.token_numbers(packed.device) < 0).flatten()
+        in_order = packed.reshape(grad_qkv.shape[0], -1, *packed.shape[2:])
         grad_pad_qkv.copy_(in_order[:, is_padding].sum(dim=(0, 1)))
     if grad_bias is not None:
-        grad_bias.copy_(grad_scores.sum_to_size(bias.shape))
+        grad_bias.copy_(grad_scores.sum_to_size(grad_bias.shape))
 
 
 # What is added to the scores of tokens of different regions: a trained Swin knows this number, not minus infinity.
@@ -230,9 +179,11 @@ def _region_bias(windows: Windows, qkv: Tensor) -> Tensor | None:
     return (differ * REGION_BIAS).to(torch.float32)[:, None].repeat(qkv.shape[0], 1, 1, 1)
 
 
-def _window_qkv(qkv: Tensor, pad_qkv: Tensor | None, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of all windows, (B * W, H, N, D)."""
-    return unpack_qkv(windows.gather(qkv, 0.0 if pad_qkv is None else pad_qkv))
+def _of_windows(inputs: WindowInputs) -> Inputs:
+    """The same with windows as images, query, key and value (B * W, H, N, D), and regions as a mask."""
+    qkv, pad_qkv, bias, dropout_seed, windows, scale, dropout_p = inputs
+    query, key, value = unpack_qkv(windows.gather(qkv, 0.0 if pad_qkv is None else pad_qkv))
+    return Inputs(query, key, value, bias, _region_bias(windows, qkv), dropout_seed, scale, dropout_p)
 
 
 def _attended(probabilities: Tensor, value: Tensor, dropout_seed: Tensor | None, dropout_p: float) -> Tensor:
@@ -243,19 +194,10 @@ def _attended(probabilities: Tensor, value: Tensor, dropout_seed: Tensor | None,
 
 
 def _gradients(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
+    inputs: Inputs, grad_output: Tensor, output: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and scores."""
+    query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     grad_output = _computing(grad_output).transpose(1, 2)
     probabilities = _probabilities(_scores(query, key, bias, mask, scale), log_sum_exp)
     grad_probabilities = grad_output @ _computing(value).transpose(-2, -1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tlalign_kernels.backends.bias_sums import images_of_sum
-from tlalign_kernels.ops import unit_last_stride, unpack_qkv
+from tlalign_kernels.ops import Inputs, WindowInputs, unit_last_stride, unpack_qkv
 
 try:
     import triton
@@ -438,16 +438,9 @@ def configuration_of(problem: Problem) -> tuple[Config, ...]:
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: Inputs,
     share: Tensor | None,
     residual: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
     output: Tensor,
     share_out: Tensor | None,
     log_sum_exp: Tensor,
@@ -458,6 +451,7 @@ def forward(
 
     Within windows, query, key and value (B, H, Ht * Wt, D) are those of a map, as are the labels (B, Ht, Wt, S).
     """
+    query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     batch, heads, queries, keys, _ = _sizes(query, key, windows)
     tokens, sources = key.shape[2], 0 if share is None else share.shape[-1]
     bias, mask = _readable(bias), _readable(mask)
@@ -495,10 +489,10 @@ def forward(
                 share, packed, keys, tokens, SOURCES=fused, PARTS=parts, PARTS_ROW=parts_row, WINDOWS=windows,
                 BLOCK=block, num_warps=2, **_FUSED,
             )  # fmt: skip
-        inputs = (query, key, value, pad_qkv, packed, bias, mask, dropout_seed, output, log_sum_exp)
+        tensors = (query, key, value, pad_qkv, packed, bias, mask, dropout_seed, output, log_sum_exp)
         if config.kernel == "attention_forward_heads":
             kernels.attention_forward_heads[(grid,)](
-                *inputs, residual, share_out, *strides, *numbers, HAS_RESIDUAL=residual is not None,
+                *tensors, residual, share_out, *strides, *numbers, HAS_RESIDUAL=residual is not None,
                 **constant_sizes, **how,
             )  # fmt: skip
         else:
@@ -506,11 +500,11 @@ def forward(
                 head_share = query.new_empty((batch, heads, fused + padded, queries), dtype=torch.float32)
             if config.kernel == "attention_forward_row":
                 kernels.attention_forward_row[(grid * heads,)](
-                    *inputs, head_share, *strides, *numbers, **constant_sizes, **how
+                    *tensors, head_share, *strides, *numbers, **constant_sizes, **how
                 )
             else:
                 kernels.attention_forward_stream[(grid * heads,)](
-                    *inputs, head_share, *strides, *sizes, *numbers, **how
+                    *tensors, head_share, *strides, *sizes, *numbers, **how
                 )
             if fused:
                 kernels.average_heads[(_blocks(queries, 64) * batch,)](
@@ -535,17 +529,10 @@ def forward(
 
 
 def backward(
+    inputs: Inputs,
     grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     output: Tensor,
     log_sum_exp: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
@@ -558,6 +545,7 @@ def backward(
 
     Within windows, grad_output (B, Ht * Wt, H, D) and the gradients of query, key and value are those of a map.
     """
+    query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
     grad_output = unit_last_stride(grad_output.to(query.dtype).transpose(1, 2))
     bias, mask = _readable(bias), _readable(mask)
@@ -573,9 +561,9 @@ def backward(
         is_head = config.kernel == "attention_backward_head"
         # One program a head keeps them to itself, unless the bias wants them.
         row_terms = None if is_head and grad_bias is None else torch.empty_like(log_sum_exp)
-        inputs = (query, key, value, grad_output)
+        tensors = (query, key, value, grad_output)
         constants = (pad_qkv, bias, mask, dropout_seed, log_sum_exp, inverse)
-        strides = (*_strides(*inputs), *_offset_strides(bias, mask))
+        strides = (*_strides(*tensors), *_offset_strides(bias, mask))
         gradients = dict(grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
         pad_sums = None
         if grad_pad_qkv is not None:
@@ -590,7 +578,7 @@ def backward(
         if is_head:
             gap = _gap(query, key, value)
             kernels.attention_backward_head[(batch * heads,)](
-                *inputs, output, *constants, row_terms, *gradients.values(), pad_sums,
+                *tensors, output, *constants, row_terms, *gradients.values(), pad_sums,
                 *strides, *_strides(*gradients.values()), scale, factor, *dropout,
                 HEADS=heads, QUERIES=queries, KEYS=keys, **_rows(**gradients), **how,
                 GAP=gap if gap == _gap(*gradients.values()) else 0,
@@ -599,11 +587,11 @@ def backward(
         else:
             sizes = (heads, queries, keys, scale, factor, *dropout)
             kernels.attention_backward_queries[(_blocks(queries, config.tiles["BLOCK_Q"]) * batch * heads,)](
-                *inputs, output, *constants, row_terms, grad_query, *strides, *_strides(grad_query),
+                *tensors, output, *constants, row_terms, grad_query, *strides, *_strides(grad_query),
                 *sizes, **_rows(grad_query=grad_query), **how, **config.options,
             )  # fmt: skip
             kernels.attention_backward_keys[(_blocks(keys, of_keys[0].tiles["BLOCK_K"]) * batch * heads,)](
-                *inputs, *constants, row_terms, grad_key, grad_value, pad_sums, *strides,
+                *tensors, *constants, row_terms, grad_key, grad_value, pad_sums, *strides,
                 *_strides(grad_key, grad_value), *sizes, **_rows(grad_key=grad_key, grad_value=grad_value), **how,
                 **of_keys[0].options,
             )  # fmt: skip
@@ -620,7 +608,7 @@ def backward(
             parts = _blocks(batch, images_of_part)
             sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
             kernels.attention_backward_bias[(tiles * parts,)](
-                *inputs, *constants, row_terms, sums, *strides,
+                *tensors, *constants, row_terms, sums, *strides,
                 batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
                 **{**how, **_columns(query, has_offsets)},  # in float32 they pass by, as for `dense_share`
                 **of_bias.options,
@@ -629,15 +617,9 @@ def backward(
 
 
 def window_forward(
-    qkv: Tensor,
-    pad_qkv: Tensor | None,
+    inputs: WindowInputs,
     share: Tensor | None,
     residual: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    windows: Windows,
-    scale: float,
-    dropout_p: float,
     output: Tensor,
     share_out: Tensor | None,
     log_sum_exp: Tensor,
@@ -646,32 +628,29 @@ def window_forward(
 
     A map whose rows of tokens are not evenly spaced in memory is copied once.
     """
-    forward(
-        *unpack_qkv(qkv.flatten(1, 2)), share, residual, bias, None, dropout_seed, scale, dropout_p, output, share_out,
-        log_sum_exp, windows, pad_qkv,
-    )  # fmt: skip
+    forward(_of_map(inputs), share, residual, output, share_out, log_sum_exp, inputs.windows, inputs.pad_qkv)
 
 
 def window_backward(
+    inputs: WindowInputs,
     grad_output: Tensor,
-    qkv: Tensor,
-    pad_qkv: Tensor | None,
     output: Tensor,
     log_sum_exp: Tensor,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    windows: Windows,
-    scale: float,
-    dropout_p: float,
     grad_qkv: Tensor,
     grad_pad_qkv: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
     """Computes the gradients into the given tensors; see `reference.window_backward`, and `window_forward`."""
     backward(
-        grad_output.flatten(1, 2), *unpack_qkv(qkv.flatten(1, 2)), output, log_sum_exp, bias, None, dropout_seed, scale,
-        dropout_p, *unpack_qkv(grad_qkv.flatten(1, 2)), grad_bias, windows, pad_qkv, grad_pad_qkv,
+        _of_map(inputs), grad_output.flatten(1, 2), output, log_sum_exp, *unpack_qkv(grad_qkv.flatten(1, 2)), grad_bias,
+        inputs.windows, inputs.pad_qkv, grad_pad_qkv,
     )  # fmt: skip
+
+
+def _of_map(inputs: WindowInputs) -> Inputs:
+    """The same without windows, query, key and value (B, H, Ht * Wt, D)."""
+    qkv, _, bias, dropout_seed, _, scale, dropout_p = inputs
+    return Inputs(*unpack_qkv(qkv.flatten(1, 2)), bias, None, dropout_seed, scale, dropout_p)
 
 
 def _sizes(query: Tensor, key: Tensor, windows: Windows | None) -> tuple[int, int, int, int, int]:
