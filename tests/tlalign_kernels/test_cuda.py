@@ -527,7 +527,7 @@ def test_windows_have_one_bias_for_all_heads(monkeypatch, window):
 @pytest.mark.parametrize("window", [(4, 4), (6, 11), (5, 29)])
 def test_gradients_of_a_bias_are_summed_over_windows_in_parts(monkeypatch, window):
     # As if there were more windows; the last part has fewer.
-    monkeypatch.setattr(cuda, "_windows_of_sum", lambda *_: 2)
+    monkeypatch.setattr(cuda, "images_of_sum", lambda *_, programs: 2)
     check(monkeypatch, replace(IN_WINDOWS, batch=3, heads=1, windows=Windows(window, window, (0, 0))), BFLOAT16)
 
 

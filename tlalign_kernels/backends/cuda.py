@@ -177,7 +177,10 @@ def window_backward(
         grad_padding = qkv.new_empty((images, padding, 2, heads, head_dim))
     windows_of_sum = 1
     if grad_bias is not None:
-        windows_of_sum = _windows_of_sum(batch, heads, tokens)
+        # Blocks of windows of 65 to 144 tokens have all of their scores, and a multiprocessor has one of them at once;
+        # it holds many of the others, of 64 x 64 scores.
+        tiles = 4 if 64 < tokens <= 144 else (-(-tokens // 64)) ** 2
+        windows_of_sum = images_of_sum(batch, 1, tiles * heads, programs=4096)
         bias_sums = qkv.new_empty((-(-batch // windows_of_sum), heads, tokens, tokens), dtype=torch.float32)
     problem, _keep = _window_problem(inputs, sources=0)
     with _current(device):
@@ -203,15 +206,6 @@ def window_backward(
         grad_pad_qkv[1:].copy_(grad_padding.sum(dim=(0, 1), dtype=torch.float32))
     if grad_bias is not None:
         grad_bias.copy_(bias_sums.sum(dim=0 if grad_bias.shape[1] == heads else (0, 1), keepdim=True))
-
-
-def _windows_of_sum(windows: int, heads: int, tokens: int) -> int:
-    """As `images_of_sum`, but of kernels of which a GPU holds many blocks: about 4096 of 64 x 64 scores.
-
-    Blocks of windows of 65 to 144 tokens have all of their scores, and a multiprocessor has one of them at once.
-    """
-    tiles = 4 if 64 < tokens <= 144 else (-(-tokens // 64)) ** 2
-    return -(-windows // max(1, min(windows, 4096 // (tiles * heads))))
 
 
 def _window_problem(inputs: WindowInputs, sources: int) -> tuple[tuple, tuple]:
