@@ -34,7 +34,6 @@ def mixed_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: float = 
         TypeError: If `logits` is no floating tensor, `target` no MixedTarget or `smoothing` no number.
         ValueError: If shapes disagree, `smoothing` is out of range or, on the CPU, a class id is.
     """
-    _check(logits, target, smoothing)
     return _loss(logits, target, smoothing, binary=False)
 
 
@@ -56,11 +55,11 @@ def mixed_binary_cross_entropy(logits: Tensor, target: MixedTarget, smoothing: f
         TypeError: If `logits` is no floating tensor, `target` no MixedTarget or `smoothing` no number.
         ValueError: If shapes disagree, `smoothing` is out of range or, on the CPU, a class id is.
     """
-    _check(logits, target, smoothing)
     return _loss(logits, target, smoothing, binary=True)
 
 
 def _loss(logits: Tensor, target: MixedTarget, smoothing: float, binary: bool) -> Tensor:
+    _check(logits, target, smoothing)
     if target.classes is not None:
         weights = target.source_weights().to(_loss_dtype(logits)) * (smoothing - 1)
         return _MixtureLoss.apply(logits, target.classes, weights, smoothing, binary)
