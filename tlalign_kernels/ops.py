@@ -241,7 +241,7 @@ def _attention_backward_fake(
 ):  # fmt: skip
     # Gradients lie as (B, N, H, D), like the linear layers that made query, key and value.
     grads = [
-        tensor.new_empty((tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3])).transpose(1, 2)
+        torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         for tensor in (query, key, value)
     ]
     return *grads, _empty_grad_bias(query, bias, needs_grad_bias)
