@@ -451,13 +451,11 @@ def forward(
 
     Within windows, query, key and value (B, H, Ht * Wt, D) are those of a map, as are the labels (B, Ht, Wt, S).
     """
+    given = _given(inputs.bias, inputs.mask, windows)
+    inputs = _readable(inputs, windows)
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     batch, heads, queries, keys, _ = _sizes(query, key, windows)
     tokens, sources = key.shape[2], 0 if share is None else share.shape[-1]
-    bias, mask = _readable(bias), _readable(mask)
-    given = _given(bias, mask, windows)
-    if windows is not None:
-        bias = _arranged(bias, query, windows)
     fused = sources if sources <= MAX_FUSED_SOURCES else 0
     parts = 1 if query.dtype == torch.float32 else 3
     has_offsets = bias is not None or mask is not None
@@ -467,10 +465,8 @@ def forward(
     (config,) = _chosen(forward_configs, shape, heads, *given, dropout_p, windows, sources)
     grid = _blocks(queries, config.tiles["BLOCK_Q"]) * batch
     parts_row = _padded_keys(config.tiles, keys)
-    sizes = (heads, queries, keys)
     strides = (*_strides(query, key, value), *_offset_strides(bias, mask))
-    factor = _factor(scale, has_offsets)
-    numbers = (factor, *_dropout(dropout_p))
+    numbers = (_factor(scale, has_offsets), *_dropout(dropout_p))
     # The kernels for few keys are made for one length: what it is padded by, and whether a load needs a mask, are
     # constants.
     constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
@@ -504,7 +500,7 @@ def forward(
                 )
             else:
                 kernels.attention_forward_stream[(grid * heads,)](
-                    *tensors, head_share, *strides, *sizes, *numbers, **how
+                    *tensors, head_share, *strides, heads, queries, keys, *numbers, **how
                 )
             if fused:
                 kernels.average_heads[(_blocks(queries, 64) * batch,)](
@@ -513,19 +509,35 @@ def forward(
                     num_warps=2, **_FUSED,
                 )  # fmt: skip
         if sources > fused:
-            inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
-            # In float32, blocks of columns of any head pass by: three products of TF32 take many registers.
-            is_float = query.dtype == torch.float32
-            kernels.dense_share[(_blocks(queries, 32) * batch,)](
-                query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
-                *_strides(query, key), *_offset_strides(bias, mask),
-                *sizes, sources, factor, **_rows(query=query, key=key), **_columns(query, True),
-                **_kinds(bias, mask, windows), PRECISION=_precision(query.device),
-                NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
-                BLOCK_Q=32, TILE=32, LABELS=32, num_warps=8, num_stages=2 if is_float else 3,
-                **_FUSED,
-                **({"maxnreg": ALL_REGISTERS} if is_float and not torch.version.hip else {}),
-            )  # fmt: skip
+            _mix_dense_labels(inputs, share, residual, share_out, log_sum_exp, windows, pad_qkv)
+
+
+def _mix_dense_labels(
+    inputs: Inputs,
+    share: Tensor,
+    residual: Tensor | None,
+    share_out: Tensor,
+    log_sum_exp: Tensor,
+    windows: Windows | None,
+    pad_qkv: Tensor | None,
+) -> None:
+    """Computes mean_h(A).share of many sources in a pass of its own; `inputs` are `_readable`."""
+    query, key, _, bias, mask, _, scale, _ = inputs
+    batch, heads, queries, keys, _ = _sizes(query, key, windows)
+    inverse = _inverse(inputs, log_sum_exp, windows, pad_qkv)
+    # In float32, blocks of columns of any head pass by: three products of TF32 take many registers.
+    is_float = query.dtype == torch.float32
+    kernels.dense_share[(_blocks(queries, 32) * batch,)](
+        query, key, pad_qkv, bias, mask, log_sum_exp, inverse, share, residual, share_out,
+        *_strides(query, key), *_offset_strides(bias, mask),
+        heads, queries, keys, share.shape[-1], _factor(scale, bias is not None or mask is not None),
+        **_rows(query=query, key=key), **_columns(query, True),
+        **_kinds(bias, mask, windows), PRECISION=_precision(query.device),
+        NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
+        BLOCK_Q=32, TILE=32, LABELS=32, num_warps=8, num_stages=2 if is_float else 3,
+        **_FUSED,
+        **({"maxnreg": ALL_REGISTERS} if is_float and not torch.version.hip else {}),
+    )  # fmt: skip
 
 
 def backward(
@@ -545,19 +557,17 @@ def backward(
 
     Within windows, grad_output (B, Ht * Wt, H, D) and the gradients of query, key and value are those of a map.
     """
+    given = _given(inputs.bias, inputs.mask, windows)
+    inputs = _readable(inputs, windows)
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
     grad_output = unit_last_stride(grad_output.to(query.dtype).transpose(1, 2))
-    bias, mask = _readable(bias), _readable(mask)
-    given = _given(bias, mask, windows)
-    if windows is not None:
-        bias = _arranged(bias, query, windows)
     has_offsets = bias is not None or mask is not None
     shape = _shape_of(query, key, has_offsets, windows)
     config, *of_keys = _chosen(backward_configs, shape, heads, *given, dropout_p, windows, 0)
     factor, dropout = _factor(scale, has_offsets), _dropout(dropout_p)
     with _device_of(query):
-        inverse = _inverse(query, key, bias, mask, log_sum_exp, scale, windows, pad_qkv)
+        inverse = _inverse(inputs, log_sum_exp, windows, pad_qkv)
         is_head = config.kernel == "attention_backward_head"
         # One program a head keeps them to itself, unless the bias wants them.
         row_terms = None if is_head and grad_bias is None else torch.empty_like(log_sum_exp)
@@ -680,17 +690,9 @@ def _arranged(bias: Tensor | None, query: Tensor, windows: Windows) -> Tensor | 
     return arranged
 
 
-def _inverse(
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    log_sum_exp: Tensor,
-    scale: float,
-    windows: Windows | None,
-    pad_qkv: Tensor | None,
-) -> Tensor | None:
+def _inverse(inputs: Inputs, log_sum_exp: Tensor, windows: Windows | None, pad_qkv: Tensor | None) -> Tensor | None:
     """What makes up for the rounding of a large log-sum-exp; bfloat16 itself rounds more than that."""
+    query, key, _, bias, mask, _, scale, _ = inputs
     if query.dtype == torch.bfloat16:
         return None
     batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
@@ -733,8 +735,17 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _readable(offsets: Tensor | None) -> Tensor | None:
-    """A bias or mask as the kernels read it: bytes instead of bool, float32 instead of float64."""
+def _readable(inputs: Inputs, windows: Windows | None) -> Inputs:
+    """The same with bias and mask as the kernels read them, see `_arranged` for windows."""
+    query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
+    bias, mask = _readable_offsets(bias), _readable_offsets(mask)
+    if windows is not None:
+        bias = _arranged(bias, query, windows)
+    return Inputs(query, key, value, bias, mask, dropout_seed, scale, dropout_p)
+
+
+def _readable_offsets(offsets: Tensor | None) -> Tensor | None:
+    """Bytes instead of bool, float32 instead of float64."""
     if offsets is None:
         return None
     if offsets.dtype == torch.bool:
