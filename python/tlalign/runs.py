@@ -209,7 +209,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 def log_row(record: EpochRecord) -> str:
     """A line of the log, from which `read_log` makes the same record."""
     line = io.StringIO(newline="")
-    csv.writer(line).writerow("" if value is None else value for value in dataclasses.astuple(record))
+    csv.writer(line).writerow(dataclasses.astuple(record))
     return line.getvalue()
 
 

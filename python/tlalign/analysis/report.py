@@ -475,4 +475,4 @@ def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(head)
-        writer.writerows(["" if value is None else value for value in row] for row in rows)
+        writer.writerows(rows)
