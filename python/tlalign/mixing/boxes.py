@@ -98,10 +98,9 @@ class CutMix(BoxStrategy):
         seed: int = 0,
     ) -> None:
         super().__init__(prob, mode, seed)
-        check_not_negative("alpha", alpha)
+        self.alpha = check_not_negative("alpha", alpha)
         if alpha == 0 and minmax is None:
             raise ValueError("alpha: expected more than 0 unless minmax is given, got 0")
-        self.alpha = float(alpha)
         self.minmax = check_minmax("minmax", minmax)
         self.box_grid = check_box_grid(box_grid)
 
@@ -156,14 +155,11 @@ class MixUpCutMix(BoxStrategy):
         seed: int = 0,
     ) -> None:
         super().__init__(prob, mode, seed)
-        check_not_negative("mixup_alpha", mixup_alpha)
-        check_not_negative("cutmix_alpha", cutmix_alpha)
-        check_probability("switch_prob", switch_prob)
-        self.mixup_alpha = float(mixup_alpha)
-        self.cutmix_alpha = float(cutmix_alpha)
+        self.mixup_alpha = check_not_negative("mixup_alpha", mixup_alpha)
+        self.cutmix_alpha = check_not_negative("cutmix_alpha", cutmix_alpha)
+        self.switch_prob = check_probability("switch_prob", switch_prob)
         self.cutmix_minmax = check_minmax("cutmix_minmax", cutmix_minmax)
         self.box_grid = check_box_grid(box_grid)
-        self.switch_prob = float(switch_prob)
         self.averages_pixels = self.mixup_alpha > 0
         self.cuts_boxes = self.cutmix_alpha > 0 or self.cutmix_minmax is not None
         if not (self.averages_pixels or self.cuts_boxes):

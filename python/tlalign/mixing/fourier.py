@@ -29,8 +29,7 @@ class FMix(MaskStrategy):
     ) -> None:
         super().__init__(prob, mode, seed)
         self.alpha = check_positive("alpha", alpha)
-        check_not_negative("decay", decay)
-        self.decay = float(decay)
+        self.decay = check_not_negative("decay", decay)
 
     def _draw(self, count: int, image_size: tuple[int, int]) -> np.ndarray:
         pixels = math.prod(image_size)

@@ -77,15 +77,15 @@ class PuzzleMix(MixingStrategy):
                 "saliency: expected a callable that gives the saliency of images and classes, such as "
                 f"GradientSaliency(model), got {type(saliency).__name__}"
             )
-        for name, value in (("beta", beta), ("gamma", gamma), ("eta", eta), ("xi", 0.0 if xi is None else xi)):
-            check_not_negative(name, value)
+        self.beta = check_not_negative("beta", beta)
+        self.gamma = check_not_negative("gamma", gamma)
+        self.eta = check_not_negative("eta", eta)
+        self.xi = None if xi is None else check_not_negative("xi", xi)
         if gamma > 1:
             raise ValueError(f"gamma: expected a number in [0, 1], beyond which a cut finds no minimum, got {gamma}")
         _scipy()
         self.saliency = saliency
         self.alpha = check_positive("alpha", alpha)
-        self.beta, self.gamma, self.eta = float(beta), float(gamma), float(eta)
-        self.xi = None if xi is None else float(xi)
         self._moves: tuple[Tensor, Tensor] | None = None
 
     def _mix(

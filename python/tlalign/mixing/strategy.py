@@ -36,10 +36,9 @@ class MixingStrategy(ABC):
     averages_pixels = False  # whether it needs images of a floating dtype
 
     def __init__(self, prob: float = 1.0, mode: Mode = "batch", seed: int = 0) -> None:
-        check_probability("prob", prob)
+        self.prob = check_probability("prob", prob)
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-        self.prob = float(prob)
         self.mode = mode
         self.reseed(seed)
 
@@ -250,18 +249,20 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
-def check_not_negative(name: str, value: float) -> None:
-    """Raises unless `value` is a finite number of at least 0."""
+def check_not_negative(name: str, value: float) -> float:
+    """Returns `value` as a float; raises unless it is a finite number of at least 0."""
     check_number(name, value)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    return float(value)
 
 
-def check_probability(name: str, value: float) -> None:
-    """Raises unless `value` is a number in [0, 1]."""
+def check_probability(name: str, value: float) -> float:
+    """Returns `value` as a float; raises unless it is a number in [0, 1]."""
     check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    return float(value)
 
 
 def check_positive(name: str, value: float) -> float:
