@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tlalign.mixing import MixingStrategy
-from tlalign.mixing.patches import check_patch_size, patch_grid
+from tlalign.mixing.patches import patch_grid
+from tlalign.mixing.strategy import check_integer
 from tlalign_kernels import MixedTarget
 
 
@@ -24,7 +25,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, patch_size: int = 16) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.patch_size = check_patch_size(patch_size)
+        self.patch_size = check_integer("patch_size", patch_size, least=1)
 
     def activation(self, images: Tensor) -> Tensor:
         """Mean over channels of the last feature map, as `AttentiveCutMix` takes it.

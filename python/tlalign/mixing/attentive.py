@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tlalign.mixing.masks import mix_masked
-from tlalign.mixing.strategy import MixingStrategy, Mode, cell_of_pixel, is_integer, to_device
+from tlalign.mixing.strategy import MixingStrategy, Mode, cell_of_pixel, check_integer, to_device
 from tlalign_kernels.labels import MixedTarget
 
 
@@ -46,12 +46,8 @@ class AttentiveCutMix(MixingStrategy):
                 "activation: expected a callable that gives the activation of images by a pretrained network, such as "
                 f"tlalign.teacher.Teacher(model).activation, got {type(activation).__name__}; no weights are shipped"
             )
-        if not is_integer(count):
-            raise TypeError(f"count: expected an int, got {type(count).__name__}")
-        if count < 1:
-            raise ValueError(f"count: expected at least 1, got {count}")
         self.activation = activation
-        self.count = int(count)
+        self.count = check_integer("count", count, least=1)
 
     def _mix(
         self, images: Tensor, classes: Tensor, draw_index: np.ndarray, chosen: np.ndarray

@@ -12,12 +12,12 @@ from torch import Tensor
 from tlalign.mixing.strategy import (
     MixingStrategy,
     Mode,
+    check_integer,
     check_not_negative,
     check_number,
     check_positive,
     check_probability,
     draw_ratios,
-    is_integer,
     to_device,
 )
 from tlalign_kernels.labels import MixedTarget, box_masks
@@ -102,7 +102,7 @@ class CutMix(BoxStrategy):
         if alpha == 0 and minmax is None:
             raise ValueError("alpha: expected more than 0 unless minmax is given, got 0")
         self.minmax = check_minmax("minmax", minmax)
-        self.box_grid = check_box_grid(box_grid)
+        self.box_grid = check_integer("box_grid", box_grid, least=1, or_none=True)
 
     def _draw(self, count: int, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         boxes = draw_boxes(self.generator, count, image_size, self.alpha, self.minmax, self.box_grid)
@@ -159,7 +159,7 @@ class MixUpCutMix(BoxStrategy):
         self.cutmix_alpha = check_not_negative("cutmix_alpha", cutmix_alpha)
         self.switch_prob = check_probability("switch_prob", switch_prob)
         self.cutmix_minmax = check_minmax("cutmix_minmax", cutmix_minmax)
-        self.box_grid = check_box_grid(box_grid)
+        self.box_grid = check_integer("box_grid", box_grid, least=1, or_none=True)
         self.averages_pixels = self.mixup_alpha > 0
         self.cuts_boxes = self.cutmix_alpha > 0 or self.cutmix_minmax is not None
         if not (self.averages_pixels or self.cuts_boxes):
@@ -302,14 +302,3 @@ def check_minmax(name: str, value: Sequence[float] | None) -> tuple[float, float
     if not 0 <= value[0] < value[1] <= 1:
         raise ValueError(f"{name}: expected (least, greatest) with 0 <= least < greatest <= 1, got {tuple(value)}")
     return float(value[0]), float(value[1])
-
-
-def check_box_grid(value: int | None) -> int | None:
-    """Returns `value`; raises unless it is None or a positive int."""
-    if value is None:
-        return None
-    if not is_integer(value):
-        raise TypeError(f"box_grid: expected None or an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"box_grid: expected at least 1, got {value}")
-    return int(value)

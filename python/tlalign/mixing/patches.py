@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tlalign.mixing.masks import MaskStrategy, enlarge
-from tlalign.mixing.strategy import Mode, check_number, check_positive, draw_ratios, is_integer
+from tlalign.mixing.strategy import Mode, check_integer, check_number, check_positive, draw_ratios
 
 # The papers' grid: 224 x 224 pixels in patches of 16.
 _PATCHES = 14 * 14
@@ -33,7 +33,7 @@ class RandomPatches(MaskStrategy):
         self, patch_size: int = 16, alpha: float = 1.0, prob: float = 1.0, mode: Mode = "batch", seed: int = 0
     ) -> None:
         super().__init__(prob, mode, seed)
-        self.patch_size = check_patch_size(patch_size)
+        self.patch_size = check_integer("patch_size", patch_size, least=1)
         self.alpha = check_positive("alpha", alpha)
 
     def _draw(self, count: int, image_size: tuple[int, int]) -> np.ndarray:
@@ -80,13 +80,9 @@ class BlockWise(MaskStrategy):
         check_number("min_aspect", min_aspect)
         if not 0 < min_aspect <= 1:
             raise ValueError(f"min_aspect: expected more than 0 and at most 1, got {min_aspect}")
-        if min_patches is not None and not is_integer(min_patches):
-            raise TypeError(f"min_patches: expected None or an int, got {type(min_patches).__name__}")
-        if min_patches is not None and min_patches < 1:
-            raise ValueError(f"min_patches: expected at least 1, got {min_patches}")
-        self.patch_size = check_patch_size(patch_size)
+        self.min_patches = check_integer("min_patches", min_patches, least=1, or_none=True)
+        self.patch_size = check_integer("patch_size", patch_size, least=1)
         self.alpha = check_positive("alpha", alpha)
-        self.min_patches = min_patches
         self.min_aspect = float(min_aspect)
 
     def _draw(self, count: int, image_size: tuple[int, int]) -> np.ndarray:
@@ -174,12 +170,3 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
             f"{patch_size} for images of {image_size}"
         )
     return image_size[0] // patch_size, image_size[1] // patch_size
-
-
-def check_patch_size(value: int) -> int:
-    """Returns `value`; raises unless it is a positive int."""
-    if not is_integer(value):
-        raise TypeError(f"patch_size: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"patch_size: expected at least 1, got {value}")
-    return int(value)

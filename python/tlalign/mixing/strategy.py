@@ -54,13 +54,9 @@ class MixingStrategy(ABC):
             step: Number of the batch, >= 0.
             rank: Rank of the process, >= 0.
         """
-        for name, value in (("seed", seed), ("step", step), ("rank", rank)):
-            if not is_integer(value):
-                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-            if value < 0:
-                raise ValueError(f"{name}: expected at least 0, got {value}")
+        checked = [check_integer(name, value, 0) for name, value in (("seed", seed), ("step", step), ("rank", rank))]
         # A spawn key, not more entropy: numpy pads entropy with zeros, so that seeds [1] and [1, 0] would be the same.
-        self._start(int(seed), int(step), int(rank))
+        self._start(*checked)
 
     def _start(self, seed: int, *key: int) -> None:
         sequence = np.random.SeedSequence(seed, spawn_key=(_STREAM, *key))
@@ -273,6 +269,12 @@ def check_positive(name: str, value: float) -> float:
     return float(value)
 
 
-def is_integer(value: object) -> bool:
-    """Whether `value` is an integer, bool excluded."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+def check_integer(name: str, value: int | None, least: int, or_none: bool = False) -> int | None:
+    """Returns `value` as an int; raises unless it is one of at least `least`, bool excluded, or None if it may be."""
+    if or_none and value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected {'None or ' if or_none else ''}an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
