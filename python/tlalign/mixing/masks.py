@@ -50,11 +50,3 @@ def mix_masked(images: Tensor, classes: Tensor, masks: Tensor) -> tuple[Tensor, 
     """
     masks = masks[:, None]
     return torch.where(masks, images.flip(0), images), MixedTarget.from_masks(classes, masks.float())
-
-
-def enlarge(cells: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Gives each pixel the value of the cell that it lies in, of (n, h, w) cells of equal size: (n, Hi, Wi)."""
-    rows, columns = (
-        np.arange(pixels) * side // pixels for pixels, side in zip(image_size, cells.shape[1:], strict=True)
-    )
-    return cells[:, rows[:, None], columns[None, :]]

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tlalign.mixing.masks import MaskStrategy, enlarge
+from tlalign.mixing.masks import MaskStrategy
 from tlalign.mixing.strategy import Mode, check_integer, check_number, check_positive, draw_ratios
 
 # The papers' grid: 224 x 224 pixels in patches of 16.
@@ -42,7 +42,8 @@ class RandomPatches(MaskStrategy):
         taken = np.floor(draw_ratios(self.generator, count, self.alpha) * patches).astype(np.int64)
         # Ranks of random numbers: each subset of a size is equally likely.
         rank = self.generator.random((count, patches)).argsort(axis=1).argsort(axis=1)
-        return enlarge((rank < taken[:, None]).reshape(count, *grid), image_size)
+        masks = (rank < taken[:, None]).reshape(count, *grid)
+        return masks.repeat(self.patch_size, axis=1).repeat(self.patch_size, axis=2)
 
 
 class BlockWise(MaskStrategy):
@@ -90,8 +91,8 @@ class BlockWise(MaskStrategy):
         least = self.min_patches
         if least is None:
             least = max(1, round(self.min_part * math.prod(grid)))
-        masks = [self._draw_blocks(ratio, least, grid) for ratio in self._draw_parts(count)]
-        return enlarge(np.stack(masks), image_size)
+        masks = np.stack([self._draw_blocks(ratio, least, grid) for ratio in self._draw_parts(count)])
+        return masks.repeat(self.patch_size, axis=1).repeat(self.patch_size, axis=2)
 
     def _draw_parts(self, count: int) -> np.ndarray:
         """Draws which part of the patches each mask shall cover, (n,)."""
