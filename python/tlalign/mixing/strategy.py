@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from tlalign_kernels.labels import MixedTarget
 
 Mode = Literal["batch", "pair", "elem"]
-MODES = ("batch", "pair", "elem")
+MODES = get_args(Mode)
 
 # Added to the seed, so that another generator made of the same seed, step and rank (augmentation, say) is independent.
 _STREAM = int.from_bytes(b"mix", "big")
