@@ -132,17 +132,16 @@ def _place(path: Path) -> str:
     return path.name.rpartition("-")[0]
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU; one from anywhere runs no code."""
+def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint onto a device; one from anywhere runs no code."""
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
     """What a checkpoint of timm or tlalign says beside its tensors; nothing if the file is something else."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="meta", weights_only=True)
+        content = load_checkpoint(path, device="meta")
     except Exception:  # files that are something else have errors of many classes
         return {}
     return content if isinstance(content, dict) else {}
