@@ -312,7 +312,7 @@ class Comparison:
             top1_mean=statistics.mean(top1),
             top1_std=statistics.stdev(top1) if len(top1) > 1 else None,
             images_per_second=max(each.images_per_second for each in epochs),
-            step_seconds=min(each.data_seconds + each.forward_seconds + each.backward_seconds for each in epochs),
+            step_seconds=min(each.step_seconds for each in epochs),
             compute_seconds=min(each.forward_seconds + each.backward_seconds for each in epochs),
             peak_memory=max(each.peak_memory for each in epochs),
             ratio_change=statistics.mean(changes) if changes else None,

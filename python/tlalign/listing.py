@@ -92,9 +92,7 @@ class Run:
             row["ratio_change"] = self.records[-1].ratio_change
             # Medians: the first epoch warms up.
             row["images_per_second"] = statistics.median(record.images_per_second for record in self.records)
-            row["step_seconds"] = statistics.median(
-                record.data_seconds + record.forward_seconds + record.backward_seconds for record in self.records
-            )
+            row["step_seconds"] = statistics.median(record.step_seconds for record in self.records)
         return row
 
 

@@ -72,6 +72,11 @@ class EpochRecord:
     ratio_shift: float | None = None
 
     @property
+    def step_seconds(self) -> float:
+        """Mean time of a step."""
+        return self.data_seconds + self.forward_seconds + self.backward_seconds
+
+    @property
     def metric(self) -> float:
         """What checkpoints are ranked by: top-1 of the averaged weights, which timm prefers to load, if there are."""
         return self.top1 if self.top1_ema is None else self.top1_ema
