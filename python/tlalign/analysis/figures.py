@@ -22,6 +22,7 @@ _CUTMIX = {"color": "#7f7f7f", "linestyle": "--", "label": "CutMix"}
 _TRANSMIX = {"color": "#e69f00", "linestyle": ":", "marker": "^", "label": "TransMix"}
 _ALIGNED = {"color": "#0072b2", "linestyle": "-", "marker": "o", "label": "TL-Align"}
 _REFERENCE = {"color": "black", "linestyle": "-.", "marker": "s", "markerfacecolor": "white", "label": "by similarity"}
+_STYLES = {style["label"]: style for style in (_CUTMIX, _TRANSMIX, _ALIGNED, _REFERENCE)}
 _KEPT = {"color": "#7f7f7f", "linestyle": "--", "label": "as before"}
 # What matplotlib calls these quantiles of a box.
 _BOX = ("whislo", "q1", "med", "q3", "whishi")
@@ -31,15 +32,8 @@ _TRAINED, _RANDOM = "#0072b2", "#c8c8c8"
 def draw_ratio_by_layer(ratios: MixingRatios, path: Path) -> None:
     """Mean mixing ratio of the images after each layer, by each method and by similarity."""
     figure, axis = _chart()
-    layers = np.arange(1, ratios.aligned.shape[1] + 1)
-    for style, values in (
-        (_CUTMIX, ratios.cutmix.mean().expand(len(layers))),
-        (_TRANSMIX, None if ratios.transmix is None else ratios.transmix.mean().expand(len(layers))),
-        (_ALIGNED, ratios.aligned.mean(dim=0)),
-        (_REFERENCE, ratios.reference.nanmean(dim=0)),
-    ):
-        if values is not None:
-            axis.plot(layers, values, **style)
+    for name, values in image_ratios(ratios).items():
+        axis.plot(np.arange(1, len(values) + 1), values, **_STYLES[name])
     axis.set(xlabel="after block", ylabel="mixing ratio, mean of the images")
     axis.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _save(figure, path)
@@ -47,8 +41,7 @@ def draw_ratio_by_layer(ratios: MixingRatios, path: Path) -> None:
 
 def draw_image_error(ratios: MixingRatios, path: Path) -> None:
     """How far the ratio of an image is from the reference after each layer, by each method."""
-    styles = {"CutMix": _CUTMIX, "TransMix": _TRANSMIX, "TL-Align": _ALIGNED}
-    _draw_error([(styles[name], values) for name, values in image_errors(ratios).items()], path)
+    _draw_error([(_STYLES[name], values) for name, values in image_errors(ratios).items()], path)
 
 
 def draw_patch_error(ratios: MixingRatios, path: Path) -> None:
@@ -57,12 +50,15 @@ def draw_patch_error(ratios: MixingRatios, path: Path) -> None:
     _draw_error([(kept, ratios.kept_error.nanmean(dim=0)), (_ALIGNED, ratios.aligned_error.nanmean(dim=0))], path)
 
 
+def image_ratios(ratios: MixingRatios) -> dict[str, Tensor]:
+    """Mean mixing ratio of the images after each layer, (L,), by each method and by similarity."""
+    means = {name: values.mean(dim=0).expand(ratios.aligned.shape[1]) for name, values in _by_method(ratios).items()}
+    return means | {"by similarity": ratios.reference.nanmean(dim=0)}
+
+
 def image_errors(ratios: MixingRatios) -> dict[str, Tensor]:
     """Mean |ratio - reference| of the images after each layer, (L,), of each method."""
-    constants = {"CutMix": ratios.cutmix, "TransMix": ratios.transmix}
-    methods = {name: values[:, None] for name, values in constants.items() if values is not None}
-    methods["TL-Align"] = ratios.aligned
-    return {name: (values - ratios.reference).abs().nanmean(dim=0) for name, values in methods.items()}
+    return {name: (values - ratios.reference).abs().nanmean(dim=0) for name, values in _by_method(ratios).items()}
 
 
 def draw_token_paths(image: Tensor, box: Sequence[int], paths: TokenPaths, path: Path) -> None:
@@ -215,6 +211,13 @@ def draw_rollout(images: np.ndarray, rollout: Rollout, head: str, path: Path) ->
     bar = figure.colorbar(shown, ax=axes[1:, :], aspect=18, pad=0.02)
     bar.set_label("weight of a token\n(1: all alike)")
     _save(figure, path)
+
+
+def _by_method(ratios: MixingRatios) -> dict[str, Tensor]:
+    """Ratios of the images by each method, (M, L), or (M, 1) where they are the same after each layer."""
+    constants = {"CutMix": ratios.cutmix, "TransMix": ratios.transmix}
+    methods = {name: values[:, None] for name, values in constants.items() if values is not None}
+    return methods | {"TL-Align": ratios.aligned}
 
 
 def _draw_error(lines: Sequence[tuple[dict[str, Any], Tensor]], path: Path) -> None:

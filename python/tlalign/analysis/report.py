@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -170,40 +171,19 @@ def _map_layers(config: AnalyzeConfig, shares: Sequence[Tensor]) -> Sequence[int
 
 def _mixing_ratio(subject: Subject, first: FirstBatch, ratios: MixingRatios, folder: Path) -> Section:
     errors = figures.image_errors(ratios)
-    columns = {
-        "cutmix": ratios.cutmix.mean().expand(ratios.aligned.shape[1]),
-        "transmix": None if ratios.transmix is None else ratios.transmix.mean().expand(ratios.aligned.shape[1]),
-        "tl_align": ratios.aligned.mean(dim=0),
-        "by_similarity": ratios.reference.nanmean(dim=0),
-        **{f"error_{name.lower().replace('-', '_')}": values for name, values in errors.items()},
-        "patch_error_kept": ratios.kept_error.nanmean(dim=0),
-        "patch_error_tl_align": ratios.aligned_error.nanmean(dim=0),
-    }
-    columns = {name: values.tolist() for name, values in columns.items() if values is not None}
-    rows = [(layer + 1, *(values[layer] for values in columns.values())) for layer in range(ratios.aligned.shape[1])]
-    _write_csv(folder / "mixing_ratio.csv", ("block", *columns), rows)
-    index, paths = token_paths(subject.model, *first)
-    by_token = torch.stack((paths.kept, paths.aligned, paths.reference), dim=2).tolist()
-    _write_csv(
-        folder / "token_ratios.csv",
-        ("token", "y", "x", "block", "before", "tl_align", "by_similarity"),
-        [
-            (name, *place, block, *values)
-            for name, place, layers in zip(paths.names, paths.places.tolist(), by_token, strict=True)
-            for block, values in enumerate(layers, start=1)
-        ],
+    patch_errors = {"kept": ratios.kept_error.nanmean(dim=0), "TL-Align": ratios.aligned_error.nanmean(dim=0)}
+    of_methods = _columns("", figures.image_ratios(ratios))
+    of_images, of_patches = _columns("error_", errors), _columns("patch_error_", patch_errors)
+    columns = of_methods | of_images | of_patches
+    head = ("block", *columns)
+    rows = [(block, *values) for block, values in enumerate(zip(*columns.values(), strict=True), start=1)]
+    _write_csv(folder / "mixing_ratio.csv", head, rows)
+    by_layer, by_image, by_patch = (
+        folder / f"{name}.png" for name in ("ratio_by_layer", "ratio_error", "ratio_error_patches")
     )
-    batch = first.batch
-    names = ("ratio_by_layer", "ratio_error", "ratio_error_patches", "ratio_tokens")
-    pictures = [folder / f"{name}.png" for name in names]
-    figures.draw_ratio_by_layer(ratios, pictures[0])
-    figures.draw_image_error(ratios, pictures[1])
-    figures.draw_patch_error(ratios, pictures[2])
-    box = batch.target.boxes[index, 0].tolist()
-    figures.draw_token_paths(subject.pixels(batch.mixed[index : index + 1])[0], box, paths, pictures[3])
-    methods = ("cutmix", "transmix", "tl_align", "by_similarity")
-    of_images = [name for name in columns if name.startswith("error")]
-    of_patches = [name for name in columns if name.startswith("patch_error")]
+    figures.draw_ratio_by_layer(ratios, by_layer)
+    figures.draw_image_error(ratios, by_image)
+    figures.draw_patch_error(ratios, by_patch)
     last = ", ".join(f"{name} {values[-1]:.3f}" for name, values in errors.items())
     without = "" if ratios.transmix is not None else " TransMix needs a class token in the last block; here is none."
     return Section(
@@ -220,27 +200,46 @@ def _mixing_ratio(subject: Subject, first: FirstBatch, ratios: MixingRatios, fol
         ],
         [
             Picture(
-                pictures[0],
-                _alt("Mixing ratio by block", columns, methods),
+                by_layer,
+                _alt("Mixing ratio by block", of_methods),
                 f"Mean of {len(ratios.cutmix)} mixed images ({_name_of_image(subject.model)}).",
             ),
             Picture(
-                pictures[1],
-                _alt("Distance of an image's ratio from the reference by block", columns, of_images),
+                by_image,
+                _alt("Distance of an image's ratio from the reference by block", of_images),
                 "How far each method is from the reference, mean over images.",
             ),
             Picture(
-                pictures[2],
-                _alt("Distance of a patch's ratio from the reference by block", columns, of_patches),
+                by_patch,
+                _alt("Distance of a patch's ratio from the reference by block", of_patches),
                 "The same for single patches, mean over patches and images.",
             ),
-            Picture(
-                pictures[3],
-                f"A mixed image with three numbered tokens, and the ratio of each by block: {', '.join(paths.names)}.",
-                "Three tokens of one image; where tokens are merged, the one that each became.",
-            ),
+            _token_ratios(subject, first, folder),
         ],
-        [Table("mixing_ratio.csv: means over images", ("block", *columns), rows)],
+        [Table("mixing_ratio.csv: means over images", head, rows)],
+    )
+
+
+def _token_ratios(subject: Subject, first: FirstBatch, folder: Path) -> Picture:
+    """Draws the ratios of single tokens, and writes their numbers."""
+    index, paths = token_paths(subject.model, *first)
+    by_token = torch.stack((paths.kept, paths.aligned, paths.reference), dim=2).tolist()
+    _write_csv(
+        folder / "token_ratios.csv",
+        ("token", "y", "x", "block", "before", "tl_align", "by_similarity"),
+        [
+            (name, *place, block, *values)
+            for name, place, layers in zip(paths.names, paths.places.tolist(), by_token, strict=True)
+            for block, values in enumerate(layers, start=1)
+        ],
+    )
+    path, batch = folder / "ratio_tokens.png", first.batch
+    box = batch.target.boxes[index, 0].tolist()
+    figures.draw_token_paths(subject.pixels(batch.mixed[index : index + 1])[0], box, paths, path)
+    return Picture(
+        path,
+        f"A mixed image with three numbered tokens, and the ratio of each by block: {', '.join(paths.names)}.",
+        "Three tokens of one image; where tokens are merged, the one that each became.",
     )
 
 
@@ -456,10 +455,15 @@ def _name_of_image(model: nn.Module) -> str:
     return "mean of the tokens"
 
 
-def _alt(what: str, columns: dict[str, list[float]], names: Iterable[str]) -> str:
+def _columns(prefix: str, lines: dict[str, Tensor]) -> dict[str, list[float]]:
+    """The lines of a chart, (L,) each, by the names that they have as columns of a table."""
+    return {prefix + re.sub(r"\W", "_", name.lower()): values.tolist() for name, values in lines.items()}
+
+
+def _alt(what: str, lines: dict[str, list[float]]) -> str:
     """Describes the lines of a chart by their ends."""
-    lines = [f"{name} from {columns[name][0]:.3f} to {columns[name][-1]:.3f}" for name in names if name in columns]
-    return f"{what}: {', '.join(lines)}."
+    ends = [f"{name} from {values[0]:.3f} to {values[-1]:.3f}" for name, values in lines.items()]
+    return f"{what}: {', '.join(ends)}."
 
 
 def _shown_batches(console: Console, what: str, subject: Subject) -> Iterator[MixedBatch]:
