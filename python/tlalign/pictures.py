@@ -76,28 +76,15 @@ def draw_token_labels(
         # Aligned in no block, labels stay what they were before the first one.
         _, before = following(model, layers=[])(mixed, target=target, collect_layers=True)
         _, aligned = followed(mixed, target=target, collect_layers=True)
-    shares, after = aligned.layer_shares, "block"
-    if layers is None:
-        layers, after = _last_of_each_size(shares), "stage"
-    layers = sorted({layer % len(shares) for layer in (*layers, -1)})
-    names = [f"after {after} {1 + (layer if after == 'block' else stage)}" for stage, layer in enumerate(layers)]
-    names[-1] = "after alignment" if len(names) == 1 else f"{names[-1]}\n(the last)"
-    rows = [*_ROWS, *(f"token labels\n{name}" for name in names)]
-    shown = {0: before.layer_shares[0], **{layer + 1: shares[layer] for layer in layers}}
+    layer_names = _name_layers(aligned.layer_shares, layers)
+    rows = [*_ROWS, *(f"token labels\n{name}" for name in layer_names.values())]
+    shown = {0: before.layer_shares[0], **{layer + 1: aligned.layer_shares[layer] for layer in layer_names}}
 
     figure = Figure(figsize=(1.45 * len(chosen) + 2.0, 1.5 * len(rows) + 0.8), layout="constrained")
     axes = figure.subplots(len(rows), len(chosen), squeeze=False)
     for axis, label in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(label, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
-    kinds = ((images, _OWN, "-"), (partners, _PARTNER, "--"), (mixed, _OWN, "-"))
-    for row, (content, frame, style) in zip(axes, kinds, strict=False):
-        for axis, picture in zip(row, pixels(content, mean, std), strict=True):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
-            _frame(axis, frame, 2.0, style)
-    for axis, (y0, x0, y1, x1) in zip(axes[2], boxes.tolist(), strict=True):
-        box = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False)
-        box.set(edgecolor=_PARTNER, linewidth=2, linestyle="--")
-        axis.add_patch(box)
+    _draw_images(axes[:3], [pixels(each, mean, std) for each in (images, partners, mixed)], boxes)
     maps = {}
     for row, (blocks, share) in zip(axes[3:], shown.items(), strict=True):
         patches = share.flatten(1, -2)[:, prefix_of(followed, share) :, 0]
@@ -107,14 +94,13 @@ def draw_token_labels(
             colours = draw_shares(axis, of_tokens)
             axis.set_xlabel(f"{ratio:.2f}", fontsize=9, labelpad=2)
             _frame(axis, "black", 0.6)
-    if not class_names:
-        class_names = [str(number) for number in range(int(classes.max()) + 1)]
-    # Names of folders need not be UTF-8, which matplotlib wants, and between dollars it would read a formula.
-    class_names = [str(name).encode(errors="replace").decode() for name in class_names]
-    ratios = zip(target.ratio[:, 0].tolist(), aligned.ratio[:, 0].tolist(), strict=True)
-    for column, (own, partner), (ratio, new_ratio) in zip(axes.T, pairs.tolist(), ratios, strict=True):
-        column[0].set_title(f"{class_names[own]} + {class_names[partner]}", fontsize=11, parse_math=False)
-        column[-1].set_xlabel(f"mixing ratio {ratio:.2f}\n$\\rightarrow$ aligned {new_ratio:.2f}", fontsize=10)
+    for axis, pair in zip(axes[0], pairs.tolist(), strict=True):
+        # Names of folders need not be UTF-8, which matplotlib wants, and between dollars it would read a formula.
+        names = [str(class_names[number] if class_names else number) for number in pair]
+        axis.set_title(" + ".join(names).encode(errors="replace").decode(), fontsize=11, parse_math=False)
+    ratios = torch.cat((target.ratio, aligned.ratio), dim=1).tolist()
+    for axis, (ratio, new_ratio) in zip(axes[-1], ratios, strict=True):
+        axis.set_xlabel(f"mixing ratio {ratio:.2f}\n$\\rightarrow$ aligned {new_ratio:.2f}", fontsize=10)
     bar = figure.colorbar(colours, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
     bar.set_label("share of the partner (dots: over a half)")
     figure.savefig(path, dpi=150)
@@ -136,10 +122,30 @@ def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.nd
     return (images.cpu().float() * scale + offset).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def _last_of_each_size(shares: Sequence[Tensor]) -> list[int]:
-    """Blocks after which the shape of labels changes, and the last."""
-    sizes = [share.shape[1:] for share in shares]
-    return [index for index in range(len(sizes)) if index + 1 == len(sizes) or sizes[index + 1] != sizes[index]]
+def _name_layers(shares: Sequence[Tensor], layers: Sequence[int] | None) -> dict[int, str]:
+    """Blocks after which labels are drawn, see `draw_token_labels`, and what is said of each."""
+    last = len(shares) - 1
+    if layers is None:
+        ends = [index for index in range(last) if shares[index + 1].shape[1:] != shares[index].shape[1:]]
+        names = {layer: f"after stage {stage}" for stage, layer in enumerate([*ends, last], start=1)}
+    else:
+        chosen = sorted({layer % len(shares) for layer in (*layers, -1)})
+        names = {layer: f"after block {layer + 1}" for layer in chosen}
+    names[last] = "after alignment" if len(names) == 1 else f"{names[last]}\n(the last)"
+    return names
+
+
+def _draw_images(axes: np.ndarray, contents: Sequence[np.ndarray], boxes: Tensor) -> None:
+    """Draws images, partners and mixed images in three rows, with the box (y0, x0, y1, x1) of each partner."""
+    frames = ((_OWN, "-"), (_PARTNER, "--"), (_OWN, "-"))
+    for row, content, (colour, style) in zip(axes, contents, frames, strict=True):
+        for axis, picture in zip(row, content, strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            _frame(axis, colour, 2.0, style)
+    for axis, (y0, x0, y1, x1) in zip(axes[2], boxes.tolist(), strict=True):
+        box = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False)
+        box.set(edgecolor=_PARTNER, linewidth=2, linestyle="--")
+        axis.add_patch(box)
 
 
 def _choose(classes: Tensor, image_size: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
