@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import fcntl
 import os
@@ -30,7 +29,7 @@ from tlalign.config import (
 )
 from tlalign.listing import Run, read_run
 from tlalign.progress import ComparisonProgress
-from tlalign.runs import RunFolder, written_whole
+from tlalign.runs import RunFolder, write_csv, written_whole
 from tlalign.signals import StopSignals
 
 # What is compared unless methods are named: those of tables 2 and 7 of the TL-Align paper that need nothing else.
@@ -247,19 +246,15 @@ class Comparison:
         Raises:
             UsageError: If they can't be written.
         """
-        names = [field.name for field in dataclasses.fields(MethodResult)]
+        rows = [
+            dataclasses.asdict(result) | {"top1": " ".join(map(str, result.top1)), "errors": "; ".join(result.errors)}
+            for result in self.results()
+        ]
         try:
             with written_whole(self.output / TABLE_FILE) as unfinished:
                 unfinished.write_text(self.table(), encoding="utf-8", errors="replace")
-            with (
-                written_whole(self.output / CSV_FILE) as unfinished,
-                unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-            ):
-                writer = csv.DictWriter(file, names)
-                writer.writeheader()
-                for result in self.results():
-                    lists = {"top1": " ".join(map(str, result.top1)), "errors": "; ".join(result.errors)}
-                    writer.writerow(dataclasses.asdict(result) | lists)
+            with written_whole(self.output / CSV_FILE) as unfinished:
+                write_csv(unfinished, rows[0].keys(), (row.values() for row in rows))
         except OSError as error:
             raise UsageError(f"output: cannot write the table to {self.output}: {error}") from error
 

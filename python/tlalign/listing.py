@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import statistics
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tlalign.config import CONFIG_FILE, TrainConfig, UsageError, field_names, load_config_file, suggestion
-from tlalign.runs import LOG_FILE, EpochRecord, read_log
+from tlalign.runs import LOG_FILE, EpochRecord, read_log, write_csv
 
 # Headings of the columns that each list has, by their keys; configuration values that differ follow.
 _COLUMNS = {
@@ -180,10 +179,7 @@ class RunTable:
             UsageError: If it can't be written.
         """
         try:
-            with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                writer = csv.DictWriter(file, list(self.columns))
-                writer.writeheader()
-                writer.writerows(self.rows)
+            write_csv(path, self.columns, (row.values() for row in self.rows))
         except OSError as error:
             raise UsageError(f"csv: cannot write {path}: {error}") from error
 

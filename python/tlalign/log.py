@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import os
 import socket
@@ -15,7 +16,7 @@ from torch.utils.tensorboard import RecordWriter
 from torch.utils.tensorboard.summary import histogram, scalar
 
 from tlalign.curves import draw_curves
-from tlalign.runs import CURVES_FILE, LOG_FILE, TENSORBOARD_FOLDER, EpochRecord, log_row, read_log, write_log
+from tlalign.runs import CURVES_FILE, LOG_FILE, TENSORBOARD_FOLDER, EpochRecord, read_log, write_log
 
 # Curves take about a second to draw: with short epochs, not after each one.
 _SECONDS_BETWEEN_CURVES = 60.0
@@ -78,7 +79,7 @@ class RunLog:
         # Before the row, without which a run that continues shows the epoch again.
         self._show_epoch(record, ratio_changes)
         with (self.path / LOG_FILE).open("a", newline="", encoding="utf-8") as file:
-            file.write(log_row(record))
+            csv.writer(file).writerow(dataclasses.astuple(record))
             file.flush()
             os.fsync(file.fileno())
         if self.drawn_epochs == 0 or time.monotonic() - self.last_drawing >= _SECONDS_BETWEEN_CURVES:

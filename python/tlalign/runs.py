@@ -6,13 +6,13 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
-import io
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tlalign.config import CHECKPOINTS_FOLDER, CONFIG_FILE, TrainConfig, UsageError, load_config_file, save_config
 
@@ -192,9 +192,17 @@ def config_beside(checkpoint: Path) -> Path:
 
 def write_log(path: Path, records: Sequence[EpochRecord]) -> None:
     """Writes a log of these rows, in place of one that is there already: all of it or, on an error, nothing."""
-    with written_whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerow(field.name for field in dataclasses.fields(EpochRecord))
-        file.write("".join(log_row(record) for record in records))
+    with written_whole(path) as unfinished:
+        head = [field.name for field in dataclasses.fields(EpochRecord)]
+        write_csv(unfinished, head, map(dataclasses.astuple, records))
+
+
+def write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a table, with all digits of its numbers and nothing for None; names of files in it need not be UTF-8."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerows(rows)
 
 
 @contextlib.contextmanager
@@ -209,13 +217,6 @@ def written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-
-
-def log_row(record: EpochRecord) -> str:
-    """A line of the log, from which `read_log` makes the same record."""
-    line = io.StringIO(newline="")
-    csv.writer(line).writerow(dataclasses.astuple(record))
-    return line.getvalue()
 
 
 def read_log(path: Path) -> list[EpochRecord]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ from tlalign.data import load_data_sets
 from tlalign.evaluation import autocast
 from tlalign.networks import load_weights, set_weights
 from tlalign.pictures import draw_token_labels
-from tlalign.runs import LOG_FILE, config_beside, read_log
+from tlalign.runs import LOG_FILE, config_beside, read_log, write_csv
 
 # A picture of maps has so many images side by side, of the first batch or of some more.
 _COLUMNS, _IMAGES_OF_MAPS = 4, 20
@@ -141,7 +140,7 @@ def _label_maps(subject: Subject, first: FirstBatch, folder: Path) -> Section:
     except ValueError as error:
         section.text.append(f"Not drawn: {error}.")
         return section
-    _write_csv(
+    write_csv(
         folder / "label_maps.csv",
         ("image", "block", "row", "column", "share"),
         [
@@ -177,7 +176,7 @@ def _mixing_ratio(subject: Subject, first: FirstBatch, ratios: MixingRatios, fol
     columns = of_methods | of_images | of_patches
     head = ("block", *columns)
     rows = [(block, *values) for block, values in enumerate(zip(*columns.values(), strict=True), start=1)]
-    _write_csv(folder / "mixing_ratio.csv", head, rows)
+    write_csv(folder / "mixing_ratio.csv", head, rows)
     by_layer, by_image, by_patch = (
         folder / f"{name}.png" for name in ("ratio_by_layer", "ratio_error", "ratio_error_patches")
     )
@@ -224,7 +223,7 @@ def _token_ratios(subject: Subject, first: FirstBatch, folder: Path) -> Picture:
     """Draws the ratios of single tokens, and writes their numbers."""
     index, paths = token_paths(subject.model, *first)
     by_token = torch.stack((paths.kept, paths.aligned, paths.reference), dim=2).tolist()
-    _write_csv(
+    write_csv(
         folder / "token_ratios.csv",
         ("token", "y", "x", "block", "before", "tl_align", "by_similarity"),
         [
@@ -257,7 +256,7 @@ def _target_rmse(
         for name in TABLE_1:
             model = create_subject_of_table_1(name, config, subject.data)
             rows.append((name, model.weights, _rmse(model, f"{name}, {model.weights}", console)))
-    _write_csv(folder / "rmse.csv", ("model", "weights", "rmse"), rows)
+    write_csv(folder / "rmse.csv", ("model", "weights", "rmse"), rows)
     models = folder / "rmse_by_model.png"
     figures.draw_rmse_by_model(rows, models)
     section = Section(
@@ -276,7 +275,7 @@ def _target_rmse(
         )
     if checkpoint is not None:
         logged, measured = _over_training(subject, ratios, checkpoint, untrained, console)
-        _write_csv(
+        write_csv(
             folder / "training.csv",
             ("epoch", "what", "value"),
             [(epoch, "log: training images", value) for epoch, value in logged]
@@ -349,7 +348,7 @@ def _presence(subject: Subject, first: FirstBatch, presence: list[PresenceOfLaye
     ]
     least, greatest = (value.item() for value in convolution.aminmax())
     rows.append(("3 x 3 convolution", least, *quantiles(convolution), greatest, None, spread))
-    _write_csv(folder / "presence.csv", head, rows)
+    write_csv(folder / "presence.csv", head, rows)
     path = folder / "presence.png"
     figures.draw_presence(presence, convolution, path)
     distances = ", ".join(f"{of.distance:.2f}" for of in presence)
@@ -383,7 +382,7 @@ def _rollout(subject: Subject, first: FirstBatch, folder: Path) -> Section:
     head = "attention pool" if pooling_of(subject.model) == "map" else _name_of_image(subject.model)
     figures.draw_rollout(subject.pixels(images), rollout, head, path)
     weights = rollout.head[:, -rows * columns :].cpu()
-    _write_csv(
+    write_csv(
         folder / "rollout.csv",
         ("image", "row", "column", "weight"),
         [
@@ -473,10 +472,3 @@ def _shown_batches(console: Console, what: str, subject: Subject) -> Iterator[Mi
         yield from progress.track(subject.mixed(), total=total, description=what)
     if not console.is_terminal:
         console.print(f"{what}: {time.monotonic() - start:.1f} s", highlight=False, soft_wrap=True)
-
-
-def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(head)
-        writer.writerows(rows)
