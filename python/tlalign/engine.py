@@ -159,7 +159,7 @@ class Trainer:
         if config.aligns:
             align_targets(self.model, config)
         if config.labels_tokens:
-            self._check_token_labels(self.num_classes)
+            self._check_token_labels()
         if config.grad_checkpointing:
             self._checkpoint_activations()
         if config.channels_last:
@@ -368,11 +368,11 @@ class Trainer:
                 f"{config.mix_patch_size}"
             )
 
-    def _check_token_labels(self, num_classes: int) -> None:
+    def _check_token_labels(self) -> None:
         """Shows the model an image labelled as the teacher will, since only the model knows where its tokens lie."""
         channels, *sides = self.image_config["input_size"]
         patches = [side // self.config.mix_patch_size for side in sides]
-        labels = torch.full((1, num_classes, *patches), 1 / num_classes, device=self.device)
+        labels = torch.full((1, self.num_classes, *patches), 1 / self.num_classes, device=self.device)
         training = self.model.training
         try:
             with torch.no_grad():
