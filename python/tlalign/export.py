@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tlalign.config import EvalConfig, UsageError
 from tlalign.data import resolve_image_config
-from tlalign.networks import create_model, load_all_weights, set_weights
+from tlalign.networks import create_model, load_all_weights, model_arguments, set_weights
 from tlalign.runs import written_whole
 
 _SUFFIXES = (".safetensors", ".pth")
@@ -46,10 +46,8 @@ def export_checkpoint(checkpoint: Path, output: Path, config: EvalConfig, ema: b
     num_classes = config.num_classes or _count_classes(weights, config)
     model = create_model(config, num_classes)
     set_weights("checkpoint", checkpoint, weights, model, config.model)
-    requested = {"img_size": config.img_size, "in_chans": config.in_chans}
-    arguments = timm.models.resolve_model_input_args(config.model, requested, **config.model_kwargs)
+    arguments = model_arguments(config, num_classes)
     del arguments["model_name"], arguments["pretrained_cfg"]
-    arguments["num_classes"] = num_classes
     image_config = resolve_image_config(config, model)
     metadata = {
         "format": "pt",

@@ -38,12 +38,17 @@ def create_model(config: EvalConfig, num_classes: int, **overrides: Any) -> nn.M
             raise UsageError(
                 f"model_kwargs: expected {name} as an option of its own (--{name} {config.model_kwargs[name]})"
             )
-    requested = {"img_size": config.img_size, "in_chans": config.in_chans}
     try:
-        arguments = timm.models.resolve_model_input_args(config.model, requested, **config.model_kwargs | overrides)
-        return timm.create_model(**arguments, num_classes=num_classes)
+        return timm.create_model(**model_arguments(config, num_classes, **overrides))
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UsageError(f"model_kwargs: timm can't make {config.model} with {config.model_kwargs}: {error}") from error
+
+
+def model_arguments(config: EvalConfig, num_classes: int, **overrides: Any) -> dict[str, Any]:
+    """Arguments of timm.create_model for the model of a configuration; see `create_model`."""
+    requested = {"img_size": config.img_size, "in_chans": config.in_chans}
+    arguments = timm.models.resolve_model_input_args(config.model, requested, **config.model_kwargs | overrides)
+    return arguments | {"num_classes": num_classes}
 
 
 def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
