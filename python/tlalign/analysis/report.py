@@ -39,7 +39,7 @@ from tlalign.analysis.subject import (
     create_subject_of_table_1,
 )
 from tlalign.checkpoints import folder_classes_of, load_metadata
-from tlalign.config import ALIGNED_TARGETS, CONFIG_FILE, AnalyzeConfig, UsageError, load_config_file
+from tlalign.config import ALIGNED_TARGETS, AnalyzeConfig, UsageError, load_config_file
 from tlalign.data import load_data_sets
 from tlalign.evaluation import autocast
 from tlalign.networks import load_weights, set_weights
@@ -247,7 +247,6 @@ def _target_rmse(
 ) -> Section:
     config = subject.config
     rows = [(config.model, subject.weights, ratios.rmse)]
-    untrained = rows[0][2]
     if checkpoint is not None:
         untrained = _rmse(create_subject(config, subject.data, None), RANDOM, console)
         rows.append((config.model, RANDOM, untrained))
@@ -297,10 +296,10 @@ def _over_training(
     subject: Subject, ratios: MixingRatios, checkpoint: Path, untrained: float, console: Console
 ) -> tuple[list[tuple[float, float]], list[tuple[float, str, float]]]:
     """RMSE by epoch in the log of a run; and epoch, name and RMSE of its checkpoints."""
-    folder, logged = config_beside(checkpoint).parent, []
-    is_run = (folder / CONFIG_FILE).is_file()
+    of_run = config_beside(checkpoint)
+    folder, is_run, logged = of_run.parent, of_run.is_file(), []
     # What other targets changed is not what is measured here.
-    has_aligned = is_run and load_config_file(folder / CONFIG_FILE).get("target", "tl-align") in ALIGNED_TARGETS
+    has_aligned = is_run and load_config_file(of_run).get("target", "tl-align") in ALIGNED_TARGETS
     if has_aligned and (folder / LOG_FILE).is_file():
         try:
             records = read_log(folder / LOG_FILE)
