@@ -50,10 +50,10 @@ def watching(model: nn.Module, watch: Callable[[int, nn.Module, tuple[Any, ...],
             handle.remove()
 
 
-def empty_target(batch: int, columns: int, device: torch.device) -> MixedTarget:
-    """A target with a label of `columns` numbers for each token, all of them 0."""
-    classes = torch.zeros(batch, columns + 1, dtype=torch.int64, device=device)
-    return MixedTarget.from_ratio(classes, torch.zeros(batch, columns, device=device))
+def empty_target(images: Tensor, columns: int) -> MixedTarget:
+    """A target of images (B, channels, Hi, Wi) with a label of `columns` numbers for each token, all of them 0."""
+    classes = torch.zeros(len(images), columns + 1, dtype=torch.int64, device=images.device)
+    return MixedTarget.from_ratio(classes, torch.zeros(len(images), columns, device=images.device))
 
 
 def one_hot_labels(share: Tensor, columns: range) -> Tensor:

@@ -50,7 +50,7 @@ def token_presence(model: nn.Module, images: Tensor, memory: int = 2**26) -> lis
 
     model = following(model, residual=False)
     with watching(model, watch):
-        _, aligned = model(images, target=empty_target(len(images), 1, images.device), collect_layers=True)
+        _, aligned = model(images, target=empty_target(images, 1), collect_layers=True)
     return [each.view(share.shape[:-1]) for each, share in zip(presence, aligned.layer_shares, strict=True)]
 
 

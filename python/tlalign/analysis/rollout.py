@@ -47,8 +47,8 @@ def attention_rollout(model: nn.Module, images: Tensor, memory: int = 2**26) -> 
         NotImplementedError: If labels can't be followed through the model.
     """
     model = following(model)
-    batch, first = len(images), blocks_of(model)[0]
-    _, probed = model(images, target=empty_target(batch, 1, images.device), collect_layers=True)
+    first = blocks_of(model)[0]
+    _, probed = model(images, target=empty_target(images, 1), collect_layers=True)
     entering = probed.layer_shares[0]
     tokens, heads = [], []
     for columns in column_ranges(entering, memory):
@@ -56,7 +56,7 @@ def attention_rollout(model: nn.Module, images: Tensor, memory: int = 2**26) -> 
             lambda _, arguments, columns=columns: (*arguments[:-1], one_hot_labels(arguments[-1], columns))
         )
         try:
-            _, aligned = model(images, target=empty_target(batch, len(columns), images.device), collect_layers=True)
+            _, aligned = model(images, target=empty_target(images, len(columns)), collect_layers=True)
         finally:
             handle.remove()
         tokens.append(aligned.layer_shares[-1].flatten(1, -2))
