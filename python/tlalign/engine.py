@@ -164,22 +164,7 @@ class Trainer:
             self._checkpoint_activations()
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        teacher = create_teacher(config, data.num_classes, self.device) if config.needs_teacher else None
-        mixing = create_mixing(config, self.model, teacher)
-        if teacher is not None:
-            self._check_teacher(teacher, mixing)
-        self.task = AlignedClassificationTask(
-            self.model,
-            mixing,
-            align=config.aligns,
-            teacher=teacher if config.teacher_labels else None,
-            loss=config.loss,
-            smoothing=config.smoothing,
-            seed=config.seed,
-            rank=self.processes.rank,
-            device=self.device,
-            verbose=False,
-        )
+        self.task = self._create_task()
         self._wrap()
         self.optimizer, self.scheduler = create_optimizer(self.model, config, self.steps_per_epoch)
         if config.fsdp:
@@ -367,6 +352,26 @@ class Trainer:
                 f"mix_patch_size: expected a divisor of the {side} pixels of an image that gives several patches, got "
                 f"{config.mix_patch_size}"
             )
+
+    def _create_task(self) -> AlignedClassificationTask:
+        """The model with what mixes its images, what labels them and the loss."""
+        config = self.config
+        teacher = create_teacher(config, self.num_classes, self.device) if config.needs_teacher else None
+        mixing = create_mixing(config, self.model, teacher)
+        if teacher is not None:
+            self._check_teacher(teacher, mixing)
+        return AlignedClassificationTask(
+            self.model,
+            mixing,
+            align=config.aligns,
+            teacher=teacher if config.teacher_labels else None,
+            loss=config.loss,
+            smoothing=config.smoothing,
+            seed=config.seed,
+            rank=self.processes.rank,
+            device=self.device,
+            verbose=False,
+        )
 
     def _check_token_labels(self) -> None:
         """Shows the model an image labelled as the teacher will, since only the model knows where its tokens lie."""
