@@ -58,7 +58,7 @@ def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
         UsageError: If timm has no such model, or the weights can't be had or are not of it.
     """
     if config.initial_checkpoint is not None:
-        weights = load_weights("initial_checkpoint", Path(config.initial_checkpoint), use_ema=True)
+        weights = load_weights("initial_checkpoint", Path(config.initial_checkpoint))
         model = create_model(config, num_classes)
         classifier = model.default_cfg.get("classifier") or ()
         for name in (classifier,) if isinstance(classifier, str) else classifier:
@@ -100,14 +100,12 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
         raise UsageError(f"teacher_model: expected the timm model of {path}, beside which no {CONFIG_FILE} lies")
     values |= {"data": config.data, "img_size": config.img_size, "in_chans": config.in_chans}
     model = create_model(EvalConfig(**values), num_classes)
-    set_weights(
-        "teacher_checkpoint", path, load_weights("teacher_checkpoint", path, use_ema=True), model, values["model"]
-    )
+    set_weights("teacher_checkpoint", path, load_weights("teacher_checkpoint", path), model, values["model"])
     return Teacher(model.to(device), config.mix_patch_size)
 
 
-def load_weights(name: str, path: Path, use_ema: bool) -> dict[str, Tensor]:
-    """Weights in the checkpoint that the option `name` gives.
+def load_weights(name: str, path: Path, use_ema: bool = True) -> dict[str, Tensor]:
+    """Weights in the checkpoint that the option `name` gives, averaged ones if it holds any and they are wanted.
 
     Raises:
         UsageError: If it can't be read, or holds something else.

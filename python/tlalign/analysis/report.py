@@ -316,7 +316,7 @@ def _over_training(
         for path in sorted(folder.glob("*.pth.tar")):
             epoch = _epoch_of(path)
             if epoch is not None and epoch not in measured:
-                set_weights("checkpoint", path, load_weights("checkpoint", path, True), other.model, other.config.model)
+                set_weights("checkpoint", path, load_weights("checkpoint", path), other.model, other.config.model)
                 measured[epoch] = (path.name, _rmse(other, path.name, console))
     return logged, [(epoch, *measured[epoch]) for epoch in sorted(measured)]
 

@@ -94,7 +94,7 @@ def create_subject(config: AnalyzeConfig, data: DataSets, checkpoint: Path | Non
     random_seed(config.seed)
     model = create_model(config, data.num_classes)
     if checkpoint is not None:
-        set_weights("checkpoint", checkpoint, load_weights("checkpoint", checkpoint, True), model, config.model)
+        set_weights("checkpoint", checkpoint, load_weights("checkpoint", checkpoint), model, config.model)
     weights, model = checkpoint.name if checkpoint else RANDOM, model.to(choose_device(config))
     return Subject(config, data, model, weights, layers=config.layers, residual=config.residual)
 
@@ -111,7 +111,7 @@ def create_subject_of_table_1(name: str, config: AnalyzeConfig, data: DataSets) 
     random_seed(config.seed)
     file = _weight_file(config.table1_weights, name)
     # Of 1000 classes as the published weights, so that timm checks that all of them fit; no label depends on it.
-    weights = None if file is None else load_weights("table1_weights", file, True)
+    weights = None if file is None else load_weights("table1_weights", file)
     overrides = {} if file is None else {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
     model = create_model(config, 1000, **overrides)
     return Subject(config, data, model.to(choose_device(config)), RANDOM if file is None else file.name)
