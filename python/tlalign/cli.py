@@ -198,10 +198,13 @@ def compare(options: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="Number of seeds, from --seed on.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, which share the cores and the device.")
     parser.add_class_arguments(TrainConfig, None)
+    decided = ("mixing", "target")
+    for action in parser._actions:
+        action.help = argparse.SUPPRESS if action.dest in decided else action.help
     config = _parse_training(parser, values, flags)
     _check_recipe(given.recipe, config)
     given = _parse_flags(parser, flags)
-    for name in ("mixing", "target"):
+    for name in decided:
         if _is_among(name, flags):
             raise UsageError(f"{name}: expected none, for --methods says which, got --{name}")
     if config.output is None:
@@ -368,6 +371,8 @@ def _check_used(config: TrainConfig, flags: Sequence[str]) -> None:
         unused |= dict.fromkeys(("teacher_checkpoint", "teacher_model"), trained)
     if not config.aligns:
         unused |= dict.fromkeys(("layers", "residual", "stochastic_depth"), trained)
+    if config.data in ("digits", "mnist-5k") or config.data.startswith("folder:"):
+        unused |= dict.fromkeys(("data_dir", "download", "train_split", "eval_split"), f"data {config.data}")
     for name, by in unused.items():
         default = getattr(TrainConfig, name)
         if _is_among(name, flags) and getattr(config, name) != default:
@@ -417,6 +422,8 @@ def _parse(
     checker.add_class_arguments(config_class, None)
     try:
         parser.set_defaults(values)
+        for action in parser._actions:  # else --help says that what a recipe gives is required
+            action.required = action.required and action.dest not in values
         parsed = _parse_flags(parser, flags)
         # Defaults were taken as they are; read as an object, values of files are checked and converted as flags are.
         parsed = checker.parse_object({name: getattr(parsed, name) for name in names})

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad, distribute_bn, random_seed
@@ -76,6 +76,11 @@ def create_optimizer(
     """
     options = {"betas": config.opt_betas, "eps": config.opt_eps}
     try:
+        info = get_optimizer_info(config.opt.lower().removeprefix("lookahead_"))
+        for name, value in options.items():
+            # timm would leave it out.
+            if value is not None and not getattr(info, f"has_{name}"):
+                raise UsageError(f"opt_{name}: expected null, for {config.opt} has none, got {value}")
         optimizer = create_optimizer_v2(
             model,
             opt=config.opt,

@@ -142,6 +142,11 @@ def test_every_field_is_explained_in_the_help(capsys):
             ["--mix_patch_size", "2"],
             "mix_patch_size: expected none, for mixing cutmix and target tl-align makes no use",
         ),
+        (["--train_split", "train+val"], "train_split: expected none, for data digits makes no use of it"),
+        (
+            ["--recipe", "none", "--model", "vit_tiny_patch16_224", "--data", "folder:x", "--data_dir", "x"],
+            "data_dir: expected none, for data folder:x makes no use of it, got x",
+        ),
         (["--mixing", "none", "--mix_mode", "elem"], "mix_mode: expected none, for mixing none makes no use of it"),
         (["--lr", "fast"], "error: lr: expected a number, got fast\n"),
         (["--epochs", "1.5"], "error: epochs: expected a whole number, got 1.5\n"),
@@ -211,6 +216,7 @@ def test_home_is_found_in_a_file_and_behind_an_equals_sign(tmp_path, resolved, m
     monkeypatch.setenv("HOME", "/home/me")
     file = tmp_path / "mine.yaml"
     file.write_text("initial_checkpoint: ~/a.pth\n")
-    config = resolved("--config", str(file), "--output=~/runs/1", "--data_dir=~/sets")
+    sets = ("--recipe", "none", "--model", "vit_tiny_patch16_224", "--data", "torch/cifar10", "--data_dir=~/sets")
+    config = resolved("--config", str(file), "--output=~/runs/1", *sets)
     assert (config.initial_checkpoint, config.output) == ("/home/me/a.pth", "/home/me/runs/1")
     assert config.data_dir == "/home/me/sets"
