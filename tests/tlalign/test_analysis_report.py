@@ -22,8 +22,8 @@ from tlalign.analysis.ratios import RatioFollower, collect_ratios, token_paths
 from tlalign.analysis.report import _epoch_of, _map_layers
 from tlalign.analysis.subject import RANDOM, create_subject, create_subject_of_table_1
 from tlalign.cli import main
-from tlalign.config import AnalyzeConfig, UsageError
-from tlalign.data import load_data_sets
+from tlalign.config import AnalyzeConfig, EvalConfig, UsageError
+from tlalign.data import load_data_sets, load_images
 from tlalign.pictures import draw_token_labels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -259,6 +259,37 @@ def test_checkpoint_of_timm_on_an_image_folder(tmp_path):
     assert main(["analyze", *options, "--checkpoint", str(tmp_path / "weights.pth"), "--images=100"]) == 0
     assert_is_complete_in_itself(tmp_path / "analysis" / "index.html")
     assert {row["weights"] for row in rows(tmp_path / "analysis" / "rmse.csv")} == {"weights.pth", RANDOM}
+
+
+def test_any_folder_of_images_will_do(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    for index, name in enumerate(("cat.jpg", "a/dog.png", "a/b/cow.webp", ".hidden/x.png")):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 20), (80 * index, 40, 99)).save(photos / name)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=7, **MODEL)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    options = [*VIT, f"--data=folder:{photos}", "--img_size=16", "--workers=0", "--device=cpu"]
+    options += ["--checkpoint", str(tmp_path / "weights.pth")]
+    assert main(["analyze", *options]) == 2
+    assert "num_classes: expected that of the model, since folder:" in capsys.readouterr().err
+    assert main(["analyze", *options, "--num_classes=7"]) == 0
+    assert_is_complete_in_itself(tmp_path / "analysis" / "index.html")
+    images = load_images(EvalConfig(f"folder:{photos}", "vit_tiny_patch16_224", num_classes=7))
+    assert (images.train, images.num_classes, sorted(images.class_names)) == (None, 7, ["cat", "cow", "dog"])
+    of_names = {images.class_names[number]: image.getpixel((0, 0))[0] for image, number in images.held_out}
+    assert all(abs(of_names[name] - value) < 9 for name, value in (("cat", 0), ("dog", 80), ("cow", 160)))
+    (photos / "train").mkdir()
+    with pytest.raises(UsageError, match=r"data: no folder .*photos/val; expected PATH/train/CLASS/IMAGE"):
+        load_images(EvalConfig(f"folder:{photos}", "vit_tiny_patch16_224", num_classes=7))
+    for place, message in ((tmp_path / "weights.pth", "data: no folder"), (photos / ".hidden" / "none", "data: no f")):
+        with pytest.raises(UsageError, match=message):
+            load_images(EvalConfig(f"folder:{place}", "vit_tiny_patch16_224", num_classes=7))
+    (tmp_path / "empty" / ".hidden").mkdir(parents=True)
+    for moved, message in ((False, "data: Found 0 images in"), (True, "data: no images in .* but hidden ones")):
+        if moved:
+            (photos / ".hidden" / "x.png").rename(tmp_path / "empty" / ".hidden" / "x.png")
+        with pytest.raises(UsageError, match=message):
+            load_images(EvalConfig(f"folder:{tmp_path / 'empty'}", "vit_tiny_patch16_224", num_classes=7))
 
 
 def test_images_and_random_weights_are_always_the_same():

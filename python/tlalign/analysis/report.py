@@ -40,7 +40,7 @@ from tlalign.analysis.subject import (
 )
 from tlalign.checkpoints import folder_classes_of, load_metadata
 from tlalign.config import ALIGNED_TARGETS, AnalyzeConfig, UsageError, load_config_file
-from tlalign.data import load_data_sets
+from tlalign.data import load_images
 from tlalign.evaluation import autocast
 from tlalign.networks import load_weights, set_weights
 from tlalign.pictures import draw_token_labels
@@ -65,7 +65,7 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None) -> Path:
     """
     console = Console()
     classes = None if checkpoint is None else folder_classes_of(checkpoint)
-    subject = create_subject(config, load_data_sets(config, trains=False, folder_classes=classes), checkpoint)
+    subject = create_subject(config, load_images(config, classes), checkpoint)
     folder = Path(
         config.output or ("analysis" if checkpoint is None else config_beside(checkpoint).parent / "analysis")
     )
