@@ -114,6 +114,9 @@ def _models(pattern: str) -> int:
     from tlalign_kernels.patch import unfollowable_reason
 
     names = fnmatch.filter(timm.list_models(), pattern)
+    if not names:
+        print(f"pattern: expected one of timm's names, such as 'vit_*', got {pattern}", file=sys.stderr)
+        return 2
     supported = 0
     for name in names:
         with torch.device("meta"):

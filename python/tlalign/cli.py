@@ -263,6 +263,10 @@ def list_runs(options: Sequence[str]) -> int:
 
     runs = find_runs([Path(path) for path in given.paths])
     table = RunTable(runs, given.sort)
+    if given.csv is not None:
+        table.save(Path(given.csv))
+    if given.plot is not None:
+        table.plot(Path(given.plot))
     console = Console()
     if not runs:
         print(f"no runs in {', '.join(given.paths)}")
@@ -271,10 +275,6 @@ def list_runs(options: Sequence[str]) -> int:
     else:
         # A file or a pipe has no width to keep to.
         table.print(Console(width=1000))
-    if given.csv is not None:
-        table.save(Path(given.csv))
-    if given.plot is not None:
-        table.plot(Path(given.plot))
     return 0
 
 
@@ -458,7 +458,7 @@ def _in_words(error: argparse.ArgumentError) -> str:
     """What a parser found wrong; a value of a wrong type without the parser's words for types."""
     message = str(error).replace("Parser key ", "")
     found = re.fullmatch(r'"(\w+)":\n.*(?:Got|Given) value: (.*)', message, re.DOTALL)
-    types = _types_of_fields()
+    types = _types_of_options()
     if found is None or found[1] not in types:
         return message
     name, value = found.groups()
@@ -494,7 +494,7 @@ def _text_of(name: str, flags: Sequence[str]) -> str:
 
 def _spelled_out(flags: Sequence[str]) -> list[str]:
     """Flags as parsers read them: --batch-size as --batch_size, --compile as --compile=true, --layers 1,3 as a list."""
-    types = _types_of_fields()
+    types = _types_of_options()
     words: list[str] = []
     flags = [_underscored(flag) for flag in flags]
     while flags:
@@ -503,8 +503,10 @@ def _spelled_out(flags: Sequence[str]) -> list[str]:
         if of_type is not None and not equals:
             if flags and (not flags[0].startswith("-") or re.match(r"-[\d.]", flags[0])):
                 equals, value = "=", flags.pop(0)
-            elif of_type is bool:
+            elif bool in (of_type, *typing.get_args(of_type)):
                 equals, value = "=", "true"
+        if of_type is None and value.startswith("~"):  # as in the paths of a configuration
+            value = str(Path(value).expanduser())
         is_list = any(typing.get_origin(each) is tuple for each in (of_type, *typing.get_args(of_type)))
         if is_list and re.fullmatch(r"[-+.,\de ]+", value):
             value = f"[{value}]"
@@ -517,8 +519,10 @@ def _underscored(flag: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else flag
 
 
-def _types_of_fields() -> dict[str, Any]:
-    return typing.get_type_hints(AnalyzeConfig) | typing.get_type_hints(TrainConfig)
+def _types_of_options() -> dict[str, Any]:
+    """Types of what configurations hold, and of what is no text beside them."""
+    others = {"ema": bool | None, "seeds": int, "jobs": int}
+    return typing.get_type_hints(AnalyzeConfig) | typing.get_type_hints(TrainConfig) | others
 
 
 def _saved(folder: Path) -> dict[str, Any]:

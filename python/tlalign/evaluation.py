@@ -66,7 +66,13 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
     """
     device = choose_device(config)
     weights = load_all_weights(path)
-    data = load_data_sets(config, trains=False, folder_classes=folder_classes_of(path))
+    classes = folder_classes_of(path)
+    data = load_data_sets(config, trains=False, folder_classes=classes)
+    if classes is None and data.train is None and 0 < len(data.class_names) < data.num_classes:
+        raise UsageError(
+            f"data: {config.data} has {len(data.class_names)} of {data.num_classes} classes, and nothing says which; "
+            "expected a folder with all of them"
+        )
     model = create_model(config, data.num_classes)
     loader = create_eval_loader(data.held_out, config, resolve_image_config(config, model), device)
     results = {}

@@ -146,13 +146,14 @@ class FolderImages(ReaderImages):
     Args:
         place: The folder, or a .tar of it, whose images may lie deeper if all do.
         classes: Names of the classes; None: of those with an image, in natural order.
+        others_lack: What lacks other classes, for the error.
 
     Raises:
         UsageError: If there are no images, or some lie elsewhere or are of other classes, or if a class to train on has
             none.
     """
 
-    def __init__(self, place: Path, classes: Sequence[str] | None = None) -> None:
+    def __init__(self, place: Path, classes: Sequence[str] | None = None, others_lack: str = "") -> None:
         try:
             super().__init__(create_reader("", root=str(place)))
             # timm has passed over folders that can't be read.
@@ -169,7 +170,7 @@ class FolderImages(ReaderImages):
             raise UsageError(f"data: {place} has no images of the classes {', '.join(empty)}; {_FOLDER_LAYOUT}")
         unknown = sorted(set(names.values()) - set(self.classes))
         if unknown:
-            raise UsageError(f"data: {place} has classes that the images to train on lack: {', '.join(unknown)}")
+            raise UsageError(f"data: {place} has classes that {others_lack}: {', '.join(unknown)}")
         ids = {name: number for number, name in enumerate(self.classes)}
         targets = np.full(len(self.reader), -1)
         for folder, indices in folders.items():
@@ -341,9 +342,10 @@ def open_folder(root: Path, trains: bool, classes: Sequence[str] | None) -> Part
     for name, place, needed in zip(("train", "val"), places, (trains, True), strict=True):
         if place is None and needed:
             raise UsageError(f"data: no folder {root / name}; {_FOLDER_LAYOUT}")
-    train = None if places[0] is None else FolderImages(places[0], classes)
+    others_lack = "the images to train on lack" if classes is None else "the checkpoint lacks"
+    train = None if places[0] is None else FolderImages(places[0], classes, others_lack)
     # A class without held-out images would else shift the ids of those after it.
-    held_out = FolderImages(places[1], classes if train is None else train.classes)
+    held_out = FolderImages(places[1], classes if train is None else train.classes, others_lack)
     return train, held_out, held_out.classes
 
 

@@ -142,9 +142,13 @@ def test_classes_of_a_folder_keep_the_ids_that_a_run_gave_them(on_images, tmp_pa
             (images / "train").rename(images / "moved")
     assert outputs[0] == outputs[1]
     assert main(["analyze", "--checkpoint", str(run / "last.pth.tar"), "--images=4", "--batch_size=4"]) == 0
+    bare = ["--data", f"folder:{images}", "--model=vit_tiny_patch16_224", "--model_kwargs", str(MODEL), "--img_size=20"]
+    assert main(["export", str(run / "last.pth.tar"), "--output", str(tmp_path / "bare.pth")]) == 0
+    assert main(["eval", "--checkpoint", str(tmp_path / "bare.pth"), *bare, "--num_classes=3"]) == 2
+    assert f"folder:{images} has 2 of 3 classes, and nothing says which" in capsys.readouterr().err
     (images / "val" / "green").rename(images / "val" / "pink")
     assert main(["eval", "--checkpoint", str(run / "last.pth.tar")]) == 2
-    assert "has classes that the images to train on lack: pink" in capsys.readouterr().err
+    assert "has classes that the checkpoint lacks: pink" in capsys.readouterr().err
     (images / "moved").rename(images / "train")
     (images / "train" / "green").rename(images / "train" / "pink")
     assert main(["train", "--resume", str(run)]) == 2

@@ -312,6 +312,7 @@ def test_a_run_of_another_configuration_is_refused_before_anything_is_trained(fa
         (["--methods", "cutmix+tl-align+transmix"], "in cutmix+tl-align+transmix, got tl-align+transmix"),
         (["--methods", "cutmix+teacher"], "methods: cutmix+teacher: teacher_checkpoint: expected weights"),
         (["--seeds=0"], "seeds: expected at least 1, got 0"),
+        (["--seeds=1.5"], "seeds: expected a whole number, got 1.5\n"),
         (["--jobs=0"], "jobs: expected at least 1, got 0"),
         (["--mixing=cutmix"], "mixing: expected none"),
         (["--target", "ratio"], "target: expected none"),

@@ -125,6 +125,12 @@ def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, capsys, monkeypatch):
     assert set(tmp_path.iterdir()) == before
 
 
+def test_home_is_found_behind_an_equals_sign(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["export", str(checkpoint), "--output=~/exported.pth", "--ema"]) == 0
+    assert (tmp_path / "exported.pth").is_file()
+
+
 def test_an_existing_file_is_never_written_over(checkpoint, tmp_path, capsys):
     output = tmp_path / "exported.pth"
     output.write_bytes(b"mine")
@@ -140,7 +146,7 @@ def test_an_existing_file_is_never_written_over(checkpoint, tmp_path, capsys):
         ([], "output: expected a file, got nothing"),
         (["--output=nowhere/x.pth"], "output: cannot write nowhere/x.pth"),
         (["--output=x.pth", "--model_kwargs.embed_dim=32"], "is not of this vit_tiny_patch16_224"),
-        (["--output=x.pth", "--ema=perhaps"], "ema"),
+        (["--output=x.pth", "--ema=1"], "ema: expected true or false or null, got 1\n"),
         (["--output=x.pth", "--model=resnet10t"], "num_classes: expected a number"),
     ],
 )

@@ -92,6 +92,8 @@ def test_models_lists_names_with_reasons(capsys):
     assert __main__.main(["models", "deit_tiny*"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "2 of 2 models are supported"
+    assert __main__.main(["models", "VIT_*"]) == 2
+    assert "expected one of timm's names, such as 'vit_*', got VIT_*" in capsys.readouterr().err
     assert lines[0].split() == ["deit_tiny_distilled_patch16_224", "supported"]
 
 
