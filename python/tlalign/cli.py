@@ -505,7 +505,7 @@ def _spelled_out(flags: Sequence[str]) -> list[str]:
                 equals, value = "=", flags.pop(0)
             elif bool in (of_type, *typing.get_args(of_type)):
                 equals, value = "=", "true"
-        if of_type is None and value.startswith("~"):  # as in the paths of a configuration
+        if value.startswith("~/"):  # as a shell does, but not after an equals sign
             value = str(Path(value).expanduser())
         is_list = any(typing.get_origin(each) is tuple for each in (of_type, *typing.get_args(of_type)))
         if is_list and re.fullmatch(r"[-+.,\de ]+", value):

@@ -32,7 +32,7 @@ from tlalign.evaluation import autocast, choose_device, evaluate
 from tlalign.log import RunLog
 from tlalign.mixing import AttentiveCutMix, MixingStrategy
 from tlalign.mixing.puzzle import GRIDS
-from tlalign.networks import align_targets, create_initial_model, create_model, create_teacher
+from tlalign.networks import align_targets, check_image_size, create_initial_model, create_model, create_teacher
 from tlalign.processes import Processes
 from tlalign.progress import TrainingProgress
 from tlalign.runs import EpochRecord, RunFolder
@@ -156,6 +156,7 @@ class Trainer:
             self.model = create(config, data.num_classes).to(self.device)
         self.num_classes, self.class_names = data.num_classes, data.class_names
         self.image_config = resolve_image_config(config, self.model)
+        check_image_size(self.model, self.image_config["input_size"])
         self._check_mixing()
         members = self.processes.rank, self.processes.world_size
         self.train_loader = create_train_loader(data.train, config, self.image_config, self.device, *members)

@@ -13,7 +13,7 @@ from torch import nn
 from tlalign.checkpoints import folder_classes_of
 from tlalign.config import EvalConfig, UsageError
 from tlalign.data import create_eval_loader, load_data_sets, resolve_image_config
-from tlalign.networks import create_model, load_all_weights, set_weights
+from tlalign.networks import check_image_size, create_model, load_all_weights, set_weights
 from tlalign.unreadable import UnreadableImagesError
 
 
@@ -74,7 +74,9 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
             "expected a folder with all of them"
         )
     model = create_model(config, data.num_classes)
-    loader = create_eval_loader(data.held_out, config, resolve_image_config(config, model), device)
+    image_config = resolve_image_config(config, model)
+    check_image_size(model, image_config["input_size"])
+    loader = create_eval_loader(data.held_out, config, image_config, device)
     results = {}
     for name, state in weights.items():
         set_weights("checkpoint", path, state, model, config.model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tlalign.config import EvalConfig, UsageError
 from tlalign.data import resolve_image_config
-from tlalign.networks import create_model, load_all_weights, model_arguments, set_weights
+from tlalign.networks import check_image_size, create_model, load_all_weights, model_arguments, set_weights
 from tlalign.runs import written_whole
 
 _SUFFIXES = (".safetensors", ".pth")
@@ -49,6 +49,7 @@ def export_checkpoint(checkpoint: Path, output: Path, config: EvalConfig, ema: b
     arguments = model_arguments(config, num_classes)
     del arguments["model_name"], arguments["pretrained_cfg"]
     image_config = resolve_image_config(config, model)
+    check_image_size(model, image_config["input_size"])
     metadata = {
         "format": "pt",
         "architecture": config.model,
@@ -80,7 +81,8 @@ def _choose_weights(checkpoint: Path, ema: bool | None) -> tuple[str, dict[str, 
 
 
 def _count_classes(weights: dict[str, Tensor], config: EvalConfig) -> int:
-    names = timm.models.resolve_model_input_args(config.model)["pretrained_cfg"].get("classifier")
+    with torch.device("meta"):
+        names = create_model(config, 1).default_cfg.get("classifier")
     for name in (names,) if isinstance(names, str) else names or ():
         if f"{name}.weight" in weights:
             return len(weights[f"{name}.weight"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
 import statistics
 from collections.abc import Sequence
@@ -9,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -218,7 +221,9 @@ def read_run(path: Path, name: str) -> Run:
 
     try:
         run.values = load_config_file(path / CONFIG_FILE)
-        run.config = TrainConfig(**run.values)
+        run.config = TrainConfig(**vars(_checker().parse_object(run.values)))
+    except argparse.ArgumentError as error:
+        run.problem = f"{CONFIG_FILE} is of no run: {' '.join(str(error).split())}"
     except (UsageError, TypeError) as error:
         is_there = (path / CONFIG_FILE).exists()
         run.problem = f"{CONFIG_FILE} is of no run: {reason(error)}" if is_there else f"no {CONFIG_FILE}"
@@ -229,6 +234,14 @@ def read_run(path: Path, name: str) -> Run:
     except (OSError, ValueError) as error:
         run.problem = run.problem or reason(error)
     return run
+
+
+@functools.cache
+def _checker() -> jsonargparse.ArgumentParser:
+    """Checks the types of a run's configuration, which may have been edited."""
+    checker = jsonargparse.ArgumentParser(exit_on_error=False)
+    checker.add_class_arguments(TrainConfig, None)
+    return checker
 
 
 def _differing_fields(runs: Sequence[Run]) -> list[str]:

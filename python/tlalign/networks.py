@@ -40,7 +40,7 @@ def create_model(config: EvalConfig, num_classes: int, **overrides: Any) -> nn.M
             )
     try:
         return timm.create_model(**model_arguments(config, num_classes, **overrides))
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
         raise UsageError(f"model_kwargs: timm can't make {config.model} with {config.model_kwargs}: {error}") from error
 
 
@@ -122,6 +122,8 @@ def load_weights(name: str, path: Path, use_ema: bool = True) -> dict[str, Tenso
     for key, value in weights.items():
         if not isinstance(value, Tensor):
             raise UsageError(f"{name}: expected weights in {path}, got {key} of type {type(value).__name__}")
+        if value.isnan().any():
+            raise UsageError(f"{name}: expected numbers in {path}, got some in {key} that are none")
     return weights
 
 
@@ -155,6 +157,27 @@ def set_weights(option: str, path: Path, weights: dict[str, Tensor], model: nn.M
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UsageError(f"{option}: {path} is not of this {name}: {_first_reason(error)}") from error
+
+
+@torch.no_grad()
+def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Shows a model an image, whose size only the model knows whether it can take.
+
+    Args:
+        model: The model, on any device.
+        input_size: Channels, height and width of the images.
+
+    Raises:
+        UsageError: If it can't take it.
+    """
+    training, device = model.training, next(model.parameters()).device
+    try:
+        model.eval()(torch.zeros(1, *input_size, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = " x ".join(map(str, input_size[1:]))
+        raise UsageError(f"img_size: the model can't take images of {size} pixels: {_first_reason(error)}") from error
+    finally:
+        model.train(training)
 
 
 def _first_reason(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from tlalign_kernels.labels import box_masks
 _OWN, _PARTNER = "#b2182b", "#2166ac"
 _SHARES = LinearSegmentedColormap.from_list("shares", (_OWN, "white", _PARTNER))
 _ROWS = ("image", "partner", "mixed image", "token labels\nbefore")
+_TITLE_LENGTH = 14  # letters that a column is wide
 # Boxes outside of this leave too little of one image to see what happens.
 _RATIO_LIMITS = (0.2, 0.6)
 
@@ -97,13 +98,14 @@ def draw_token_labels(
     for axis, pair in zip(axes[0], pairs.tolist(), strict=True):
         # Names of folders need not be UTF-8, which matplotlib wants, and between dollars it would read a formula.
         names = [str(class_names[number] if class_names else number) for number in pair]
-        axis.set_title(" + ".join(names).encode(errors="replace").decode(), fontsize=11, parse_math=False)
+        title = (" + " if sum(map(len, names)) <= _TITLE_LENGTH else "\n+ ").join(names)
+        axis.set_title(title.encode(errors="replace").decode(), fontsize=11, parse_math=False)
     ratios = torch.cat((target.ratio, aligned.ratio), dim=1).tolist()
     for axis, (ratio, new_ratio) in zip(axes[-1], ratios, strict=True):
         axis.set_xlabel(f"mixing ratio {ratio:.2f}\n$\\rightarrow$ aligned {new_ratio:.2f}", fontsize=10)
     bar = figure.colorbar(colours, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
     bar.set_label("share of the partner (dots: over a half)")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     return maps
 
 

@@ -230,7 +230,7 @@ def read_log(path: Path) -> list[EpochRecord]:
         lines = [line for line in file if line.endswith("\n")]
     fields = {field.name: field for field in dataclasses.fields(EpochRecord)}
     rows = csv.DictReader(lines)
-    if list(rows.fieldnames or ()) != list(fields):
+    if not lines or lines[0].rstrip("\r\n") != ",".join(fields):
         raise ValueError(f"expected the columns {', '.join(fields)} in {path}")
     records, row = [], None
     try:

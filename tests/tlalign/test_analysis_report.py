@@ -146,7 +146,7 @@ def test_blocks_that_are_not_there_are_refused(capsys):
 
 
 def test_a_checkpoint_of_the_first_epoch_is_of_a_part_of_it(tmp_path):
-    for content, epoch in (({"epoch": 0, "step": 2, "steps_per_epoch": 5}, 0.4), ({"epoch": 7}, 7.0), ({}, None)):
+    for content, epoch in (({"epoch": 0, "step": 2, "steps_per_epoch": 5}, 0.4), ({"epoch": 7}, 8.0), ({}, None)):
         torch.save(content, tmp_path / "checkpoint.pth")
         assert _epoch_of(tmp_path / "checkpoint.pth") == epoch
 
@@ -235,6 +235,17 @@ def test_any_name_of_a_class_is_drawn(tmp_path, name):
     assert (tmp_path / "maps.png").exists()
 
 
+def test_long_names_of_classes_have_a_line_each(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axis, title, **options: titles.append(title))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, **MODEL)
+    for names in (["cat", "dog"], ["n01440764", "n02102040"]):
+        draw_token_labels(
+            model, torch.randn(2, 3, 16, 16), torch.arange(2), tmp_path / "maps.png", (0.5,), (0.5,), names
+        )
+    assert titles == ["cat + dog", "n01440764\n+ n02102040"]
+
+
 def test_a_path_that_is_no_text_is_written_to_the_page(tmp_path):
     write_page(tmp_path / "page.html", "title", [os.fsdecode(b"of x\xfc.pth")], [])
     assert "of x?.pth" in (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -268,12 +279,17 @@ def test_any_folder_of_images_will_do(tmp_path, capsys):
         Image.new("RGB", (24, 20), (80 * index, 40, 99)).save(photos / name)
     model = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=7, **MODEL)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "analysis").mkdir()
+    for name in ("training.csv", "rmse_training.png"):
+        (tmp_path / "analysis" / name).write_text("of another checkpoint")
     options = [*VIT, f"--data=folder:{photos}", "--img_size=16", "--workers=0", "--device=cpu"]
     options += ["--checkpoint", str(tmp_path / "weights.pth")]
     assert main(["analyze", *options]) == 2
     assert "num_classes: expected that of the model, since folder:" in capsys.readouterr().err
     assert main(["analyze", *options, "--num_classes=7"]) == 0
     assert_is_complete_in_itself(tmp_path / "analysis" / "index.html")
+    # Weights alone don't say how long they were trained.
+    assert not any((tmp_path / "analysis" / name).exists() for name in ("training.csv", "rmse_training.png"))
     images = load_images(EvalConfig(f"folder:{photos}", "vit_tiny_patch16_224", num_classes=7))
     assert (images.train, images.num_classes, sorted(images.class_names)) == (None, 7, ["cat", "cow", "dog"])
     of_names = {images.class_names[number]: image.getpixel((0, 0))[0] for image, number in images.held_out}
@@ -471,6 +487,7 @@ def test_checkpoints_of_a_run_are_measured_over_training(run, tmp_path, capsys):
     earlier = torch.load(folder / "last.pth.tar", weights_only=False)
     earlier["step"] = earlier["steps_per_epoch"]
     torch.save(earlier, folder / "earlier.pth.tar")
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, "epoch": 0}, folder / "another.pth.tar")
     assert main(["analyze", "--checkpoint", str(folder / "last.pth.tar"), "--images=22", "--batch_size=8"]) == 0
     trained, untrained = (float(row["rmse"]) for row in rows(folder / "analysis" / "rmse.csv"))
     measured = [(row["epoch"], row["what"], float(row["value"])) for row in rows(folder / "analysis" / "training.csv")]
@@ -480,6 +497,7 @@ def test_checkpoints_of_a_run_are_measured_over_training(run, tmp_path, capsys):
         ("2.0", "last.pth.tar: rmse", trained),
     ]
     assert trained != pytest.approx(untrained, rel=0.01)
+    assert "left out: checkpoint: " in capsys.readouterr().out  # another.pth.tar
     (folder / "log.csv").write_text("no log\n")
     assert main(["analyze", "--checkpoint", str(folder / "last.pth.tar"), "--images=4"]) == 2
     assert "checkpoint: cannot read the log beside it: expected the columns" in capsys.readouterr().err

@@ -148,6 +148,10 @@ def test_an_existing_file_is_never_written_over(checkpoint, tmp_path, capsys):
         (["--output=x.pth", "--model_kwargs.embed_dim=32"], "is not of this vit_tiny_patch16_224"),
         (["--output=x.pth", "--ema=1"], "ema: expected true or false or null, got 1\n"),
         (["--output=x.pth", "--model=resnet10t"], "num_classes: expected a number"),
+        (
+            ["--output=x.pth", "--model=vit_tinny_patch16_224"],
+            "timm has no vit_tinny_patch16_224; did you mean",
+        ),
     ],
 )
 def test_what_cannot_be_exported_ends_with_a_message_and_code_2(

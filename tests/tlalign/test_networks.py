@@ -5,7 +5,8 @@ import torch
 from training import tiny
 
 from tlalign.config import CONFIG_FILE, UsageError, save_config
-from tlalign.networks import create_initial_model, create_model, create_teacher, load_weights
+from tlalign.engine import Trainer
+from tlalign.networks import check_image_size, create_initial_model, create_model, create_teacher, load_weights
 
 MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -41,6 +42,31 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path, lost):
     torch.save(averaged, path)
     with pytest.raises(UsageError, match=rf"(?s)initial_checkpoint: .* is not of this vit_tiny.*Missing key.*{lost}"):
         create_initial_model(tiny(tmp_path, initial_checkpoint=str(path)), 10)
+
+
+def test_weights_that_are_no_numbers_are_refused(checkpoint, tmp_path):
+    path, averaged = checkpoint
+    averaged["head.weight"][0, 0] = float("nan")
+    torch.save(averaged, path)
+    with pytest.raises(UsageError, match=r"initial_checkpoint: expected numbers in .*, got some in head.weight"):
+        create_initial_model(tiny(tmp_path, initial_checkpoint=str(path)), 10)
+
+
+def test_a_size_of_images_that_the_model_cannot_take_is_told(tmp_path):
+    flexible = {"model": "naflexvit_base_patch16_gap", "model_kwargs": {"embed_dim": 48, "depth": 1, "num_heads": 3}}
+    model = create_model(tiny(tmp_path, **flexible), 10).train()
+    check_image_size(model, (1, 32, 48))
+    with pytest.raises(UsageError, match="img_size: the model can't take images of 33 x 48 pixels: "):
+        check_image_size(model, (1, 33, 48))
+    assert model.training
+    with pytest.raises(UsageError, match="img_size: the model can't take images of 33 x 33 pixels: "):
+        Trainer(tiny(tmp_path, **flexible, img_size=33))
+
+
+@pytest.mark.parametrize("model", ["local-dir:nowhere", "hf_hub:a/b/c"])
+def test_a_model_that_is_not_where_its_name_says_is_told(tmp_path, model):
+    with pytest.raises(UsageError, match=f"timm can't make {model} with"):
+        create_model(tiny(tmp_path, model=model, model_kwargs={}), 10)
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path):

@@ -86,13 +86,25 @@ def test_broken_runs_say_what_is_wrong_and_show_what_is_left(runs):
 
 
 @pytest.mark.parametrize(
-    "values", ["data: digits\n", "data: digits\nmodel: vit\nepochs: many\n", "- 1\n", "lr: 1\nx: 2\n"]
+    "values",
+    ["data: digits\n", "- 1\n", "lr: 1\nx: 2\n"]
+    + [
+        f"data: digits\nmodel: vit\n{value}\n"
+        for value in ("epochs: many", "epochs: 2.5", "layers: 1", "mixing: [a, b]", "model_kwargs: text")
+    ],
 )
 def test_a_file_that_is_no_configuration_is_unreadable(runs, values):
     (runs / "aligned" / CONFIG_FILE).write_text(values)
     row = table(runs)["aligned"]
     assert row["state"].startswith(f"unreadable: {CONFIG_FILE} is of no run: ")
     assert str(runs) not in row["state"]  # it is said in another column
+
+
+def test_a_log_that_is_none_hides_no_other_run(runs):
+    (runs / "plain" / LOG_FILE).write_text("x" * 200_000 + "\n")
+    rows = table(runs)
+    assert rows["plain"]["state"].startswith("expected the columns epoch") or "unreadable" in rows["plain"]["state"]
+    assert rows["aligned"]["state"] == "finished"
 
 
 def test_configuration_values_are_shown_where_they_differ_only(runs):

@@ -75,13 +75,14 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None) -> Path:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"output: cannot write to the folder {folder}: {error}") from error
+    logged = [] if checkpoint is None else _logged_rmse(checkpoint)
     first, ratios, presence = _follow(subject, console)
     page, title = folder / "index.html", f"What alignment does in {config.model}"
     try:
         sections = [
             _label_maps(subject, first, folder),
             _mixing_ratio(subject, first, ratios, folder),
-            _target_rmse(subject, ratios, checkpoint, folder, console),
+            _target_rmse(subject, ratios, checkpoint, logged, folder, console),
             _presence(subject, first, presence, folder),
             _rollout(subject, first, folder),
         ]
@@ -131,7 +132,7 @@ def _label_maps(subject: Subject, first: FirstBatch, folder: Path) -> Section:
     )
     layers = _map_layers(subject.config, first.ratios.aligned)
     images, classes = _first_images(subject, _IMAGES_OF_MAPS)
-    path = folder / "label_maps.png"
+    path, table = folder / "label_maps.png", folder / "label_maps.csv"
     try:
         maps = draw_token_labels(
             subject.model, images, classes, path, subject.image_config["mean"], subject.image_config["std"],
@@ -139,9 +140,11 @@ def _label_maps(subject: Subject, first: FirstBatch, folder: Path) -> Section:
         )  # fmt: skip
     except ValueError as error:
         section.text.append(f"Not drawn: {error}.")
+        for stale in (path, table):
+            stale.unlink(missing_ok=True)
         return section
     write_csv(
-        folder / "label_maps.csv",
+        table,
         ("image", "block", "row", "column", "share"),
         [
             (image, block, row, column, share)
@@ -159,11 +162,9 @@ def _label_maps(subject: Subject, first: FirstBatch, folder: Path) -> Section:
 
 def _map_layers(config: AnalyzeConfig, shares: Sequence[Tensor]) -> Sequence[int] | None:
     """Blocks after which labels are drawn, beside the last; None for the last of each stage."""
-    chosen, blocks = config.map_layers, len(shares)
-    if chosen is not None:
-        if any(not -blocks <= layer < blocks for layer in chosen):
-            raise UsageError(f"map_layers: expected blocks from {-blocks} to {blocks - 1}, got {chosen}")
-        return chosen
+    if config.map_layers is not None:
+        return config.map_layers
+    blocks = len(shares)
     has_stages = len({share.shape for share in shares}) > 1
     return None if has_stages else [math.ceil(blocks * quarter / 4) - 1 for quarter in (1, 2, 3)]
 
@@ -184,7 +185,7 @@ def _mixing_ratio(subject: Subject, first: FirstBatch, ratios: MixingRatios, fol
     figures.draw_image_error(ratios, by_image)
     figures.draw_patch_error(ratios, by_patch)
     last = ", ".join(f"{name} {values[-1]:.3f}" for name, values in errors.items())
-    without = "" if ratios.transmix is not None else " TransMix needs a class token in the last block; here is none."
+    without = "" if ratios.transmix is not None else " TransMix needs a class token in all blocks; here is none."
     return Section(
         "Mixing ratio by layer",
         [
@@ -243,7 +244,12 @@ def _token_ratios(subject: Subject, first: FirstBatch, folder: Path) -> Picture:
 
 
 def _target_rmse(
-    subject: Subject, ratios: MixingRatios, checkpoint: Path | None, folder: Path, console: Console
+    subject: Subject,
+    ratios: MixingRatios,
+    checkpoint: Path | None,
+    logged: list[tuple[float, float]],
+    folder: Path,
+    console: Console,
 ) -> Section:
     config = subject.config
     rows = [(config.model, subject.weights, ratios.rmse)]
@@ -272,15 +278,18 @@ def _target_rmse(
         section.text.append(
             "--table1 true adds the eight models of the paper's Table 1, --table1_weights their weights."
         )
-    if checkpoint is not None:
-        logged, measured = _over_training(subject, ratios, checkpoint, untrained, console)
+    table, training = folder / "training.csv", folder / "rmse_training.png"
+    if checkpoint is None or _epoch_of(checkpoint) is None:
+        for stale in (table, training):
+            stale.unlink(missing_ok=True)
+    else:
+        measured = _over_training(subject, ratios, checkpoint, untrained, console)
         write_csv(
-            folder / "training.csv",
+            table,
             ("epoch", "what", "value"),
             [(epoch, "log: training images", value) for epoch, value in logged]
             + [(epoch, f"{name}: rmse", value) for epoch, name, value in measured],
         )
-        training = folder / "rmse_training.png"
         figures.draw_training(logged, [(epoch, value) for epoch, _, value in measured], training)
         alt = "; ".join(f"epoch {epoch:g}, {name}: {value:.4f}" for epoch, name, value in measured)
         caption = "RMSE over training: of checkpoints on held-out images"
@@ -294,31 +303,38 @@ def _target_rmse(
 
 def _over_training(
     subject: Subject, ratios: MixingRatios, checkpoint: Path, untrained: float, console: Console
-) -> tuple[list[tuple[float, float]], list[tuple[float, str, float]]]:
-    """RMSE by epoch in the log of a run; and epoch, name and RMSE of its checkpoints."""
+) -> list[tuple[float, str, float]]:
+    """Epoch, name and RMSE of random weights, a checkpoint, and the others of its run."""
+    measured = {0.0: (RANDOM, untrained), _epoch_of(checkpoint): (checkpoint.name, ratios.rmse)}
     of_run = config_beside(checkpoint)
-    folder, is_run, logged = of_run.parent, of_run.is_file(), []
-    # What other targets changed is not what is measured here.
-    has_aligned = is_run and load_config_file(of_run).get("target", "tl-align") in ALIGNED_TARGETS
-    if has_aligned and (folder / LOG_FILE).is_file():
-        try:
-            records = read_log(folder / LOG_FILE)
-        except ValueError as error:
-            raise UsageError(f"checkpoint: cannot read the log beside it: {error}") from error
-        logged = [(record.epoch, record.ratio_rmse) for record in records if record.ratio_rmse is not None]
-    measured = {0.0: (RANDOM, untrained)}
-    epoch = _epoch_of(checkpoint)
-    if epoch is None:
-        epoch = logged[-1][0] if logged else 1.0
-    measured[epoch] = (checkpoint.name, ratios.rmse)
-    if is_run:  # all of whose checkpoints are of this model
+    if of_run.is_file():
         other = create_subject(subject.config, subject.data, None)
-        for path in sorted(folder.glob("*.pth.tar")):
+        for path in sorted(of_run.parent.glob("*.pth.tar")):
             epoch = _epoch_of(path)
-            if epoch is not None and epoch not in measured:
+            if epoch is None or epoch in measured:
+                continue
+            try:
                 set_weights("checkpoint", path, load_weights("checkpoint", path), other.model, other.config.model)
+            except UsageError as error:  # it is no checkpoint of the run
+                console.print(f"left out: {error}", highlight=False, markup=False)
+            else:
                 measured[epoch] = (path.name, _rmse(other, path.name, console))
-    return logged, [(epoch, *measured[epoch]) for epoch in sorted(measured)]
+    return [(epoch, *measured[epoch]) for epoch in sorted(measured)]
+
+
+def _logged_rmse(checkpoint: Path) -> list[tuple[float, float]]:
+    """RMSE by epoch in the log of a checkpoint's run, if that aligned."""
+    of_run = config_beside(checkpoint)
+    log = of_run.parent / LOG_FILE
+    # What other targets changed is not what is measured here.
+    has_aligned = of_run.is_file() and load_config_file(of_run).get("target", "tl-align") in ALIGNED_TARGETS
+    if not has_aligned or not log.is_file():
+        return []
+    try:
+        records = read_log(log)
+    except ValueError as error:
+        raise UsageError(f"checkpoint: cannot read the log beside it: {error}") from error
+    return [(record.epoch, record.ratio_rmse) for record in records if record.ratio_rmse is not None]
 
 
 def _rmse(subject: Subject, what: str, console: Console) -> float:
@@ -330,10 +346,10 @@ def _rmse(subject: Subject, what: str, console: Console) -> float:
 def _epoch_of(checkpoint: Path) -> float | None:
     """Epochs that a checkpoint was trained, of a run of tlalign to the step; None if it says nothing."""
     content = load_metadata(checkpoint)
-    epoch = content.get("epoch")
     if "steps_per_epoch" in content:
-        epoch = content["step"] / content["steps_per_epoch"]
-    return float(epoch) if isinstance(epoch, (int, float)) else None
+        return content["step"] / content["steps_per_epoch"]
+    epoch = content.get("epoch")
+    return epoch + 1.0 if isinstance(epoch, (int, float)) else None  # timm's own count from 0
 
 
 def _presence(subject: Subject, first: FirstBatch, presence: list[PresenceOfLayer], folder: Path) -> Section:
@@ -366,7 +382,8 @@ def _presence(subject: Subject, first: FirstBatch, presence: list[PresenceOfLaye
                 path,
                 f"Boxes of token presence by block. Root mean square of p - 1 by block: {distances}; of the "
                 f"convolution {spread:.2f}.",
-                "Box: the middle half of the tokens; whiskers: 5 to 95 %; diamonds: the class token.",
+                "Box: the middle half of the tokens; whiskers: 5 to 95 %; diamonds: the class token. Quantiles are "
+                "good to half a per cent.",
             )
         ],
         [Table("presence.csv: presence of tokens in unmixed images", head, rows)],
@@ -389,7 +406,7 @@ def _rollout(subject: Subject, first: FirstBatch, folder: Path) -> Section:
             for image, row, column in itertools.product(range(len(images)), range(rows), range(columns))
         ],
     )
-    own = "" if rollout.head.shape[1] == rows * columns else " What is left to 1 it keeps of itself."
+    own = " What is left to 1 it keeps of itself." if weights.sum(dim=1).min() < 1 - 1e-3 else ""
     return Section(
         "Attention rollout",
         [
@@ -401,7 +418,7 @@ def _rollout(subject: Subject, first: FirstBatch, folder: Path) -> Section:
             Picture(
                 path,
                 f"Images, and maps of what the {head} sees of each of {rows} x {columns} patches; brighter is more.",
-                "1 is the weight of a patch if all had the same.",
+                f"1 is one part in {rows * columns}: the weight of a patch if all were alike and nothing else had any.",
                 wide=True,
             )
         ],

@@ -11,12 +11,12 @@ import numpy as np
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from tlalign.analysis.blocks import following
+from tlalign.analysis.blocks import blocks_of, following
 from tlalign.analysis.ratios import MixedBatch, mix_batches
 from tlalign.config import AnalyzeConfig, UsageError
 from tlalign.data import DataSets, create_eval_loader, resolve_image_config, sampled
 from tlalign.evaluation import choose_device
-from tlalign.networks import create_model, load_weights, set_weights
+from tlalign.networks import check_image_size, create_model, load_weights, set_weights
 from tlalign.pictures import pixels
 
 # The models of the paper's Table 1.
@@ -43,7 +43,7 @@ class Subject:
         image_config: Size and normalisation of the images.
 
     Raises:
-        UsageError: If labels can't be followed through the model.
+        UsageError: If labels can't be followed through the model, or it has no such blocks or takes no such images.
     """
 
     def __init__(self, config: AnalyzeConfig, data: DataSets, model: nn.Module, weights: str, **alignment: Any) -> None:
@@ -55,11 +55,14 @@ class Subject:
         self.device = next(model.parameters()).device
         self.image_config = resolve_image_config(config, model)
         try:
-            following(model, **alignment)
+            blocks = len(blocks_of(following(model, **alignment)))
         except NotImplementedError as error:
-            raise UsageError(f"model: {error}") from error
+            raise UsageError(f"model: {str(error).removeprefix('model: ')}") from error
         except ValueError as error:
             raise UsageError(str(error)) from error
+        if any(not -blocks <= layer < blocks for layer in config.map_layers or ()):
+            raise UsageError(f"map_layers: expected blocks from {-blocks} to {blocks - 1}, got {config.map_layers}")
+        check_image_size(model, self.image_config["input_size"])
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images and class ids, always the same: from all over the held-out ones, of shards the first."""
@@ -107,7 +110,7 @@ def create_subject_of_table_1(name: str, config: AnalyzeConfig, data: DataSets) 
     Raises:
         UsageError: If the weights are not of this model.
     """
-    config = dataclasses.replace(config, model=name, model_kwargs={}, img_size=None)
+    config = dataclasses.replace(config, model=name, model_kwargs={}, img_size=None, map_layers=None)
     random_seed(config.seed)
     file = _weight_file(config.table1_weights, name)
     # Of 1000 classes as the published weights, so that timm checks that all of them fit; no label depends on it.
