@@ -13,6 +13,9 @@
 #define TLALIGN_EMULATED_BF16
 #endif
 
+#if !defined(__GNUC__) || defined(__clang__)
+#error "only gcc can be told inside a file to do without AVX-512"
+#endif
 #pragma GCC target("no-avx512f")
 
 #include <immintrin.h>
