@@ -199,6 +199,19 @@ def test_naflexvit_takes_patches_without_a_target_and_images_with_one():
         tlk.patch_model(model)
 
 
+@pytest.mark.parametrize("name", ["vit_base_patch16_rope_224", "naflexvit_base_patch16_gap"])
+def test_blocks_of_naflexvit_may_be_wrapped(name):
+    model = tlk.patch_model(small_plain(name, **SAMPLE[name]))
+    images, target = images_and_target(model)
+    expected = model(images, target=target)
+    torch._dynamo.reset()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block, backend="eager")
+    logits, aligned = model(images, target=target)
+    torch.testing.assert_close(logits, expected[0])
+    torch.testing.assert_close(aligned.ratio, expected[1].ratio)
+
+
 @pytest.mark.parametrize("kind", ["bool", "additive", "causal"])
 def test_attention_masks_are_passed_on(kind):
     model = small_plain("vit_small_patch16_rope_224").double()
