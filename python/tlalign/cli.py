@@ -36,6 +36,7 @@ try:
         load_recipe,
         recipe_names,
         suggestion,
+        type_checker,
     )
     from tlalign.runs import EpochRecord, RunFolder, config_beside
 except ModuleNotFoundError as missing:
@@ -418,15 +419,13 @@ def _parse(
 ) -> Config:
     """Reads flags over values; both are checked against the types of the configuration's fields."""
     names = field_names(config_class)
-    checker = jsonargparse.ArgumentParser(exit_on_error=False)
-    checker.add_class_arguments(config_class, None)
     try:
         parser.set_defaults(values)
         for action in parser._actions:  # else --help says that what a recipe gives is required
             action.required = action.required and action.dest not in values
         parsed = _parse_flags(parser, flags)
         # Defaults were taken as they are; read as an object, values of files are checked and converted as flags are.
-        parsed = checker.parse_object({name: getattr(parsed, name) for name in names})
+        parsed = type_checker(config_class).parse_object({name: getattr(parsed, name) for name in names})
     except argparse.ArgumentError as error:
         raise UsageError(_in_words(error)) from error
     values = {name: getattr(parsed, name) for name in names}

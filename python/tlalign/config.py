@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.metadata
 import importlib.resources
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jsonargparse
 import yaml
 
 Mixing = Literal[
@@ -400,6 +402,14 @@ def save_config(config: TrainConfig, path: Path) -> None:
 def field_names(config_class: type[EvalConfig]) -> list[str]:
     """Names of the fields of a configuration."""
     return [each.name for each in dataclasses.fields(config_class)]
+
+
+@functools.cache
+def type_checker(config_class: type[EvalConfig]) -> jsonargparse.ArgumentParser:
+    """A parser whose `parse_object` checks the values of a configuration by their types, and converts them."""
+    checker = jsonargparse.ArgumentParser(exit_on_error=False)
+    checker.add_class_arguments(config_class, None)
+    return checker
 
 
 def suggestion(word: str, known: list[str]) -> str:

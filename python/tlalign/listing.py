@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import statistics
 from collections.abc import Sequence
@@ -11,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tlalign.config import CONFIG_FILE, TrainConfig, UsageError, field_names, load_config_file, suggestion
+from tlalign.config import CONFIG_FILE, TrainConfig, UsageError, field_names, load_config_file, suggestion, type_checker
 from tlalign.runs import LOG_FILE, EpochRecord, read_log, write_csv
 
 # Headings of the columns that each list has, by their keys; configuration values that differ follow.
@@ -182,7 +180,7 @@ class RunTable:
             UsageError: If it can't be written.
         """
         try:
-            write_csv(path, self.columns, (row.values() for row in self.rows))
+            write_csv(path, self.columns, ([row[key] for key in self.columns] for row in self.rows))
         except OSError as error:
             raise UsageError(f"csv: cannot write {path}: {error}") from error
 
@@ -221,7 +219,7 @@ def read_run(path: Path, name: str) -> Run:
 
     try:
         run.values = load_config_file(path / CONFIG_FILE)
-        run.config = TrainConfig(**vars(_checker().parse_object(run.values)))
+        run.config = TrainConfig(**vars(type_checker(TrainConfig).parse_object(run.values)))
     except argparse.ArgumentError as error:
         run.problem = f"{CONFIG_FILE} is of no run: {' '.join(str(error).split())}"
     except (UsageError, TypeError) as error:
@@ -234,14 +232,6 @@ def read_run(path: Path, name: str) -> Run:
     except (OSError, ValueError) as error:
         run.problem = run.problem or reason(error)
     return run
-
-
-@functools.cache
-def _checker() -> jsonargparse.ArgumentParser:
-    """Checks the types of a run's configuration, which may have been edited."""
-    checker = jsonargparse.ArgumentParser(exit_on_error=False)
-    checker.add_class_arguments(TrainConfig, None)
-    return checker
 
 
 def _differing_fields(runs: Sequence[Run]) -> list[str]:
