@@ -90,7 +90,7 @@ class AlignedNaFlexVit(PrefixPoolingFollower, naflexvit.NaFlexVit):
             of_block = rope[index] if is_by_block else rope
             if is_by_block and kept is not None:
                 of_block = tl.apply_keep_indices_nlc(x, of_block, kept)
-            # Asked of its attention, since a block that is compiled or sharded alone is the wrapper's.
+            # By its attention, since the class of a block that is compiled or sharded alone is the wrapper's.
             takes_rope = isinstance(block.attn, (eva.EvaAttention, tl.AttentionRope))
             positions.append((of_block,) if takes_rope else ())
         return x, share, positions
