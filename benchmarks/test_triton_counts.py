@@ -117,7 +117,8 @@ def test_bytes(benchmark, name):
 # Kernels for windows of so many tokens along each axis.
 OF_WINDOWS = {
     7: ("attention_forward_row", "attention_forward_heads", "attention_backward_head"),
-    12: ("attention_forward_row", *BACKWARDS),
+    12: ("attention_forward_window", "attention_forward_stream", *BACKWARDS),
+    16: ("attention_forward_window", "attention_forward_stream"),
 }
 
 
@@ -157,12 +158,13 @@ def test_counts_in_windows_of_a_map(benchmark, arch, window):
 
 
 @pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm")
-@pytest.mark.parametrize("window", [7, 8, 12])
+@pytest.mark.parametrize("window", [7, 8, 12, 16])
 def test_bytes_in_windows_of_a_map(benchmark, window):
     windows = Windows((2 * window, 2 * window), (window, window), (window // 2, window // 2))
 
     def measure():
-        return offline.forward_bytes_in_windows(windows, "attention_forward_row", heads=3)
+        kernel = "attention_forward_row" if window <= 8 else "attention_forward_window"
+        return offline.forward_bytes_in_windows(windows, kernel, heads=3)
 
     asked, needed = benchmark.pedantic(measure, rounds=1)
     title = f"Triton, bytes of a forward in windows of {window} x {window} over those of all inputs and outputs once"

@@ -225,6 +225,7 @@ def trips(launch):
     of_kernel = {
         "attention_forward_heads": ("HEADS", None),
         "attention_forward_stream": ("keys", "TILE"),
+        "attention_forward_window": ("QUERIES", "BLOCK_Q"),
         "attention_backward_head": ("KEYS", "BLOCK_K"),
         "attention_backward_keys": ("queries", "BLOCK_Q"),
         "attention_backward_queries": ("keys", "BLOCK_K"),

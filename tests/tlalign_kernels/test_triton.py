@@ -131,6 +131,7 @@ EXECUTED_IN_WINDOWS = (
     Case("padded windows", heads=2, head_dim=40, bias_scale=1.0, sources=2, windows=Windows((5, 9), (4, 4), (1, 2))),
     Case("windows beyond the map", batch=1, heads=2, windows=Windows((3, 10), (8, 4), (4, 0)), residual=False),
     Case("windows of 144", batch=1, heads=1, head_dim=32, bias_scale=1.0, windows=Windows((13, 12), (12, 12), (6, 0))),
+    Case("windows of 81", batch=1, heads=1, head_dim=40, bias_scale=1.0, windows=Windows((9, 10), (9, 9), (4, 4))),
     Case("windows of 225", batch=1, heads=1, head_dim=16, bias_scale=1.0, windows=Windows((9, 15), (15, 15), (0, 7))),
     Case("dense labels in windows", heads=2, head_dim=24, sources=20, windows=Windows((10, 5), (4, 4), (2, 2))),
     Case("dropout in windows", heads=2, head_dim=16, dropout_p=0.25, windows=Windows((5, 6), (4, 4), (0, 1))),
@@ -606,11 +607,15 @@ def test_windows_take_no_more_instructions_than_attention_with_a_bias(arch):
 
 @of_new_triton
 @needs_ptxvm
-@pytest.mark.parametrize("kernel", ["attention_forward_row", "attention_forward_heads"])
-def test_windows_read_the_projection_once_and_write_the_output_once(kernel):
-    asked, needed = offline.forward_bytes_in_windows(SHIFTED, kernel, heads=3)
+@pytest.mark.parametrize(
+    ("kernel", "windows"),
+    [("row", SHIFTED), ("heads", SHIFTED), ("window", Windows((24, 12), (12, 12), (6, 0)))],
+    ids=["row", "heads", "window"],
+)
+def test_windows_read_the_projection_once_and_write_the_output_once(kernel, windows):
+    asked, needed = offline.forward_bytes_in_windows(windows, f"attention_forward_{kernel}", heads=3)
     # The residual of a row, a four-hundredth of it, may be read by two threads.
-    assert asked[0] <= needed[0] * (1.005 if kernel == "attention_forward_heads" else 1)
+    assert asked[0] <= needed[0] * (1.005 if kernel == "heads" else 1)
     assert asked[1] <= needed[1]
 
 

@@ -42,7 +42,8 @@ MAX_FUSED_SOURCES = 8
 # The scores of a block of queries and so many keys stay in the registers of a program.
 MAX_ROW_KEYS = 256
 MAX_ROW_KEYS_WITH_OFFSETS = 128
-MAX_ROW_KEYS_OF_WINDOWS = 208
+# Shared memory holds the keys and values of so many, of heads of up to 32, and their queries pass by.
+MAX_WINDOW_KEYS = 256
 # So do the gradients of so many queries.
 MAX_GRADIENT_ROWS = 208
 # Of so few keys a program takes all heads in turn, if there are enough programs to fill a GPU a few times.
@@ -138,18 +139,25 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
     The row kernel pads queries to 64 and keys to 16: at N = 197 the scores computed are 1.37 times those needed. What a
     program can hold without spilling registers decides the rest; a bias or mask takes some of them. On an H100 tiles
     that are fetched ahead make up for what streaming computes more: at N = 197 (B = 128, H = 6) 52 us against 66.
+
+    Of windows of more than 64 tokens one program has all queries of a head: it reads K and V once, and pads queries to
+    32. In windows of 12 x 12 on sm_80 that is 10.5 k instructions a head, where the row kernel took 16.3 k, and 3.8 k
+    cycles for 7.0 k of the busiest pipe.
     """
     queries, keys, head_dim = shape.queries, shape.keys, shape.head_dim
     block, warps = (16, 2) if queries <= 16 else (32, 2) if queries <= 32 else (64, 4)
     stream = (_stream_config(shape, block, warps),)
     if shape.dtype == torch.float32 or head_dim > 64:
         return [stream]
+    if shape.in_windows and 64 < keys <= MAX_WINDOW_KEYS and head_dim <= 32:
+        # Two warps have a head. Of long ones few fit in the shared memory of others than sm_90 and sm_100: four do.
+        block, warps = (64, 4) if keys > 208 and not _has_warp_groups(shape) else (32, 2)
+        return [(Config("attention_forward_window", dict(BLOCK_Q=block, **_row_tiles(keys)), warps),), stream]
     configs = [stream] if keys > 64 else []
     if keys <= 64 and not shape.is_crowded and not _has_warp_groups(shape):
         # Warps of 32 queries read K and V from shared memory half as often as those of 16, and execute a seventh less.
         warps = 2
-    most = MAX_ROW_KEYS_OF_WINDOWS if shape.in_windows else MAX_ROW_KEYS_WITH_OFFSETS
-    if keys <= (most if shape.has_offsets else MAX_ROW_KEYS):
+    if keys <= (MAX_ROW_KEYS_WITH_OFFSETS if shape.has_offsets else MAX_ROW_KEYS):
         # 65536 registers for three programs of 128 threads.
         registers = 168 if shape.capability == 90 and keys <= 208 and not shape.has_offsets else None
         row = Config("attention_forward_row", dict(BLOCK_Q=block, **_row_tiles(keys)), warps, registers=registers)
@@ -494,13 +502,14 @@ def forward(
         else:
             if fused:
                 head_share = query.new_empty((batch, heads, fused + padded, queries), dtype=torch.float32)
-            if config.kernel == "attention_forward_row":
-                kernels.attention_forward_row[(grid * heads,)](
-                    *tensors, head_share, *strides, *numbers, **constant_sizes, **how
-                )
-            else:
+            if config.kernel == "attention_forward_stream":
                 kernels.attention_forward_stream[(grid * heads,)](
                     *tensors, head_share, *strides, heads, queries, keys, *numbers, **how
+                )
+            else:
+                takes_all_queries = config.kernel == "attention_forward_window"
+                getattr(kernels, config.kernel)[((batch if takes_all_queries else grid) * heads,)](
+                    *tensors, head_share, *strides, *numbers, **constant_sizes, **how
                 )
             if fused:
                 kernels.average_heads[(_blocks(queries, 64) * batch,)](

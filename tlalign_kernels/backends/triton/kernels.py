@@ -376,6 +376,24 @@ def _add_mixed(weights, rows, sums, WIDTHS: tl.constexpr, PRECISION: tl.constexp
 
 
 @triton.jit
+def _of_head(
+    query, key, value, query_image, query_head, key_image, key_head, value_image, value_head, image, head,
+    TOKENS: tl.constexpr, ROW: tl.constexpr, GAP: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Where query, key and value, or their gradients, of an image and head begin.
+
+    GAP: elements from query to key and from key to value in a packed projection of TOKENS rows: one set of addresses
+    serves all three. Else 0.
+    """
+    if GAP > 0:
+        query += image * (TOKENS * ROW) + head * D
+        return query, query + GAP, query + 2 * GAP
+    else:
+        query += image * query_image + head * query_head
+        return query, key + image * key_image + head * key_head, value + image * value_image + head * value_head
+
+
+@triton.jit
 def _offset_base(data, image, head, image_stride, head_stride):
     """Where the bias or mask of an image and head begins, if there is one."""
     if data is None:
@@ -515,10 +533,14 @@ def _scores(
     q, key, KEY_ROW: tl.constexpr, row, queries, first, keys, factor,
     bias, bias_query, bias_key, mask, mask_query, mask_key,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, BIAS: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr, place=None, pad_key=None, WINDOWS: tl.constexpr = None,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, place=None, pad_key=None, WINDOWS: tl.constexpr = None, k=None,
 ):  # fmt: skip
-    """Scores of some queries and SIZE keys from `first` on; -inf from key `keys` on, if this tile ENDS them."""
-    k = _load_rows(key, KEY_ROW, first, keys, SIZE, D, WIDTHS, ENDS, place, pad_key, WINDOWS, TRANSPOSED=True)
+    """Scores of some queries and SIZE keys from `first` on; -inf from key `keys` on, if this tile ENDS them.
+
+    k: these keys, if they are on chip.
+    """
+    if k is None:
+        k = _load_rows(key, KEY_ROW, first, keys, SIZE, D, WIDTHS, ENDS, place, pad_key, WINDOWS, TRANSPOSED=True)
     return _with_offsets(
         _products(q, k, WIDTHS, PRECISION) * factor, row, queries, first, keys, bias, bias_query, bias_key,
         mask, mask_query, mask_key, SIZE, ENDS, BIAS, MASK,
@@ -559,10 +581,11 @@ def _add_values(
     p, accumulated, labels, value, VALUE_ROW: tl.constexpr, w, row, queries, first, keys, pair,
     seed, threshold, kept_factor, place, pad_value,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, DROPS: tl.constexpr,
-    PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOWS: tl.constexpr, v=None,
 ):  # fmt: skip
-    """Adds P V and P w, where w = [1, share], of SIZE keys from `first` on."""
-    v = _load_rows(value, VALUE_ROW, first, keys, SIZE, D, WIDTHS, ENDS, place, pad_value, WINDOWS)
+    """Adds P V and P w, where w = [1, share], of SIZE keys from `first` on; v: their values, if they are on chip."""
+    if v is None:
+        v = _load_rows(value, VALUE_ROW, first, keys, SIZE, D, WIDTHS, ENDS, place, pad_value, WINDOWS)
     kept = p
     if DROPS:
         column = first + tl.arange(0, SIZE)
@@ -577,6 +600,24 @@ def _add_values(
 def _max_of_lanes(scores):
     """Maxima of every eighth key, which one thread has: what goes across threads is then done once for all tiles."""
     return tl.max(tl.reshape(scores, (scores.shape[0], scores.shape[1] // 8, 8)), 1)
+
+
+@triton.jit
+def _highest(scores, BIAS: tl.constexpr, MASK: tl.constexpr):
+    """Maxima of the rows of all tiles.
+
+    Beside what is added to them the compiler has scores lie as that was loaded; lanes it then makes of other threads.
+    """
+    if BIAS == 0 and MASK == 0:
+        lanes = _max_of_lanes(scores[0])
+        for i in tl.static_range(1, len(scores)):
+            lanes = tl.maximum(lanes, _max_of_lanes(scores[i]))
+        return tl.max(lanes, 1)
+    else:
+        highest = tl.max(scores[0], 1)
+        for i in tl.static_range(1, len(scores)):
+            highest = tl.maximum(highest, tl.max(scores[i], 1))
+        return highest
 
 
 # output = softmax(scale Q K^T + bias + mask) V, for keys that are all on chip: a program has BLOCK_Q queries of a head.
@@ -596,22 +637,17 @@ def attention_forward_row(
 ):  # fmt: skip
     """Keys lie in tiles of sizes TILES.
 
-    GAP: elements from query to key and from key to value in a packed projection: one set of addresses serves all three.
-    Else 0.
+    GAP: see `_of_head`.
     FOLDS: the factor is positive and nothing is added to the scores, so that it can wait for the exponential.
     """
     block, head, image = _program((QUERIES + BLOCK_Q - 1) // BLOCK_Q, HEADS)
     of_map, place = _place(image, WINDOWS)
     first = block * BLOCK_Q
     row = first + tl.arange(0, BLOCK_Q)
-    if GAP > 0:
-        query += of_map * (_tokens_of_image(QUERIES, WINDOWS) * QUERY_ROW) + head * D
-        key = query + GAP
-        value = key + GAP
-    else:
-        query += of_map * query_image + head * query_head
-        key += of_map * key_image + head * key_head
-        value += of_map * value_image + head * value_head
+    query, key, value = _of_head(
+        query, key, value, query_image, query_head, key_image, key_head, value_image, value_head, of_map, head,
+        _tokens_of_image(QUERIES, WINDOWS), QUERY_ROW, GAP, D,
+    )  # fmt: skip
     bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head)
     mask = _offset_base(mask, image, head, mask_image, mask_head)
     PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
@@ -630,10 +666,7 @@ def attention_forward_row(
         )  # fmt: skip
         of_tile = _without_padding(of_tile, float("-inf"), _first(TILES, i), KEYS, i == COUNT - 1, BIAS)
         scores = scores + (of_tile,)
-    lanes = _max_of_lanes(scores[0])
-    for i in tl.static_range(1, COUNT):
-        lanes = tl.maximum(lanes, _max_of_lanes(scores[i]))
-    highest = tl.max(lanes, 1)
+    highest = _highest(scores, BIAS, MASK)
     unit = factor if FOLDS else _unit(BIAS, MASK)
     highest *= unit
     shift = highest
@@ -669,12 +702,12 @@ def _stream_tile(
     place, pad_key, pad_value,
     SIZE: tl.constexpr, ENDS: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr,
     PACKED: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
-    PRECISION: tl.constexpr, WINDOWS: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOWS: tl.constexpr, k=None, v=None, w=None,
 ):  # fmt: skip
-    """One step of the online softmax (FlashAttention, arXiv 2205.14135)."""
+    """One step of the online softmax (FlashAttention, arXiv 2205.14135); k, v, w: of its keys, if they are on chip."""
     scores = _scores(
         q, key, KEY_ROW, row, queries, first, keys, 1.0 if FOLDS else factor, bias, bias_query, bias_key, mask,
-        mask_query, mask_key, SIZE, ENDS, D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS,
+        mask_query, mask_key, SIZE, ENDS, D, WIDTHS, BIAS, MASK, PRECISION, place, pad_key, WINDOWS, k,
     )  # fmt: skip
     unit = factor if FOLDS else _unit(BIAS, MASK)
     now = tl.maximum(highest, tl.max(scores, 1) * unit)
@@ -682,11 +715,12 @@ def _stream_tile(
     if not FOLDS:
         shift = tl.where(now == float("-inf"), 0.0, now)
     kept = tl.exp2(highest - shift)
-    w = _label_columns(parts, first, PARTS_ROW, SIZE, PACKED, COLUMNS, q[0].dtype)
+    if w is None:
+        w = _label_columns(parts, first, PARTS_ROW, SIZE, PACKED, COLUMNS, q[0].dtype)
     accumulated, labels = _add_values(
         tl.exp2(scores * unit - shift[:, None]), _times(accumulated, kept[:, None], WIDTHS), labels * kept[:, None],
         value, VALUE_ROW, w, row, queries, first, keys, pair, seed, threshold, kept_factor, place, pad_value,
-        SIZE, ENDS, D, WIDTHS, DROPS, PRECISION, WINDOWS,
+        SIZE, ENDS, D, WIDTHS, DROPS, PRECISION, WINDOWS, v,
     )  # fmt: skip
     return now, accumulated, labels
 
@@ -757,6 +791,77 @@ def attention_forward_stream(
         head_share, image * heads + head, queries, first, labels, inverse,
         BLOCK_Q, COLUMNS, _labels(SOURCES, WINDOWS), PARTS,
     )  # fmt: skip
+
+
+# The same for windows of a map: a program has all queries of a head, BLOCK_Q at a time. Shared memory holds K, V and
+# [1, share]. Reads the projection and the bias once; writes O, the log-sum-exp and the shares of the head.
+@triton.jit
+def attention_forward_window(
+    query, key, value, pad, parts, bias, mask, seed, output, log_sum_exp, head_share,
+    query_image, query_head, key_image, key_head, value_image, value_head,
+    bias_image, bias_head, bias_query, bias_key, mask_image, mask_head, mask_query, mask_key,
+    factor, threshold, kept_factor, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GAP: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, PARTS_ROW: tl.constexpr, SOURCES: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, DROPS: tl.constexpr, FOLDS: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOWS: tl.constexpr, BLOCK_Q: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """See `attention_forward_row`."""
+    _, head, image = _program(1, HEADS)
+    of_map, place = _place(image, WINDOWS)
+    query, key, value = _of_head(
+        query, key, value, query_image, query_head, key_image, key_head, value_image, value_head, of_map, head,
+        _tokens_of_image(QUERIES, WINDOWS), QUERY_ROW, GAP, D,
+    )  # fmt: skip
+    bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head)
+    PACKED: tl.constexpr = _packed_rows(SOURCES, PARTS, WINDOWS)
+    if PACKED > 0:
+        parts += image * (PACKED * PARTS_ROW)
+    pad_query, pad_key, pad_value = _pad_rows(pad, head, HEADS, D)
+    COUNT: tl.constexpr = len(TILES)
+    k = ()
+    v = ()
+    w = ()
+    for i in tl.static_range(COUNT):
+        k = k + (
+            _load_rows(
+                key, KEY_ROW, _first(TILES, i), KEYS, _size(TILES, i), D, WIDTHS, i == COUNT - 1, place, pad_key,
+                WINDOWS, TRANSPOSED=True,
+            ),
+        )  # fmt: skip
+        v = v + (
+            _load_rows(
+                value, VALUE_ROW, _first(TILES, i), KEYS, _size(TILES, i), D, WIDTHS, i == COUNT - 1, place, pad_value,
+                WINDOWS,
+            ),
+        )  # fmt: skip
+        w = w + (
+            _label_columns(
+                parts, _first(TILES, i), PARTS_ROW, _size(TILES, i), PACKED, COLUMNS, query.dtype.element_ty
+            ),
+        )
+    for first in range(0, QUERIES, BLOCK_Q):
+        row = first + tl.arange(0, BLOCK_Q)
+        q = _load_rows(query, QUERY_ROW, first, QUERIES, BLOCK_Q, D, WIDTHS, True, place, pad_query, WINDOWS)
+        highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        accumulated = _zeros(BLOCK_Q, WIDTHS)
+        labels = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
+        for i in tl.static_range(COUNT):
+            highest, accumulated, labels = _stream_tile(
+                q, highest, accumulated, labels, key, KEY_ROW, value, VALUE_ROW, parts, PARTS_ROW, row, QUERIES,
+                _first(TILES, i), KEYS, factor, bias, bias_query, bias_key, mask, mask_query, mask_key,
+                image * HEADS + head, seed, threshold, kept_factor, place, pad_key, pad_value, _size(TILES, i),
+                i == COUNT - 1, D, WIDTHS, COLUMNS, PACKED, BIAS, MASK, DROPS, FOLDS, PRECISION, WINDOWS,
+                k[i], v[i], w[i],
+            )  # fmt: skip
+        inverse = _finish(
+            output, log_sum_exp, image, head, HEADS, QUERIES, first, accumulated, labels, highest, place,
+            BLOCK_Q, D, WIDTHS, COLUMNS, not FOLDS, WINDOWS,
+        )  # fmt: skip
+        _store_head_share(
+            head_share, image * HEADS + head, QUERIES, first, labels, inverse,
+            BLOCK_Q, COLUMNS, _labels(SOURCES, WINDOWS), PARTS,
+        )  # fmt: skip
 
 
 # The same for so few keys that one tile has them, and the mean over heads with it: a program has BLOCK_Q queries of an
@@ -1234,26 +1339,19 @@ def attention_backward_head(
     """Queries lie in tiles of sizes TILES; row_terms is written unless it is None.
 
     TAIL_K: size of a block of its own for the last keys, which alone is masked; 0: they are in blocks of BLOCK_K, too.
-    GAP: as there, of the gradients too.
+    GAP: see `_of_head`; that of the gradients is the same.
     """
     _, head, image = _program(1, HEADS)
     of_map, place = _place(image, WINDOWS)
     pair = image * HEADS + head
-    if GAP > 0:
-        at = of_map * (_tokens_of_image(QUERIES, WINDOWS) * QUERY_ROW) + head * D
-        query += at
-        key = query + GAP
-        value = key + GAP
-        grad_query += at
-        grad_key = grad_query + GAP
-        grad_value = grad_key + GAP
-    else:
-        query += of_map * query_image + head * query_head
-        key += of_map * key_image + head * key_head
-        value += of_map * value_image + head * value_head
-        grad_query += of_map * grad_query_image + head * grad_query_head
-        grad_key += of_map * grad_key_image + head * grad_key_head
-        grad_value += of_map * grad_value_image + head * grad_value_head
+    query, key, value = _of_head(
+        query, key, value, query_image, query_head, key_image, key_head, value_image, value_head, of_map, head,
+        _tokens_of_image(QUERIES, WINDOWS), QUERY_ROW, GAP, D,
+    )  # fmt: skip
+    grad_query, grad_key, grad_value = _of_head(
+        grad_query, grad_key, grad_value, grad_query_image, grad_query_head, grad_key_image, grad_key_head,
+        grad_value_image, grad_value_head, of_map, head, _tokens_of_image(QUERIES, WINDOWS), GRAD_QUERY_ROW, GAP, D,
+    )  # fmt: skip
     grad_output += of_map * grad_output_image + head * grad_output_head
     output += (of_map * _tokens_of_image(QUERIES, WINDOWS) * HEADS + head) * D
     bias = _offset_base(bias, _kind(image, place, WINDOWS), head, bias_image, bias_head)
