@@ -72,6 +72,7 @@ EXECUTED = (
     Case("streaming", heads=1, batch=1, queries=20, keys=330),
     Case("wide heads", heads=1, batch=1, head_dim=80, queries=70, keys=50),
     Case("two blocks of columns, and a bias", heads=1, batch=1, head_dim=72, queries=70, keys=50, bias_scale=1.0),
+    Case("long rows with a bias", heads=1, batch=2, queries=130, keys=130, bias_scale=1.0, packed=True),
     Case("dense labels of wide heads", heads=2, batch=1, head_dim=40, queries=20, keys=40, sources=10, mask="rows"),
     Case("two sources of 8", heads=1, batch=2, queries=5, keys=7, head_dim=9, sources=8, residual=False),
     *(case for case in CASES if case.keys <= 65 and case.queries <= 784),
@@ -298,13 +299,14 @@ def check_compiled(launch, arch):
         assert any(opcode in ("HMMA", "HGMMA", "UTCHMMA") for opcode in opcodes), f"{launch.name}: no tensor cores"
 
 
-def every_launch(arch, tokens, head_dim, dtype, offsets=False):
+def every_launch(arch, tokens, head_dim, dtype, offsets=False, mask=True):
     """Launches of every configuration that may be chosen; of a newer Triton than they were chosen with, the default."""
-    shape = backend.Shape(arch, dtype, 1, tokens, tokens, head_dim, offsets)
+    shape = backend.Shape(arch, dtype, 1, tokens, tokens, head_dim, offsets, offsets and mask)
     # Triton 3.9 spills a few registers in a backward that only `tune` tries.
     for forward, backward in itertools.islice(zip_configs(shape), None if VERSION <= (3, 8) else 1):
         prefer = [config.kernel for config in (*forward, *backward)]
-        yield from offline.record_packed(arch, tokens, head_dim, dtype, prefer=prefer, offsets=offsets).values()
+        options = dict(prefer=prefer, offsets=offsets, mask=mask)
+        yield from offline.record_packed(arch, tokens, head_dim, dtype, **options).values()
 
 
 @of_new_triton
@@ -316,14 +318,22 @@ def test_nothing_spills_at_head_dim_64(arch, tokens):
 
 
 @of_new_triton
+def test_nothing_spills_with_the_bias_of_a_vit():
+    for launch in every_launch(80, 197, 64, torch.bfloat16, offsets=True, mask=False):
+        check_compiled(launch, 80)
+
+
+@of_new_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("offsets", [False, True], ids=["plain", "bias and mask"])
-def test_nothing_spills(arch, head_dim, dtype, offsets):
+@pytest.mark.parametrize(
+    ("offsets", "mask"), [(False, False), (True, False), (True, True)], ids=["plain", "bias", "bias and mask"]
+)
+def test_nothing_spills(arch, head_dim, dtype, offsets, mask):
     for tokens in (49, 197, 577):
-        for launch in every_launch(arch, tokens, head_dim, dtype, offsets):
+        for launch in every_launch(arch, tokens, head_dim, dtype, offsets, mask):
             check_compiled(launch, arch)
 
 
@@ -375,7 +385,7 @@ SWIN = {
 def check_windows(arch, tokens, dtype):
     """The most that can be asked of windows: shifted and padded, with a bias and its gradient."""
     windows = SWIN[tokens]
-    for forward, backward in zip_configs(backend.Shape(arch, dtype, 1, tokens, tokens, 32, True, True)):
+    for forward, backward in zip_configs(backend.Shape(arch, dtype, 1, tokens, tokens, 32, True, in_windows=True)):
         prefer = [config.kernel for config in (*forward, *backward)]
         for launch in offline.record_windows(arch, windows, 32, dtype, prefer=prefer).values():
             check_compiled(launch, arch)

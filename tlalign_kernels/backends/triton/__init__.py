@@ -41,7 +41,8 @@ _ARRANGED = 3
 MAX_FUSED_SOURCES = 8
 # The scores of a block of queries and so many keys stay in the registers of a program.
 MAX_ROW_KEYS = 256
-MAX_ROW_KEYS_WITH_OFFSETS = 128
+MAX_ROW_KEYS_WITH_BIAS = 208
+MAX_ROW_KEYS_WITH_MASK = 128
 # Shared memory holds the keys and values of so many, of heads of up to 32, and their queries pass by.
 MAX_WINDOW_KEYS = 256
 # So do the gradients of so many queries.
@@ -114,6 +115,7 @@ class Shape(NamedTuple):
     keys: int
     head_dim: int
     has_offsets: bool
+    has_mask: bool = False
     in_windows: bool = False
 
     @property
@@ -157,11 +159,13 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
     if keys <= 64 and not shape.is_crowded and not _has_warp_groups(shape):
         # Warps of 32 queries read K and V from shared memory half as often as those of 16, and execute a seventh less.
         warps = 2
-    if keys <= (MAX_ROW_KEYS_WITH_OFFSETS if shape.has_offsets else MAX_ROW_KEYS):
+    takes_more = shape.has_mask and not _has_warp_groups(shape)
+    most = MAX_ROW_KEYS_WITH_MASK if takes_more else MAX_ROW_KEYS_WITH_BIAS if shape.has_offsets else MAX_ROW_KEYS
+    if keys <= most:
         # 65536 registers for three programs of 128 threads.
         registers = 168 if shape.capability == 90 and keys <= 208 and not shape.has_offsets else None
         row = Config("attention_forward_row", dict(BLOCK_Q=block, **_row_tiles(keys)), warps, registers=registers)
-        streams = shape.capability == 90 and queries > 64 and keys > 64 and not shape.has_offsets
+        streams = shape.capability == 90 and queries > 64 and keys > (128 if shape.has_offsets else 64)
         configs.insert(1 if streams else 0, (row,))
     if keys <= MAX_KEYS_OF_HEADS and not shape.is_crowded:
         if shape.has_offsets and block == 64:
@@ -410,7 +414,9 @@ def _directions(problem: Problem) -> list[tuple]:
     _, dtype, batch, heads, queries, keys, head_dim, sources, _, has_bias, has_mask, dropout_p, _, windows = problem
     capability = _capability(torch.device(problem.device_type))
     in_windows = windows is not None
-    shape = Shape(capability, dtype, batch, queries, keys, head_dim, has_bias or has_mask, in_windows)
+    shape = Shape(
+        capability, dtype, batch, queries, keys, head_dim, has_bias or has_mask, has_mask and not in_windows, in_windows
+    )
     asked = shape, heads, has_bias, has_mask, dropout_p, windows, sources
     directions = (forward_configs, backward_configs) if problem.needs_gradient else (forward_configs,)
     return [(configs, *asked) for configs in directions]
@@ -460,7 +466,7 @@ def forward(
     Within windows, query, key and value (B, H, Ht * Wt, D) are those of a map, as are the labels (B, Ht, Wt, S).
     """
     given = _given(inputs.bias, inputs.mask, windows)
-    inputs = _readable(inputs, windows)
+    inputs, kinds = _readable(inputs, windows)
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     batch, heads, queries, keys, _ = _sizes(query, key, windows)
     tokens, sources = key.shape[2], 0 if share is None else share.shape[-1]
@@ -469,7 +475,7 @@ def forward(
     has_offsets = bias is not None or mask is not None
     # A label more than there are sources: whether a key is real.
     padded = int(pad_qkv is not None)
-    shape = _shape_of(query, key, has_offsets, windows)
+    shape = _shape_of(query, key, has_offsets, mask is not None, windows)
     (config,) = _chosen(forward_configs, shape, heads, *given, dropout_p, windows, sources)
     grid = _blocks(queries, config.tiles["BLOCK_Q"]) * batch
     parts_row = _padded_keys(config.tiles, keys)
@@ -480,7 +486,7 @@ def forward(
     constant_sizes = dict(HEADS=heads, QUERIES=queries, KEYS=keys, GAP=_gap(query, key, value))
     how = dict(
         **_rows(query=query, key=key, value=value), **_columns(query, has_offsets, _forward_width(shape)),
-        **_kinds(bias, mask, windows), COLUMNS=max(8, _power_of_two(1 + fused * parts + padded)), SOURCES=fused,
+        **kinds, COLUMNS=max(8, _power_of_two(1 + fused * parts + padded)), SOURCES=fused,
         PARTS=parts, PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
         PRECISION=_precision(query.device), WINDOWS=windows, **config.options,
     )  # fmt: skip
@@ -518,11 +524,12 @@ def forward(
                     num_warps=2, **_FUSED,
                 )  # fmt: skip
         if sources > fused:
-            _mix_dense_labels(inputs, share, residual, share_out, log_sum_exp, windows, pad_qkv)
+            _mix_dense_labels(inputs, kinds, share, residual, share_out, log_sum_exp, windows, pad_qkv)
 
 
 def _mix_dense_labels(
     inputs: Inputs,
+    kinds: dict[str, int],
     share: Tensor,
     residual: Tensor | None,
     share_out: Tensor,
@@ -530,10 +537,10 @@ def _mix_dense_labels(
     windows: Windows | None,
     pad_qkv: Tensor | None,
 ) -> None:
-    """Computes mean_h(A).share of many sources in a pass of its own; `inputs` are `_readable`."""
+    """Computes mean_h(A).share of many sources in a pass of its own; `inputs` and `kinds` are of `_readable`."""
     query, key, _, bias, mask, _, scale, _ = inputs
     batch, heads, queries, keys, _ = _sizes(query, key, windows)
-    inverse = _inverse(inputs, log_sum_exp, windows, pad_qkv)
+    inverse = _inverse(inputs, kinds, log_sum_exp, windows, pad_qkv)
     # In float32, blocks of columns of any head pass by: three products of TF32 take many registers.
     is_float = query.dtype == torch.float32
     kernels.dense_share[(_blocks(queries, 32) * batch,)](
@@ -541,7 +548,7 @@ def _mix_dense_labels(
         *_strides(query, key), *_offset_strides(bias, mask),
         heads, queries, keys, share.shape[-1], _factor(scale, bias is not None or mask is not None),
         **_rows(query=query, key=key), **_columns(query, True),
-        **_kinds(bias, mask, windows), PRECISION=_precision(query.device),
+        **kinds, PRECISION=_precision(query.device),
         NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
         BLOCK_Q=32, TILE=32, LABELS=32, num_warps=8, num_stages=2 if is_float else 3,
         **_FUSED,
@@ -567,16 +574,16 @@ def backward(
     Within windows, grad_output (B, Ht * Wt, H, D) and the gradients of query, key and value are those of a map.
     """
     given = _given(inputs.bias, inputs.mask, windows)
-    inputs = _readable(inputs, windows)
+    inputs, kinds = _readable(inputs, windows)
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
     grad_output = unit_last_stride(grad_output.to(query.dtype).transpose(1, 2))
     has_offsets = bias is not None or mask is not None
-    shape = _shape_of(query, key, has_offsets, windows)
+    shape = _shape_of(query, key, has_offsets, mask is not None, windows)
     config, *of_keys = _chosen(backward_configs, shape, heads, *given, dropout_p, windows, 0)
     factor, dropout = _factor(scale, has_offsets), _dropout(dropout_p)
     with _device_of(query):
-        inverse = _inverse(inputs, log_sum_exp, windows, pad_qkv)
+        inverse = _inverse(inputs, kinds, log_sum_exp, windows, pad_qkv)
         is_head = config.kernel == "attention_backward_head"
         # One program a head keeps them to itself, unless the bias wants them.
         row_terms = None if is_head and grad_bias is None else torch.empty_like(log_sum_exp)
@@ -591,7 +598,7 @@ def backward(
             pad_sums = query.new_zeros((batch * blocks, heads, 2, head_dim), dtype=torch.float32)
         how = dict(
             **_rows(query=query, key=key, value=value, grad_output=grad_output), **_columns(query, has_offsets, 32),
-            **_kinds(bias, mask, windows), DROPS=dropout_p > 0, NORMALISES=inverse is not None,
+            **kinds, DROPS=dropout_p > 0, NORMALISES=inverse is not None,
             PRECISION=_precision(query.device), WINDOWS=windows,
         )  # fmt: skip
         if is_head:
@@ -680,26 +687,29 @@ def _sizes(query: Tensor, key: Tensor, windows: Windows | None) -> tuple[int, in
     return batch * windows.count, heads, windows.tokens, windows.tokens, head_dim
 
 
-def _arranged(bias: Tensor | None, query: Tensor, windows: Windows) -> Tensor | None:
-    """The bias as the kernels for windows read it, once for each kind of window; with regions also if there is none.
+def _arranged(bias: Tensor | None, query: Tensor, queries: int, keys: int, windows: Windows | None) -> Tensor | None:
+    """A bias of all images as the kernels read it, for each kind of window; with regions also if there is none.
 
     Rows of a multiple of 16 numbers begin at addresses from which a thread reads several at once.
     """
-    if bias is None and not windows.has_regions:
+    has_regions = windows is not None and windows.has_regions
+    if bias is None and not has_regions:
         return None
-    tokens, heads = windows.tokens, 1 if bias is None else bias.shape[1]
-    row = -(-tokens // 16) * 16
+    heads, row = 1 if bias is None else bias.shape[1], -(-keys // 16) * 16
     dtype = query.dtype if bias is None else bias.dtype
-    arranged = query.new_empty((4 if windows.has_regions else 1, heads, tokens, row), dtype=dtype)
+    arranged = query.new_empty((4 if has_regions else 1, heads, queries, row), dtype=dtype)
+    block = min(1024, _power_of_two(row))
     with _device_of(query):
-        kernels.arrange_bias[(_blocks(arranged.numel(), 1024),)](
-            bias, arranged, *_offset_strides(bias)[1:], heads, arranged.numel(), HAS_BIAS=bias is not None, N=tokens,
-            ROW=row, WINDOWS=windows, BLOCK=1024, num_warps=4, **_FUSED,
+        kernels.arrange_bias[(arranged.numel() // row,)](
+            bias, arranged, *_offset_strides(bias)[1:], heads, queries, keys, row, HAS_BIAS=bias is not None,
+            WINDOWS=windows, BLOCK=block, num_warps=max(1, block // 256), **_FUSED,
         )  # fmt: skip
     return arranged
 
 
-def _inverse(inputs: Inputs, log_sum_exp: Tensor, windows: Windows | None, pad_qkv: Tensor | None) -> Tensor | None:
+def _inverse(
+    inputs: Inputs, kinds: dict[str, int], log_sum_exp: Tensor, windows: Windows | None, pad_qkv: Tensor | None
+) -> Tensor | None:
     """What makes up for the rounding of a large log-sum-exp; bfloat16 itself rounds more than that."""
     query, key, _, bias, mask, _, scale, _ = inputs
     if query.dtype == torch.bfloat16:
@@ -712,7 +722,7 @@ def _inverse(inputs: Inputs, log_sum_exp: Tensor, windows: Windows | None, pad_q
         query, key, pad_qkv, bias, mask, log_sum_exp, inverse,
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys,
         _factor(scale, has_offsets), **_rows(query=query, key=key), **_columns(query, has_offsets),
-        **_kinds(bias, mask, windows), PRECISION=_precision(query.device), WINDOWS=windows, BLOCK_Q=block, TILE=block,
+        **kinds, PRECISION=_precision(query.device), WINDOWS=windows, BLOCK_Q=block, TILE=block,
         num_warps=4, **_FUSED,
     )  # fmt: skip
     return inverse
@@ -723,10 +733,10 @@ def _given(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) ->
     return bias is not None, mask is not None or (windows is not None and windows.has_regions)
 
 
-def _shape_of(query: Tensor, key: Tensor, has_offsets: bool, windows: Windows | None) -> Shape:
+def _shape_of(query: Tensor, key: Tensor, has_offsets: bool, has_mask: bool, windows: Windows | None) -> Shape:
     batch, _, queries, keys, head_dim = _sizes(query, key, windows)
     capability = _capability(query.device)
-    return Shape(capability, query.dtype, batch, queries, keys, head_dim, has_offsets, windows is not None)
+    return Shape(capability, query.dtype, batch, queries, keys, head_dim, has_offsets, has_mask, windows is not None)
 
 
 @functools.cache
@@ -744,13 +754,22 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _readable(inputs: Inputs, windows: Windows | None) -> Inputs:
-    """The same with bias and mask as the kernels read them, see `_arranged` for windows."""
+def _readable(inputs: Inputs, windows: Windows | None) -> tuple[Inputs, dict[str, int]]:
+    """The same with bias and mask as the kernels read them, and of which kinds these are; see `_add_offsets` there."""
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     bias, mask = _readable_offsets(bias), _readable_offsets(mask)
-    if windows is not None:
-        bias = _arranged(bias, query, windows)
-    return Inputs(query, key, value, bias, mask, dropout_seed, scale, dropout_p)
+    batch, _, queries, keys, _ = _sizes(query, key, windows)
+    # To arrange it is little work beside that of several images that read it.
+    is_arranged = windows is not None or (
+        bias is not None and batch > 1 and (bias.shape[0], *bias.shape[2:]) == (1, queries, keys)
+    )
+    if is_arranged:
+        bias = _arranged(bias, query, queries, keys, windows)
+    kinds = {
+        "BIAS": 0 if bias is None else _ARRANGED if is_arranged else 1,
+        "MASK": 0 if mask is None else 2 if mask.dtype == torch.uint8 else 1,
+    }
+    return Inputs(query, key, value, bias, mask, dropout_seed, scale, dropout_p), kinds
 
 
 def _readable_offsets(offsets: Tensor | None) -> Tensor | None:
@@ -806,13 +825,6 @@ def _offset_strides(*offsets: Tensor | None) -> list[int]:
         _check_extent("bias, mask", tensor.shape, tensor.stride())
         strides += [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return strides
-
-
-def _kinds(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) -> dict[str, int]:
-    return {
-        "BIAS": 0 if bias is None else 1 if windows is None else _ARRANGED,
-        "MASK": 0 if mask is None else 2 if mask.dtype == torch.uint8 else 1,
-    }
 
 
 def _columns(query: Tensor, has_offsets: bool, narrow: int = 16) -> dict[str, int | tuple[int, ...]]:

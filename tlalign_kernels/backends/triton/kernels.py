@@ -187,26 +187,27 @@ def _region(row, kind, WINDOWS: tl.constexpr):
 
 @triton.jit
 def arrange_bias(
-    bias, arranged, bias_head, bias_query, bias_key, heads, cells,
-    HAS_BIAS: tl.constexpr, N: tl.constexpr, ROW: tl.constexpr, WINDOWS: tl.constexpr, BLOCK: tl.constexpr,
+    bias, arranged, bias_head, bias_query, bias_key, heads, queries, keys, row,
+    HAS_BIAS: tl.constexpr, WINDOWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A bias (1 or H, N, N), or none, to (kinds of windows, 1 or H, N, ROW), a number of `cells`.
+    """A bias (1 or H, Nq, Nk), or none, to (kinds of windows, 1 or H, Nq, `row`); a program has a query.
 
     What the attention kernels then read is aligned, has -inf beyond the last key, and parts the regions.
     """
-    cell = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    key = (cell % ROW).to(tl.int32)
-    query = (cell // ROW % N).to(tl.int32)
-    head = cell // ROW // N % heads
-    kind = (cell // ROW // N // heads).to(tl.int32)
-    inside = (cell < cells) & (key < N)
-    value = tl.where(inside, 0.0, float("-inf"))
-    if HAS_BIAS:
-        at = bias + head * bias_head + query * bias_query + key * bias_key
-        value = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
-    differ = _region(query, kind, WINDOWS) != _region(key, kind, WINDOWS)
-    value = tl.where(differ, value + REGION_BIAS, value)
-    tl.store(arranged + cell, value.to(arranged.dtype.element_ty), mask=cell < cells)
+    query = tl.program_id(0) % queries
+    head = (tl.program_id(0) // queries % heads).to(tl.int64)
+    kind = tl.program_id(0) // queries // heads
+    for first in range(0, row, BLOCK):
+        key = first + tl.arange(0, BLOCK)
+        value = tl.where(key < keys, 0.0, float("-inf"))
+        if HAS_BIAS:
+            at = bias + head * bias_head + query * bias_query + key * bias_key
+            value = tl.load(at, mask=key < keys, other=float("-inf")).to(tl.float32)
+        if WINDOWS is not None:
+            differ = _region(query, kind, WINDOWS) != _region(key, kind, WINDOWS)
+            value = tl.where(differ, value + REGION_BIAS, value)
+        at = arranged + tl.program_id(0).to(tl.int64) * row + key
+        tl.store(at, value.to(arranged.dtype.element_ty), mask=key < row)
 
 
 @triton.jit
@@ -426,10 +427,13 @@ def _in_octets(number, end):
 
 
 @triton.jit
-def _arranged(row, rows, row_stride, column, columns, data):
-    """The bias of windows at some rows and columns, from `arrange_bias`; -inf beyond the last of either."""
-    inside = (row < rows) & _in_octets(column, columns)
-    return tl.load(data + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+def _add_bias(scores, row, rows, row_stride, column, columns, column_stride, data, KIND: tl.constexpr):
+    """Scores plus a bias, of a KIND as in `_add_offsets` or from `arrange_bias`, which has -inf beyond the last key."""
+    if KIND == ARRANGED:
+        inside = (row < rows) & _in_octets(column, columns)
+        return scores + tl.load(data + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    else:
+        return _add_offsets(scores, row, rows, row_stride, column, columns, column_stride, data, KIND)
 
 
 @triton.jit
@@ -555,11 +559,9 @@ def _with_offsets(
     """The rest of `_scores`."""
     row = row[:, None]
     column = first + tl.arange(0, SIZE)[None, :]
-    if BIAS == ARRANGED:
-        return scores + _arranged(row, queries, bias_query, column, keys, bias)
-    scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
+    scores = _add_bias(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
     scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
-    if ENDS:
+    if ENDS and BIAS != ARRANGED:
         scores = tl.where(column < keys, scores, float("-inf"))
     return scores
 
@@ -1164,11 +1166,8 @@ def _probabilities(
 ):  # fmt: skip
     """Probabilities of products of queries and keys, as these lie in `_grad_scores`."""
     row, column = _of_rows(row, TRANSPOSED), _of_rows(column, not TRANSPOSED)
-    if BIAS == ARRANGED:
-        scores += _arranged(row, queries, bias_query, column, keys, bias)
-    else:
-        scores = _add_offsets(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
-        scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
+    scores = _add_bias(scores, row, queries, bias_query, column, keys, bias_key, bias, BIAS)
+    scores = _add_offsets(scores, row, queries, mask_query, column, keys, mask_key, mask, MASK)
     p = tl.exp2(scores * _unit(BIAS, MASK) - _of_rows(known, TRANSPOSED))
     if NORMALISES:
         p *= _of_rows(inverse, TRANSPOSED)
