@@ -120,7 +120,7 @@ class Shape(NamedTuple):
 
     @property
     def is_crowded(self) -> bool:
-        """Whether offsets take many registers: the bias of windows, which is laid out for the kernels, does not."""
+        """Whether offsets take many registers; the bias of windows, which is always laid out, does not."""
         return self.has_offsets and not self.in_windows
 
 
@@ -159,8 +159,9 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
     if keys <= 64 and not shape.is_crowded and not _has_warp_groups(shape):
         # Warps of 32 queries read K and V from shared memory half as often as those of 16, and execute a seventh less.
         warps = 2
-    takes_more = shape.has_mask and not _has_warp_groups(shape)
-    most = MAX_ROW_KEYS_WITH_MASK if takes_more else MAX_ROW_KEYS_WITH_BIAS if shape.has_offsets else MAX_ROW_KEYS
+    most = MAX_ROW_KEYS_WITH_BIAS if shape.has_offsets else MAX_ROW_KEYS
+    if shape.has_mask and not _has_warp_groups(shape):
+        most = MAX_ROW_KEYS_WITH_MASK
     if keys <= most:
         # 65536 registers for three programs of 128 threads.
         registers = 168 if shape.capability == 90 and keys <= 208 and not shape.has_offsets else None
