@@ -1045,10 +1045,10 @@ void average_heads(const Forward& f, const float* head_share, int64_t image) {
       Vector mean = {};
       for (int64_t row = image * f.heads; row < (image + 1) * f.heads; ++row)
         mean += of_head(head_share, row * head_sums(f) + s);
-      mean = seeing > 0.0f ? mean / seeing : Vector{};
+      mean = seeing != 0.0f ? mean / seeing : Vector{};
       if (f.residual != nullptr) {
         const Vector own = load_labels(labels_of(f, f.residual, image, f.queries, s).from(query), count);
-        mean = seeing > 0.0f ? (mean + own) * 0.5f : own;
+        mean = seeing != 0.0f ? (mean + own) * 0.5f : own;
       }
       store_labels(labels_of(f, f.share_out, image, f.queries, s).from(query), mean, count);
     }

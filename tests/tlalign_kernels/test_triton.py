@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: interpreted, compiled for each architecture, counted, and executed by ptxvm."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -206,6 +207,23 @@ def test_heads_in_turn_are_right_in_windows(monkeypatch, bias_scale):
     windows = Windows((8, 14), (7, 7), (3, 2) if bias_scale else (0, 0))
     case = Case("heads", batch=1, head_dim=32, bias_scale=bias_scale, windows=windows)
     assert "attention_forward_heads" in check_executed(monkeypatch, case, torch.bfloat16)
+
+
+@needs_ptxvm
+def test_heads_in_turn_leave_out_those_in_which_a_query_sees_no_key(monkeypatch):
+    monkeypatch.setattr(backend, "MIN_PROGRAMS_OF_HEADS", 0)
+    names = []
+    offline.record(monkeypatch, lambda launch: (names.append(launch.name), offline.execute(launch)))
+    case = Case("heads", batch=1, heads=3, head_dim=16, bias_scale=1.0, windows=Windows((6, 6), (6, 6), (0, 0)))
+    inputs = make_inputs(case, "cpu", torch.bfloat16)
+    inputs["bias"][0, 4] = -math.inf
+    inputs["bias"][:, 9] = -math.inf
+    inputs["bias"][1, 12, 0] = math.nan
+    found, wanted = (run_operator(case, inputs, name)["share"].view(36) for name in ("triton", "reference"))
+    assert "attention_forward_heads" in names
+    assert wanted[9] == inputs["residual"].view(36)[9]
+    assert wanted.isnan().nonzero().tolist() == [[12]]
+    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0, equal_nan=True)
 
 
 @needs_ptxvm

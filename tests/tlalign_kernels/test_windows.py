@@ -209,6 +209,17 @@ def test_padding_is_attended_to_but_has_no_label(backend):
 
 
 @backends
+@pytest.mark.parametrize("case", [PLAIN, PADDED], ids=lambda case: case.name)
+def test_what_is_no_number_reaches_the_labels_that_it_mixes(backend, case):
+    inputs = inputs_of(case)
+    inputs["bias"][0, 0, 0] = float("nan")
+    output, share = call(case, inputs, backend=backend)
+    # In each window the first query, where that is not padding.
+    assert share.isnan().any(-1).equal(output.isnan().flatten(3).any(-1))
+    assert 1 < share.isnan().any(-1).sum() <= 2 * case.windows.count
+
+
+@backends
 @pytest.mark.parametrize("sources", [1, 9], ids=["fused", "dense"])
 @pytest.mark.parametrize("has_residual", [True, False])
 def test_a_query_that_sees_only_padding_keeps_its_residual(backend, sources, has_residual):

@@ -242,9 +242,9 @@ def _propagate(
     seeing = (log_sum_exp != float("-inf")).sum(dim=1)[..., None]
     if real is not None:
         seeing = total @ real.to(total.dtype)
-    mixed = total @ share.to(total.dtype) / torch.where(seeing > 0, seeing, 1)
+    mixed = total @ share.to(total.dtype) / torch.where(seeing != 0, seeing, 1)
     if residual is not None:
-        mixed = torch.where(seeing > 0, (mixed + residual) / 2, residual.to(mixed.dtype))
+        mixed = torch.where(seeing != 0, (mixed + residual) / 2, residual.to(mixed.dtype))
     return mixed
 
 

@@ -76,6 +76,11 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
+def _at_most(registers: int | None) -> dict[str, int]:
+    """The option of a launch that limits the registers of a thread; AMD's compiler has none, not even for no limit."""
+    return {} if registers is None or torch.version.hip else {"maxnreg": registers}
+
+
 class Config(NamedTuple):
     """A kernel and how it is to be compiled.
 
@@ -96,9 +101,9 @@ class Config(NamedTuple):
     @property
     def options(self) -> dict[str, int | tuple[int, ...]]:
         """Tiles and options of a launch."""
-        # AMD's compiler has no such option, not even for none.
-        limit = {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
-        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages, **limit, **_FUSED}
+        return {
+            **self.tiles, "num_warps": self.warps, "num_stages": self.stages, **_at_most(self.registers), **_FUSED
+        }  # fmt: skip
 
     def __str__(self) -> str:
         shown = (f"{name}={value}" for name, value in self.options.items() if name not in _FUSED)
@@ -159,19 +164,18 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
     if keys <= 64 and not shape.is_crowded and not _has_warp_groups(shape):
         # Warps of 32 queries read K and V from shared memory half as often as those of 16, and execute a seventh less.
         warps = 2
-    most = MAX_ROW_KEYS_WITH_BIAS if shape.has_offsets else MAX_ROW_KEYS
-    if shape.has_mask and not _has_warp_groups(shape):
-        most = MAX_ROW_KEYS_WITH_MASK
-    if keys <= most:
-        # 65536 registers for three programs of 128 threads.
-        registers = 168 if shape.capability == 90 and keys <= 208 and not shape.has_offsets else None
+    is_tight = shape.has_mask or (shape.capability in (86, 89) and shape.dtype == torch.float16)
+    with_offsets = MAX_ROW_KEYS_WITH_MASK if is_tight else MAX_ROW_KEYS_WITH_BIAS
+    if keys <= (with_offsets if shape.has_offsets else MAX_ROW_KEYS):
+        registers = None
+        if shape.capability == 90 and keys <= 208 and not shape.has_offsets:
+            registers = 168  # of 65536, for three programs of 128 threads
+        elif shape.capability == 100 and shape.has_offsets:
+            registers = ALL_REGISTERS
         row = Config("attention_forward_row", dict(BLOCK_Q=block, **_row_tiles(keys)), warps, registers=registers)
         streams = shape.capability == 90 and queries > 64 and keys > (128 if shape.has_offsets else 64)
         configs.insert(1 if streams else 0, (row,))
     if keys <= MAX_KEYS_OF_HEADS and not shape.is_crowded:
-        if shape.has_offsets and block == 64:
-            # Two would take all the registers that a thread may have.
-            warps = 4
         tiles = dict(BLOCK_Q=block, BLOCK_K=max(16, _power_of_two(keys)))
         is_default = shape.batch * _blocks(queries, block) >= MIN_PROGRAMS_OF_HEADS
         configs.insert(0 if is_default else 1, (Config("attention_forward_heads", tiles, warps),))
@@ -553,7 +557,7 @@ def _mix_dense_labels(
         NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
         BLOCK_Q=32, TILE=32, LABELS=32, num_warps=8, num_stages=2 if is_float else 3,
         **_FUSED,
-        **({"maxnreg": ALL_REGISTERS} if is_float and not torch.version.hip else {}),
+        **_at_most(ALL_REGISTERS if is_float else None),
     )  # fmt: skip
 
 
@@ -724,7 +728,7 @@ def _inverse(
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys,
         _factor(scale, has_offsets), **_rows(query=query, key=key), **_columns(query, has_offsets),
         **kinds, PRECISION=_precision(query.device), WINDOWS=windows, BLOCK_Q=block, TILE=block,
-        num_warps=4, **_FUSED,
+        num_warps=4, **_at_most(ALL_REGISTERS), **_FUSED,
     )  # fmt: skip
     return inverse
 
@@ -760,9 +764,9 @@ def _readable(inputs: Inputs, windows: Windows | None) -> tuple[Inputs, dict[str
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     bias, mask = _readable_offsets(bias), _readable_offsets(mask)
     batch, _, queries, keys, _ = _sizes(query, key, windows)
-    # To arrange it is little work beside that of several images that read it.
+    # To arrange it is little work beside that of several images that read it; together with a mask it takes registers.
     is_arranged = windows is not None or (
-        bias is not None and batch > 1 and (bias.shape[0], *bias.shape[2:]) == (1, queries, keys)
+        bias is not None and mask is None and batch > 1 and (bias.shape[0], *bias.shape[2:]) == (1, queries, keys)
     )
     if is_arranged:
         bias = _arranged(bias, query, queries, keys, windows)

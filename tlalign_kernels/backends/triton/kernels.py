@@ -899,7 +899,6 @@ def attention_forward_heads(
         parts += image * (PACKED * PARTS_ROW)
     w = _label_columns(parts, 0, PARTS_ROW, BLOCK_K, PACKED, COLUMNS, query.dtype.element_ty)
     mean = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
-    seeing = tl.zeros((BLOCK_Q,), tl.float32)
     for number in tl.range(0, HEADS):
         head = tl.cast(number, tl.int64)
         if GAP > 0:
@@ -921,7 +920,6 @@ def attention_forward_heads(
         shift = highest
         if not FOLDS:
             shift = tl.where(highest == float("-inf"), 0.0, highest)
-            seeing += tl.where(highest == float("-inf"), 0.0, 1.0)
         accumulated, labels = _add_values(
             _without_padding(tl.exp2(scores * unit - shift[:, None]), 0.0, 0, KEYS, True, BIAS),
             _zeros(BLOCK_Q, WIDTHS), tl.zeros((BLOCK_Q, COLUMNS), tl.float32), at_value, VALUE_ROW, w, row, QUERIES,
@@ -933,12 +931,15 @@ def attention_forward_heads(
             BLOCK_Q, D, WIDTHS, COLUMNS, not FOLDS, WINDOWS,
         )  # fmt: skip
         mean += labels * inverse[:, None]
-    if FOLDS:
-        seeing += HEADS
     token, inside = _token(row, place, WINDOWS)
     inside = inside & (row < QUERIES)
     if _labels(SOURCES, WINDOWS) > SOURCES:
         seeing = _sum_parts(mean, SOURCES, COLUMNS, PARTS)
+    elif FOLDS:
+        seeing = tl.zeros((BLOCK_Q,), tl.float32) + HEADS
+    else:
+        # Row sums over themselves. To count heads by their maxima the compiler forms these twice, in another layout.
+        seeing = tl.floor(tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == 0, mean, 0.0), 1) + 0.5)
     for source in tl.static_range(SOURCES):
         _store_mean(
             _sum_parts(mean, source, COLUMNS, PARTS), seeing, residual, share,
@@ -952,10 +953,10 @@ def _store_mean(total, seeing, residual, share, at, inside, HAS_RESIDUAL: tl.con
 
     seeing: the number of heads in which a query sees a key, or with padding the sum of what it sees of real keys.
     """
-    mean = tl.where(seeing > 0, total / tl.where(seeing > 0, seeing, 1.0), 0.0)
+    mean = tl.where(seeing != 0, total / tl.where(seeing != 0, seeing, 1.0), 0.0)
     if HAS_RESIDUAL:
         own = tl.load(residual + at, mask=inside, other=0.0)
-        mean = tl.where(seeing > 0, (mean + own) * 0.5, own)
+        mean = tl.where(seeing != 0, (mean + own) * 0.5, own)
     tl.store(share + at, mean, mask=inside)
 
 
