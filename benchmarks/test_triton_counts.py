@@ -103,6 +103,25 @@ def test_counts_of_float32(benchmark, arch):
     )
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_counts_with_a_bias(benchmark, arch):
+    def measure():
+        rows = {}
+        for kernel in ("attention_forward_row", "attention_forward_stream", *BACKWARDS[1:]):
+            launches = offline.record_packed(arch, 197, 64, prefer=[kernel], offsets=True, mask=False)
+            rows[kernel] = offline.count_of_head(launches[kernel], arch)
+        return rows
+
+    rows = benchmark.pedantic(measure, rounds=1)
+    keep(
+        benchmark,
+        f"Triton, instructions and cycles of a head, sm_{arch}, N=197 D=64, bfloat16, with a bias",
+        HEAD,
+        [[row, *row_of(counts, arch, 197)] for row, counts in rows.items()],
+        "The bias is that of all images.",
+    )
+
+
 @pytest.mark.skipif(not offline.PTXVM.exists(), reason="needs ptxvm")
 @pytest.mark.parametrize("name", SHAPES)
 def test_bytes(benchmark, name):
