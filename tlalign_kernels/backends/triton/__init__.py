@@ -41,8 +41,7 @@ _ARRANGED = 3
 MAX_FUSED_SOURCES = 8
 # The scores of a block of queries and so many keys stay in the registers of a program.
 MAX_ROW_KEYS = 256
-MAX_ROW_KEYS_WITH_BIAS = 208
-MAX_ROW_KEYS_WITH_MASK = 128
+MAX_ROW_KEYS_WITH_OFFSETS = 128
 # Shared memory holds the keys and values of so many, of heads of up to 32, and their queries pass by.
 MAX_WINDOW_KEYS = 256
 # So do the gradients of so many queries.
@@ -164,16 +163,14 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
     if keys <= 64 and not shape.is_crowded and not _has_warp_groups(shape):
         # Warps of 32 queries read K and V from shared memory half as often as those of 16, and execute a seventh less.
         warps = 2
-    is_tight = shape.has_mask or (shape.capability in (86, 89) and shape.dtype == torch.float16)
-    with_offsets = MAX_ROW_KEYS_WITH_MASK if is_tight else MAX_ROW_KEYS_WITH_BIAS
-    if keys <= (with_offsets if shape.has_offsets else MAX_ROW_KEYS):
+    if keys <= (MAX_ROW_KEYS_WITH_OFFSETS if shape.has_offsets else MAX_ROW_KEYS):
         registers = None
         if shape.capability == 90 and keys <= 208 and not shape.has_offsets:
             registers = 168  # of 65536, for three programs of 128 threads
         elif shape.capability == 100 and shape.has_offsets:
             registers = ALL_REGISTERS
         row = Config("attention_forward_row", dict(BLOCK_Q=block, **_row_tiles(keys)), warps, registers=registers)
-        streams = shape.capability == 90 and queries > 64 and keys > (128 if shape.has_offsets else 64)
+        streams = shape.capability == 90 and queries > 64 and keys > 64 and not shape.has_offsets
         configs.insert(1 if streams else 0, (row,))
     if keys <= MAX_KEYS_OF_HEADS and not shape.is_crowded:
         tiles = dict(BLOCK_Q=block, BLOCK_K=max(16, _power_of_two(keys)))
@@ -204,6 +201,10 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
         stages = 2 if shape.capability == 100 and head_dim > 64 and not shape.has_offsets else 1
         return Config(name, dict(BLOCK_Q=min(block, 32), TILE=16, TAIL=0), 2, stages, registers)
     if shape.has_offsets:
+        if head_dim <= 64 and shape.queries > 64 and not shape.has_mask:
+            if _has_warp_groups(shape):
+                return Config(name, dict(BLOCK_Q=64, TILE=64, TAIL=0), 4, 2)
+            return Config(name, dict(BLOCK_Q=128, TILE=32, TAIL=0), 4)
         tiles = dict(BLOCK_Q=min(block, 64 if head_dim <= 128 else 32), TILE=32 if head_dim <= 64 else 16, TAIL=0)
         return Config(name, tiles, 8 if head_dim > 128 else warps)
     if head_dim <= 64:
@@ -301,6 +302,8 @@ def _queries_config(shape: Shape) -> Config:
     if shape.has_offsets:
         if shape.in_windows and head_dim <= 32:
             return config(64, 64, 4)
+        if head_dim <= 64 and shape.capability < 120 and not is_short and not shape.has_mask:
+            return config(128, 32, 8 if _has_warp_groups(shape) else 4)
         if head_dim <= 64:
             return config(64, 16 if shape.capability >= 120 else 32, 4)
         if head_dim <= 96 and not _has_warp_groups(shape):
@@ -763,10 +766,10 @@ def _readable(inputs: Inputs, windows: Windows | None) -> tuple[Inputs, dict[str
     """The same with bias and mask as the kernels read them, and of which kinds these are; see `_add_offsets` there."""
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     bias, mask = _readable_offsets(bias), _readable_offsets(mask)
-    batch, _, queries, keys, _ = _sizes(query, key, windows)
-    # To arrange it is little work beside that of several images that read it; together with a mask it takes registers.
+    _, _, queries, keys, _ = _sizes(query, key, windows)
+    # One that all images share; beside a mask it would take more registers than there are.
     is_arranged = windows is not None or (
-        bias is not None and mask is None and batch > 1 and (bias.shape[0], *bias.shape[2:]) == (1, queries, keys)
+        bias is not None and mask is None and (bias.shape[0], *bias.shape[2:]) == (1, queries, keys)
     )
     if is_arranged:
         bias = _arranged(bias, query, queries, keys, windows)
