@@ -202,6 +202,7 @@ def _stream_config(shape: Shape, block: int, warps: int) -> Config:
         return Config(name, dict(BLOCK_Q=min(block, 32), TILE=16, TAIL=0), 2, stages, registers)
     if shape.has_offsets:
         if head_dim <= 64 and shape.queries > 64 and not shape.has_mask:
+            # A bias that is laid out leaves registers to larger tiles, or to those that are fetched ahead.
             if _has_warp_groups(shape):
                 return Config(name, dict(BLOCK_Q=64, TILE=64, TAIL=0), 4, 2)
             return Config(name, dict(BLOCK_Q=128, TILE=32, TAIL=0), 4)
@@ -696,7 +697,7 @@ def _sizes(query: Tensor, key: Tensor, windows: Windows | None) -> tuple[int, in
 
 
 def _arranged(bias: Tensor | None, query: Tensor, queries: int, keys: int, windows: Windows | None) -> Tensor | None:
-    """A bias of all images as the kernels read it, for each kind of window; with regions also if there is none.
+    """A bias that all images share, as the kernels read it, for each kind of window; regions also if there is none.
 
     Rows of a multiple of 16 numbers begin at addresses from which a thread reads several at once.
     """
