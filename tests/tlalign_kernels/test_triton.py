@@ -464,6 +464,25 @@ def test_what_32_bits_do_not_count_is_refused(monkeypatch):
     backend._rows(query=far[:, :, :2])
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "mask", "is_laid_out"),
+    [
+        ((1, 2, 20, 20), torch.bfloat16, None, True),
+        ((1, 20, 20), torch.float16, None, True),
+        ((1, 2, 20, 20), torch.bfloat16, torch.ones(20, dtype=torch.bool), False),
+        ((3, 2, 20, 20), torch.bfloat16, None, False),
+        ((1, 2, 1, 20), torch.bfloat16, None, False),
+        ((1, 2, 20, 20), torch.float32, None, False),
+    ],
+)
+def test_a_bias_that_all_images_share_is_laid_out(monkeypatch, shape, dtype, mask, is_laid_out):
+    names = []
+    offline.record(monkeypatch, lambda launch: names.append(launch.name))
+    qkv = torch.zeros(3, 20, 3, 2, 16, dtype=dtype)
+    tlk.attention_qkv(qkv, bias=torch.zeros(shape, dtype=dtype), mask=mask, backend="triton")
+    assert ("arrange_bias" in names) == is_laid_out
+
+
 def test_what_tune_prefers_is_for_one_class_of_problems(monkeypatch):
     """Two stages of a Swin differ in their heads alone; calls with labels and without, in the forward alone."""
     monkeypatch.setattr(backend, "_preferred", {})
