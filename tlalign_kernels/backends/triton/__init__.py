@@ -768,11 +768,10 @@ def _readable(inputs: Inputs, windows: Windows | None) -> tuple[Inputs, dict[str
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     bias, mask = _readable_offsets(bias), _readable_offsets(mask)
     _, _, queries, keys, _ = _sizes(query, key, windows)
-    # One that all images share; beside a mask, or in float32, it would take more registers than there are.
+    # One that all images share, and queries don't; beside a mask, or in float32, it would take too many registers.
     is_crowded = mask is not None or query.dtype == torch.float32
-    is_arranged = windows is not None or (
-        bias is not None and not is_crowded and (bias.shape[0], *bias.shape[2:]) == (1, queries, keys)
-    )
+    is_shared = bias is not None and bias.shape[0] == 1 and bias.stride(2) > 0
+    is_arranged = windows is not None or (is_shared and not is_crowded)
     if is_arranged:
         bias = _arranged(bias, query, queries, keys, windows)
     kinds = {
