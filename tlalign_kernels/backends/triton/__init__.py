@@ -732,7 +732,7 @@ def _inverse(
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys,
         _factor(scale, has_offsets), **_rows(query=query, key=key), **_columns(query, has_offsets),
         **kinds, PRECISION=_precision(query.device), WINDOWS=windows, BLOCK_Q=block, TILE=block,
-        num_warps=4, **_at_most(ALL_REGISTERS), **_FUSED,
+        num_warps=4, **_at_most(None if query.dtype == torch.float32 else ALL_REGISTERS), **_FUSED,
     )  # fmt: skip
     return inverse
 
