@@ -73,7 +73,7 @@ EXECUTED = (
     Case("streaming", heads=1, batch=1, queries=20, keys=330),
     Case("wide heads", heads=1, batch=1, head_dim=80, queries=70, keys=50),
     Case("two blocks of columns, and a bias", heads=1, batch=1, head_dim=72, queries=70, keys=50, bias_scale=1.0),
-    Case("long rows with a bias", heads=1, batch=2, queries=125, keys=125, bias_scale=1.0, packed=True),
+    Case("streaming beside a bias", heads=2, batch=1, head_dim=32, queries=70, keys=140, bias_scale=1.0),
     Case("dense labels of wide heads", heads=2, batch=1, head_dim=40, queries=20, keys=40, sources=10, mask="rows"),
     Case("two sources of 8", heads=1, batch=2, queries=5, keys=7, head_dim=9, sources=8, residual=False),
     *(case for case in CASES if case.keys <= 65 and case.queries <= 784),
@@ -207,6 +207,14 @@ def test_heads_in_turn_are_right_in_windows(monkeypatch, bias_scale):
     windows = Windows((8, 14), (7, 7), (3, 2) if bias_scale else (0, 0))
     case = Case("heads", batch=1, head_dim=32, bias_scale=bias_scale, windows=windows)
     assert "attention_forward_heads" in check_executed(monkeypatch, case, torch.bfloat16)
+
+
+@needs_ptxvm
+@pytest.mark.parametrize("arch", [90, 120])
+def test_tiles_of_other_architectures_are_right_beside_a_bias(monkeypatch, arch):
+    case = Case("bias", heads=1, batch=2, head_dim=16, queries=70, keys=131, bias_scale=1.0)
+    names = check_executed(monkeypatch, case, torch.bfloat16, arch)
+    assert {"arrange_bias", "attention_forward_stream", "attention_backward_queries"} <= set(names)
 
 
 @needs_ptxvm
