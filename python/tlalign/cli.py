@@ -29,6 +29,7 @@ try:
         STREAMS,
         AnalyzeConfig,
         EvalConfig,
+        ModelConfig,
         TrainConfig,
         UsageError,
         field_names,
@@ -76,7 +77,7 @@ commands:
 `tlalign COMMAND --help` lists the options.
 """
 
-Config = TypeVar("Config", bound=EvalConfig)
+Config = TypeVar("Config", bound=ModelConfig)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -238,7 +239,7 @@ def evaluate(options: Sequence[str]) -> int:
     """`tlalign eval`: prints the accuracy of a checkpoint's weights."""
     parser = _parser("eval", f"Evaluates a checkpoint of timm or tlalign. {_CONFIG_BESIDE}")
     parser.add_argument("--checkpoint", help="Checkpoint to evaluate.")
-    given, config = _parse_over_checkpoint(parser, options, {})
+    given, config = _parse_over_checkpoint(parser, options, EvalConfig)
     from tlalign.evaluation import evaluate_checkpoint
 
     for name, result in evaluate_checkpoint(Path(given.checkpoint), config).items():
@@ -293,8 +294,7 @@ def export(options: Sequence[str]) -> int:
         type=bool | None,
         help="Export the averaged weights (true) or the model's (false); null: averaged ones if there are any.",
     )
-    # Which images they are for is of no matter here.
-    given, config = _parse_over_checkpoint(parser, options, {"data": "none"})
+    given, config = _parse_over_checkpoint(parser, options, ModelConfig)
     if given.output is None:
         raise UsageError("output: expected a file, got nothing (--output NAME.safetensors)")
     from tlalign.export import export_checkpoint
@@ -314,7 +314,7 @@ def analyze(options: Sequence[str]) -> int:
         f"{_CONFIG_BESIDE}",
     )
     parser.add_argument("--checkpoint", help="Checkpoint of timm or tlalign; without one, weights are random.")
-    given, config = _parse_over_checkpoint(parser, options, {}, AnalyzeConfig)
+    given, config = _parse_over_checkpoint(parser, options, AnalyzeConfig)
     from tlalign.analysis.report import write_report
     from tlalign.unreadable import UnreadableImagesError
 
@@ -381,19 +381,18 @@ def _check_used(config: TrainConfig, flags: Sequence[str]) -> None:
 
 
 def _parse_over_checkpoint(
-    parser: jsonargparse.ArgumentParser,
-    flags: Sequence[str],
-    values: dict[str, Any],
-    config_class: type[Config] = EvalConfig,
+    parser: jsonargparse.ArgumentParser, flags: Sequence[str], config_class: type[Config]
 ) -> tuple[jsonargparse.Namespace, Config]:
-    """Reads flags over the configuration beside the `checkpoint` that they name, and that over values."""
+    """Reads flags over the configuration beside the `checkpoint` that they name."""
     parser.add_class_arguments(config_class, None)
-    known = field_names(config_class)
-    # At first only to learn which checkpoint: what its configuration may give is not missing yet.
-    asks_help = "-h" in flags or "--help" in flags
-    parser.set_defaults(({} if asks_help else {"data": "", "model": ""}) | values)
+    names = set(field_names(config_class))
+    required = names & {"data", "model"}
+    if "-h" not in flags and "--help" not in flags:
+        # At first only to learn which checkpoint: what its configuration may give is not missing yet.
+        parser.set_defaults(dict.fromkeys(required, ""))
     given = _parse_flags(parser, flags)
-    parser.set_defaults({"data": None, "model": None})
+    parser.set_defaults(dict.fromkeys(required))
+    of_run = {}
     if given.checkpoint is None:
         if config_class is EvalConfig:
             raise UsageError("checkpoint: expected a file, got nothing (--checkpoint FILE)")
@@ -405,12 +404,10 @@ def _parse_over_checkpoint(
         of_run = load_config_file(beside) if beside.is_file() else {}
         if _text_of("model", flags) not in ("", of_run.get("model")):
             of_run.pop("model_kwargs", None)
-        if config_class is AnalyzeConfig:
-            # The tokens of all layers are kept of a batch; and the seed is another's.
-            names = [*field_names(EvalConfig), "layers", "residual"]
-            of_run = {name: value for name, value in of_run.items() if name in names and name != "batch_size"}
-        values = values | of_run
-    config = _parse(parser, config_class, {name: values[name] for name in values if name in known}, flags)
+    if config_class is AnalyzeConfig:
+        # The tokens of all layers are kept of a batch; and the seed is another's.
+        names = {*field_names(EvalConfig), "layers", "residual"} - {"batch_size"}
+    config = _parse(parser, config_class, {name: of_run[name] for name in of_run if name in names}, flags)
     return given, config
 
 

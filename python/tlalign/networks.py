@@ -13,13 +13,13 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 import tlalign.models  # noqa: F401 (timm knows them from here on)
-from tlalign.config import CONFIG_FILE, EvalConfig, TrainConfig, UsageError, field_names, load_config_file, suggestion
+from tlalign.config import CONFIG_FILE, ModelConfig, TrainConfig, UsageError, field_names, load_config_file, suggestion
 from tlalign.runs import config_beside
 from tlalign.teacher import Teacher
 from tlalign_kernels import patch_model
 
 
-def create_model(config: EvalConfig, num_classes: int, **overrides: Any) -> nn.Module:
+def create_model(config: ModelConfig, num_classes: int, **overrides: Any) -> nn.Module:
     """The timm model of a configuration, with random weights.
 
     Args:
@@ -44,7 +44,7 @@ def create_model(config: EvalConfig, num_classes: int, **overrides: Any) -> nn.M
         raise UsageError(f"model_kwargs: timm can't make {config.model} with {config.model_kwargs}: {error}") from error
 
 
-def model_arguments(config: EvalConfig, num_classes: int, **overrides: Any) -> dict[str, Any]:
+def model_arguments(config: ModelConfig, num_classes: int, **overrides: Any) -> dict[str, Any]:
     """Arguments of timm.create_model for the model of a configuration; see `create_model`."""
     requested = {"img_size": config.img_size, "in_chans": config.in_chans}
     arguments = timm.models.resolve_model_input_args(config.model, requested, **config.model_kwargs | overrides)
@@ -93,13 +93,13 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
     path = Path(config.teacher_checkpoint)
     beside = config_beside(path)
     values = load_config_file(beside) if beside.is_file() else {}
-    values = {name: value for name, value in values.items() if name in field_names(EvalConfig)}
+    values = {name: value for name, value in values.items() if name in field_names(ModelConfig)}
     if config.teacher_model is not None:
         values = {"model": config.teacher_model}
     if "model" not in values:
         raise UsageError(f"teacher_model: expected the timm model of {path}, beside which no {CONFIG_FILE} lies")
-    values |= {"data": config.data, "img_size": config.img_size, "in_chans": config.in_chans}
-    model = create_model(EvalConfig(**values), num_classes)
+    values |= {"img_size": config.img_size, "in_chans": config.in_chans}
+    model = create_model(ModelConfig(**values), num_classes)
     set_weights("teacher_checkpoint", path, load_weights("teacher_checkpoint", path), model, values["model"])
     return Teacher(model.to(device), config.mix_patch_size)
 

@@ -290,22 +290,22 @@ def test_any_folder_of_images_will_do(tmp_path, capsys):
     assert_is_complete_in_itself(tmp_path / "analysis" / "index.html")
     # Weights alone don't say how long they were trained.
     assert not any((tmp_path / "analysis" / name).exists() for name in ("training.csv", "rmse_training.png"))
-    images = load_images(EvalConfig(f"folder:{photos}", "vit_tiny_patch16_224", num_classes=7))
+    images = load_images(EvalConfig(data=f"folder:{photos}", model="vit_tiny_patch16_224", num_classes=7))
     assert (images.train, images.num_classes, sorted(images.class_names)) == (None, 7, ["cat", "cow", "dog"])
     of_names = {images.class_names[number]: image.getpixel((0, 0))[0] for image, number in images.held_out}
     assert all(abs(of_names[name] - value) < 9 for name, value in (("cat", 0), ("dog", 80), ("cow", 160)))
     (photos / "train").mkdir()
     with pytest.raises(UsageError, match=r"data: no folder .*photos/val; expected PATH/train/CLASS/IMAGE"):
-        load_images(EvalConfig(f"folder:{photos}", "vit_tiny_patch16_224", num_classes=7))
+        load_images(EvalConfig(data=f"folder:{photos}", model="vit_tiny_patch16_224", num_classes=7))
     for place, message in ((tmp_path / "weights.pth", "data: no folder"), (photos / ".hidden" / "none", "data: no f")):
         with pytest.raises(UsageError, match=message):
-            load_images(EvalConfig(f"folder:{place}", "vit_tiny_patch16_224", num_classes=7))
+            load_images(EvalConfig(data=f"folder:{place}", model="vit_tiny_patch16_224", num_classes=7))
     (tmp_path / "empty" / ".hidden").mkdir(parents=True)
     for moved, message in ((False, "data: Found 0 images in"), (True, "data: no images in .* but hidden ones")):
         if moved:
             (photos / ".hidden" / "x.png").rename(tmp_path / "empty" / ".hidden" / "x.png")
         with pytest.raises(UsageError, match=message):
-            load_images(EvalConfig(f"folder:{tmp_path / 'empty'}", "vit_tiny_patch16_224", num_classes=7))
+            load_images(EvalConfig(data=f"folder:{tmp_path / 'empty'}", model="vit_tiny_patch16_224", num_classes=7))
 
 
 def test_images_and_random_weights_are_always_the_same():

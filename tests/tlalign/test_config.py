@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tlalign import cli
-from tlalign.config import EvalConfig, TrainConfig, UsageError, load_config_file, load_recipe, save_config
+from tlalign.config import EvalConfig, ModelConfig, TrainConfig, UsageError, load_config_file, load_recipe, save_config
 
 
 @pytest.fixture
@@ -93,9 +93,10 @@ def test_every_field_is_explained_in_the_help(capsys):
         cli.main(["train", "--help"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
+    explained = "".join(each.__doc__ for each in (ModelConfig, EvalConfig, TrainConfig))
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name}" in printed
-        assert re.search(rf"^ +{field.name}: ", EvalConfig.__doc__ + TrainConfig.__doc__, re.MULTILINE)
+        assert re.search(rf"^ +{field.name}: ", explained, re.MULTILINE)
     assert "Passes over the training images" in printed
 
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from tlalign.config import EvalConfig, TrainConfig, UsageError, load_recipe
+from tlalign.config import EvalConfig, ModelConfig, TrainConfig, UsageError, load_recipe
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
 from tlalign.readers import Digits
 
@@ -240,7 +240,7 @@ def test_a_batch_larger_than_the_data_set_is_refused():
 
 def test_crop_interpolation_and_grey_mean_follow_the_options_then_the_model():
     model = timm.create_model("resnet10t")  # of ImageNet's mean
-    own = resolve_image_config(EvalConfig("digits", "x", in_chans=1), model)
+    own = resolve_image_config(ModelConfig(model="x", in_chans=1), model)
     assert (own["interpolation"], own["crop_pct"], own["mean"]) == ("bicubic", 0.875, (pytest.approx(0.449),))
-    other = resolve_image_config(EvalConfig("digits", "x", interpolation="nearest", crop_pct=0.6, mean=(0.2,)), model)
+    other = resolve_image_config(ModelConfig(model="x", interpolation="nearest", crop_pct=0.6, mean=(0.2,)), model)
     assert (other["interpolation"], other["crop_pct"], other["mean"]) == ("nearest", 0.6, (0.2, 0.2, 0.2))

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from tlalign import export
 from tlalign.cli import main
-from tlalign.config import CONFIG_FILE, EvalConfig, TrainConfig, UsageError, load_recipe, save_config
+from tlalign.config import CONFIG_FILE, ModelConfig, TrainConfig, UsageError, load_recipe, save_config
 from tlalign_kernels import patch_model
 
 MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -147,6 +147,7 @@ def test_an_existing_file_is_never_written_over(checkpoint, tmp_path, capsys):
         (["--output=nowhere/x.pth"], "output: cannot write nowhere/x.pth"),
         (["--output=x.pth", "--model_kwargs.embed_dim=32"], "is not of this vit_tiny_patch16_224"),
         (["--output=x.pth", "--ema=1"], "ema: expected true or false or null, got 1\n"),
+        (["--output=x.pth", "--batch_size=8"], "unrecognized arguments: --batch_size=8"),
         (["--output=x.pth", "--model=resnet10t"], "num_classes: expected a number"),
         (
             ["--output=x.pth", "--model=vit_tinny_patch16_224"],
@@ -165,7 +166,7 @@ def test_what_cannot_be_exported_ends_with_a_message_and_code_2(
 
 def test_safetensors_takes_no_path_that_is_no_text(checkpoint, tmp_path):
     output = tmp_path / os.fsdecode(b"\xfc.safetensors")
-    config = EvalConfig("none", "vit_tiny_patch16_224", MODEL, img_size=16, in_chans=1)
+    config = ModelConfig(model="vit_tiny_patch16_224", model_kwargs=MODEL, img_size=16, in_chans=1)
     with pytest.raises(UsageError, match=r"output: .* is not valid UTF-8"):
         export.export_checkpoint(checkpoint, output, config)
     assert not output.exists()
