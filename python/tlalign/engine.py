@@ -81,6 +81,8 @@ def create_optimizer(
             # timm would leave it out.
             if value is not None and not getattr(info, f"has_{name}"):
                 raise UsageError(f"opt_{name}: expected null, for {config.opt} has none, got {value}")
+        if config.momentum != TrainConfig.momentum and not info.has_momentum:
+            raise UsageError(f"momentum: expected none, for {config.opt} has none, got {config.momentum}")
         optimizer = create_optimizer_v2(
             model,
             opt=config.opt,

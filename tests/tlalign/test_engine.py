@@ -197,8 +197,12 @@ def test_options_of_the_optimizer_and_its_schedule_reach_them(tmp_path):
     assert by_step[warm] == pytest.approx(0.03125 + (0.25 - 0.03125) * (1 + math.cos(math.pi / 5)) / 2)
     trainer = Trainer(tiny(tmp_path, opt="sgd", momentum=0.375))
     assert {group["momentum"] for group in trainer.optimizer.param_groups} == {0.375}
-    for opt, unused in (("sgd", {"opt_betas": [0.5, 0.75]}), ("lookahead_lion", {"opt_eps": 1e-3})):
-        with pytest.raises(UsageError, match=rf"{next(iter(unused))}: expected null, for {opt} has none, got"):
+    for opt, unused in (
+        ("sgd", {"opt_betas": [0.5, 0.75]}),
+        ("lookahead_lion", {"opt_eps": 1e-3}),
+        ("adamw", {"momentum": 0.5}),
+    ):
+        with pytest.raises(UsageError, match=rf"{next(iter(unused))}: expected (null|none), for {opt} has none, got"):
             Trainer(tiny(tmp_path, opt=opt, **unused))
     with pytest.raises(UsageError, match=r"opt, sched: .*nope"):
         Trainer(tiny(tmp_path, opt="nope"))
