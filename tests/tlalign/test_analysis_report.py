@@ -197,6 +197,8 @@ MERGING = "patch_size: 2, embed_dim: 16, depths: [1, 1], num_heads: [2, 2], wind
         ("swinv2_cr_tiny_ns_224", MERGING, "mean of the tokens"),
         ("pvt_v2_b0", "depths: [1, 1, 1, 1]", "mean of the tokens"),
         ("twins_svt_small", "depths: [1, 1, 1, 1]", "mean of the tokens"),
+        ("maxvit_tiny_tf_224", "depths: [1, 1, 1, 1]", "mean of the tokens"),
+        ("coatnet_0_rw_224", "depths: [1, 1, 1, 1]", "mean of the tokens"),
         ("vit_base_patch16_siglip_224", PLAIN, "mean of the tokens, which the head weights by attention"),
         ("eva02_tiny_patch14_224", PLAIN, "mean of the tokens"),
         ("deit_tiny_distilled_patch16_224", PLAIN, "mean of class and distillation token"),

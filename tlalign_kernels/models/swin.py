@@ -323,12 +323,12 @@ class SwinFollower(ImageModelFollower):
     def check(cls, module: nn.Module, name: str) -> None:
         """Raises NotImplementedError for stems that attend and for heads without a label."""
         check_patch_embed(module.patch_embed, (tl.PatchEmbed, swin_transformer_v2_cr.PatchEmbed))
-        _check_head(module)
+        check_head(module, tl.ClassifierHead)
 
     def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """As for `ModelFollower`."""
         check_image_size(self.patch_embed, tuple(x.shape[-2:]))
-        _check_head(self)
+        check_head(self, tl.ClassifierHead)
         x = self.patch_embed(x)
         grid_size = self._grid_size(x)
         share = target.token_share(grid_size, self.patch_embed.patch_size, x.dtype).unflatten(1, grid_size)
@@ -397,8 +397,9 @@ def _gathered(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table).permute(2, 0, 1)
 
 
-def _check_head(model: nn.Module) -> None:
-    if type(model.head) is not tl.ClassifierHead:
+def check_head(model: nn.Module, *classes: type[nn.Module]) -> None:
+    """Raises NotImplementedError unless a model's head is of timm's `classes`, and averages the tokens of a map."""
+    if type(model.head) not in classes:
         raise NotImplementedError(f"head: can't follow labels through {type(model.head).__name__}")
     pooling = model.head.global_pool.pool_type
     if pooling != "avg":

@@ -10,9 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.models import maxxvit
 from torch import Tensor, nn
 
 from tlalign_kernels import MixedTarget, patch_model
+
+# Their tokens are (B, channels, Ht, Wt).
+_CHANNELS_FIRST = (maxxvit.TransformerBlock2d, maxxvit.PartitionAttention2d)
 
 
 def following(model: nn.Module, **options: Any) -> nn.Module:
@@ -48,6 +52,12 @@ def watching(model: nn.Module, watch: Callable[[int, nn.Module, tuple[Any, ...],
     finally:
         for handle in handles:
             handle.remove()
+
+
+def tokens_of(block: nn.Module, result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Tokens (B, N, channels) or (B, Ht, Wt, channels) in the result of a block that aligns labels, or does not."""
+    tokens = result if isinstance(result, Tensor) else result[0]
+    return tokens.permute(0, 2, 3, 1) if isinstance(block, _CHANNELS_FIRST) else tokens
 
 
 def empty_target(images: Tensor, columns: int) -> MixedTarget:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlalign.analysis.blocks import following, image_value, map_size, prefix_of, watching
+from tlalign.analysis.blocks import following, image_value, map_size, prefix_of, tokens_of, watching
 from tlalign.mixing import CutMix
 from tlalign_kernels import MixedTarget
 
@@ -106,13 +106,12 @@ class RatioFollower:
         """Ratios of a batch; tokens are kept for one batch of images at a time."""
         unmixed, reference = [], []
 
-        def keep(_: int, __: nn.Module, ___: tuple[Any, ...], tokens: Tensor) -> None:
-            unmixed.append(tokens)
+        def keep(_: int, block: nn.Module, __: tuple[Any, ...], result: Tensor) -> None:
+            unmixed.append(tokens_of(block, result))
 
-        def compare(index: int, _: nn.Module, __: tuple[Any, ...], result: tuple[Tensor, Tensor] | Tensor) -> None:
-            tokens = result if isinstance(result, Tensor) else result[0]  # of a block that aligns no labels, or does
+        def compare(index: int, block: nn.Module, _: tuple[Any, ...], result: tuple[Tensor, Tensor] | Tensor) -> None:
             own, unmixed[index] = unmixed[index], None
-            reference.append(similarity_ratio(tokens, own, own.flip(0)))
+            reference.append(similarity_ratio(tokens_of(block, result), own, own.flip(0)))
 
         with watching(self.model, keep):
             self.model(batch.images)
