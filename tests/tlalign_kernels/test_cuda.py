@@ -410,6 +410,8 @@ def test_rows_that_begin_between_16_bytes_are_copied():
 @pytest.mark.skipif(not HAS_KERNELS or torch.cuda.is_available(), reason="needs the kernels, and no GPU")
 def test_a_driver_that_can_not_run_the_kernels_is_a_reason_against_them(monkeypatch):
     problem = Problem("cuda", BFLOAT16, 1, 1, 4, 4, 32, 1, torch.float32, False, False, 0.0, True)
+    assert cuda.unsupported_reasons(problem) == []  # without a GPU tensors are fake
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)
     monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
     (reason,) = cuda.unsupported_reasons(problem)
@@ -688,6 +690,14 @@ def test_what_is_not_supported_is_said():
     assert "head dimension: expected one of [32], got 64" in reasons
     for word in ("device: expected cuda", "dtype", "at most 8 sources", "dropout"):
         assert word in reasons
+    long = Problem("cpu", BFLOAT16, 2, 16, 400_000, 49, 64, 1, torch.float32, False, False, 0.0, True)
+    for problem in (
+        long,
+        long._replace(queries=49, keys=400_000),
+        long._replace(windows=Windows((800, 500), (7, 7), (0, 0)), head_dim=32, heads=32),
+    ):
+        assert "query, key: expected less than 2**30 elements" in "; ".join(cuda.unsupported_reasons(problem))
+    assert len(cuda.unsupported_reasons(long._replace(queries=300_000))) == 1
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,10 +31,11 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.device_type != "cuda":
         reasons.append(f"device: expected cuda, got {problem.device_type}")
-    elif (capability := _capability(torch.cuda.current_device())) < (8, 0):
-        reasons.append(f"device: expected compute capability 8.0 or newer, got {capability}")
-    elif error := _launch_error(torch.cuda.current_device()):
-        reasons.append(f"device: expected one whose driver can run the kernels, which says: {error}")
+    elif torch.cuda.is_initialized():  # else the tensors are fake
+        if (capability := _capability(torch.cuda.current_device())) < (8, 0):
+            reasons.append(f"device: expected compute capability 8.0 or newer, got {capability}")
+        elif error := _launch_error(torch.cuda.current_device()):
+            reasons.append(f"device: expected one whose driver can run the kernels, which says: {error}")
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
     head_dims = _native.CUDA_HEAD_DIMS if problem.windows is None else [_native.CUDA_HEAD_DIM_OF_WINDOWS]
@@ -43,6 +45,9 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"labels: expected at most {_native.CUDA_MAX_SOURCES} sources, got {problem.sources}")
     if problem.dropout_p > 0:
         reasons.append("dropout_p: expected 0, there is no dropout")
+    tokens = max(problem.queries, problem.keys) if problem.windows is None else math.prod(problem.windows.map_size)
+    if 3 * tokens * problem.heads * problem.head_dim >= 2**30:
+        reasons.append("query, key: expected less than 2**30 elements in an image's query, key and value together")
     return reasons
 
 
