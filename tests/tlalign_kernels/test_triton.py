@@ -450,6 +450,13 @@ def test_amd_is_never_taken_for_a_hopper(monkeypatch):
     assert capability(torch.device("cuda")) not in (90, 100)
 
 
+def test_what_has_the_tensor_cores_of_a_gpu_is_configured_as_that(monkeypatch):
+    capability = backend._capability.__wrapped__
+    for given, taken in (((10, 0), 100), ((10, 3), 100), ((11, 0), 100), ((12, 1), 121), ((8, 6), 86)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, given=given: given)
+        assert capability(torch.device("cuda")) == taken
+
+
 def test_gpus_before_ampere_are_refused(monkeypatch):
     problem = Problem("cuda", torch.float16, 2, 3, 49, 49, 32, 1, torch.float32, True, False, 0.0, True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

@@ -42,10 +42,10 @@ MAX_FUSED_SOURCES = 8
 # The scores of a block of queries and so many keys stay in the registers of a program.
 MAX_ROW_KEYS = 256
 MAX_ROW_KEYS_WITH_OFFSETS = 128
-# Shared memory holds the keys and values of so many, of heads of up to 32, and their queries pass by.
-MAX_WINDOW_KEYS = 256
 # So do the gradients of so many queries.
 MAX_GRADIENT_ROWS = 208
+# Shared memory holds the keys and values of so many, of heads of up to 32, and their queries pass by.
+MAX_WINDOW_KEYS = 256
 # Of so few keys a program takes all heads in turn, if there are enough programs to fill a GPU a few times.
 MAX_KEYS_OF_HEADS = 64
 MIN_PROGRAMS_OF_HEADS = 2048
@@ -88,7 +88,8 @@ class Config(NamedTuple):
         tiles: Sizes of its tiles.
         warps: Warps of a program.
         stages: Stages of the loads in its loop.
-        registers: Most registers of a thread, where the compiler takes a few more than let one more program run.
+        registers: Most registers of a thread, where the compiler by itself takes a few more than let one more program
+            run, or so few that it spills.
     """
 
     kernel: str
@@ -124,7 +125,7 @@ class Shape(NamedTuple):
 
     @property
     def is_crowded(self) -> bool:
-        """Whether offsets take many registers; the bias of windows, which is always laid out, does not."""
+        """Whether offsets may take many registers; those of windows, which are always laid out, don't."""
         return self.has_offsets and not self.in_windows
 
 
@@ -146,9 +147,9 @@ def forward_configs(shape: Shape) -> list[tuple[Config]]:
     program can hold without spilling registers decides the rest; a bias or mask takes some of them. On an H100 tiles
     that are fetched ahead make up for what streaming computes more: at N = 197 (B = 128, H = 6) 52 us against 66.
 
-    Of windows of more than 64 tokens one program has all queries of a head: it reads K and V once, and pads queries to
-    32. In windows of 12 x 12 on sm_80 that is 10.5 k instructions a head, where the row kernel took 16.3 k, and 3.8 k
-    cycles for 7.0 k of the busiest pipe.
+    Of windows of 65 to 256 tokens one program has all queries of a head of up to 32: it reads K and V once, and pads
+    queries to 32 or 64. In windows of 12 x 12 on sm_80 that is 10.5 k instructions a head, where the row kernel took
+    16.3 k, and 3.8 k cycles for 7.0 k of the busiest pipe.
     """
     queries, keys, head_dim = shape.queries, shape.keys, shape.head_dim
     block, warps = (16, 2) if queries <= 16 else (32, 2) if queries <= 32 else (64, 4)
@@ -750,12 +751,12 @@ def _shape_of(query: Tensor, key: Tensor, has_offsets: bool, has_mask: bool, win
 
 @functools.cache
 def _capability(device: torch.device) -> int:
-    """Compute capability such as 90; what is interpreted has the largest tiles, for speed."""
+    """Compute capability such as 90, 100 for all that have its tensor cores; what is interpreted has large tiles."""
     if torch.version.hip:
         # ROCm numbers otherwise: a MI200 says 9.0, and has neither Hopper's warp groups nor its shared memory.
         return 94
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return 10 * major + minor
+    return 100 if major in (10, 11) else 10 * major + minor
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
