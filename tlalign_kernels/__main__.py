@@ -18,7 +18,7 @@ from tlalign_kernels.selftest import selftest
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 1 if a selftest failed."""
+    """Runs the command line and returns the exit status: 0, 1 if a selftest failed, 2 if there is no such model."""
     parser = argparse.ArgumentParser(prog="python -m tlalign_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="{report,selftest,models}")
     commands.add_parser("report", help="versions, device and backends (the default)")

@@ -1,5 +1,4 @@
-// Attention with label propagation on NVIDIA GPUs: what is passed to the kernels, by value. `forward.h`, `backward.cu`
-// and `hopper*.cu` have them.
+// Attention with label propagation on NVIDIA GPUs: what is passed to the kernels, by value.
 #pragma once
 
 #include <cuda_runtime_api.h>

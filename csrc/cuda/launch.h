@@ -50,12 +50,12 @@ void with_types(const Problem& p, Call call) {
   });
 }
 
-// Multiprocessors of the current device if it is a Hopper, else 0.
-int multiprocessors_of_hopper();
 // Launch a kernel for Hopper, if the device is one and there is one for the problem; else say no. Of the forward the
 // second one is for more keys than that takes.
 bool launch_on_hopper(const Forward& p, cudaStream_t stream);
 bool stream_on_hopper(const Forward& p, cudaStream_t stream);
 bool launch_on_hopper(const Backward& p, cudaStream_t stream);
+// In hopper.cu alone: multiprocessors of the current device if it is a Hopper, else 0.
+int multiprocessors_of_hopper();
 
 }  // namespace tlalign::cuda

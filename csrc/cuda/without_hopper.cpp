@@ -6,6 +6,5 @@ namespace tlalign::cuda {
 bool launch_on_hopper(const Forward&, cudaStream_t) { return false; }
 bool stream_on_hopper(const Forward&, cudaStream_t) { return false; }
 bool launch_on_hopper(const Backward&, cudaStream_t) { return false; }
-int multiprocessors_of_hopper() { return 0; }
 
 }  // namespace tlalign::cuda

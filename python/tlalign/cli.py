@@ -202,7 +202,10 @@ def compare(options: Sequence[str]) -> int:
     parser.add_class_arguments(TrainConfig, None)
     decided = ("mixing", "target")
     for action in parser._actions:
-        action.help = argparse.SUPPRESS if action.dest in decided else action.help
+        if action.dest in decided:
+            action.help = argparse.SUPPRESS
+        elif action.dest == "output":
+            action.help = "Folder of the comparison, where runs that are there go on."
     config = _parse_training(parser, values, flags)
     _check_recipe(given.recipe, config)
     given = _parse_flags(parser, flags)

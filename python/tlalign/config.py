@@ -60,10 +60,11 @@ class ModelConfig:
     """What a model is, and the images that it takes.
 
     Attributes:
-        model: Name of a timm model, see timm.list_models(); with `pretrained` NAME.TAG says which weights.
+        model: Name of a timm model, see timm.list_models(); NAME.TAG says which weights are meant where published ones
+            are loaded.
         model_kwargs: Further arguments of timm.create_model, such as {drop_path_rate: 0.1, depth: 4}; those of a recipe
-            go with its model only. Given as a whole they take the place of all of a recipe's, --model_kwargs.NAME sets
-            one.
+            or a checkpoint's configuration go with its model only. Given as a whole they take the place of all of
+            these, --model_kwargs.NAME sets one.
         num_classes: Number of classes; null: as many as the data set has, or the weights to export.
         img_size: Side of the images in pixels; null: the model's own.
         in_chans: Channels of the images; null: the model's own.
@@ -162,7 +163,8 @@ class AnalyzeConfig(EvalConfig):
             MODEL.safetensors, such as deit_tiny_patch16_224.pth, which `table1` then takes; a model without a file has
             random weights.
         seed: Decides how images are mixed, and random weights.
-        output: Folder to write to, files of which are replaced; null: `analysis` beside the checkpoint.
+        output: Folder to write to, files of which are replaced; null: `analysis` beside the checkpoint, or
+            here without one.
     """
 
     images: int = 64
@@ -251,7 +253,7 @@ class TrainConfig(EvalConfig):
         fsdp: Shard weights, gradients and optimiser over the processes (FSDP2), for models that one device can't hold.
         checkpoint_steps: Steps between checkpoints within an epoch; null: at the end of each epoch only.
         seed: Decides the initial weights, the order and augmentation of the images, and how they are mixed.
-        output: Folder of the run, which must not hold a run already; null: a new folder
+        output: Folder of the run, new or empty unless that is resumed; null: a new folder
             runs/<time>-<model>-<mixing>+<target>.
     """
 
