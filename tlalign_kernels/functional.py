@@ -41,7 +41,7 @@ def attention(
         key: (B, H, Nk, D), dtype and device of `query`.
         value: (B, H, Nk, D), dtype and device of `query`.
         share: float32 (B, Nk, S), labels of the keys: shares of S sources or any S classes; float64 is accepted
-            with a float64 query. None: no labels.
+            with a float64 query. Beside a float16 query on a GPU of less than 65520. None: no labels.
         residual: Dtype of `share`, (B, Nq, S), labels of the queries; the result is the average with them. None:
             no average.
         bias: floating, broadcastable to (B, H, Nq, Nk), added to the scores; differentiable. For the gradient of one
