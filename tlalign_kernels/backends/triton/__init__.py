@@ -636,20 +636,38 @@ def backward(
             grad_pad_qkv[0].zero_()
             grad_pad_qkv[1:].copy_(pad_sums.sum(dim=0).transpose(0, 1))
         if grad_bias is not None:
-            of_bias = _bias_config(shape)
-            block_q, block_k = of_bias.tiles["BLOCK_Q"], of_bias.tiles["BLOCK_K"]
-            bias_images, bias_heads = grad_bias.shape[:2]
-            tiles = _blocks(queries, block_q) * _blocks(keys, block_k) * bias_heads
-            images_of_part = images_of_sum(batch, bias_images, tiles)
-            parts = _blocks(batch, images_of_part)
-            sums = query.new_empty((parts, bias_heads, queries, keys), dtype=torch.float32)
-            kernels.attention_backward_bias[(tiles * parts,)](
-                *tensors, *constants, row_terms, sums, *strides,
-                batch, heads, queries, keys, bias_heads, images_of_part, factor, *dropout,
-                **{**how, **_columns(query, has_offsets)},  # in float32 they pass by, as for `dense_share`
-                **of_bias.options,
-            )  # fmt: skip
-            grad_bias.copy_(sums if bias_images == batch else sums.sum(dim=0, keepdim=True))
+            # In float32 blocks of columns pass by, as for `dense_share`.
+            of_bias = {**how, **_columns(query, has_offsets)}
+            sums = _bias_sums(
+                grad_bias.shape, shape, heads, (*tensors, *constants, row_terms), strides, (factor, *dropout), of_bias
+            )
+            grad_bias.copy_(sums if grad_bias.shape[0] == batch else sums.sum(dim=0, keepdim=True))
+
+
+def _bias_sums(
+    grad_shape: tuple[int, ...],
+    shape: Shape,
+    heads: int,
+    tensors: tuple[Tensor | None, ...],
+    strides: tuple[int, ...],
+    numbers: tuple[float, ...],
+    how: dict[str, object],
+) -> Tensor:
+    """Sums over images, float32 (parts, 1 or H, Nq, Nk), of which the gradient of a bias of some shape consists.
+
+    Arguments after `heads` are those of the kernel, as `backward` hands them to its others.
+    """
+    config = _bias_config(shape)
+    images, bias_heads = grad_shape[:2]
+    tiles = _blocks(shape.queries, config.tiles["BLOCK_Q"]) * _blocks(shape.keys, config.tiles["BLOCK_K"]) * bias_heads
+    images_of_part = images_of_sum(shape.batch, images, tiles)
+    parts = _blocks(shape.batch, images_of_part)
+    sums = tensors[0].new_empty((parts, bias_heads, shape.queries, shape.keys), dtype=torch.float32)
+    kernels.attention_backward_bias[(tiles * parts,)](
+        *tensors, sums, *strides, shape.batch, heads, shape.queries, shape.keys, bias_heads, images_of_part, *numbers,
+        **how, **config.options,
+    )  # fmt: skip
+    return sums
 
 
 def window_forward(
