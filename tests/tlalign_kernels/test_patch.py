@@ -192,6 +192,7 @@ def test_a_module_that_was_changed_since_is_not_unpatched(where, change, images,
 SMALL = {
     "vit_tiny_patch16_224": dict(img_size=32, patch_size=8, embed_dim=48, depth=4),
     "vit_small_patch16_rope_mixed_224": dict(img_size=32, patch_size=8, embed_dim=48, num_heads=3, depth=4),
+    "xcit_tiny_12_p8_224": dict(img_size=32, embed_dim=48, num_heads=3, depth=2, eta=0.5),
     "swin_tiny_patch4_window7_224": dict(
         img_size=32, patch_size=2, window_size=5, embed_dim=32, depths=(2, 2), num_heads=(2, 4)
     ),

@@ -87,12 +87,13 @@ class PlainFollower(ModelFollower):
                 `prune_intermediate_layers`).
             NotImplementedError: If the model was changed since it was patched to what its labels can't follow.
         """
+        blocks = self.label_blocks(self)
         if self.label_method == "transmix":
             self.check_transmix(self)
-            if not follows_labels(self.blocks[-1]):
+            if not follows_labels(blocks[-1]):
                 raise ValueError("model: the last of its blocks is another than when it was patched; patch it again")
         x, share, positions = self._enter(x, target)
-        for block, position in zip(self.blocks, positions, strict=True):
+        for block, position in zip(blocks, positions, strict=True):
             before, marks = share, self.label_method == "transmix" and follows_labels(block)
             if marks:
                 share = _mark_patches(share, self.num_prefix_tokens)
