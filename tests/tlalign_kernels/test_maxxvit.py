@@ -149,9 +149,12 @@ def test_checkpointing_changes_nothing(name):
     following.check_checkpointing(tlk.patch_model(small(name)), *following.images_and_target(SIZE), blocks=5)
 
 
-@pytest.mark.parametrize("name", ["maxvit_tiny_tf_224", "coatnet_rmlp_0_rw_224"])
-def test_compiles_into_one_graph(name):
-    model = small(name, (1, 1), embed_dim=(8, 8), block_type=("C", "T") if "coat" in name else ("M", "PM"), img_size=32)
+@pytest.mark.parametrize(
+    ("name", "types"), [("maxvit_tiny_tf_224", "M"), ("maxvit_tiny_pm_256", ("PM",)), ("coatnet_rmlp_0_rw_224", "CT")]
+)
+def test_compiles_into_one_graph(name, types):
+    widths = (8,) * len(types)
+    model = small(name, (1,) * len(types), embed_dim=widths, block_type=types, img_size=32, transformer_window_size=4)
     following.check_compiles(tlk.patch_model(model), *following.images_and_target((32, 32)))
 
 
