@@ -88,7 +88,8 @@ def dense_oracle(model, images, labels, residual):
                 mixed = [dense_partitions(matrices[attention], labels, size, kind) for attention, kind in kinds]
                 labels = averaged(sum(mixed) / 2, labels)
             elif isinstance(block, maxxvit.MaxxVitBlock):
-                for part, kind in ((block.attn_block, "block"), (block.attn_grid, "grid")):
+                parts = [] if block.attn_block is None else [(block.attn_block, "block")]
+                for part, kind in [*parts, (block.attn_grid, "grid")]:
                     mixed = dense_partitions(matrices[part.attn], labels, part.partition_size, kind)
                     labels = averaged(mixed, labels)
     return logits, labels.flatten(1, 2)
@@ -111,16 +112,18 @@ def dense_partitions(matrices, labels, size, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "residual"),
+    ("name", "options", "residual"),
     [
-        ("maxvit_tiny_tf_224", True),
-        ("maxvit_rmlp_tiny_rw_256", False),
-        ("maxvit_tiny_pm_256", True),
-        ("coatnet_rmlp_0_rw_224", True),
+        ("maxvit_tiny_tf_224", {}, True),
+        ("maxvit_rmlp_tiny_rw_256", {}, False),
+        ("maxvit_rmlp_pico_rw_256", {"transformer_use_nchw_attn": True}, True),
+        ("maxxvitv2_nano_rw_256", {}, True),
+        ("maxvit_tiny_pm_256", {}, True),
+        ("coatnet_rmlp_0_rw_224", {}, True),
     ],
 )
-def test_shares_equal_thousand_class_labels_in_float64(name, residual):
-    model = small(name, num_classes=1000).double()
+def test_shares_equal_thousand_class_labels_in_float64(name, options, residual):
+    model = small(name, num_classes=1000, **options).double()
     images, target, pixels = following.thousand_classes(SIZE)
     logits, labels = dense_oracle(model, images, pixels, residual)
     tlk.patch_model(model, residual=residual)
