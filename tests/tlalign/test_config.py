@@ -100,6 +100,14 @@ def test_every_field_is_explained_in_the_help(capsys):
     assert "Passes over the training images" in printed
 
 
+def test_the_help_of_compare_is_of_a_comparison(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    printed = capsys.readouterr().out
+    assert "Folder of the comparison" in printed
+    assert "--mixing " not in printed
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
