@@ -100,7 +100,7 @@ def test_what_does_not_belong_together_is_refused():
     ("where", "replacement"),
     [
         ("patch_embed", nn.Conv2d(3, 48, 8, 8)),
-        ("blocks.1", nn.Linear(48, 48)),
+        ("blocks.1", nn.Conv2d(48, 48, 1)),
         ("cls_attn_blocks.0.attn", nn.Flatten()),
     ],
 )

@@ -73,6 +73,20 @@ class AlignedClassAttentionBlock(LabelFollower, xcit.ClassAttentionBlock):
         return x + self.drop_path2(torch.cat((self.gamma2 * self.mlp(x[:, :1]), x[:, 1:]), dim=1)), share
 
 
+class AlignedXCABlock(LabelFollower, xcit.XCABlock):
+    """timm's `XCABlock`: attention between channels mixes these alone, labels stay (no `share` is given)."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "0a8b135e1e85d2ee"}
+    untouched = ("attn", "local_mp")
+
+
+class AlignedConvPatchEmbed(LabelFollower, xcit.ConvPatchEmbed):
+    """timm's `ConvPatchEmbed`: a token stands for its stride (no `share` is given)."""
+
+    mirrors: ClassVar[dict[str, str]] = {"forward": "202016d37e8e9d63"}
+    untouched = ("proj",)
+
+
 class AlignedXcit(PlainFollower, ImageModelFollower, xcit.Xcit):
     """timm's `Xcit` that returns the aligned target beside the logits when it is given a target."""
 
@@ -82,8 +96,7 @@ class AlignedXcit(PlainFollower, ImageModelFollower, xcit.Xcit):
         "forward_cls": "41a55f3acb5a74fa",
         "forward_head": "d46c466a5fc35697",
     }
-    # Cross-covariance attention and local patch interaction count as mixing of channels.
-    untouched = (*PlainFollower.untouched, "pos_embed", "blocks")
+    untouched = ("pos_embed", "head")
 
     @classmethod
     def label_blocks(cls, model: nn.Module) -> list[nn.Module]:
@@ -92,11 +105,7 @@ class AlignedXcit(PlainFollower, ImageModelFollower, xcit.Xcit):
 
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError for other stems and blocks than timm's, and for poolings without a label."""
-        blocks = ((f"blocks.{index}", block, xcit.XCABlock) for index, block in enumerate(module.blocks))
-        for part, child, child_class in (("patch_embed", module.patch_embed, xcit.ConvPatchEmbed), *blocks):
-            if type(child) is not child_class:
-                raise NotImplementedError(f"{part}: can't follow labels through {type(child).__name__}")
+        """Raises NotImplementedError for poolings without a label."""
         cls.check_pooling(module)
 
     def _enter(self, images: Tensor, target: MixedTarget) -> tuple[Tensor, Tensor, list[tuple]]:
@@ -114,4 +123,6 @@ class AlignedXcit(PlainFollower, ImageModelFollower, xcit.Xcit):
 
 register(cait.ClassAttn, AlignedClassAttn)
 register(xcit.ClassAttentionBlock, AlignedClassAttentionBlock)
+register(xcit.XCABlock, AlignedXCABlock)
+register(xcit.ConvPatchEmbed, AlignedConvPatchEmbed)
 register(xcit.Xcit, AlignedXcit)
