@@ -11,11 +11,11 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #if !defined(TLALIGN_LIBGOMP)
 #include <system_error>
 #include <thread>
-#include <vector>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
@@ -154,16 +154,11 @@ struct Parts {
 };
 
 // How images, heads and chunks of queries are dealt out. Heads of an image lie beside one another in memory, so that
-// one thread should have many of them. With a bias that images share, a task has one head of several images: the bias
-// is transposed once for them and its gradient summed over them, in parts that follow from the shape alone.
+// one thread should have many of them.
 class Tasks {
  public:
-  Tasks(const Problem& p, bool shares_bias, int64_t bias_sum, int64_t chunks, int threads)
-      : images_(p.batch, shares_bias ? image_parts(p, bias_sum) : p.batch),
-        heads_(p.heads,
-               shares_bias ? p.heads : std::clamp<int64_t>(PER_THREAD * threads / (p.batch * chunks), 1, p.heads)),
-        chunks_(chunks),
-        threads_(threads) {}
+  Tasks(const Problem& p, int64_t image_parts, int64_t head_parts, int64_t chunks, int threads)
+      : images_(p.batch, image_parts), heads_(p.heads, head_parts), chunks_(chunks), threads_(threads) {}
 
   int64_t count() const { return images_.count * heads_.count * chunks_; }
   int64_t image_parts() const { return images_.count; }
@@ -182,17 +177,45 @@ class Tasks {
   }
 
  private:
-  static constexpr int64_t PER_THREAD = 4;  // tasks, so that threads end at about the same time
-
-  static int64_t image_parts(const Problem& p, int64_t bias_sum) {
-    constexpr int64_t TASKS = 96, MOST_SUMS = 1 << 23;  // floats
-    const int64_t by_memory = bias_sum == 0 ? TASKS : MOST_SUMS / (bias_sum * p.heads);
-    return std::clamp<int64_t>(std::min(TASKS / p.heads, by_memory), 1, p.batch);
-  }
-
   Parts images_, heads_;
   int64_t chunks_, threads_;
 };
+
+// Heads of an image are dealt out only where there are few images for so many threads.
+Tasks tasks_of_images(const Problem& p, int64_t chunks, int threads) {
+  constexpr int64_t PER_THREAD = 4;  // tasks, so that threads end at about the same time
+  return {p, p.batch, std::clamp<int64_t>(PER_THREAD * threads / (p.batch * chunks), 1, p.heads), chunks, threads};
+}
+
+int64_t divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// With a bias that images share, a task has several images, for which the bias of its heads is transposed once: about
+// `images`, but there are to be `fewest` tasks or more, for which images are divided first, then heads. There are at
+// most `most` parts of the images.
+Tasks tasks_of_shared_bias(const Problem& p, int64_t heads, int64_t images, int64_t fewest, int64_t most,
+                           int64_t chunks, int threads) {
+  constexpr int64_t FEW_IMAGES = 4;
+  const int64_t parts = divide(p.heads, heads);
+  const int64_t image_parts = std::min(std::clamp(divide(fewest, parts * chunks), divide(p.batch, images),
+                                                  divide(p.batch, std::min(images, FEW_IMAGES))),
+                                       most);
+  const int64_t head_parts = std::clamp(divide(fewest, image_parts * chunks), parts, p.heads);
+  return {p, image_parts, head_parts, chunks, threads};
+}
+
+Tasks forward_tasks(const Forward& f, int64_t chunks, int64_t lanes, int threads) {
+  if (!shares_bias(f)) return tasks_of_images(f, chunks, threads);
+  return tasks_of_shared_bias(f, heads_together(f, lanes), 8, 4 * threads, 16 * threads, chunks, threads);
+}
+
+// The gradient of such a bias is summed over the images of a task, in parts that follow from the shape alone.
+Tasks backward_tasks(const Backward& b, int64_t lanes, int threads) {
+  constexpr int64_t MOST_SUMS = 1 << 23;  // floats
+  const bool sums_bias = b.grad_bias != nullptr;
+  if (!shares_bias(b) || (sums_bias && b.bias_images != 1)) return tasks_of_images(b, 1, threads);
+  const int64_t most = sums_bias ? std::max<int64_t>(MOST_SUMS / (shared_offsets(b, lanes) * b.heads), 1) : b.batch;
+  return tasks_of_shared_bias(b, heads_together(b, lanes), 16, 32, most, 1, threads);
+}
 
 }  // namespace
 
@@ -200,20 +223,14 @@ const char* instruction_set(const std::string& wanted) { return choose(wanted).n
 
 void forward(const Forward& f, const std::string& isa, int threads) {
   const Kernels& kernels = kernels_for(f.dtype, isa);
-  const bool dense = f.sources > MAX_FUSED_SOURCES, averages = f.sources > 0 && !dense;
   const Floats head_share = allocate(f.batch * f.heads * head_sums(f) * f.queries + 1);
-  const Tasks tasks(f, f.bias.data != nullptr && f.bias.image == 0, 0, kernels.forward_chunks(f), threads);
-  // Heads of an image, times chunks, that are still to be done: whoever does the last one averages its shares.
-  const std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[f.batch]);
-  for (int64_t image = 0; image < f.batch; ++image) left[image] = f.heads * kernels.forward_chunks(f);
-  run(tasks.count(), threads, kernels.forward_scratch(f), [&](int64_t number, float* scratch) {
-    const Task task = tasks[number];
-    kernels.forward(f, task, head_share.get(), scratch);
-    for (int64_t image = task.first_image; image < task.first_image + task.images; ++image)
-      if (left[image].fetch_sub(task.heads) == task.heads && averages)
-        kernels.average_heads(f, head_share.get(), image);
+  const int64_t chunks = kernels.forward_chunks(f);
+  const Tasks tasks = forward_tasks(f, chunks, kernels.lanes, threads);
+  std::vector<int64_t> heads_left(static_cast<size_t>(f.batch), f.heads * chunks);
+  run(tasks.count(), threads, kernels.forward_scratch(f), [&](int64_t task, float* scratch) {
+    kernels.forward(f, tasks[task], heads_left.data(), head_share.get(), scratch);
   });
-  if (dense) {
+  if (f.sources > MAX_FUSED_SOURCES) {
     const int64_t label_chunks = kernels.dense_share_chunks(f);
     run(f.batch * label_chunks, threads, kernels.dense_share_scratch(f), [&](int64_t task, float* scratch) {
       kernels.dense_share(f, head_share.get(), task / label_chunks, task % label_chunks, scratch);
@@ -223,10 +240,9 @@ void forward(const Forward& f, const std::string& isa, int threads) {
 
 void backward(const Backward& b, const std::string& isa, int threads) {
   const Kernels& kernels = kernels_for(b.dtype, isa);
-  const int64_t padded = padded_queries(b, kernels.lanes), bias_sum = b.keys * padded;
+  const int64_t bias_sum = shared_offsets(b, kernels.lanes);
   const bool sums_bias = b.grad_bias != nullptr;
-  const bool shares_bias = b.bias.data != nullptr && (sums_bias ? b.bias_images == 1 : b.bias.image == 0);
-  const Tasks tasks(b, shares_bias, sums_bias ? bias_sum : 0, 1, threads);
+  const Tasks tasks = backward_tasks(b, kernels.lanes, threads);
   const int64_t padding_sum = b.grad_padding != nullptr ? b.heads * 3 * b.head_dim : 0;
   const Floats parts = allocate(sums_bias ? tasks.image_parts() * b.heads * bias_sum : 1);
   const Floats padding_parts = allocate(tasks.image_parts() * padding_sum + 1);
@@ -238,7 +254,7 @@ void backward(const Backward& b, const std::string& isa, int threads) {
   for (int64_t head = 0; padding_sum > 0 && head < b.heads; ++head)
     kernels.sum_grad_padding(b, padding_parts.get(), tasks.image_parts(), head);
   if (sums_bias) {
-    const int64_t vectors = padded / kernels.lanes;
+    const int64_t vectors = padded_queries(b, kernels.lanes) / kernels.lanes;
     run(b.bias_images * b.bias_heads * vectors, threads, 0, [&](int64_t task, float*) {
       const int64_t vector = task % vectors, head = task / vectors % b.bias_heads,
                     image = task / vectors / b.bias_heads;

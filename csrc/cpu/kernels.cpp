@@ -122,6 +122,8 @@ struct TokenRows {
     if (tokens == nullptr) return data + token * stride;
     return tokens[token] < 0 ? padding : data + tokens[token] * stride;
   }
+  // Of which a row begins with one of its elements.
+  TokenRows at(int64_t element) const { return {data + element, stride, tokens, padding}; }
   TokenRows from(int64_t token) const {
     if (tokens == nullptr) return {data + token * stride, stride, nullptr, padding};
     return {data, stride, tokens + token, padding};
@@ -189,6 +191,7 @@ struct Product {
   int64_t init_row = 0;
   const float* init_scale = nullptr;  // null: 1
   const float* scale = nullptr;       // null: 1
+  const int32_t* c_tokens = nullptr;  // the row of C for each of A; null: as they lie
   bool streams = false;               // C past the caches
   bool rounds = false;                // C holds bfloat16; of products of pairs only
   float factor = 1.0f;
@@ -272,18 +275,19 @@ __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int6
       }
     }
   }
-  const int64_t c_row = p.c_row;
+  // Known before the first of them is written, which might be anywhere.
+  int64_t at[R];
+  TLALIGN_UNROLL
+  for (int r = 0; r < R; ++r) at[r] = (p.c_tokens == nullptr ? row + r : p.c_tokens[row + r]) * p.c_row + column;
+  float* c = p.c;
   if constexpr (PAIRS) {
-    if (p.rounds) {
-      BFloat16* c = reinterpret_cast<BFloat16*>(p.c) + row * c_row + column;
-      return each([&](Vector& sum, int r, int lane) { store(c + r * c_row + lane, sum); });
-    }
+    if (p.rounds)
+      return each([&](Vector& sum, int r, int lane) { store(reinterpret_cast<BFloat16*>(c) + at[r] + lane, sum); });
   }
-  float* c = p.c + row * c_row + column;
   if (p.streams)
-    each([&](Vector& sum, int r, int lane) { stream(c + r * c_row + lane, sum); });
+    each([&](Vector& sum, int r, int lane) { stream(c + at[r] + lane, sum); });
   else
-    each([&](Vector& sum, int r, int lane) { store(c + r * c_row + lane, sum); });
+    each([&](Vector& sum, int r, int lane) { store(c + at[r] + lane, sum); });
 }
 
 using TileFunction = void (*)(const Product&, int64_t row, int64_t column);
@@ -414,12 +418,14 @@ void unpack_rows(const float* rows, int64_t row, int64_t count, int64_t width, c
 
 // Whether products write their results as rows of the tensor itself.
 template <class T>
-bool writes_in_place(const Problem& p) {
-  return (sizeof(T) == sizeof(float) || PAIRED<T>) && p.head_dim % LANES == 0 && p.windows.count == 0;
+bool writes_in_place(const Problem& p, bool padded) {
+  return (sizeof(T) == sizeof(float) || PAIRED<T>) && p.head_dim % LANES == 0 && !padded;
 }
 
 // Whether even sums that are not complete can be kept there.
-bool sums_in_place(const Problem& p) { return p.dtype == DType::float32 && writes_in_place<float>(p); }
+bool sums_in_place(const Problem& p) {
+  return p.dtype == DType::float32 && p.windows.count == 0 && writes_in_place<float>(p, false);
+}
 
 // Whether results of so many floats are written past the caches, which they would only fill.
 bool streams(const Problem& p, const Rows& rows, int64_t floats) {
@@ -460,7 +466,8 @@ struct QueryKeyValue {
 };
 
 // Labels of an image, from one of the sources on.
-TokenRows<float> labels_of(const Problem& p, const float* labels, int64_t image, int64_t tokens, int64_t source) {
+TLALIGN_INLINE TokenRows<float> labels_of(const Problem& p, const float* labels, int64_t image, int64_t tokens,
+                                          int64_t source) {
   auto* data = reinterpret_cast<char*>(const_cast<float*>(labels + source));
   const int64_t of_image = (p.windows.count == 0 ? tokens : p.windows.map_tokens) * p.sources;
   return rows_of<float>(p, {data, of_image, 0, p.sources}, image, 0, ZEROS);
@@ -520,6 +527,7 @@ Factor right_factor(const Problem& p, const TokenRows<T>& rows, int64_t count, i
 struct OffsetColumns {
   const float* data = nullptr;  // null: there is nothing to add
   int64_t row = 0;
+  OffsetColumns from(int64_t lane) const { return {data == nullptr ? nullptr : data + lane, row}; }
 };
 
 // Writes the offsets of some queries and keys as columns, or adds them to what is there.
@@ -550,39 +558,44 @@ void pack_offsets(const Offsets& offsets, bool adds, int64_t image, int64_t head
 }
 
 // Bias, mask and regions of a problem, and their sum as the kernels read it. What images share is summed once a task,
-// for all queries and keys, if it is small and a task has several images; the rest once a panel.
+// for all queries and keys of `heads` heads, if it is small; the rest, with no such heads all, once a panel.
 class OffsetReader {
  public:
   // Floats of scratch for panels of `lanes` queries and `keys` keys.
-  static int64_t scratch(const Problem& p, int64_t keys, int64_t lanes) {
+  static int64_t scratch(const Problem& p, int64_t heads, int64_t keys, int64_t lanes) {
     if (p.bias.data == nullptr && p.mask.data == nullptr && p.windows.regions == nullptr) return 0;
-    return (caches(p, p.bias) || caches(p, p.mask) ? p.keys * padded_queries(p, LANES) : 0) + keys * lanes;
+    return (is_shared(p, p.bias) || is_shared(p, p.mask) ? heads * shared_offsets(p, LANES) : 0) + keys * lanes;
   }
 
-  OffsetReader(const Problem& problem, int64_t head, int64_t images, float* scratch)
-      : problem_(problem), head_(head), cache_(scratch), panel_(scratch), padded_(padded_queries(problem, LANES)) {
+  OffsetReader(const Problem& problem, int64_t first_head, int64_t heads, float* scratch)
+      : problem_(problem),
+        first_head_(first_head),
+        cache_(scratch),
+        panel_(scratch),
+        padded_(padded_queries(problem, LANES)) {
     const Offsets* const both[] = {&problem.bias, &problem.mask};
     for (const Offsets* offsets : both) {
       if (offsets->data == nullptr) continue;
-      if (images == 1 || !caches(problem, *offsets)) {
+      if (heads == 0 || !is_shared(problem, *offsets)) {
         varying_[varying_count_++] = offsets;
         continue;
       }
-      pack_offsets(*offsets, has_cache_, 0, head, 0, problem.queries, 0, problem.keys, cache_, padded_,
-                   padded_ / LANES);
+      for (int64_t head = first_head; head < first_head + heads; ++head)
+        pack_offsets(*offsets, has_cache_, 0, head, 0, problem.queries, 0, problem.keys, cache_of(head), padded_,
+                     padded_ / LANES);
       has_cache_ = true;
-      panel_ = scratch + problem.keys * padded_;
+      panel_ = cache_of(first_head + heads);
     }
   }
 
-  OffsetColumns panel(int64_t image, int64_t query, int64_t vectors, int64_t key, int64_t keys) const {
-    const OffsetColumns cached{has_cache_ ? cache_ + key * padded_ + query : nullptr, padded_};
+  OffsetColumns panel(int64_t image, int64_t head, int64_t query, int64_t vectors, int64_t key, int64_t keys) const {
+    const OffsetColumns cached{has_cache_ ? cache_of(head) + key * padded_ + query : nullptr, padded_};
     const int32_t* regions = regions_of(problem_, image);
     if (varying_count_ == 0 && regions == nullptr) return cached;
     const int64_t lanes = vectors * LANES;
     for (int i = 0; i < varying_count_; ++i)
-      pack_offsets(*varying_[i], i > 0, image, head_, query, smaller(problem_.queries - query, lanes), key, keys,
-                   panel_, lanes, vectors);
+      pack_offsets(*varying_[i], i > 0, image, head, query, smaller(problem_.queries - query, lanes), key, keys, panel_,
+                   lanes, vectors);
     for (int64_t lane = 0; (has_cache_ || regions != nullptr) && lane < lanes; lane += LANES) {
       IntVector own = {};
       if (regions != nullptr)
@@ -600,12 +613,13 @@ class OffsetReader {
   }
 
  private:
-  static bool caches(const Problem& p, const Offsets& offsets) {
-    return offsets.data != nullptr && offsets.image == 0 && p.keys * padded_queries(p, LANES) <= OFFSET_CACHE;
+  static bool is_shared(const Problem& p, const Offsets& offsets) {
+    return offsets.data != nullptr && offsets.image == 0 && shared_offsets(p, LANES) <= OFFSET_CACHE;
   }
+  float* cache_of(int64_t head) const { return cache_ + (head - first_head_) * shared_offsets(problem_, LANES); }
 
   const Problem& problem_;
-  int64_t head_;
+  int64_t first_head_;
   float *cache_, *panel_;
   int64_t padded_;
   bool has_cache_ = false;
@@ -616,11 +630,11 @@ class OffsetReader {
 // The image and head after this one in a task, or where its thread will probably go on.
 struct Next {
   int64_t image, head;
-  Next(const Task& task, int64_t now_image, int64_t now_head) : image(now_image + 1), head(now_head) {
-    if (image < task.first_image + task.images) return;
-    image = task.first_image;
-    ++head;
+  Next(const Task& task, int64_t now_image, int64_t now_head) : image(now_image), head(now_head + 1) {
     if (head < task.first_head + task.heads) return;
+    head = task.first_head;
+    ++image;
+    if (image < task.first_image + task.images) return;
     image = task.next_image;
     head = task.next_head;
   }
@@ -708,8 +722,20 @@ class Dropout {
 // A last vector of at most so many queries isn't worth a product of whole vectors.
 constexpr int64_t MAX_FEW = LANES / 8;
 
-// One column of vectors of a product as scores, for a few queries, the last of them repeated in the lanes beyond: sums
-// along the rows. The right factor of the product is not used.
+// Products of one query and LANES keys, one to a lane: sums along the rows, the last of `present` keys repeated.
+template <class T>
+TLALIGN_INLINE Vector multiply_one(const T* query, const float* keys, int64_t row, int64_t present, int64_t width) {
+  Vector products[LANES] = {};
+  for (int64_t d = 0; d < width; d += LANES) {
+    const Vector right = load_first(query + d, width - d);
+    TLALIGN_UNROLL
+    for (int i = 0; i < LANES; ++i) products[i] += load(keys + smaller(i, present - 1) * row + d) * right;
+  }
+  return sum_rows(products);
+}
+
+// One column of vectors of a product as scores, for a few queries, the last of them repeated in the lanes beyond. The
+// right factor of the product is not used.
 template <class T>
 void multiply_few(const Product& product, int64_t keys, const TokenRows<T> queries, int64_t count, int64_t width) {
   const Product p = product;  // which no store can change
@@ -718,16 +744,8 @@ void multiply_few(const Product& product, int64_t keys, const TokenRows<T> queri
     const int64_t present = smaller(keys - j, LANES);
     Vector sums[MAX_FEW];
     TLALIGN_UNROLL
-    for (int q = 0; q < MAX_FEW; ++q) {
-      if (q >= count) continue;
-      Vector rows[LANES] = {};
-      for (int64_t d = 0; d < width; d += LANES) {
-        const Vector right = load_first(queries[q] + d, width - d);
-        TLALIGN_UNROLL
-        for (int i = 0; i < LANES; ++i) rows[i] += load(p.a + (j + smaller(i, present - 1)) * p.a_row + d) * right;
-      }
-      sums[q] = sum_rows(rows);
-    }
+    for (int q = 0; q < MAX_FEW; ++q)
+      if (q < count) sums[q] = multiply_one(queries[q], p.a + j * p.a_row, p.a_row, present, width);
     for (int64_t i = 0; i < present; ++i) {
       Vector score = broadcast(sums[0][i]);
       TLALIGN_UNROLL
@@ -788,6 +806,7 @@ void multiply_scores(const Problem& p, const TokenRows<T>& queries, int64_t quer
 struct RunningSoftmax {
   float *maximum, *sum, *share;  // share: (S, share_row)
   int64_t share_row;
+  RunningSoftmax from(int64_t lane) const { return {maximum + lane, sum + lane, share + lane, share_row}; }
 };
 
 // Scores (keys, V vectors) become exp(score - maximum), with PAIR those of two keys after one another a row of pairs:
@@ -848,6 +867,49 @@ void mix_shares(const float* weights, int64_t row, int64_t keys, const float* sh
   }
 }
 
+// The last few queries, of which a vector would be nearly empty: their scores, softmax and shares, with keys as lanes.
+// Their weights become columns of the panel, `weights` the first one. The other arguments are those of these queries;
+// `scores` is scratch for a row of keys.
+template <class T>
+void weigh_few(const Problem& p, Factor key_rows, int64_t keys, const TokenRows<T> queries, int64_t count,
+               OffsetColumns offsets, const float* share, int64_t sources, const RunningSoftmax& running, float* keep,
+               float* scores, float* weights, int64_t row) {
+  const float factor = p.scale * LOG2_E;
+  for (int64_t q = 0; q < count; ++q) {
+    const T* query = queries[q];
+    Vector highest = broadcast(running.maximum[q]);
+    for (int64_t j = 0; j < keys; j += LANES) {
+      const int64_t present = smaller(keys - j, LANES);
+      Vector score = multiply_one(query, key_rows.data + j * key_rows.row, key_rows.row, present, p.head_dim) * factor;
+      if (offsets.data != nullptr) score += load_strided(offsets.data + j * offsets.row + q, offsets.row, present);
+      score = LANE_NUMBERS < static_cast<int32_t>(present) ? score : -INFINITE;
+      highest = maximum(score, highest);
+      store(scores + j, score);
+    }
+    highest = fold(highest, maximum);
+    const Vector shift = highest == -INFINITE ? Vector{} : highest;
+    const Vector kept = power_of_two(keep[q] - shift);
+    Vector sum = {};
+    for (int64_t j = 0; j < keys; j += LANES) {
+      const Vector weight = power_of_two(load(scores + j) - shift);
+      store(scores + j, weight);
+      sum += weight;
+    }
+    for (int64_t j = 0; j < keys; ++j) weights[j * row + q] = scores[j];
+    const auto add = [](Vector a, Vector b) { return a + b; };
+    running.maximum[q] = highest[0];
+    running.sum[q] = running.sum[q] * kept[0] + fold(sum, add)[0];
+    keep[q] = kept[0];
+    for (int64_t s = 0; s < sources; ++s) {
+      Vector mixed = {};
+      for (int64_t j = 0; j < keys; j += LANES)
+        mixed += load(scores + j) * load_strided(share + j * sources + s, sources, keys - j);
+      float* share_sum = running.share + s * running.share_row + q;
+      *share_sum = *share_sum * kept[0] + fold(mixed, add)[0];
+    }
+  }
+}
+
 template <int V>
 void drop_weights(float* weights, int64_t row, int64_t keys, const Dropout& dropout, int64_t query, int64_t key) {
   for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
@@ -871,10 +933,17 @@ void pair_weights(float* weights, int64_t row, int64_t keys) {
 Split chunks_of(const Problem& p, int64_t queries) { return Split(padded_queries(p, LANES) / LANES, queries / LANES); }
 
 // Labels (keys, sources) of a window, the fused ones, and last, if it has padding, 1 for real keys and 0 for the
-// others.
+// others. Labels of the next window, and where those of this one will go, are fetched ahead.
 void gather_labels(const Forward& f, int64_t image, bool padded, float* labels) {
+  constexpr int64_t TOKENS_BETWEEN_FETCHES = 4;
   const int64_t fused = fused_sources(f), sources = fused + padded;
   const TokenRows<float> rows = labels_of(f, f.share, image, f.keys, 0);
+  const TokenRows<float> next = labels_of(f, f.share, smaller(image + 1, f.batch - 1), f.keys, 0);
+  const TokenRows<float> target = labels_of(f, f.share_out, image, f.keys, 0);
+  for (int64_t key = 0; key < f.keys; key += TOKENS_BETWEEN_FETCHES) {
+    __builtin_prefetch(next[key], 0, 2);
+    __builtin_prefetch(target[key], 1, 2);
+  }
   for (int64_t s = 0; s < fused; ++s)
     for (int64_t key = 0; key < f.keys; ++key) labels[key * sources + s] = rows[key][s];
   for (int64_t key = 0; padded && key < f.keys; ++key)
@@ -883,7 +952,8 @@ void gather_labels(const Forward& f, int64_t image, bool padded, float* labels) 
 
 struct ForwardScratch {
   static constexpr int64_t SCORE_ROW = row_length(PANEL);
-  float *key, *value, *query, *scores, *output, *maximum, *sum, *share, *keep, *inverse, *labels, *offsets;
+  float *key, *value, *query, *scores, *output, *maximum, *sum, *share, *keep, *inverse, *labels, *head_share, *offsets,
+      *few;
   int64_t size;
 
   ForwardScratch(const Problem& p, const Plan& plan, float* scratch) {
@@ -900,12 +970,15 @@ struct ForwardScratch {
     inverse = arena.take(PANEL);
     output = arena.take(chunk * plan.row);
     labels = arena.take(p.windows.count > 0 ? head_sums(p) * p.keys : 0);
-    offsets = arena.take(OffsetReader::scratch(p, keys, PANEL));
+    head_share = arena.take(p.heads * head_sums(p) * p.queries);
+    offsets = arena.take(OffsetReader::scratch(p, shares_bias(p) ? heads_together(p, LANES) : 0, keys, PANEL));
+    few = arena.take(keys + LANES);
     size = arena.used();
   }
 };
 
-// Writes what the last block of keys completes: the log-sum-exp, the shares of this head, and `inverse`, 1 / sum.
+// Writes what the last block of keys completes: the log-sum-exp, the shares of this head into those of its image, and
+// `inverse`, 1 / sum.
 void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query, int64_t vectors, int64_t sources,
                     const RunningSoftmax& running, float* head_share, float* inverse) {
   const int64_t index = image * f.heads + head;
@@ -919,41 +992,94 @@ void finish_softmax(const Forward& f, int64_t image, int64_t head, int64_t query
     const Vector log_sum_exp = sum == 0.0f ? broadcast(-INFINITE) : highest * LN_2 + logarithm(sum) + (sum - sum);
     store_first(f.log_sum_exp + index * f.queries + first, log_sum_exp, count);
     for (int64_t s = 0; s < sources; ++s) {
-      float* target = head_share + (index * head_sums(f) + s) * f.queries + first;
+      float* target = head_share + (head * head_sums(f) + s) * f.queries + first;
       store_first(target, load(running.share + s * running.share_row + lane) * inverted, count);
     }
   }
 }
 
+// Labels of LANES tokens, one source.
+TLALIGN_INLINE Vector load_labels(const TokenRows<float> rows, int64_t count) {
+  if (rows.tokens == nullptr) return load_strided(rows.data, rows.stride, count);
+  Vector labels = {};
+  for (int64_t i = 0; i < count; ++i) labels[i] = *rows[i];
+  return labels;
+}
+
+TLALIGN_INLINE void store_labels(const TokenRows<float> rows, Vector labels, int64_t count) {
+  if (rows.tokens == nullptr) return store_strided(rows.data, labels, rows.stride, count);
+  float whole[LANES];
+  store(whole, labels);
+  for (int64_t i = 0; i < count; ++i)
+    if (rows.tokens[i] >= 0) *rows[i] = whole[i];
+}
+
+// share = mean over the heads that see a key, averaged with the residual; without any such head the residual, or 0.
+// With padding it is the mean over the real keys that they see. `labels`: those of the
+// image's keys, as it mixes them, or null where only the tensor has them; `head_share`: the shares of the image.
+void average_heads(const Forward& f, const float* labels, const float* head_share, int64_t image) {
+  const bool padded = is_padded(f, image);
+  const int64_t label_row = f.sources + padded;
+  const bool is_gathered = f.residual == f.share && labels != nullptr;
+  const TokenRows<float> target = labels_of(f, f.share_out, image, f.queries, 0);
+  for (int64_t query = 0; query < f.queries; query += LANES) {
+    const int64_t count = smaller(f.queries - query, LANES);
+    const auto of_head = [&](const float* p, int64_t row) { return load_first(p + row * f.queries + query, count); };
+    Vector seeing = {};
+    for (int64_t head = 0; head < f.heads; ++head)
+      if (padded)
+        seeing += of_head(head_share, head * head_sums(f) + f.sources);
+      else
+        seeing += of_head(f.log_sum_exp, image * f.heads + head) == -INFINITE ? Vector{} : broadcast(1.0f);
+    for (int64_t s = 0; s < f.sources; ++s) {
+      Vector mean = {};
+      for (int64_t head = 0; head < f.heads; ++head) mean += of_head(head_share, head * head_sums(f) + s);
+      mean = seeing != 0.0f ? mean / seeing : Vector{};
+      if (f.residual != nullptr) {
+        const Vector own = is_gathered ? load_strided(labels + query * label_row + s, label_row, count)
+                                       : load_labels(labels_of(f, f.residual, image, f.queries, s).from(query), count);
+        mean = seeing != 0.0f ? (mean + own) * 0.5f : own;
+      }
+      store_labels(target.from(query).at(s), mean, count);
+    }
+  }
+}
+
 template <class T>
-void forward_of(const Forward& f, const Task& task, float* head_share, float* scratch) {
+void forward_of(const Forward& f, const Task& task, int64_t* heads_left, float* head_share, float* scratch) {
   const Plan plan(f);
   const ForwardScratch at(f, plan, scratch);
   const Split chunks = chunks_of(f, QUERY_CHUNK), panels(chunks.size(task.chunk), MAX_VECTORS);
   constexpr bool PAIRS = PAIRED<T>;
   const int64_t chunk_query = chunks.begin(task.chunk) * LANES, chunk_lanes = chunks.size(task.chunk) * LANES;
+  const int64_t queries = smaller(f.queries - chunk_query, chunk_lanes);
+  const int64_t few = !PAIRS && queries % LANES <= MAX_FEW && !(f.dropout_p > 0) ? queries % LANES : 0;
   const bool streams_output = streams(f, f.output, f.batch * f.queries * f.heads * f.head_dim);
-  for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
-    const OffsetReader offsets(f, head, task.images, at.offsets);
-    for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
+  const bool averages = fused_sources(f) > 0, whole = averages && task.heads == f.heads && chunks.count == 1;
+  const auto shares_of = [&](int64_t image) { return head_share + image * f.heads * head_sums(f) * f.queries; };
+  const OffsetReader offsets(f, task.first_head, shares_bias(f) ? task.heads : 0, at.offsets);
+  for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
+    const bool padded = is_padded(f, image);
+    const int64_t sources = fused_sources(f) + (padded && f.sources > 0);
+    const bool pairs_at_once = PAIRS && sources <= 1 && !(f.dropout_p > 0);
+    const float* labels = sources > 0 ? f.share + image * f.keys * sources : nullptr;
+    if (f.windows.count > 0 && sources > 0) {
+      gather_labels(f, image, padded, at.labels);
+      labels = at.labels;
+    }
+    float* shares = whole ? at.head_share : shares_of(image);
+    for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
       const Next next(task, image, head);
-      Prefetcher prefetcher(chunk_lanes / LANES * f.keys * (words_of<PAIRS>(f.head_dim) + SOFTMAX_WORK) +
-                            chunk_lanes * words_of<PAIRS>(f.keys) * plan.width_vectors);
+      Prefetcher prefetcher((queries / LANES + (few == 0 && queries % LANES > 0)) * f.keys *
+                                (words_of<PAIRS>(f.head_dim) + SOFTMAX_WORK) +
+                            queries * words_of<PAIRS>(f.keys) * plan.width_vectors);
       if (next.image >= 0 && plan.keys.count == 1) {
         prefetch_rows<T>(prefetcher, f, f.key, next, 0, f.keys);
         prefetch_rows<T>(prefetcher, f, f.value, next, 0, f.keys);
-        prefetch_rows<T>(prefetcher, f, f.query, next, chunk_query, smaller(f.queries - chunk_query, chunk_lanes));
+        prefetch_rows<T>(prefetcher, f, f.query, next, chunk_query, queries);
       }
       const QueryKeyValue<T> rows(f, image, head);
       const TokenRows<T> output_rows = rows_of<T>(f, f.output, image, head);
-      const bool padded = is_padded(f, image) && f.sources > 0;
-      const int64_t sources = fused_sources(f) + padded;
-      const bool pairs_at_once = PAIRS && sources <= 1 && !(f.dropout_p > 0);
-      const float* labels = sources > 0 ? f.share + image * f.keys * sources : nullptr;
-      if (f.windows.count > 0 && sources > 0) {
-        gather_labels(f, image, padded, at.labels);
-        labels = at.labels;
-      }
       for (int64_t i = 0; i < chunk_lanes; ++i) at.maximum[i] = -INFINITE;
       for (int64_t i = 0; i < chunk_lanes; ++i) at.sum[i] = 0.0f;
       for (int64_t i = 0; i < chunk_lanes * sources; ++i) at.share[i] = 0.0f;
@@ -969,29 +1095,42 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
             constexpr int64_t SCORE_ROW = row_length(V * LANES);
             const int64_t lane = panels.begin(panel) * LANES;
             const int64_t query = chunk_query + lane;
-            const int64_t queries = smaller(f.queries - query, V * LANES);
+            const int64_t panel_queries = smaller(f.queries - query, V * LANES);
             const RunningSoftmax running{at.maximum + lane, at.sum + lane, at.share + lane, chunk_lanes};
             for (int64_t i = 0; i < V * LANES; i += LANES) store(at.keep + i, load(running.maximum + i));
-            multiply_scores<V, PAIRS>(f, rows.query, query, key_rows, keys, offsets.panel(image, query, V, key, keys),
-                                      at.query, at.scores, SCORE_ROW, running.maximum, &prefetcher);
-            const auto softmax = [&](auto shares, auto pairs) {
-              softmax_panel<V, decltype(shares)::count != 0, decltype(pairs)::count != 0>(
-                  at.scores, SCORE_ROW, keys, share, running, at.keep, prefetcher);
+            const OffsetColumns panel_offsets = offsets.panel(image, head, query, V, key, keys);
+            const auto weigh = [&](auto vectors) {
+              constexpr int WHOLE = decltype(vectors)::count;
+              multiply_scores<WHOLE, PAIRS>(f, rows.query, query, key_rows, keys, panel_offsets, at.query, at.scores,
+                                            SCORE_ROW, running.maximum, &prefetcher);
+              const auto softmax = [&](auto shares, auto pairs) {
+                softmax_panel<WHOLE, decltype(shares)::count != 0, decltype(pairs)::count != 0>(
+                    at.scores, SCORE_ROW, keys, share, running, at.keep, prefetcher);
+              };
+              if (pairs_at_once)
+                sources == 1 ? softmax(Vectors<1>{}, Vectors<PAIRS>{}) : softmax(Vectors<0>{}, Vectors<PAIRS>{});
+              else
+                sources == 1 ? softmax(Vectors<1>{}, Vectors<0>{}) : softmax(Vectors<0>{}, Vectors<0>{});
+              if (sources > 1) mix_shares<WHOLE>(at.scores, SCORE_ROW, keys, share, sources, running, at.keep);
             };
-            if (pairs_at_once)
-              sources == 1 ? softmax(Vectors<1>{}, Vectors<PAIRS>{}) : softmax(Vectors<0>{}, Vectors<PAIRS>{});
-            else
-              sources == 1 ? softmax(Vectors<1>{}, Vectors<0>{}) : softmax(Vectors<0>{}, Vectors<0>{});
-            if (sources > 1) mix_shares<V>(at.scores, SCORE_ROW, keys, share, sources, running, at.keep);
-            if (last) finish_softmax(f, image, head, query, V, sources, running, head_share, at.inverse);
+            constexpr int64_t LAST = (V - 1) * LANES;
+            if (few > 0 && panel_queries - LAST == few) {
+              if constexpr (V > 1) weigh(Vectors<V - 1>{});
+              weigh_few(f, key_rows, keys, rows.query.from(query + LAST), few, panel_offsets.from(LAST), share, sources,
+                        running.from(LAST), at.keep + LAST, at.few, at.scores + LAST, SCORE_ROW);
+            } else {
+              weigh(Vectors<V>{});
+            }
+            if (last) finish_softmax(f, image, head, query, V, sources, running, shares, at.inverse);
             if (f.dropout_p > 0) drop_weights<V>(at.scores, SCORE_ROW, keys, Dropout(f, image, head), query, key);
             if (PAIRS && !pairs_at_once) pair_weights<V>(at.scores, SCORE_ROW, keys);
 
             float* sums = at.output + lane * plan.row;
-            const bool direct = last && writes_in_place<T>(f);
+            const TokenRows<T> result = output_rows.from(query);
+            const bool direct = last && writes_in_place<T>(f, padded);
             Product product{at.scores,
                             SCORE_ROW,
-                            direct ? reinterpret_cast<float*>(output_rows[query]) : sums,
+                            direct ? reinterpret_cast<float*>(result.data) : sums,
                             direct ? f.output.row : plan.row,
                             value_rows.data,
                             value_rows.row,
@@ -1002,57 +1141,22 @@ void forward_of(const Forward& f, const Task& task, float* head_share, float* sc
               product.init_scale = at.keep;
             }
             if (last) product.scale = at.inverse;
+            if (direct) product.c_tokens = result.tokens;
             product.streams = direct && streams_output;
             product.rounds = direct && PAIRS;
             product.prefetcher = &prefetcher;
-            multiply<true, PAIRS>(product, queries, plan.width_vectors);
-            if (last && !direct)
-              unpack_rows(sums, plan.row, queries, f.head_dim, output_rows.from(query), streams_output);
+            multiply<true, PAIRS>(product, panel_queries, plan.width_vectors);
+            if (last && !direct) unpack_rows(sums, plan.row, panel_queries, f.head_dim, result, streams_output);
           });
       }
     }
+    if (whole) average_heads(f, labels, shares, image);
   }
-}
-
-// Labels of LANES tokens, one source.
-Vector load_labels(const TokenRows<float> rows, int64_t count) {
-  if (rows.tokens == nullptr) return load_strided(rows.data, rows.stride, count);
-  Vector labels = {};
-  for (int64_t i = 0; i < count; ++i) labels[i] = *rows[i];
-  return labels;
-}
-
-void store_labels(const TokenRows<float> rows, Vector labels, int64_t count) {
-  if (rows.tokens == nullptr) return store_strided(rows.data, labels, rows.stride, count);
-  for (int64_t i = 0; i < count; ++i)
-    if (rows.tokens[i] >= 0) *rows[i] = labels[i];
-}
-
-// share = mean over the heads that see a key, averaged with the residual; without any such head the residual, or 0.
-// With padding it is the mean over the real keys that they see.
-void average_heads(const Forward& f, const float* head_share, int64_t image) {
-  const bool padded = is_padded(f, image);
-  for (int64_t query = 0; query < f.queries; query += LANES) {
-    const int64_t count = smaller(f.queries - query, LANES);
-    const auto of_head = [&](const float* p, int64_t row) { return load_first(p + row * f.queries + query, count); };
-    Vector seeing = {};
-    for (int64_t row = image * f.heads; row < (image + 1) * f.heads; ++row)
-      if (padded)
-        seeing += of_head(head_share, row * head_sums(f) + f.sources);
-      else
-        seeing += of_head(f.log_sum_exp, row) == -INFINITE ? Vector{} : broadcast(1.0f);
-    for (int64_t s = 0; s < f.sources; ++s) {
-      Vector mean = {};
-      for (int64_t row = image * f.heads; row < (image + 1) * f.heads; ++row)
-        mean += of_head(head_share, row * head_sums(f) + s);
-      mean = seeing != 0.0f ? mean / seeing : Vector{};
-      if (f.residual != nullptr) {
-        const Vector own = load_labels(labels_of(f, f.residual, image, f.queries, s).from(query), count);
-        mean = seeing != 0.0f ? (mean + own) * 0.5f : own;
-      }
-      store_labels(labels_of(f, f.share_out, image, f.queries, s).from(query), mean, count);
-    }
-  }
+  // Whoever ends the last head and chunk of an image averages its shares: not before the end of the task, since an
+  // atomic operation waits for what is streamed.
+  for (int64_t image = task.first_image; averages && !whole && image < task.first_image + task.images; ++image)
+    if (__atomic_sub_fetch(heads_left + image, task.heads, __ATOMIC_ACQ_REL) == 0)
+      average_heads(f, nullptr, shares_of(image), image);
 }
 
 // Backward
@@ -1151,7 +1255,7 @@ struct BackwardScratch {
     row_terms = arena.take(padded);
     scale = arena.take(SCALES);
     grad_query = arena.take(sums_in_place(p) ? 0 : (plan.keys.count > 1 ? padded : QUERY_BLOCK) * plan.row);
-    offsets = arena.take(OffsetReader::scratch(p, keys, PANEL));
+    offsets = arena.take(OffsetReader::scratch(p, shares_bias(p) ? heads_together(p, LANES) : 0, keys, PANEL));
     size = arena.used();
   }
 };
@@ -1179,8 +1283,8 @@ void load_log_sum_exp(const Problem& p, const float* log_sum_exp, int64_t image,
 // only.
 template <class T>
 void divide_by_sums(const Problem& p, const Plan& plan, const QueryKeyValue<T>& rows, const OffsetReader& offsets,
-                    int64_t image, int64_t query, int64_t vectors, const float* log_sum_exp, float* inverse,
-                    float* key_rows, float* columns, float* scores) {
+                    int64_t image, int64_t head, int64_t query, int64_t vectors, const float* log_sum_exp,
+                    float* inverse, float* key_rows, float* columns, float* scores) {
   bool precise = true;
   for (int64_t i = 0; i < vectors * LANES; ++i) {
     constexpr float LIMIT = PRECISE_LOG_SUM_EXP * LOG2_E;
@@ -1198,7 +1302,8 @@ void divide_by_sums(const Problem& p, const Plan& plan, const QueryKeyValue<T>& 
         const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
         pack_rows(rows.key.from(key), keys, p.head_dim, key_rows, plan.row);
         multiply_scores<V, false>(p, rows.query, query + lane, {key_rows, plan.row}, keys,
-                                  offsets.panel(image, query + lane, V, key, keys), columns, scores, ROW, nullptr);
+                                  offsets.panel(image, head, query + lane, V, key, keys), columns, scores, ROW,
+                                  nullptr);
         const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane);
         for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
         for (int v = 0; v < V; ++v)
@@ -1237,13 +1342,16 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
   const Split query_blocks = chunks_of(b, QUERY_BLOCK);
   const int64_t gradients = b.batch * (b.queries + 2 * b.keys) * b.heads * b.head_dim;
   for (int64_t i = 0; i < BackwardScratch::SCALES; ++i) at.scale[i] = b.scale;
+  const OffsetReader offsets(b, task.first_head, task.images > 1 ? task.heads : 0, at.offsets);
   for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
-    const OffsetReader offsets(b, head, task.images, at.offsets);
-    float* grad_bias_sum = grad_bias == nullptr ? nullptr : grad_bias + head * b.keys * padded;
-    for (int64_t i = 0; grad_bias != nullptr && i < b.keys * padded; ++i) grad_bias_sum[i] = 0.0f;
-    float* padding_sums = grad_padding == nullptr ? nullptr : grad_padding + head * 3 * b.head_dim;
-    for (int64_t i = 0; grad_padding != nullptr && i < 3 * b.head_dim; ++i) padding_sums[i] = 0.0f;
-    for (int64_t image = task.first_image; image < task.first_image + task.images; ++image) {
+    for (int64_t i = 0; grad_bias != nullptr && i < b.keys * padded; ++i) grad_bias[head * b.keys * padded + i] = 0.0f;
+    for (int64_t i = 0; grad_padding != nullptr && i < 3 * b.head_dim; ++i)
+      grad_padding[head * 3 * b.head_dim + i] = 0.0f;
+  }
+  for (int64_t image = task.first_image; image < task.first_image + task.images; ++image)
+    for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
+      float* grad_bias_sum = grad_bias == nullptr ? nullptr : grad_bias + head * b.keys * padded;
+      float* padding_sums = grad_padding == nullptr ? nullptr : grad_padding + head * 3 * b.head_dim;
       const Next next(task, image, head);
       Prefetcher prefetcher(padded / LANES * b.keys * (2 * words_of<PAIRS>(b.head_dim) + GRADIENT_WORK) +
                             3 * padded * words_of<PAIRS>(b.keys) * plan.width_vectors);
@@ -1258,9 +1366,10 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
       const TokenRows<T> grad_output_rows = rows_of<T>(b, b.grad_output, image, head, ZEROS);
       load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp, at.inverse);
       sum_row_terms(b, grad_output_rows, rows_of<T>(b, b.output, image, head, ZEROS), at.row_terms);
-      divide_by_sums(b, plan, rows, offsets, image, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key, at.columns,
-                     at.scores);
+      divide_by_sums(b, plan, rows, offsets, image, head, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key,
+                     at.columns, at.scores);
       const Dropout dropout(b, image, head);
+      const bool padded_window = is_padded(b, image);
       for (int64_t key_block = 0; key_block < plan.keys.count; ++key_block) {
         const int64_t key = plan.keys.begin(key_block), keys = plan.keys.size(key_block);
         const bool last_keys = key_block == plan.keys.count - 1;
@@ -1282,8 +1391,8 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
               constexpr int V = decltype(width)::count;
               const int64_t lane = panels.begin(panel) * LANES;
               multiply_scores<V, PAIRS>(b, rows.query, query + lane, key_rows, keys,
-                                        offsets.panel(image, query + lane, V, key, keys), at.columns, at.scores + lane,
-                                        SCORE_ROW, nullptr, &prefetcher);
+                                        offsets.panel(image, head, query + lane, V, key, keys), at.columns,
+                                        at.scores + lane, SCORE_ROW, nullptr, &prefetcher);
               Product product{value_rows.data, value_rows.row, at.gradients + lane, SCORE_ROW};
               product.prefetcher = &prefetcher;
               multiply_queries<V, PAIRS>(product, b, grad_output_rows, query + lane, keys, at.columns);
@@ -1304,7 +1413,8 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
                                       float* sums, int64_t sums_row, const Rows& target, int64_t row, bool first,
                                       bool last, const float* scale, int64_t which) {
             const TokenRows<T> result = rows_of<T>(b, target, image, head).from(row);
-            const bool direct = last && writes_in_place<T>(b), streams_result = streams(b, target, gradients);
+            const bool direct = last && writes_in_place<T>(b, padded_window),
+                       streams_result = streams(b, target, gradients);
             Product product{left,
                             SCORE_ROW,
                             direct ? reinterpret_cast<float*>(result.data) : sums,
@@ -1317,6 +1427,7 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
               product.init_row = sums_row;
             }
             if (last) product.scale = scale;
+            if (direct) product.c_tokens = result.tokens;
             product.streams = direct && streams_result;
             product.rounds = direct && PAIRS;
             product.prefetcher = &prefetcher;
@@ -1337,7 +1448,6 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
         }
       }
     }
-  }
 }
 
 // Shares of many sources: the mean of the probabilities over heads, in blocks, then one product with the labels.
@@ -1359,7 +1469,7 @@ struct DenseShareScratch {
     weight = arena.take(QUERY_BLOCK);
     labels = arena.take(keys * LABEL_ROW);
     sums = arena.take(QUERY_BLOCK * LABEL_ROW);
-    offsets = arena.take(OffsetReader::scratch(p, keys, PANEL));
+    offsets = arena.take(OffsetReader::scratch(p, 0, keys, PANEL));
     size = arena.used();
   }
 };
@@ -1371,14 +1481,14 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
   const Split chunks = chunks_of(f, QUERY_BLOCK);
   const int64_t query = chunks.begin(chunk) * LANES, vectors = chunks.size(chunk), lanes = vectors * LANES;
   const int64_t queries = smaller(f.queries - query, lanes);
+  const OffsetReader offsets(f, 0, 0, at.offsets);
   const bool padded = is_padded(f, image);
   for (int64_t i = 0; i < lanes; ++i) at.weight[i] = 0.0f;
   for (int64_t head = 0; head < f.heads; ++head) {
-    const OffsetReader offsets(f, head, 1, at.offsets);
     float *log_sum_exp = at.log_sum_exp + head * QUERY_BLOCK, *inverse = at.inverse + head * QUERY_BLOCK;
     load_log_sum_exp(f, f.log_sum_exp, image, head, query, lanes, log_sum_exp, inverse);
-    divide_by_sums(f, plan, QueryKeyValue<T>(f, image, head), offsets, image, query, vectors, log_sum_exp, inverse,
-                   at.key, at.columns, at.scores);
+    divide_by_sums(f, plan, QueryKeyValue<T>(f, image, head), offsets, image, head, query, vectors, log_sum_exp,
+                   inverse, at.key, at.columns, at.scores);
     const float* real = head_share + (image * f.heads + head) * f.queries + query;
     for (int64_t i = 0; i < lanes; ++i) at.weight[i] += padded && i < queries ? real[i] : log_sum_exp[i] != INFINITE;
   }
@@ -1390,7 +1500,6 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
     const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
     for (int64_t i = 0; i < keys * DenseShareScratch::MEAN_ROW; ++i) at.mean[i] = 0.0f;
     for (int64_t head = 0; head < f.heads; ++head) {
-      const OffsetReader offsets(f, head, 1, at.offsets);
       const QueryKeyValue<T> rows(f, image, head);
       pack_rows(rows.key.from(key), keys, f.head_dim, at.key, plan.row);
       const Split panels(vectors, MAX_VECTORS);
@@ -1399,8 +1508,8 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
           constexpr int V = decltype(width)::count;
           const int64_t lane = panels.begin(panel) * LANES;
           multiply_scores<V, false>(f, rows.query, query + lane, {at.key, plan.row}, keys,
-                                    offsets.panel(image, query + lane, V, key, keys), at.columns, at.scores, V * LANES,
-                                    nullptr);
+                                    offsets.panel(image, head, query + lane, V, key, keys), at.columns, at.scores,
+                                    V * LANES, nullptr);
           const Probabilities<V> probabilities(at.log_sum_exp + head * QUERY_BLOCK + lane,
                                                at.inverse + head * QUERY_BLOCK + lane);
           for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
@@ -1434,8 +1543,9 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
 
 // The functions of the table: by element type.
 
-void forward_task(const Forward& f, const Task& task, float* head_share, float* scratch) {
-  with_type_of_tokens(f.dtype, [&](auto element) { forward_of<decltype(element)>(f, task, head_share, scratch); });
+void forward_task(const Forward& f, const Task& task, int64_t* heads_left, float* head_share, float* scratch) {
+  with_type_of_tokens(f.dtype,
+                      [&](auto element) { forward_of<decltype(element)>(f, task, heads_left, head_share, scratch); });
   finish_streams();
 }
 
@@ -1510,7 +1620,6 @@ const Kernels TLALIGN_KERNELS = {
     &scratch_of<BackwardScratch>,
     &scratch_of<DenseShareScratch>,
     &forward_task,
-    &average_heads,
     &dense_share_task,
     &backward_task,
     &sum_grad_bias,

@@ -33,10 +33,9 @@ struct Kernels {
   int64_t (*forward_scratch)(const Problem&);
   int64_t (*backward_scratch)(const Problem&);
   int64_t (*dense_share_scratch)(const Problem&);
-  // Output and log-sum-exp; the share in one head into head_share (B, H, head_sums, Nq).
-  void (*forward)(const Forward&, const Task&, float* head_share, float* scratch);
-  // Share of one image from those of its heads.
-  void (*average_heads)(const Forward&, const float* head_share, int64_t image);
+  // Output and log-sum-exp; the share in one head into head_share (B, H, head_sums, Nq), and of an image of which
+  // heads_left (B), the heads that are still to be done of each chunk, becomes 0, their mean.
+  void (*forward)(const Forward&, const Task&, int64_t* heads_left, float* head_share, float* scratch);
   // Share of one chunk of queries of one image, from the log-sum-exp of all heads; for any number of sources.
   void (*dense_share)(const Forward&, const float* head_share, int64_t image, int64_t chunk, float* scratch);
   // Gradients of query, key and value; those of the bias and of the padding, summed over the images of the task, into
@@ -64,6 +63,23 @@ static inline int64_t head_sums(const Problem& problem) {
 // Queries rounded up to whole vectors.
 static inline int64_t padded_queries(const Problem& problem, int64_t lanes) {
   return (problem.queries + lanes - 1) / lanes * lanes;
+}
+
+// Floats that bias and mask of a head take as columns, where all images share them.
+static inline int64_t shared_offsets(const Problem& problem, int64_t lanes) {
+  return problem.keys * padded_queries(problem, lanes);
+}
+
+// Whether tasks have several images, so that their bias is arranged once for all of them.
+static inline bool shares_bias(const Problem& problem) {
+  return problem.bias.data != nullptr && problem.bias.image == 0 && problem.batch > 1;
+}
+
+// Heads that such a task of the forward has at most: their bias is to stay in the cache.
+static inline int64_t heads_together(const Problem& problem, int64_t lanes) {
+  constexpr int64_t CACHED = 1 << 16;  // floats
+  const int64_t heads = CACHED / shared_offsets(problem, lanes);
+  return heads < 1 ? 1 : heads < problem.heads ? heads : problem.heads;
 }
 
 }  // namespace tlalign::cpu

@@ -350,6 +350,14 @@ TLALIGN_INLINE void transpose(Vector (&rows)[LANES]) {
   }
 }
 
+// All lanes of one vector combined, which then each lane holds.
+template <int BIT = 1, class Combine>
+TLALIGN_INLINE Vector fold(Vector v, Combine combine) {
+  if constexpr (BIT < LANES)
+    return fold<2 * BIT>(combine(ButterflyOf<BIT>::low(v, v), ButterflyOf<BIT>::high(v, v)), combine);
+  return v;
+}
+
 // The sum of each row, one to a lane; leaves nothing of use in the rows.
 template <int BIT = 1>
 TLALIGN_INLINE Vector sum_rows(Vector (&rows)[LANES]) {
