@@ -154,7 +154,8 @@ def test_one_share_equals_dense_labels_of_the_pair(backend, case, seed):
     dense = {name: as_classes(inputs[name]) for name in ("share", "residual") if inputs[name] is not None}
     share = call(inputs, backend=backend)[1]
     aligned = call(inputs, **dense, backend=backend)[1]
-    torch.testing.assert_close(aligned, as_classes(share), rtol=0, atol=1e-6)
+    # Dense labels are mixed by exp(score - log_sum_exp): the rounding of a log-sum-exp of up to 32 comes to 2e-6.
+    torch.testing.assert_close(aligned, as_classes(share), rtol=0, atol=3e-6)
 
 
 @backends
