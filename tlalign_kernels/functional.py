@@ -198,9 +198,6 @@ def window_problem(
             raise ValueError(f"{name}: expected less than the window of {tuple(most)}, got {tuple(sizes)}")
     windows = Windows((rows, columns), tuple(map(int, window_size)), tuple(map(int, shift)))
     tokens = windows.tokens
-    for name, labels in (("share", share), ("residual", residual)):
-        if isinstance(labels, Tensor) and (labels.dim() != 4 or labels.shape[:3] != (batch, rows, columns)):
-            raise ValueError(f"{name}: expected shape ({batch}, {rows}, {columns}, S), got {tuple(labels.shape)}")
     if isinstance(bias, Tensor) and bias.dim() == 2 and not all(size in (1, tokens) for size in bias.shape):
         bias = _relative_position_bias(bias, windows, heads)
     if isinstance(bias, Tensor) and bias.dim() > 3:
@@ -216,7 +213,7 @@ def window_problem(
     elif pad_qkv is None:
         pad_qkv = qkv.new_zeros((3, heads, head_dim))
     # Labels are checked as those of a map, all other things as those of windows.
-    _check_labels(qkv, batch, rows * columns, rows * columns, *(_flat(labels) for labels in (share, residual)))
+    _check_labels(qkv, share, residual, (batch, rows, columns), (batch, rows, columns))
     sizes = (batch * windows.count, heads, tokens, tokens, head_dim)
     tensors = (qkv,) if pad_qkv is None else (qkv, pad_qkv)
     bias, _, scale, problem = _prepare(tensors, sizes, None, None, bias, None, scale, dropout_p)
@@ -231,10 +228,6 @@ def window_problem(
 
 def _are_integers(sizes: object) -> bool:
     return isinstance(sizes, (tuple, list)) and len(sizes) == 2 and all(hasattr(size, "__index__") for size in sizes)
-
-
-def _flat(labels: Tensor | None) -> Tensor | None:
-    return labels.flatten(1, 2) if isinstance(labels, Tensor) else labels
 
 
 def _relative_position_bias(table: Tensor, windows: Windows, heads: int) -> Tensor:
@@ -318,7 +311,7 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
         raise ValueError(f"{name}: expected no empty dimension, got B, H, Nq, Nk, D = {sizes}")
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{name}: expected a head dimension D of {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}")
-    _check_labels(query, batch, queries, keys, share, residual)
+    _check_labels(query, share, residual, (batch, keys), (batch, queries))
     check_number("dropout_p", dropout_p)
     if scale is not None:
         check_number("scale", scale)
@@ -368,8 +361,9 @@ def _without_rounding(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_labels(
-    query: Tensor, batch: int, queries: int, keys: int, share: Tensor | None, residual: Tensor | None
+    query: Tensor, share: Tensor | None, residual: Tensor | None, keys: tuple[int, ...], queries: tuple[int, ...]
 ) -> None:
+    """Checks labels of keys and of queries, whose shapes without the sources are given."""
     if share is None:
         if residual is not None:
             raise ValueError("residual: expected None without a share, got a tensor")
@@ -382,14 +376,14 @@ def _check_labels(
             "precision (with FSDP2: cast_forward_inputs=False)"
         )
     _check_device("share", share, query.device)
-    if share.dim() != 3 or share.shape[:2] != (batch, keys) or share.shape[2] < 1:
-        raise ValueError(f"share: expected shape ({batch}, {keys}, S), got {tuple(share.shape)}")
+    if share.dim() != len(keys) + 1 or share.shape[:-1] != keys or share.shape[-1] < 1:
+        raise ValueError(f"share: expected shape ({', '.join(map(str, keys))}, S), got {tuple(share.shape)}")
     if residual is not None:
         _check_is_tensor("residual", residual)
         if residual.dtype != share.dtype:
             raise TypeError(f"residual: expected {share.dtype} as share, got {residual.dtype}")
         _check_device("residual", residual, query.device)
-        _check_shape("residual", residual, (batch, queries, share.shape[2]))
+        _check_shape("residual", residual, (*queries, share.shape[-1]))
 
 
 def _over_scores(name: str, tensor: Tensor, scores: tuple[int, ...], device: torch.device) -> Tensor:
@@ -400,7 +394,8 @@ def _over_scores(name: str, tensor: Tensor, scores: tuple[int, ...], device: tor
         given = tuple(tensor.shape)
         raise ValueError(f"{name}: expected a shape broadcastable to (B, H, Nq, Nk) = {scores}, got {given}")
     # Backends read memory, where a tensor such as z.conj().imag is not negated yet.
-    return tensor.resolve_neg().view(shape).expand(shape[0], shape[1], scores[2], scores[3])
+    tensor = tensor.resolve_neg().view(shape)
+    return tensor if shape[2:] == scores[2:] else tensor.expand(shape[0], shape[1], scores[2], scores[3])
 
 
 def _check_is_tensor(name: str, tensor: Tensor) -> None:

@@ -403,6 +403,11 @@ def test_nothing_is_written_beyond_the_results_of_windows(monkeypatch, isa, dtyp
         check()
 
 
+def take_table(monkeypatch, tokens, map_tokens):
+    tables = cpu._Tables(tokens, None, (len(tokens), map_tokens, tokens.data_ptr(), 0))
+    monkeypatch.setattr(cpu, "_tables", lambda windows: tables)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -413,18 +418,17 @@ def test_nothing_is_written_beyond_the_results_of_windows(monkeypatch, isa, dtyp
     ],
 )
 def test_a_table_of_tokens_that_is_wrong_is_refused(monkeypatch, row, message):
-    right = torch.arange(8, dtype=torch.int32).view(2, 4)
-    monkeypatch.setattr(cpu, "_tables", lambda windows: (torch.tensor([row, [4, 5, 6, 7]], dtype=torch.int32), None))
+    take_table(monkeypatch, torch.tensor([row, [4, 5, 6, 7]], dtype=torch.int32), 8)
     qkv, options = torch.randn(1, 4, 2, 3, 2, 8), dict(window_size=(2, 2), backend="cpu")
     with pytest.raises(ValueError, match=message):
         tlk.window_attention(qkv, **options)
-    monkeypatch.setattr(cpu, "_tables", lambda windows: (right, None))
+    take_table(monkeypatch, torch.arange(8, dtype=torch.int32).view(2, 4), 8)
     tlk.window_attention(qkv, **options)
 
 
 def test_a_table_that_leaves_a_token_out_is_refused(monkeypatch):
     tokens = torch.tensor([[0, 1], [2, -1], [-1, 4]], dtype=torch.int32)
-    monkeypatch.setattr(cpu, "_tables", lambda windows: (tokens, None))
+    take_table(monkeypatch, tokens, 5)
     with pytest.raises(ValueError, match="tokens: expected every token of the map"):
         tlk.window_attention(torch.randn(1, 1, 5, 3, 2, 8), window_size=(1, 2), backend="cpu")
 

@@ -24,7 +24,7 @@ def rows(
 ) -> tuple[int, int, int, int]:
     """Address and strides of images, heads and rows of a tensor (B, H, N, D); those of one thing alone are 0."""
     check(name, tensor, shape, dtype, device)
-    image, head, row, last = _strides(tensor.shape, tensor.stride())
+    image, head, row, last = strides_of(tensor.shape, tensor.stride())
     if last not in (0, 1):
         raise ValueError(f"{name}: expected a last stride of 1, got {last}")
     return tensor.data_ptr(), image, head, row
@@ -51,11 +51,11 @@ def offsets(
     shape = (batch if images != 1 else 1, heads if tensor_heads != 1 else 1, queries, keys)
     check(name, tensor, shape, tensor.dtype, device)
     dtype = "bool" if tensor.dtype == torch.bool else DTYPES[tensor.dtype]
-    return tensor.data_ptr(), dtype, *_strides(tensor.shape, tensor.stride())
+    return tensor.data_ptr(), dtype, *strides_of(tensor.shape, tensor.stride())
 
 
 @functools.lru_cache(4096)  # asked for several tensors a call, and the same in each step
-def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+def strides_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, 0 along dimensions of one, where they mean nothing."""
     return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 

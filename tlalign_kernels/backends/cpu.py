@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tlalign_kernels import extension
-from tlalign_kernels.backends.addresses import DTYPES, check, float_or_smaller, offsets, rows, whole
+from tlalign_kernels.backends.addresses import DTYPES, check, float_or_smaller, offsets, rows, strides_of, whole
 from tlalign_kernels.ops import Inputs, WindowInputs, unit_last_stride
 
 if TYPE_CHECKING:
@@ -144,19 +144,18 @@ def window_forward(
     qkv, pad_qkv, bias, dropout_seed, windows, scale, dropout_p = inputs
     batch, heads, head_dim = qkv.shape[0], *qkv.shape[4:]
     of_map, sources = (batch, *windows.map_size), 0 if share is None else share.shape[3]
-    qkv = qkv.flatten(1, 2)
-    bias, tables = float_or_smaller(bias), _tables(windows)
-    count, tokens = tables[0].shape
+    qkv, bias, tables = _evenly_strided(qkv), float_or_smaller(bias), _tables(windows)
+    count, tokens = windows.count, windows.tokens
     extension.compiled.cpu_attention_forward(
         (batch * count, heads, tokens, tokens, head_dim, sources),
         DTYPES[qkv.dtype],
-        *_rows_of_parts("qkv", qkv, (batch, qkv.shape[1], 3, heads, head_dim), qkv.dtype),
+        *_rows_of_map("qkv", qkv, (*of_map, 3, heads, head_dim), qkv.dtype),
         offsets("bias", bias, (batch * count, heads, tokens, tokens), _CPU),
         None,
         scale,
         dropout_p,
         _seed_bits(dropout_seed),
-        _windows(tables, pad_qkv, qkv),
+        (*tables.numbers, whole("pad_qkv", pad_qkv, (3, heads, head_dim), qkv.dtype, _CPU)),
         whole("share", share, (*of_map, sources), torch.float32, _CPU),
         whole("residual", residual, (*of_map, sources), torch.float32, _CPU),
         whole("output", output, (*of_map, heads, head_dim), qkv.dtype, _CPU),
@@ -178,26 +177,24 @@ def window_backward(
     """Computes the gradients into the given tensors; see `reference.window_backward`."""
     qkv, pad_qkv, bias, dropout_seed, windows, scale, dropout_p = inputs
     dtype, batch, heads, head_dim = qkv.dtype, qkv.shape[0], *qkv.shape[4:]
-    qkv = qkv.flatten(1, 2)
-    grad_output = unit_last_stride(grad_output.to(dtype)).flatten(1, 2).unsqueeze(2)
-    grad_qkv = grad_qkv.view(batch, -1, 3, heads, head_dim)
+    qkv, grad_output = _evenly_strided(qkv), _evenly_strided(unit_last_stride(grad_output.to(dtype)))
     (computing_bias, computing_grad_bias), tables = _computing_biases(bias, grad_bias), _tables(windows)
-    count, tokens = tables[0].shape
-    packed = (batch, qkv.shape[1], 3, heads, head_dim)
+    count, tokens = windows.count, windows.tokens
+    of_map, packed = (batch, *windows.map_size, heads, head_dim), (batch, *windows.map_size, 3, heads, head_dim)
     extension.compiled.cpu_attention_backward(
         (batch * count, heads, tokens, tokens, head_dim, 0),
         DTYPES[dtype],
-        *_rows_of_parts("grad_output", grad_output, (batch, qkv.shape[1], 1, heads, head_dim), dtype),
-        *_rows_of_parts("qkv", qkv, packed, dtype),
+        *_rows_of_map("grad_output", grad_output, of_map, dtype),
+        *_rows_of_map("qkv", qkv, packed, dtype),
         offsets("bias", computing_bias, (batch * count, heads, tokens, tokens), _CPU),
         None,
         scale,
         dropout_p,
         _seed_bits(dropout_seed),
-        _windows(tables, pad_qkv, qkv),
-        whole("output", output, (batch, *windows.map_size, heads, head_dim), dtype, _CPU),
+        (*tables.numbers, whole("pad_qkv", pad_qkv, (3, heads, head_dim), qkv.dtype, _CPU)),
+        whole("output", output, of_map, dtype, _CPU),
         whole("log_sum_exp", log_sum_exp, (batch * count, heads, tokens), torch.float32, _CPU),
-        *_rows_of_parts("grad_qkv", grad_qkv, packed, dtype),
+        *_rows_of_map("grad_qkv", grad_qkv, packed, dtype),
         0 if bias is None else whole("grad_bias", computing_grad_bias, bias.shape, computing_bias.dtype, _CPU),
         (1, 1) if bias is None else tuple(bias.shape[:2]),
         whole("grad_pad_qkv", grad_pad_qkv, (3, heads, head_dim), dtype, _CPU),
@@ -207,37 +204,51 @@ def window_backward(
         grad_bias.copy_(computing_grad_bias)
 
 
-def _rows_of_parts(
-    name: str, packed: Tensor, shape: tuple[int, int, int, int, int], dtype: torch.dtype
+def _evenly_strided(of_map: Tensor) -> Tensor:
+    """A tensor (B, Ht, Wt, ...) whose tokens are evenly strided, copied if they aren't."""
+    return of_map if _map_strides(of_map.shape, of_map.stride()) is not None else of_map.contiguous()
+
+
+def _rows_of_map(
+    name: str, of_map: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> list[tuple[int, int, int, int]]:
-    """Addresses and strides of the parts (B, H, Ht * Wt, D) of a tensor (B, Ht * Wt, parts, H, D)."""
-    check(name, packed, shape, dtype, _CPU)
-    batch, tokens, parts, heads, head_dim = shape
-    first = rows(name, packed[:, :, 0].transpose(1, 2), (batch, heads, tokens, head_dim), dtype, _CPU)
-    step = packed.stride(2) * packed.element_size()
-    return [(first[0] + part * step, *first[1:]) for part in range(parts)]
+    """Addresses and strides (B, H, Ht * Wt, D) of all parts of (B, Ht, Wt, parts, H, D), or of (B, Ht, Wt, H, D)."""
+    check(name, of_map, shape, dtype, _CPU)
+    image, token, *part, head, last = _map_strides(of_map.shape, of_map.stride())
+    if last not in (0, 1):
+        raise ValueError(f"{name}: expected a last stride of 1, got {last}")
+    step = part[0] * of_map.element_size() if part else 0
+    return [(of_map.data_ptr() + i * step, image, head, token) for i in range(shape[3] if part else 1)]
 
 
-def _windows(
-    tables: tuple[Tensor, Tensor | None], pad_qkv: Tensor | None, qkv: Tensor
-) -> tuple[int, int, int, int, int]:
-    """What the native code is told of windows: their number, that of tokens in the map, addresses."""
-    tokens, regions = tables
-    return (
-        tokens.shape[0],
-        qkv.shape[1],
-        whole("tokens", tokens, tokens.shape, torch.int32, _CPU),
-        whole("regions", regions, tokens.shape, torch.int32, _CPU),
-        whole("pad_qkv", pad_qkv, (3, *qkv.shape[3:]), qkv.dtype, _CPU),
-    )
+@functools.lru_cache(256)
+def _map_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides of (B, Ht * Wt, ...) in a tensor (B, Ht, Wt, ...), 0 along dimensions of one; None if there are none."""
+    image, row, column, *others = strides_of(shape, strides)
+    if shape[1] > 1 and shape[2] > 1 and row != shape[2] * column:
+        return None
+    return image, column or row, *others
+
+
+class _Tables(NamedTuple):
+    """Numbers of tokens and of regions, int32 (W, N), no regions if the windows are not shifted.
+
+    Attributes:
+        numbers: What the native code is told of them: W, tokens of the map, addresses.
+    """
+
+    tokens: Tensor
+    regions: Tensor | None
+    numbers: tuple[int, int, int, int]
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(windows: Windows) -> tuple[Tensor, Tensor | None]:
-    """Numbers of tokens and of regions, int32 (W, N); no regions if the windows are not shifted."""
+def _tables(windows: Windows) -> _Tables:
     tables = (windows.token_numbers(_CPU), windows.regions(_CPU) if windows.has_regions else None)
     tokens, regions = (None if table is None else table.to(torch.int32).contiguous() for table in tables)
-    return tokens, regions
+    rows, columns = windows.map_size
+    numbers = (windows.count, rows * columns, tokens.data_ptr(), 0 if regions is None else regions.data_ptr())
+    return _Tables(tokens, regions, numbers)
 
 
 def _computing_biases(bias: Tensor | None, grad_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
