@@ -189,9 +189,9 @@ Tasks tasks_of_images(const Problem& p, int64_t chunks, int threads) {
 
 int64_t divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// With a bias that images share, a task has several images, for which the bias of its heads is transposed once: about
-// `images`, but there are to be `fewest` tasks or more, for which images are divided first, then heads. There are at
-// most `most` parts of the images.
+// With a bias that images share, a task has several images, for which the bias of its heads, at most `heads`, is
+// transposed once: about `images`, or less, since there are to be `fewest` tasks, for which images are divided first,
+// then heads; or more, since there are to be at most `most` parts of the images.
 Tasks tasks_of_shared_bias(const Problem& p, int64_t heads, int64_t images, int64_t fewest, int64_t most,
                            int64_t chunks, int threads) {
   constexpr int64_t FEW_IMAGES = 4;
@@ -205,16 +205,18 @@ Tasks tasks_of_shared_bias(const Problem& p, int64_t heads, int64_t images, int6
 
 Tasks forward_tasks(const Forward& f, int64_t chunks, int64_t lanes, int threads) {
   if (!shares_bias(f)) return tasks_of_images(f, chunks, threads);
-  return tasks_of_shared_bias(f, heads_together(f, lanes), 8, 4 * threads, 16 * threads, chunks, threads);
+  constexpr int64_t IMAGES = 8, FEWEST_PER_THREAD = 4, MOST_PER_THREAD = 16;
+  return tasks_of_shared_bias(f, heads_together(f, lanes), IMAGES, FEWEST_PER_THREAD * threads,
+                              MOST_PER_THREAD * threads, chunks, threads);
 }
 
 // The gradient of such a bias is summed over the images of a task, in parts that follow from the shape alone.
 Tasks backward_tasks(const Backward& b, int64_t lanes, int threads) {
-  constexpr int64_t MOST_SUMS = 1 << 23;  // floats
+  constexpr int64_t IMAGES = 16, FEWEST = 32, MOST_SUMS = 1 << 23;  // floats
   const bool sums_bias = b.grad_bias != nullptr;
   if (!shares_bias(b) || (sums_bias && b.bias_images != 1)) return tasks_of_images(b, 1, threads);
   const int64_t most = sums_bias ? std::max<int64_t>(MOST_SUMS / (shared_offsets(b, lanes) * b.heads), 1) : b.batch;
-  return tasks_of_shared_bias(b, heads_together(b, lanes), 16, 32, most, 1, threads);
+  return tasks_of_shared_bias(b, heads_together(b, lanes), IMAGES, FEWEST, most, 1, threads);
 }
 
 }  // namespace

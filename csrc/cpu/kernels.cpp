@@ -558,7 +558,8 @@ void pack_offsets(const Offsets& offsets, bool adds, int64_t image, int64_t head
 }
 
 // Bias, mask and regions of a problem, and their sum as the kernels read it. What images share is summed once a task,
-// for all queries and keys of `heads` heads, if it is small; the rest, with no such heads all, once a panel.
+// for all queries and keys of `heads` heads from the first on, if it is small; the rest, or all if `heads` is 0, once a
+// panel.
 class OffsetReader {
  public:
   // Floats of scratch for panels of `lanes` queries and `keys` keys.

@@ -15,7 +15,7 @@ namespace tlalign::cpu {
 // More sources than these take a pass of their own, whose cost does not grow with the number of heads.
 constexpr int64_t MAX_FUSED_SOURCES = 8;
 
-// What one call of a kernel is to do: some heads of some images, image after image within a head; in the forward one
+// What one call of a kernel is to do: some heads of some images, head after head within an image; in the forward one
 // chunk of the queries.
 struct Task {
   int64_t first_head, heads, first_image, images, chunk;
