@@ -971,7 +971,7 @@ struct ForwardScratch {
     inverse = arena.take(PANEL);
     output = arena.take(chunk * plan.row);
     labels = arena.take(p.windows.count > 0 ? head_sums(p) * p.keys : 0);
-    head_share = arena.take(p.heads * head_sums(p) * p.queries);
+    head_share = arena.take(chunks_of(p, QUERY_CHUNK).count == 1 ? p.heads * head_sums(p) * p.queries : 0);
     offsets = arena.take(OffsetReader::scratch(p, shares_bias(p) ? heads_together(p, LANES) : 0, keys, PANEL));
     few = arena.take(keys + LANES);
     size = arena.used();
@@ -1016,8 +1016,8 @@ TLALIGN_INLINE void store_labels(const TokenRows<float> rows, Vector labels, int
 }
 
 // share = mean over the heads that see a key, averaged with the residual; without any such head the residual, or 0.
-// With padding it is the mean over the real keys that they see. `labels`: those of the
-// image's keys, as it mixes them, or null where only the tensor has them; `head_share`: the shares of the image.
+// With padding it is the mean over the real keys that they see. `labels`: those of the image's keys, as it mixes them,
+// or null where only the tensor has them; `head_share`: the shares of the image.
 void average_heads(const Forward& f, const float* labels, const float* head_share, int64_t image) {
   const bool padded = is_padded(f, image);
   const int64_t label_row = f.sources + padded;
