@@ -216,8 +216,8 @@ def check_turns(launches, blocks, have_all_heads):
 
 @executed
 @pytest.mark.parametrize("keys", [20, 40])
-# The first is slow since it failed, with wrong emulated results, in two of four whole runs on a processor with AVX-512, but
-# never alone: the cause is not known.
+# The first is slow since it failed, with wrong emulated results, in two of four whole runs on a processor with
+# AVX-512, but never alone: the cause is not known.
 @pytest.mark.parametrize(
     ("images", "heads", "sources"), [pytest.param(820, 5, 1, marks=pytest.mark.slow), (2048, 2, 1), (2048, 2, 2)]
 )
