@@ -33,13 +33,14 @@ HOPPER = sorted(CUDA.glob("hopper*.cu"))
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, by its mangled name, and what it was to be launched with."""
+    """A kernel, by its mangled name, and what it was to be launched with: `addresses` of bytes of its parameters."""
 
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int
     parameters: bytes
+    addresses: list[int]
     stream: int
 
 
@@ -159,7 +160,7 @@ def execute(launch, tensors, **options):
         """Memory as ptxvm has it, what to copy back from it, and the parameters with its addresses."""
         words, memory, back, found = bytearray(launch.parameters), dict(module._gsegs), [], {}
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-        for at in range(0, len(words) - 7, 8):
+        for at in launch.addresses:
             address = int.from_bytes(words[at : at + 8], "little")
             begin = next((b for b, storage in storages.items() if b <= address < b + storage.nbytes()), None)
             if begin is None:

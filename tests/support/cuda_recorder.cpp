@@ -5,6 +5,7 @@
 
 #include <map>
 #include <string>
+#include <type_traits>
 
 #include "cuda/attention.h"
 #include "cuda/bindings.h"
@@ -28,13 +29,24 @@ std::map<const void*, int> shared_limits;
 Configuration configuration;
 py::list* launches;
 
-// What a kernel is launched with. The gaps that alignment leaves in it hold what the stack held: beside a small number
-// that may look like an address in the memory of a tensor, and be replaced with it (`execute` of cuda_offline.py).
+// What a kernel is launched with, and where in that it has addresses: a number may look like one.
 template <class T>
-py::bytes bytes_of(const void* argument) {
-  T parameters = *static_cast<const T*>(argument);
-  __builtin_clear_padding(&parameters);
-  return py::bytes(reinterpret_cast<const char*>(&parameters), sizeof(T));
+py::tuple parameters_of(const void* argument) {
+  const T& values = *static_cast<const T*>(argument);
+  const char* begin = static_cast<const char*>(argument);
+  py::list places;
+  const auto note = [&](auto*... addresses) { (places.append(reinterpret_cast<const char*>(addresses) - begin), ...); };
+  note(&values.query.data, &values.key.data, &values.value.data, &values.bias.data, &values.mask.data);
+  note(&values.bias_starts.data, &values.mask_starts.data, &values.windows.places, &values.windows.padding);
+  if constexpr (std::is_same_v<T, tlalign::cuda::Forward>) {
+    note(&values.share, &values.residual, &values.labels, &values.head_share);
+    note(&values.output, &values.share_out, &values.log_sum_exp);
+  }
+  if constexpr (std::is_same_v<T, tlalign::cuda::Backward>) {
+    note(&values.grad_output.data, &values.output, &values.log_sum_exp, &values.row_terms, &values.grad_query.data);
+    note(&values.grad_key.data, &values.grad_value.data, &values.bias_sums, &values.grad_padding);
+  }
+  return py::make_tuple(py::bytes(begin, sizeof(T)), places);
 }
 
 // Device 0 is an A100, device 1 a Hopper, of which a test wants few multiprocessors.
@@ -72,11 +84,12 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   if (shared > 48 * 1024 && shared_limits[kernel] < static_cast<int>(shared)) return cudaErrorInvalidValue;
   const std::string& name = names().at(kernel);
   const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
-  const py::bytes parameters = has("pack_places") || has("pack_starts") ? bytes_of<tlalign::cuda::Problem>(arguments[0])
-                               : has("attention_backward") ? bytes_of<tlalign::cuda::Backward>(arguments[0])
-                                                           : bytes_of<tlalign::cuda::Forward>(arguments[0]);
+  const py::tuple parameters = has("pack_places") || has("pack_starts")
+                                   ? parameters_of<tlalign::cuda::Problem>(arguments[0])
+                               : has("attention_backward") ? parameters_of<tlalign::cuda::Backward>(arguments[0])
+                                                           : parameters_of<tlalign::cuda::Forward>(arguments[0]);
   launches->append(py::make_tuple(name, py::make_tuple(grid.x, grid.y, grid.z),
-                                  py::make_tuple(block.x, block.y, block.z), shared, parameters,
+                                  py::make_tuple(block.x, block.y, block.z), shared, parameters[0], parameters[1],
                                   reinterpret_cast<uintptr_t>(stream)));
   return cudaSuccess;
 }
