@@ -190,13 +190,10 @@ def window_problem(
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv: expected shape (B, Ht, Wt, 3, H, D), got {tuple(qkv.shape)}")
     batch, rows, columns, _, heads, head_dim = qkv.shape
-    for name, sizes, most in (("window_size", window_size, None), ("shift", shift, window_size)):
-        least = int(most is None)
-        if not _are_integers(sizes) or any(size < least for size in sizes):
-            raise ValueError(f"{name}: expected two integers of at least {least}, got {sizes!r}")
-        if most is not None and any(size >= limit for size, limit in zip(sizes, most, strict=True)):
-            raise ValueError(f"{name}: expected less than the window of {tuple(most)}, got {tuple(sizes)}")
-    windows = Windows((rows, columns), tuple(map(int, window_size)), tuple(map(int, shift)))
+    window_size, shift = _two_integers("window_size", window_size, 1), _two_integers("shift", shift, 0)
+    if shift[0] >= window_size[0] or shift[1] >= window_size[1]:
+        raise ValueError(f"shift: expected less than the window of {window_size}, got {shift}")
+    windows = Windows((rows, columns), window_size, shift)
     tokens = windows.tokens
     if isinstance(bias, Tensor) and bias.dim() == 2 and not all(size in (1, tokens) for size in bias.shape):
         bias = _relative_position_bias(bias, windows, heads)
@@ -212,22 +209,18 @@ def window_problem(
         pad_qkv = None
     elif pad_qkv is None:
         pad_qkv = qkv.new_zeros((3, heads, head_dim))
-    # Labels are checked as those of a map, all other things as those of windows.
-    _check_labels(qkv, share, residual, (batch, rows, columns), (batch, rows, columns))
     sizes = (batch * windows.count, heads, tokens, tokens, head_dim)
     tensors = (qkv,) if pad_qkv is None else (qkv, pad_qkv)
-    bias, _, scale, problem = _prepare(tensors, sizes, None, None, bias, None, scale, dropout_p)
-    problem = problem._replace(
-        sources=0 if share is None else share.shape[3],
-        share_dtype=None if share is None else share.dtype,
-        has_mask=windows.has_regions,
-        windows=windows,
-    )
+    bias, _, scale, problem = _prepare(tensors, sizes, share, residual, bias, None, scale, dropout_p, windows)
     return bias, pad_qkv, scale, problem
 
 
-def _are_integers(sizes: object) -> bool:
-    return isinstance(sizes, (tuple, list)) and len(sizes) == 2 and all(hasattr(size, "__index__") for size in sizes)
+def _two_integers(name: str, sizes: object, least: int) -> tuple[int, int]:
+    if isinstance(sizes, (tuple, list)) and len(sizes) == 2:
+        first, second = sizes
+        if hasattr(first, "__index__") and hasattr(second, "__index__") and first >= least and second >= least:
+            return int(first), int(second)
+    raise ValueError(f"{name}: expected two integers of at least {least}, got {sizes!r}")
 
 
 def _relative_position_bias(table: Tensor, windows: Windows, heads: int) -> Tensor:
@@ -267,6 +260,8 @@ def explain(
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Casts tensors to the dtype of the autocast region that is active on their device, if one is."""
+    if not torch._C._is_any_autocast_enabled():
+        return list(tensors)
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return list(tensors)
@@ -300,10 +295,11 @@ def _check_views(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, i
     return batch, heads, queries, keys, head_dim
 
 
-def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
+def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p, windows=None):
     """Checks the other arguments; returns bias and mask in four dimensions, the scale, and the problem.
 
-    `tensors` are query, key and value, or the one that holds them; `sizes` are B, H, Nq, Nk and D.
+    `tensors` are query, key and value, or the one that holds them; `sizes` are B, H, Nq, Nk and D. With `windows` each
+    of them counts as an image, but labels are those of the map.
     """
     query, name = tensors[0], "query" if len(tensors) == 3 else "qkv"
     batch, heads, queries, keys, head_dim = sizes
@@ -311,7 +307,8 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
         raise ValueError(f"{name}: expected no empty dimension, got B, H, Nq, Nk, D = {sizes}")
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{name}: expected a head dimension D of {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}")
-    _check_labels(query, share, residual, (batch, keys), (batch, queries))
+    of_map = None if windows is None else query.shape[:3]
+    _check_labels(query, share, residual, of_map or (batch, keys), of_map or (batch, queries))
     check_number("dropout_p", dropout_p)
     if scale is not None:
         check_number("scale", scale)
@@ -341,13 +338,14 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p):
         queries=queries,
         keys=keys,
         head_dim=head_dim,
-        sources=0 if share is None else share.shape[2],
+        sources=0 if share is None else share.shape[-1],
         share_dtype=None if share is None else share.dtype,
         has_bias=bias is not None,
-        has_mask=mask is not None,
+        has_mask=mask is not None if windows is None else windows.has_regions,
         dropout_p=dropout_p,
         needs_gradient=torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, bias)),
+        windows=windows,
     )
     return bias, mask, head_dim**-0.5 if scale is None else float(scale), problem
 
@@ -390,7 +388,10 @@ def _over_scores(name: str, tensor: Tensor, scores: tuple[int, ...], device: tor
     """Views `tensor` as (1 or B, 1 or H, Nq, Nk); the last two dimensions are expanded, at no cost in memory."""
     _check_device(name, tensor, device)
     shape = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
-    if len(shape) > 4 or any(given not in (1, size) for given, size in zip(shape, scores, strict=True)):
+    fits = len(shape) == 4
+    for given, size in zip(shape, scores, strict=False):
+        fits = fits and given in (1, size)
+    if not fits:
         given = tuple(tensor.shape)
         raise ValueError(f"{name}: expected a shape broadcastable to (B, H, Nq, Nk) = {scores}, got {given}")
     # Backends read memory, where a tensor such as z.conj().imag is not negated yet.

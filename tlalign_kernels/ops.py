@@ -117,14 +117,14 @@ def _empty_outputs(
     like: Tensor, share: Tensor | None, shape: tuple[int, ...], rows: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output of a shape (..., H, D), share (..., S), and log-sum-exp, whose shape is `rows`."""
-    places, wide = shape[:-2], torch.promote_types(like.dtype, torch.float32)
+    device, wide = like.device, torch.float64 if like.dtype == torch.float64 else torch.float32
     # An operator can't return None: without labels the share has no column.
-    share_out = (
-        like.new_empty((*places, 0), dtype=torch.float32)
-        if share is None
-        else share.new_empty((*places, share.shape[-1]))
+    sources, of_share = (0, torch.float32) if share is None else (share.shape[-1], share.dtype)
+    return (
+        torch.empty(shape, dtype=like.dtype, device=device),
+        torch.empty((*shape[:-2], sources), dtype=of_share, device=device),
+        torch.empty(rows, dtype=wide, device=device),
     )
-    return like.new_empty(shape), share_out, like.new_empty(rows, dtype=wide)
 
 
 def _empty_attention_outputs(query: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -375,7 +375,7 @@ def call(name: str, *arguments) -> tuple[Tensor, ...]:
     """
     operator, kernel, function = _OPERATORS[name]
     is_plain = type(arguments[0]) in (Tensor, torch.nn.Parameter)
-    is_watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    is_watched = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
     if torch._C._are_functorch_transforms_active():
         try:
             return operator(*arguments)
@@ -388,4 +388,7 @@ def call(name: str, *arguments) -> tuple[Tensor, ...]:
             ) from error
     if is_watched or not is_plain:
         return operator(*arguments)
-    return function.apply(*arguments) if torch.is_grad_enabled() else kernel(*arguments)
+    # Autograd refuses forward-mode derivatives, of which there are none: they are not to be lost in silence.
+    has_tangents = torch.autograd.forward_ad._current_level >= 0
+    is_differentiated = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    return function.apply(*arguments) if has_tangents or is_differentiated else kernel(*arguments)

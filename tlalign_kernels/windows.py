@@ -33,7 +33,8 @@ class Windows(NamedTuple):
     @property
     def count(self) -> int:
         """Number of windows W."""
-        return self.grid_size[0] * self.grid_size[1]
+        rows, columns = self.grid_size
+        return rows * columns
 
     @property
     def tokens(self) -> int:
@@ -43,7 +44,8 @@ class Windows(NamedTuple):
     @property
     def is_padded(self) -> bool:
         """Whether some windows reach beyond the map."""
-        return any(tokens % window for tokens, window in zip(self.map_size, self.window_size, strict=True))
+        (rows, columns), (height, width) = self.map_size, self.window_size
+        return rows % height != 0 or columns % width != 0
 
     @property
     def has_regions(self) -> bool:

@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -15,6 +16,12 @@ namespace py = pybind11;
 
 namespace tlalign::cpu {
 namespace {
+
+// The instruction set that is forced, or "". Python's setting of it is seen here, and can't take place meanwhile.
+std::string forced() {
+  const char* name = std::getenv("TLALIGN_CPU_ISA");
+  return name == nullptr ? "" : name;
+}
 
 // W, tokens of the map, and addresses: tokens, regions, padding.
 using WindowsTuple = std::tuple<int64_t, int64_t, Address, Address, Address>;
@@ -78,7 +85,7 @@ void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsT
                        const RowsTuple& value, const std::optional<OffsetsTuple>& bias,
                        const std::optional<OffsetsTuple>& mask, double scale, double dropout_p, uint64_t dropout_seed,
                        const std::optional<WindowsTuple>& windows, Address share, Address residual, Address output,
-                       Address share_out, Address log_sum_exp, const std::string& isa, int threads) {
+                       Address share_out, Address log_sum_exp, int threads) {
   Forward f;
   set_problem(f, sizes, dtype, query, key, value, bias, mask, scale, dropout_p, dropout_seed, windows);
   f.share = pointer<const float>("share", share, f.sources > 0);
@@ -87,6 +94,7 @@ void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsT
   f.share_out = pointer<float>("share_out", share_out, f.sources > 0);
   f.log_sum_exp = pointer<float>("log_sum_exp", log_sum_exp);
   expect(threads >= 1, "threads: expected at least 1");
+  const std::string isa = forced();
   py::gil_scoped_release release;
   forward(f, isa, threads);
 }
@@ -97,7 +105,7 @@ void attention_backward(const Sizes& sizes, const std::string& dtype, const Rows
                         double dropout_p, uint64_t dropout_seed, const std::optional<WindowsTuple>& windows,
                         Address output, Address log_sum_exp, const RowsTuple& grad_query, const RowsTuple& grad_key,
                         const RowsTuple& grad_value, Address grad_bias, std::pair<int64_t, int64_t> bias_shape,
-                        Address grad_padding, const std::string& isa, int threads) {
+                        Address grad_padding, int threads) {
   Backward b;
   set_problem(b, sizes, dtype, query, key, value, bias, mask, scale, dropout_p, dropout_seed, windows);
   b.grad_output = rows("grad_output", grad_output);
@@ -117,6 +125,7 @@ void attention_backward(const Sizes& sizes, const std::string& dtype, const Rows
   b.grad_padding = pointer<char>("grad_padding", grad_padding, b.windows.padding != nullptr);
   expect(b.grad_padding == nullptr || b.windows.padding != nullptr, "grad_padding: expected none without padding");
   expect(threads >= 1, "threads: expected at least 1");
+  const std::string isa = forced();
   py::gil_scoped_release release;
   backward(b, isa, threads);
 }
@@ -124,8 +133,9 @@ void attention_backward(const Sizes& sizes, const std::string& dtype, const Rows
 }  // namespace
 
 void bind(py::module_& module) {
-  module.def("cpu_instruction_set", &instruction_set, py::arg("wanted"),
-             "Name of the instruction set that the CPU kernels use, the best one or the one that is wanted.");
+  module.def(
+      "cpu_instruction_set", [] { return instruction_set(forced()); },
+      "Name of the instruction set that the CPU kernels use, the best one or the one that TLALIGN_CPU_ISA forces.");
   module.def("cpu_attention_forward", &attention_forward);
   module.def("cpu_attention_backward", &attention_backward);
 }

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,10 +24,11 @@ if not hasattr(extension.compiled, "cpu_attention_forward"):
 
 
 def usable(isa):
-    try:
-        return extension.compiled.cpu_instruction_set(isa) == isa
-    except ValueError:
-        return False
+    with mock.patch.dict(os.environ, TLALIGN_CPU_ISA=isa):
+        try:
+            return cpu.instruction_set() == isa
+        except ValueError:
+            return False
 
 
 isas = pytest.mark.parametrize(

@@ -478,6 +478,15 @@ def test_transforms_that_differentiate_are_refused_and_others_computed():
         torch.testing.assert_close(torch.vmap(attended)(qkv, share), expected)
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_forward_mode_derivative_raises(gradients):
+    qkv = torch.randn(1, 5, 3, 2, 8)
+    with torch.set_grad_enabled(gradients), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(qkv, torch.ones_like(qkv))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            tlk.attention_qkv(dual)
+
+
 def test_autocast_leaves_what_goes_with_float64_alone():
     qkv, bias = torch.randn(1, 7, 3, 2, 8, dtype=torch.float64), torch.randn(2, 7, 7)
     expected = tlk.attention_qkv(qkv, bias=bias)[0]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -45,13 +44,8 @@ def instruction_set() -> str | None:
     Raises:
         ValueError: If `TLALIGN_CPU_ISA` names none, or one that the processor lacks; no other is taken instead.
     """
-    return _instruction_set(os.environ.get("TLALIGN_CPU_ISA", ""))
-
-
-@functools.cache
-def _instruction_set(wanted: str) -> str | None:
     has_kernels = hasattr(extension.compiled, "cpu_instruction_set")
-    return extension.compiled.cpu_instruction_set(wanted) if has_kernels else None
+    return extension.compiled.cpu_instruction_set() if has_kernels else None
 
 
 def forward(
@@ -84,7 +78,7 @@ def forward(
         whole("output", output, (batch, queries, heads, head_dim), query.dtype, _CPU),
         whole("share_out", share_out, (batch, queries, sources), torch.float32, _CPU),
         whole("log_sum_exp", log_sum_exp, (batch, heads, queries), torch.float32, _CPU),
-        *_setting(),
+        torch.get_num_threads(),
     )
 
 
@@ -126,7 +120,7 @@ def backward(
         0 if bias is None else whole("grad_bias", computing_grad_bias, bias.shape, computing_bias.dtype, _CPU),
         (1, 1) if bias is None else tuple(bias.shape[:2]),
         0,
-        *_setting(),
+        torch.get_num_threads(),
     )
     if computing_grad_bias is not grad_bias:
         grad_bias.copy_(computing_grad_bias)
@@ -161,7 +155,7 @@ def window_forward(
         whole("output", output, (*of_map, heads, head_dim), qkv.dtype, _CPU),
         whole("share_out", share_out, (*of_map, sources), torch.float32, _CPU),
         whole("log_sum_exp", log_sum_exp, (batch * count, heads, tokens), torch.float32, _CPU),
-        *_setting(),
+        torch.get_num_threads(),
     )
 
 
@@ -198,7 +192,7 @@ def window_backward(
         0 if bias is None else whole("grad_bias", computing_grad_bias, bias.shape, computing_bias.dtype, _CPU),
         (1, 1) if bias is None else tuple(bias.shape[:2]),
         whole("grad_pad_qkv", grad_pad_qkv, (3, heads, head_dim), dtype, _CPU),
-        *_setting(),
+        torch.get_num_threads(),
     )
     if computing_grad_bias is not grad_bias:
         grad_bias.copy_(computing_grad_bias)
@@ -257,11 +251,6 @@ def _computing_biases(bias: Tensor | None, grad_bias: Tensor | None) -> tuple[Te
     if grad_bias is not None and computing_bias.dtype != grad_bias.dtype:
         return computing_bias, torch.empty_like(grad_bias, dtype=computing_bias.dtype)
     return computing_bias, grad_bias
-
-
-def _setting() -> tuple[str, int]:
-    """Instruction set, empty for the best one, and number of threads."""
-    return os.environ.get("TLALIGN_CPU_ISA", ""), torch.get_num_threads()
 
 
 def _seed_bits(seed: Tensor | None) -> int:
