@@ -3,8 +3,8 @@
 // Scores are kept transposed, keys as rows and queries as lanes: the softmax is then a walk down the rows without a
 // sum across lanes, and the share of a key a broadcast factor, one multiply-add per score. They are in units of ln 2,
 // so that a power of two is all that the softmax takes. Keys and values of a block are copied into scratch as padded
-// floats, once for all queries (short windows are read in place); what is computed from them never leaves the cache.
-// Where images are windows of a map, these copies follow its table of tokens.
+// floats, once for all queries (short images and windows are read in place); what is computed from them never leaves
+// the cache. Where images are windows of a map, its table of tokens is followed.
 //
 //   forward    for each block of keys, each panel of queries:  S = K Q^T and its maximum;  online softmax and share;
 //              O = E^T V
@@ -177,16 +177,27 @@ constexpr int64_t SOFTMAX_WORK = 16, GRADIENT_WORK = 24, ROWS_BETWEEN_FETCHES = 
 
 // Matrix products
 
+// Rows of a factor, floats or words of two bfloat16.
+struct Factor {
+  const float* data;
+  int64_t row;
+  const int32_t* tokens = nullptr;  // where the rows lie; null: after one another
+  const float* operator[](int64_t i) const { return data + (tokens == nullptr ? i : tokens[i]) * row; }
+  Factor from(int64_t i) const {
+    return tokens == nullptr ? Factor{data + i * row, row} : Factor{data, row, tokens + i};
+  }
+};
+
 // Sums: C = scale . (A B + init_scale . init), scales by row. Scores: C = factor A B + offset, and `maximum` becomes
-// that of its columns. Rows of A lie along memory, or across it (A transposed). A and B hold floats, or words of two
-// bfloat16 that follow one another along the depth, which then counts words.
+// that of its columns. Rows of A lie along memory, or across it (A transposed); a table of tokens can name those along
+// memory, or, beside an A across it, the rows of B. A and B hold floats, or words of two bfloat16 that follow one
+// another along the depth, which then counts words.
 struct Product {
-  const float* a;
-  int64_t a_row;
+  Factor a;
   float* c;
   int64_t c_row;
-  const float* b = nullptr;
-  int64_t b_row = 0, depth = 0;
+  Factor b = {};
+  int64_t depth = 0;
   const float* init = nullptr;  // null: 0
   int64_t init_row = 0;
   const float* init_scale = nullptr;  // null: 1
@@ -212,13 +223,16 @@ TLALIGN_INLINE Vector add_product(Vector sum, const float* left, Vector right) {
   }
 }
 
-template <int R, int V, bool ACROSS, bool PAIRS>
+template <int R, int V, bool ACROSS, bool PAIRS, bool FOLLOWS_TOKENS>
 __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int64_t column) {
-  const int64_t a_row = p.a_row, b_row = p.b_row;
-  const float* b = p.b + column;
+  const int64_t a_row = p.a.row, b_row = p.b.row;
+  const float* b = p.b.data + column;
+  const int32_t* b_tokens = p.b.tokens;
   // A pointer for three rows: an address can add once or twice the stride, so that no more registers are needed.
-  const float* a[ACROSS ? 1 : (R + 2) / 3];
-  for (int g = 0; g < (ACROSS ? 1 : (R + 2) / 3); ++g) a[g] = p.a + (ACROSS ? row : (row + 3 * g) * a_row);
+  constexpr int OF_POINTER = FOLLOWS_TOKENS ? 1 : 3, POINTERS = ACROSS ? 1 : (R + OF_POINTER - 1) / OF_POINTER;
+  const float* a[POINTERS];
+  for (int g = 0; g < POINTERS; ++g)
+    a[g] = p.a.data + (ACROSS ? row : (FOLLOWS_TOKENS ? p.a.tokens[row + g] : row + OF_POINTER * g) * a_row);
   Vector sums[R][V];
   TLALIGN_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -226,18 +240,19 @@ __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int6
     for (int v = 0; v < V; ++v) sums[r][v] = Vector{};
   }
   for (int64_t k = p.depth; k > 0; --k) {
+    if constexpr (ACROSS && FOLLOWS_TOKENS) b = p.b.data + *b_tokens++ * b_row + column;
     Vector right[V];
     TLALIGN_UNROLL
     for (int v = 0; v < V; ++v) right[v] = load(b + v * LANES);
     TLALIGN_UNROLL
     for (int r = 0; r < R; ++r) {
-      const float* left = ACROSS ? a[0] + r : a[r / 3] + r % 3 * a_row;
+      const float* left = ACROSS ? a[0] + r : a[r / OF_POINTER] + r % OF_POINTER * a_row;
       TLALIGN_UNROLL
       for (int v = 0; v < V; ++v) sums[r][v] = add_product<PAIRS>(sums[r][v], left, right[v]);
     }
     TLALIGN_UNROLL
-    for (int g = 0; g < (ACROSS ? 1 : (R + 2) / 3); ++g) a[g] += ACROSS ? a_row : 1;
-    b += b_row;
+    for (int g = 0; g < POINTERS; ++g) a[g] += ACROSS ? a_row : 1;
+    if constexpr (!(ACROSS && FOLLOWS_TOKENS)) b += b_row;
   }
   // The conditions outside, not at each vector.
   const auto each = [&](auto work) __attribute__((always_inline)) {
@@ -292,16 +307,18 @@ __attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int6
 
 using TileFunction = void (*)(const Product&, int64_t row, int64_t column);
 
-template <int V, bool ACROSS, bool PAIRS, int R = TILE_ROWS[V]>
+template <int V, bool ACROSS, bool PAIRS, bool FOLLOWS_TOKENS, int R = TILE_ROWS[V]>
 TLALIGN_INLINE TileFunction tile_of(int64_t rows) {
   if constexpr (R > 1) {
-    if (rows < R) return tile_of<V, ACROSS, PAIRS, R - 1>(rows);
+    if (rows < R) return tile_of<V, ACROSS, PAIRS, FOLLOWS_TOKENS, R - 1>(rows);
   }
-  return &multiply_tile<R, V, ACROSS, PAIRS>;
+  return &multiply_tile<R, V, ACROSS, PAIRS, FOLLOWS_TOKENS>;
 }
 
-template <bool ACROSS, bool PAIRS = false>
+template <bool ACROSS, bool PAIRS = false, bool FOLLOWS_TOKENS = false>
 void multiply(const Product& p, int64_t rows, int64_t vectors) {
+  if constexpr (!PAIRS && !FOLLOWS_TOKENS)
+    if ((ACROSS ? p.b : p.a).tokens != nullptr) return multiply<ACROSS, PAIRS, true>(p, rows, vectors);
   const Split columns(vectors, MAX_VECTORS);
   for (int64_t j = 0; j < columns.count; ++j)
     with_vectors(columns.size(j), [&](auto width) {
@@ -310,7 +327,7 @@ void multiply(const Product& p, int64_t rows, int64_t vectors) {
       const int64_t column = columns.begin(j) * LANES;
       int64_t row = 0;
       const auto multiply_tiles = [&](int64_t count, int64_t size) {
-        const TileFunction tile = tile_of<V, ACROSS, PAIRS>(size);
+        const TileFunction tile = tile_of<V, ACROSS, PAIRS, FOLLOWS_TOKENS>(size);
         for (int64_t i = 0; i < count; ++i, row += size) {
           tile(p, row, column);
           if (p.prefetcher != nullptr) p.prefetcher->advance(size * V * p.depth);
@@ -459,10 +476,10 @@ TLALIGN_INLINE const T* padding_of(const Problem& p, int64_t which, int64_t head
 template <class T>
 struct QueryKeyValue {
   TokenRows<T> query, key, value;
-  QueryKeyValue(const Problem& p, int64_t image, int64_t head)
-      : query(rows_of<T>(p, p.query, image, head, padding_of<T>(p, 0, head))),
-        key(rows_of<T>(p, p.key, image, head, padding_of<T>(p, 1, head))),
-        value(rows_of<T>(p, p.value, image, head, padding_of<T>(p, 2, head))) {}
+  QueryKeyValue(const Problem& p, int64_t image, int64_t head, bool padded)
+      : query(rows_of<T>(p, p.query, image, head, padded ? padding_of<T>(p, 0, head) : nullptr)),
+        key(rows_of<T>(p, p.key, image, head, padded ? padding_of<T>(p, 1, head) : nullptr)),
+        value(rows_of<T>(p, p.value, image, head, padded ? padding_of<T>(p, 2, head) : nullptr)) {}
 };
 
 // Labels of an image, from one of the sources on.
@@ -491,36 +508,32 @@ const int32_t* regions_of(const Problem& p, int64_t image) {
   return differences == 0 ? nullptr : regions;
 }
 
-// Words of a product in memory.
-struct Factor {
-  const float* data;
-  int64_t row;
-};
-
 // Rows as left factor of a product along them: in place if they are words in whole vectors and `reuse`, how often they
-// are read, is small, else a copy, which lies closer together.
+// are read, is small, else a copy, which lies closer together. Those of a window are floats there, and none is padding.
 template <class T>
 Factor left_factor(const Problem& p, const TokenRows<T>& rows, int64_t count, int64_t reuse, float* scratch,
                    int64_t scratch_row) {
   constexpr int64_t PER_WORD = sizeof(float) / sizeof(T);
-  const bool has_words = (PER_WORD == 1 || PAIRED<T>) && p.head_dim % (LANES * PER_WORD) == 0 &&
-                         rows.stride % PER_WORD == 0 && rows.tokens == nullptr;
-  if (has_words && reuse <= MAX_REUSE_IN_PLACE)
-    return {reinterpret_cast<const float*>(rows.data), rows.stride / PER_WORD};
+  const bool has_words =
+      (PER_WORD == 1 || PAIRED<T>) && p.head_dim % (LANES * PER_WORD) == 0 && rows.stride % PER_WORD == 0;
+  const bool is_whole = rows.tokens == nullptr || (PER_WORD == 1 && rows.padding == nullptr);
+  if (has_words && is_whole && reuse <= MAX_REUSE_IN_PLACE)
+    return {reinterpret_cast<const float*>(rows.data), rows.stride / PER_WORD, rows.tokens};
   pack_rows<PAIRED<T>>(rows, count, p.head_dim, scratch, scratch_row);
   return {scratch, scratch_row};
 }
 
-// Rows as right factor of a product across them.
+// Rows as right factor of a product across them; `across`: whether the rows of the left one lie across memory.
 template <class T>
-Factor right_factor(const Problem& p, const TokenRows<T>& rows, int64_t count, int64_t reuse, float* scratch,
-                    int64_t scratch_row) {
-  if constexpr (PAIRED<T>) {
+Factor right_factor(const Problem& p, bool across, const TokenRows<T>& rows, int64_t count, int64_t reuse,
+                    float* scratch, int64_t scratch_row) {
+  if constexpr (PAIRED<T>)
     pair_rows(rows, count, p.head_dim, scratch, scratch_row);
-    return {scratch, scratch_row};
-  } else {
+  else if (across || rows.tokens == nullptr)
     return left_factor<T>(p, rows, count, reuse, scratch, scratch_row);
-  }
+  else
+    pack_rows(rows, count, p.head_dim, scratch, scratch_row);
+  return {scratch, scratch_row};
 }
 
 // What is added to the scores, transposed, in units of ln 2.
@@ -725,12 +738,19 @@ constexpr int64_t MAX_FEW = LANES / 8;
 
 // Products of one query and LANES keys, one to a lane: sums along the rows, the last of `present` keys repeated.
 template <class T>
-TLALIGN_INLINE Vector multiply_one(const T* query, const float* keys, int64_t row, int64_t present, int64_t width) {
+TLALIGN_INLINE Vector multiply_one(const T* query, const Factor& keys, int64_t present, int64_t width) {
+  if (present == 1) {
+    Vector product = {};
+    for (int64_t d = 0; d < width; d += LANES) product += load(keys[0] + d) * load_first(query + d, width - d);
+    return fold(product, [](Vector a, Vector b) { return a + b; });
+  }
+  const float* rows[LANES];
+  for (int i = 0; i < LANES; ++i) rows[i] = keys[smaller(i, present - 1)];
   Vector products[LANES] = {};
   for (int64_t d = 0; d < width; d += LANES) {
     const Vector right = load_first(query + d, width - d);
     TLALIGN_UNROLL
-    for (int i = 0; i < LANES; ++i) products[i] += load(keys + smaller(i, present - 1) * row + d) * right;
+    for (int i = 0; i < LANES; ++i) products[i] += load(rows[i] + d) * right;
   }
   return sum_rows(products);
 }
@@ -746,7 +766,7 @@ void multiply_few(const Product& product, int64_t keys, const TokenRows<T> queri
     Vector sums[MAX_FEW];
     TLALIGN_UNROLL
     for (int q = 0; q < MAX_FEW; ++q)
-      if (q < count) sums[q] = multiply_one(queries[q], p.a + j * p.a_row, p.a_row, present, width);
+      if (q < count) sums[q] = multiply_one(queries[q], p.a.from(j), present, width);
     for (int64_t i = 0; i < present; ++i) {
       Vector score = broadcast(sums[0][i]);
       TLALIGN_UNROLL
@@ -773,8 +793,7 @@ void multiply_queries(Product product, const Problem& p, const TokenRows<T>& row
   pack_columns<PAIRS>(first, queries, p.head_dim, factor, columns, V * LANES, vectors);
   product.factor = PAIRS ? factor : 1.0f;
   product.depth = words_of<PAIRS>(p.head_dim);
-  product.b = columns;
-  product.b_row = V * LANES;
+  product.b = {columns, V * LANES};
   if (vectors > 0) multiply<false, PAIRS>(product, keys, vectors);
   if constexpr (TAKES_FEW) {
     if (vectors == V) return;
@@ -792,7 +811,7 @@ template <int V, bool PAIRS, class T>
 void multiply_scores(const Problem& p, const TokenRows<T>& queries, int64_t query, Factor key_rows, int64_t keys,
                      OffsetColumns offsets, float* columns, float* scores, int64_t row, float* maximum,
                      Prefetcher* prefetcher = nullptr) {
-  Product product{key_rows.data, key_rows.row, scores, row};
+  Product product{key_rows, scores, row};
   product.factor = p.scale * LOG2_E;
   product.offset = offsets.data;
   product.offset_row = offsets.row;
@@ -879,10 +898,12 @@ void weigh_few(const Problem& p, Factor key_rows, int64_t keys, const TokenRows<
   for (int64_t q = 0; q < count; ++q) {
     const T* query = queries[q];
     Vector highest = broadcast(running.maximum[q]);
+    // All of them long before they are loaded as vectors, which waits for numbers that have just been stored.
+    for (int64_t j = 0; offsets.data != nullptr && j < keys; ++j) scores[j] = offsets.data[j * offsets.row + q];
     for (int64_t j = 0; j < keys; j += LANES) {
       const int64_t present = smaller(keys - j, LANES);
-      Vector score = multiply_one(query, key_rows.data + j * key_rows.row, key_rows.row, present, p.head_dim) * factor;
-      if (offsets.data != nullptr) score += load_strided(offsets.data + j * offsets.row + q, offsets.row, present);
+      Vector score = multiply_one(query, key_rows.from(j), present, p.head_dim) * factor;
+      if (offsets.data != nullptr) score += load(scores + j);
       score = LANE_NUMBERS < static_cast<int32_t>(present) ? score : -INFINITE;
       highest = maximum(score, highest);
       store(scores + j, score);
@@ -1079,7 +1100,7 @@ void forward_of(const Forward& f, const Task& task, int64_t* heads_left, float* 
         prefetch_rows<T>(prefetcher, f, f.value, next, 0, f.keys);
         prefetch_rows<T>(prefetcher, f, f.query, next, chunk_query, queries);
       }
-      const QueryKeyValue<T> rows(f, image, head);
+      const QueryKeyValue<T> rows(f, image, head, padded);
       const TokenRows<T> output_rows = rows_of<T>(f, f.output, image, head);
       for (int64_t i = 0; i < chunk_lanes; ++i) at.maximum[i] = -INFINITE;
       for (int64_t i = 0; i < chunk_lanes; ++i) at.sum[i] = 0.0f;
@@ -1088,7 +1109,7 @@ void forward_of(const Forward& f, const Task& task, int64_t* heads_left, float* 
         const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
         const bool last = block == plan.keys.count - 1;
         const Factor key_rows = left_factor(f, rows.key.from(key), keys, panels.count, at.key, plan.row);
-        const Factor value_rows = right_factor(f, rows.value.from(key), keys, panels.count, at.value, plan.row);
+        const Factor value_rows = right_factor(f, true, rows.value.from(key), keys, panels.count, at.value, plan.row);
         const float* share = labels + key * sources;
         for (int64_t panel = 0; panel < panels.count; ++panel)
           with_vectors(panels.size(panel), [&](auto width) {
@@ -1129,12 +1150,10 @@ void forward_of(const Forward& f, const Task& task, int64_t* heads_left, float* 
             float* sums = at.output + lane * plan.row;
             const TokenRows<T> result = output_rows.from(query);
             const bool direct = last && writes_in_place<T>(f, padded);
-            Product product{at.scores,
-                            SCORE_ROW,
+            Product product{{at.scores, SCORE_ROW},
                             direct ? reinterpret_cast<float*>(result.data) : sums,
                             direct ? f.output.row : plan.row,
-                            value_rows.data,
-                            value_rows.row,
+                            value_rows,
                             words_of<PAIRS>(keys)};
             if (block > 0) {
               product.init = sums;
@@ -1363,14 +1382,14 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
         prefetch_rows<T>(prefetcher, b, b.grad_output, next, 0, b.queries);
         prefetch_rows<T>(prefetcher, b, b.output, next, 0, b.queries);
       }
-      const QueryKeyValue<T> rows(b, image, head);
+      const bool padded_window = is_padded(b, image);
+      const QueryKeyValue<T> rows(b, image, head, padded_window);
       const TokenRows<T> grad_output_rows = rows_of<T>(b, b.grad_output, image, head, ZEROS);
       load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp, at.inverse);
       sum_row_terms(b, grad_output_rows, rows_of<T>(b, b.output, image, head, ZEROS), at.row_terms);
       divide_by_sums(b, plan, rows, offsets, image, head, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key,
                      at.columns, at.scores);
       const Dropout dropout(b, image, head);
-      const bool padded_window = is_padded(b, image);
       for (int64_t key_block = 0; key_block < plan.keys.count; ++key_block) {
         const int64_t key = plan.keys.begin(key_block), keys = plan.keys.size(key_block);
         const bool last_keys = key_block == plan.keys.count - 1;
@@ -1378,14 +1397,15 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
         const Factor key_rows = left_factor(b, rows.key.from(key), keys, reuse, at.key, plan.row);
         const Factor value_rows = left_factor(b, rows.value.from(key), keys, reuse, at.value, plan.row);
         const Factor key_factor =
-            PAIRS ? right_factor(b, rows.key.from(key), keys, reuse, at.key_pairs, plan.row) : key_rows;
+            PAIRS ? right_factor(b, true, rows.key.from(key), keys, reuse, at.key_pairs, plan.row) : key_rows;
         for (int64_t query_block = 0; query_block < query_blocks.count; ++query_block) {
           const int64_t query = query_blocks.begin(query_block) * LANES;
           const int64_t queries = smaller(b.queries - query, query_blocks.size(query_block) * LANES);
           const bool last_queries = query_block == query_blocks.count - 1;
-          const Factor query_factor = right_factor(b, rows.query.from(query), queries, reuse, at.query, plan.row);
+          const Factor query_factor =
+              right_factor(b, false, rows.query.from(query), queries, reuse, at.query, plan.row);
           const Factor grad_output_factor =
-              right_factor(b, grad_output_rows.from(query), queries, reuse, at.grad_output, plan.row);
+              right_factor(b, false, grad_output_rows.from(query), queries, reuse, at.grad_output, plan.row);
           const Split panels(query_blocks.size(query_block), MAX_VECTORS);
           for (int64_t panel = 0; panel < panels.count; ++panel)
             with_vectors(panels.size(panel), [&](auto width) {
@@ -1394,7 +1414,7 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
               multiply_scores<V, PAIRS>(b, rows.query, query + lane, key_rows, keys,
                                         offsets.panel(image, head, query + lane, V, key, keys), at.columns,
                                         at.scores + lane, SCORE_ROW, nullptr, &prefetcher);
-              Product product{value_rows.data, value_rows.row, at.gradients + lane, SCORE_ROW};
+              Product product{value_rows, at.gradients + lane, SCORE_ROW};
               product.prefetcher = &prefetcher;
               multiply_queries<V, PAIRS>(product, b, grad_output_rows, query + lane, keys, at.columns);
               const Probabilities<V> probabilities(at.log_sum_exp + query + lane, at.inverse + query + lane);
@@ -1416,12 +1436,10 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
             const TokenRows<T> result = rows_of<T>(b, target, image, head).from(row);
             const bool direct = last && writes_in_place<T>(b, padded_window),
                        streams_result = streams(b, target, gradients);
-            Product product{left,
-                            SCORE_ROW,
+            Product product{{left, SCORE_ROW},
                             direct ? reinterpret_cast<float*>(result.data) : sums,
                             direct ? target.row : sums_row,
-                            right.data,
-                            right.row,
+                            right,
                             words_of<PAIRS>(depth)};
             if (!first) {
               product.init = sums;
@@ -1488,7 +1506,7 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
   for (int64_t head = 0; head < f.heads; ++head) {
     float *log_sum_exp = at.log_sum_exp + head * QUERY_BLOCK, *inverse = at.inverse + head * QUERY_BLOCK;
     load_log_sum_exp(f, f.log_sum_exp, image, head, query, lanes, log_sum_exp, inverse);
-    divide_by_sums(f, plan, QueryKeyValue<T>(f, image, head), offsets, image, head, query, vectors, log_sum_exp,
+    divide_by_sums(f, plan, QueryKeyValue<T>(f, image, head, padded), offsets, image, head, query, vectors, log_sum_exp,
                    inverse, at.key, at.columns, at.scores);
     const float* real = head_share + (image * f.heads + head) * f.queries + query;
     for (int64_t i = 0; i < lanes; ++i) at.weight[i] += padded && i < queries ? real[i] : log_sum_exp[i] != INFINITE;
@@ -1501,7 +1519,7 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
     const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
     for (int64_t i = 0; i < keys * DenseShareScratch::MEAN_ROW; ++i) at.mean[i] = 0.0f;
     for (int64_t head = 0; head < f.heads; ++head) {
-      const QueryKeyValue<T> rows(f, image, head);
+      const QueryKeyValue<T> rows(f, image, head, padded);
       pack_rows(rows.key.from(key), keys, f.head_dim, at.key, plan.row);
       const Split panels(vectors, MAX_VECTORS);
       for (int64_t panel = 0; panel < panels.count; ++panel)
@@ -1526,7 +1544,7 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
       const int64_t labels = smaller(f.sources - label, LABEL_BLOCK), row = DenseShareScratch::LABEL_ROW;
       const TokenRows<float> result = labels_of(f, f.share_out, image, f.queries, label).from(query);
       pack_rows(labels_of(f, f.share, image, f.keys, label).from(key), keys, labels, at.labels, row);
-      Product product{at.mean, DenseShareScratch::MEAN_ROW, at.sums, row, at.labels, row, keys};
+      Product product{{at.mean, DenseShareScratch::MEAN_ROW}, at.sums, row, {at.labels, row}, keys};
       if (block > 0 || f.residual != nullptr) {
         // What earlier blocks left in the result, or half the residual (all of it where no key is seen).
         const auto start = block > 0 ? result : labels_of(f, f.residual, image, f.queries, label).from(query);
