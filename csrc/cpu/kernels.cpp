@@ -845,11 +845,20 @@ void softmax_panel(float* scores, int64_t row, int64_t keys, const float* share,
     sum[v] = load(running.sum + v * LANES) * kept;
     if (SHARE) mixed[v] = load(running.share + v * LANES) * kept;
   }
-  const auto weigh = [&](int64_t j, int v) __attribute__((always_inline)) {
-    const Vector weight = power_of_two(load(scores + j * row + v * LANES) - shift[v]);
+  const auto add = [&](Vector weight, int64_t j, int v) __attribute__((always_inline)) {
     sum[v] += weight;
     if (SHARE) mixed[v] += weight * share[j];
+  };
+  const auto weigh = [&](int64_t j, int v) __attribute__((always_inline)) {
+    const Vector weight = power_of_two(load(scores + j * row + v * LANES) - shift[v]);
+    if (PAIR) add(weight, j, v);
     return weight;
+  };
+  // Floats are summed so many rows later: what waits for a power of two leaves the processor less room for others.
+  constexpr int64_t DELAY = 8;
+  const auto add_row = [&](int64_t j) __attribute__((always_inline)) {
+    TLALIGN_UNROLL
+    for (int v = 0; v < V; ++v) add(load(scores + j * row + v * LANES), j, v);
   };
   const int64_t whole = PAIR ? keys / 2 * 2 : keys;
   for (int64_t j = 0; j < whole; j += PAIR ? 2 : 1) {
@@ -860,7 +869,9 @@ void softmax_panel(float* scores, int64_t row, int64_t keys, const float* share,
       if constexpr (PAIR) weight = bits<Vector>(pair(weight, weigh(j + 1, v)));
       store(scores + (PAIR ? j / 2 : j) * row + v * LANES, weight);
     }
+    if (!PAIR && j >= DELAY) add_row(j - DELAY);
   }
+  for (int64_t j = larger(keys - DELAY, 0); !PAIR && j < keys; ++j) add_row(j);
   if (whole < keys) TLALIGN_UNROLL
   for (int v = 0; v < V; ++v)
     store(scores + whole / 2 * row + v * LANES, bits<Vector>(pair(weigh(whole, v), Vector{})));
@@ -1032,8 +1043,10 @@ TLALIGN_INLINE void store_labels(const TokenRows<float> rows, Vector labels, int
   if (rows.tokens == nullptr) return store_strided(rows.data, labels, rows.stride, count);
   float whole[LANES];
   store(whole, labels);
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; i < count; ++i) {
     if (rows.tokens[i] >= 0) *rows[i] = whole[i];
+    asm volatile("" ::: "memory");  // or it becomes an instruction that scatters, which is slower
+  }
 }
 
 // share = mean over the heads that see a key, averaged with the residual; without any such head the residual, or 0.
