@@ -241,7 +241,7 @@ def compare(options: Sequence[str]) -> int:
 def evaluate(options: Sequence[str]) -> int:
     """`tlalign eval`: prints the accuracy of a checkpoint's weights."""
     parser = _parser("eval", f"Evaluates a checkpoint of timm or tlalign. {_CONFIG_BESIDE}")
-    parser.add_argument("--checkpoint", help="Checkpoint to evaluate.")
+    parser.add_argument("--checkpoint", required=True, help="Checkpoint to evaluate.")
     given, config = _parse_over_checkpoint(parser, options, EvalConfig)
     from tlalign.evaluation import evaluate_checkpoint
 
@@ -396,13 +396,10 @@ def _parse_over_checkpoint(
     given = _parse_flags(parser, flags)
     parser.set_defaults(dict.fromkeys(required))
     of_run = {}
-    if given.checkpoint is None:
-        if config_class is EvalConfig:
-            raise UsageError("checkpoint: expected a file, got nothing (--checkpoint FILE)")
-    elif not Path(given.checkpoint).is_file():
-        # Before what its configuration would have said is found missing.
-        raise UsageError(f"checkpoint: expected a file, got {given.checkpoint}, which is none")
-    else:
+    if given.checkpoint is not None:
+        if not Path(given.checkpoint).is_file():
+            # Before what its configuration would have said is found missing.
+            raise UsageError(f"checkpoint: expected a file, got {given.checkpoint}, which is none")
         beside = config_beside(Path(given.checkpoint))
         of_run = load_config_file(beside) if beside.is_file() else {}
         if _text_of("model", flags) not in ("", of_run.get("model")):
