@@ -72,7 +72,8 @@ class ModelConfig:
         std: Standard deviation of each channel that images are normalised by; null: the model's own.
         interpolation: How images are resized: nearest, bilinear, bicubic, or random, which is one of the last two for
             each training image and bilinear in evaluation; null: the model's own.
-        crop_pct: Side of the central crop that is evaluated, as a part of the resized image; null: the model's own.
+        crop_pct: Side of the central crop that is evaluated, as a part of the resized image, 0.1 to 1; null: the
+            model's own.
     """
 
     model: str
@@ -88,7 +89,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_classes", "img_size", "in_chans"):
             self._check(name, "at least 1", lambda value: value >= 1)
-        self._check("crop_pct", "more than 0 and at most 1", lambda value: 0 < value <= 1)
+        self._check("crop_pct", "at least 0.1 and at most 1", lambda value: 0.1 <= value <= 1)
         self._check("mean", "finite numbers", lambda values: True)
         self._check("std", "numbers of more than 0", lambda values: all(value > 0 for value in values))
 

@@ -173,6 +173,7 @@ def test_the_help_of_compare_is_of_a_comparison(capsys):
         (["--crop_scale", "[-1,0.8]"], "crop_scale: expected two numbers, 0 < least <= greatest, got (-1.0, 0.8)"),
         (["--crop_scale", "[1,0.8]"], "crop_scale: expected two numbers, 0 < least <= greatest, got (1.0, 0.8)"),
         (["--crop_ratio", "[0,0]"], "crop_ratio: expected two numbers, 0 < least <= greatest, got (0.0, 0.0)"),
+        (["--crop_pct", "0.001"], "crop_pct: expected at least 0.1 and at most 1, got 0.001"),
         (["--std", "[0.0]"], "std: expected numbers of more than 0, got (0.0,)"),
         (["--mean", "[.nan]"], "mean: expected finite numbers, got (nan,)"),
         (["--recipe", "digit"], "recipe: expected none or one of deit_base"),
