@@ -742,7 +742,7 @@ TLALIGN_INLINE Vector multiply_one(const T* query, const Factor& keys, int64_t p
   if (present == 1) {
     Vector product = {};
     for (int64_t d = 0; d < width; d += LANES) product += load(keys[0] + d) * load_first(query + d, width - d);
-    return fold(product, [](Vector a, Vector b) { return a + b; });
+    return fold(product, plus);
   }
   const float* rows[LANES];
   for (int i = 0; i < LANES; ++i) rows[i] = keys[smaller(i, present - 1)];
@@ -929,16 +929,15 @@ void weigh_few(const Problem& p, Factor key_rows, int64_t keys, const TokenRows<
       sum += weight;
     }
     for (int64_t j = 0; j < keys; ++j) weights[j * row + q] = scores[j];
-    const auto add = [](Vector a, Vector b) { return a + b; };
     running.maximum[q] = highest[0];
-    running.sum[q] = running.sum[q] * kept[0] + fold(sum, add)[0];
+    running.sum[q] = running.sum[q] * kept[0] + fold(sum, plus)[0];
     keep[q] = kept[0];
     for (int64_t s = 0; s < sources; ++s) {
       Vector mixed = {};
       for (int64_t j = 0; j < keys; j += LANES)
         mixed += load(scores + j) * load_strided(share + j * sources + s, sources, keys - j);
       float* share_sum = running.share + s * running.share_row + q;
-      *share_sum = *share_sum * kept[0] + fold(mixed, add)[0];
+      *share_sum = *share_sum * kept[0] + fold(mixed, plus)[0];
     }
   }
 }

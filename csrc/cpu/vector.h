@@ -350,7 +350,9 @@ TLALIGN_INLINE void transpose(Vector (&rows)[LANES]) {
   }
 }
 
-// All lanes of one vector combined, which then each lane holds.
+TLALIGN_INLINE Vector plus(Vector x, Vector y) { return x + y; }
+
+// All lanes of one vector combined, by `plus` or `maximum`, which then each lane holds.
 template <int BIT = 1, class Combine>
 TLALIGN_INLINE Vector fold(Vector v, Combine combine) {
   if constexpr (BIT < LANES)
