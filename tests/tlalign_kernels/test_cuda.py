@@ -615,7 +615,7 @@ def test_numbers_that_look_like_addresses_are_left_alone(monkeypatch):
     map_memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     fixed_noreplace = 0x100000
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | fixed_noreplace
-    for power in range(0, 64, 4):
+    for power in range(0, 100, 4):
         page = 0x3E829000 + (power << 23)  # a float's exponent
         if map_memory(page, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == page:
             break
