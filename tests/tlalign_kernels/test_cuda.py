@@ -609,13 +609,13 @@ def test_windows_without_labels_have_the_same_output(monkeypatch):
 @pytest.mark.skipif(ON_GPU, reason="needs a machine without a GPU")
 def test_numbers_that_look_like_addresses_are_left_alone(monkeypatch):
     # In this page lies what the scale, as the kernels have it, and the zeros behind it would point to. So do tensors
-    # where the heap is at low addresses, as that of Debian's Python, and grows past a gigabyte: then a page beyond it.
+    # where the heap is at low addresses, as that of Debian's Python, and grows past a gigabyte: then a page outside it.
     map_memory = ctypes.CDLL(None).mmap
     map_memory.restype = ctypes.c_void_p
     map_memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     fixed_noreplace = 0x100000
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | fixed_noreplace
-    for power in range(0, 100, 4):
+    for power in range(-96, 100, 4):
         page = 0x3E829000 + (power << 23)  # a float's exponent
         if map_memory(page, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == page:
             break
