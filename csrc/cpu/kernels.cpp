@@ -213,6 +213,13 @@ struct Product {
 };
 
 template <bool PAIRS>
+TLALIGN_INLINE Vector add_product(Vector sum, Vector left, Vector right) {
+  if constexpr (PAIRS) return add_products(sum, bits<UintVector>(left), bits<UintVector>(right));
+  return sum + left * right;
+}
+
+// The same of one word for all lanes.
+template <bool PAIRS>
 TLALIGN_INLINE Vector add_product(Vector sum, const float* left, Vector right) {
   if constexpr (PAIRS) {
     uint32_t word;
@@ -404,17 +411,23 @@ void pack_columns(const TokenRows<T> source, int64_t count, int64_t width, float
   }
 }
 
+// A row of what isn't there: of the padding in some tensors.
+alignas(64) const char ZEROS[256 * sizeof(float)] = {};
+
 // Two rows after one another as one row of pairs, an odd one with zeros.
 [[maybe_unused]] void pair_rows(const TokenRows<BFloat16> source, int64_t count, int64_t width, float* rows,
                                 int64_t row) {
-  for (int64_t i = 0; i < count; i += 2, rows += row) {
-    const BFloat16 *even = source[i], *odd = i + 1 < count ? source[i + 1] : nullptr;
-    for (int64_t d = 0; d < width; d += LANES) {
-      const Vector first = load_first(even + d, width - d);
-      const Vector second = odd != nullptr ? load_first(odd + d, width - d) : Vector{};
-      store(rows + d, bits<Vector>(bits<UintVector>(first) >> 16 | bits<UintVector>(second)));
+  const auto pack = [&](auto whole) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; i += 2, rows += row) {
+      const BFloat16 *even = source[i], *odd = i + 1 < count ? source[i + 1] : reinterpret_cast<const BFloat16*>(ZEROS);
+      for (int64_t d = 0; d < width; d += LANES) {
+        const int64_t present = decltype(whole)::count ? LANES : width - d;
+        const Vector first = load_first(even + d, present), second = load_first(odd + d, present);
+        store(rows + d, bits<Vector>(bits<UintVector>(first) >> 16 | bits<UintVector>(second)));
+      }
     }
-  }
+  };
+  width % LANES == 0 ? pack(Vectors<1>{}) : pack(Vectors<0>{});
 }
 
 // Rows of floats to the tensor; what lies in the padding is added to `padding_sum` (width), or dropped if that is null.
@@ -451,9 +464,6 @@ bool streams(const Problem& p, const Rows& rows, int64_t floats) {
   const uint64_t strides = static_cast<uint64_t>(rows.image | rows.head | rows.row | p.head_dim) * sizeof(float);
   return floats >= SMALLEST && (reinterpret_cast<uintptr_t>(rows.data) | strides) % VECTOR == 0;
 }
-
-// What the padding is in tensors that have nothing there.
-alignas(64) const char ZEROS[256 * sizeof(float)] = {};
 
 // Rows of one image and head. `padding`: see `TokenRows`.
 template <class T>
@@ -1352,13 +1362,22 @@ void divide_by_sums(const Problem& p, const Plan& plan, const QueryKeyValue<T>& 
 // sum_j P_ij dP_ij = dO_i . O_i, with dropout too (FlashAttention, arXiv 2205.14135).
 template <class T>
 void sum_row_terms(const Backward& b, const TokenRows<T>& grad_output, const TokenRows<T>& output, float* row_terms) {
+  constexpr int64_t STEP = PAIRED<T> ? 2 * LANES : LANES;
+  const auto product_of = [&](const T* left, const T* right, auto whole) __attribute__((always_inline)) {
+    Vector sum = {};
+    for (int64_t d = 0; d < b.head_dim; d += STEP) {
+      const int64_t present = decltype(whole)::count ? STEP : b.head_dim - d;
+      const Vector words = load_words_of<PAIRED<T>>(right + d, present);
+      sum = add_product<PAIRED<T>>(sum, load_words_of<PAIRED<T>>(left + d, present), words);
+    }
+    return sum;
+  };
   for (int64_t first = 0; first < b.queries; first += LANES) {
     const int64_t count = smaller(b.queries - first, LANES);
     Vector rows[LANES] = {};
     for (int64_t i = 0; i < count; ++i) {
       const T *left = grad_output[first + i], *right = output[first + i];
-      for (int64_t d = 0; d < b.head_dim; d += LANES)
-        rows[i] += load_first(left + d, b.head_dim - d) * load_first(right + d, b.head_dim - d);
+      rows[i] = b.head_dim % STEP == 0 ? product_of(left, right, Vectors<1>{}) : product_of(left, right, Vectors<0>{});
     }
     store(row_terms + first, sum_rows(rows));
   }
