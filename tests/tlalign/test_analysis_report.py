@@ -200,6 +200,8 @@ MERGING = "patch_size: 2, embed_dim: 16, depths: [1, 1], num_heads: [2, 2], wind
         ("maxvit_tiny_tf_224", "depths: [1, 1, 1, 1]", "mean of the tokens"),
         ("coatnet_0_rw_224", "depths: [1, 1, 1, 1]", "mean of the tokens"),
         ("xcit_tiny_12_p8_224", "embed_dim: 16, depth: 1, num_heads: 2", "class token"),
+        ("pit_ti_224", "patch_size: 8, stride: 4, depth: [1, 1, 1]", "class token"),
+        ("pit_ti_distilled_224", "patch_size: 8, stride: 4, depth: [1, 1, 1]", "mean of class and distillation token"),
         ("vit_base_patch16_siglip_224", PLAIN, "mean of the tokens, which the head weights by attention"),
         ("eva02_tiny_patch14_224", PLAIN, "mean of the tokens"),
         ("deit_tiny_distilled_patch16_224", PLAIN, "mean of class and distillation token"),

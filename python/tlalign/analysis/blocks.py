@@ -102,7 +102,17 @@ def has_class_token(model: nn.Module, share: Tensor) -> bool:
 
 def prefix_of(model: nn.Module, share: Tensor) -> int:
     """Number of tokens with these labels (B, N, S) or (B, Ht, Wt, S) that stand for no place in the image."""
-    return model.num_prefix_tokens if share.dim() == 3 else 0
+    return prefix_tokens(model) if share.dim() == 3 else 0
+
+
+def prefix_tokens(model: nn.Module) -> int:
+    """Number of class, distillation and register tokens of a model."""
+    return getattr(model, "num_prefix_tokens", getattr(model, "num_tokens", 0))  # the second is PiT's name
+
+
+def is_distilled(model: nn.Module) -> bool:
+    """Whether a model has a second head, for a distillation token, and averages both."""
+    return getattr(model, "head_dist", None) is not None
 
 
 def map_size(model: nn.Module, share: Tensor, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -128,10 +138,10 @@ def map_size(model: nn.Module, share: Tensor, image_size: tuple[int, int]) -> tu
 def image_value(model: nn.Module, share: Tensor) -> Tensor:
     """Of labels (B, N, S) or (B, Ht, Wt, S) that of the image, (B, S): of the class token, else the tokens' mean.
 
-    In distilled DeiT, whose two heads are averaged, it is the mean of both tokens'. Register tokens count where the
+    In distilled models, whose two heads are averaged, it is the mean of both tokens'. Register tokens count where the
     model's own mean has them. A head that pools by attention sees another mean. What is not a number is left out.
     """
     if has_class_token(model, share):
-        return share[:, :2].nanmean(dim=1) if hasattr(model, "dist_token") else share[:, 0]
+        return share[:, :2].nanmean(dim=1) if is_distilled(model) else share[:, 0]
     prefix = 0 if getattr(model, "pool_include_prefix", False) else prefix_of(model, share)
     return share.flatten(1, -2)[:, prefix:].nanmean(dim=1)

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from tlalign.analysis import figures
-from tlalign.analysis.blocks import has_class_token, map_size, pooling_of
+from tlalign.analysis.blocks import has_class_token, is_distilled, map_size, pooling_of, prefix_tokens
 from tlalign.analysis.page import Picture, Section, Table, write_page
 from tlalign.analysis.presence import QUANTILES, PresenceOfLayer, convolution_presence, quantiles, token_presence
 from tlalign.analysis.ratios import (
@@ -463,8 +463,8 @@ def _first_images(subject: Subject, count: int) -> tuple[Tensor, Tensor]:
 
 def _name_of_image(model: nn.Module) -> str:
     """The tokens whose label `image_value` takes for that of the image."""
-    if pooling_of(model) == "token" and getattr(model, "num_prefix_tokens", 0):
-        return "mean of class and distillation token" if hasattr(model, "dist_token") else "class token"
+    if pooling_of(model) == "token" and prefix_tokens(model):
+        return "mean of class and distillation token" if is_distilled(model) else "class token"
     if pooling_of(model) == "map":
         return "mean of the tokens, which the head weights by attention"
     return "mean of the tokens"
