@@ -351,6 +351,26 @@ def attend(query, key, value, heads):
     return (attention @ value).transpose(1, 2).flatten(2), attention.mean(dim=1)
 
 
+def attend_in_windows(weights, qkv, tokens, labels, heads, window):
+    """What the tokens and the labels of a map (B, Ht, Wt, channels) become, window by window.
+
+    `qkv` is the name of the projection. Padding is attended to, and has no label.
+    """
+    height, width = tokens.shape[1:3]
+    below, beside = -height % window, -width % window
+    real = torch.ones(1, height, width, 1, dtype=tokens.dtype)
+    tokens, labels, real = (F.pad(each, (0, 0, 0, beside, 0, below)) for each in (tokens, labels, real))
+    attended, mixed = torch.zeros_like(tokens), torch.zeros_like(labels)
+    for y0 in range(0, height, window):
+        for x0 in range(0, width, window):
+            where = (slice(None), slice(y0, y0 + window), slice(x0, x0 + window))
+            projected = weights.linear(tokens[where].flatten(1, 2), qkv).chunk(3, dim=-1)
+            output, attention = attend(*projected, heads)
+            share = attention @ labels[where].flatten(1, 2) / (attention @ real[where].flatten(1, 2))
+            attended[where], mixed[where] = (each.unflatten(1, (window, window)) for each in (output, share))
+    return attended[:, :height, :width], mixed[:, :height, :width]
+
+
 def materialised_attention(model, images):
     """Attention matrices (B, N, N) of timm's own blocks, averaged over the heads, and the logits."""
     matrices, hooks = [], []

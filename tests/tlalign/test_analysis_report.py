@@ -197,6 +197,7 @@ MERGING = "patch_size: 2, embed_dim: 16, depths: [1, 1], num_heads: [2, 2], wind
         ("swinv2_cr_tiny_ns_224", MERGING, "mean of the tokens"),
         ("pvt_v2_b0", "depths: [1, 1, 1, 1]", "mean of the tokens"),
         ("twins_svt_small", "depths: [1, 1, 1, 1]", "mean of the tokens"),
+        ("davit_tiny", "depths: [1, 1, 1, 1], embed_dims: [24, 48, 96, 192]", "mean of the tokens"),
         ("maxvit_tiny_tf_224", "depths: [1, 1, 1, 1]", "mean of the tokens"),
         ("coatnet_0_rw_224", "depths: [1, 1, 1, 1]", "mean of the tokens"),
         ("xcit_tiny_12_p8_224", "embed_dim: 16, depth: 1, num_heads: 2", "class token"),

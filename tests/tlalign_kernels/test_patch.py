@@ -199,6 +199,7 @@ SMALL = {
     "pit_ti_224": dict(img_size=32, patch_size=8, stride=4, base_dims=(8, 8, 8), depth=(1, 1, 2)),
     "pvt_v2_b0": dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
     "twins_svt_small": dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
+    "davit_tiny": dict(embed_dims=(16, 32), depths=(1, 1), num_heads=(1, 2), window_size=4),
     "maxvit_tiny_tf_224": dict(img_size=32, embed_dim=(16, 32), depths=(1, 1), stem_width=8, transformer_dim_head=8,
                                transformer_window_size=4),
     "coatnet_0_rw_224": dict(img_size=32, embed_dim=(16, 32), depths=(1, 2), block_type="CT", stem_width=8,

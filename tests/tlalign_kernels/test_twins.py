@@ -3,7 +3,6 @@
 import following
 import pytest
 import timm
-import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from torch import nn
@@ -51,7 +50,9 @@ def dense_oracle(model, images, labels, residual):
             name, heads = f"blocks.{stage}.{index}", block.attn.num_heads
             y = weights.norm(x, f"{name}.norm1", 1e-6)
             if f"{name}.attn.qkv.weight" in weights.named:
-                attended, mixed = dense_windows(weights, f"{name}.attn.qkv", y, labels, size, heads)
+                maps = (each.unflatten(1, size) for each in (y, labels))
+                attended, mixed = following.attend_in_windows(weights, f"{name}.attn.qkv", *maps, heads, window=7)
+                attended, mixed = attended.flatten(1, 2), mixed.flatten(1, 2)
             else:
                 keys, key_labels = y, labels
                 if f"{name}.attn.sr.weight" in weights.named:
@@ -75,23 +76,6 @@ def dense_oracle(model, images, labels, residual):
         x, labels = x.transpose(1, 2).unflatten(2, size), labels.unflatten(1, size)
     x = weights.norm(x.flatten(2).transpose(1, 2), "norm", 1e-6)
     return weights.linear(x.mean(dim=1), "head"), labels.flatten(1, 2)
-
-
-def dense_windows(weights, name, tokens, labels, size, heads):
-    """What windows of 7 x 7 attend to, window by window, with padding that has no label."""
-    (height, width), below, beside = size, -size[0] % 7, -size[1] % 7
-    tokens = F.pad(tokens.unflatten(1, size), (0, 0, 0, beside, 0, below))
-    labels = F.pad(labels.unflatten(1, size), (0, 0, 0, beside, 0, below))
-    real = F.pad(torch.ones(1, height, width, 1, dtype=tokens.dtype), (0, 0, 0, beside, 0, below))
-    attended, mixed = torch.zeros_like(tokens), torch.zeros_like(labels)
-    for y0 in range(0, height, 7):
-        for x0 in range(0, width, 7):
-            window = (slice(None), slice(y0, y0 + 7), slice(x0, x0 + 7))
-            projected = weights.linear(tokens[window].flatten(1, 2), name).chunk(3, dim=-1)
-            output, attention = following.attend(*projected, heads)
-            share = attention @ labels[window].flatten(1, 2) / (attention @ real[window].flatten(1, 2))
-            attended[window], mixed[window] = output.unflatten(1, (7, 7)), share.unflatten(1, (7, 7))
-    return attended[:, :height, :width].flatten(1, 2), mixed[:, :height, :width].flatten(1, 2)
 
 
 @pytest.mark.parametrize(

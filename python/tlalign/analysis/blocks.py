@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.models import maxxvit
+from timm.models import davit, maxxvit
 from torch import Tensor, nn
 
 from tlalign_kernels import MixedTarget, patch_model
 
 # Their tokens are (B, channels, Ht, Wt).
-_CHANNELS_FIRST = (maxxvit.TransformerBlock2d, maxxvit.PartitionAttention2d)
+_CHANNELS_FIRST = (davit.SpatialBlock, maxxvit.TransformerBlock2d, maxxvit.PartitionAttention2d)
 
 
 def following(model: nn.Module, **options: Any) -> nn.Module:
