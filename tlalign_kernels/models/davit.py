@@ -155,11 +155,11 @@ class AlignedDaVitStage(LabelFollower, davit.DaVitStage):
             x, share = follow(self.downsample, x, share)
         layer_shares = []
         for block in (block for blocks in self.blocks for block in blocks):
-            if _has_windows(block):
+            if _mixes_channels(block):
+                x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            else:
                 x, share = run_block(block, x, share=share, checkpoints=self.grad_checkpointing)
                 layer_shares.append(share.detach())
-            else:
-                x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return (x, share, tuple(layer_shares)) if collect_layers else (x, share)
 
 
@@ -177,7 +177,7 @@ class AlignedDaVit(ImageModelFollower, davit.DaVit):
     def label_blocks(cls, model: nn.Module) -> list[nn.Module]:
         """The blocks of windows of all stages."""
         blocks = (block for stage in model.stages for blocks in stage.blocks for block in blocks)
-        return [block for block in blocks if _has_windows(block)]
+        return [block for block in blocks if not _mixes_channels(block)]
 
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
@@ -197,9 +197,9 @@ class AlignedDaVit(ImageModelFollower, davit.DaVit):
         return self.forward_head(self.norm_pre(x)), share.mean(dim=(1, 2))
 
 
-def _has_windows(block: nn.Module) -> bool:
-    """Whether a block, which may be in a wrapper of its own, is a `SpatialBlock`."""
-    return hasattr(block, "window_size")
+def _mixes_channels(block: nn.Module) -> bool:
+    """Whether a block, which may be in a wrapper of its own, is a `ChannelBlock`."""
+    return hasattr(block, "attn") and not hasattr(block, "window_size")
 
 
 for _module_class, _follower in (
