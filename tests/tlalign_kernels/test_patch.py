@@ -287,8 +287,9 @@ def test_what_is_set_on_a_model_since_it_was_patched_is_refused_with_a_target(im
 @pytest.mark.parametrize("name", SMALL)
 def test_all_that_drops_drops_as_in_timms_model(name, images, target):
     # Swin's projection drops of a map what timm's drops of its windows: other numbers of the same distribution.
+    # DaViT's does not drop.
     rates = dict(drop_rate=0.2, drop_path_rate=0.5)
-    if not any(family in name for family in ("swin", "maxvit", "coatnet")):
+    if not any(family in name for family in ("swin", "maxvit", "coatnet", "davit")):
         rates["proj_drop_rate"] = 0.2
     model = following.randomised(timm.create_model(name, num_classes=10, **SMALL[name], **rates))
     following.assert_drops_alike(tlk.patch_model(model.train()), images, target)
