@@ -374,9 +374,21 @@ def call(name: str, *arguments) -> tuple[Tensor, ...]:
     two to three times as long as on the kernel's own work, and small models wait for the host.
     """
     operator, kernel, function = _OPERATORS[name]
-    is_plain = type(arguments[0]) in (Tensor, torch.nn.Parameter)
-    is_watched = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-    if torch._C._are_functorch_transforms_active():
+    is_plain = type(arguments[0]) in (Tensor, torch.nn.Parameter) and not arguments[0].is_meta
+    is_watched = (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+    )
+    is_transformed = torch._C._are_functorch_transforms_active()
+    has_tangents = torch.autograd.forward_ad._current_level >= 0
+    if has_tangents and (is_transformed or is_watched or not is_plain):
+        # What torch.library registers would take them for 0.
+        raise NotImplementedError(
+            f"{name}: there is no forward-mode derivative, which jvp, jacfwd and linearize of torch.func take"
+        )
+    if is_transformed:
         try:
             return operator(*arguments)
         except RuntimeError as error:
@@ -388,7 +400,6 @@ def call(name: str, *arguments) -> tuple[Tensor, ...]:
             ) from error
     if is_watched or not is_plain:
         return operator(*arguments)
-    # Autograd refuses forward-mode derivatives, of which there are none: they are not to be lost in silence.
-    has_tangents = torch.autograd.forward_ad._current_level >= 0
+    # Autograd refuses forward-mode derivatives, too.
     is_differentiated = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     return function.apply(*arguments) if has_tangents or is_differentiated else kernel(*arguments)

@@ -265,11 +265,16 @@ def attention_options(attention: nn.Module) -> dict[str, object]:
 
 def projected_padding(projection: nn.Module, x: Tensor) -> Tensor | None:
     """What a projection of tokens x (..., channels) makes of zeros, (outputs) or (1, outputs); None: zeros."""
-    hooks = (projection._forward_hooks, projection._forward_pre_hooks)
-    of_all = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
-    if type(projection) is nn.Linear and "forward" not in vars(projection) and not any((*hooks, *of_all)):
+    if is_bare(projection, nn.Linear):
         return projection.bias
     return projection(x.new_zeros(1, x.shape[-1]))  # it has an adapter, or is quantised
+
+
+def is_bare(module: nn.Module, module_class: type[nn.Module]) -> bool:
+    """Whether a call of a module is the forward of `module_class`, and nothing else, such as a hook, takes part."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    of_all = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+    return type(module) is module_class and "forward" not in vars(module) and not any((*hooks, *of_all))
 
 
 def drop_path_factor(drop_path: nn.Module, x: Tensor) -> Tensor:
@@ -433,6 +438,8 @@ def _plan(
     blocks = follower.label_blocks(model)
     chosen = range(len(blocks)) if layers is None else _chosen(layers, len(blocks))
     left_out = {id(block): block for index, block in enumerate(blocks) if index not in chosen}
+    if any(id(blocks[index]) in left_out for index in chosen):
+        raise ValueError("layers: expected all or none of the indices of a block that is run several times, got some")
 
     def visit(module: nn.Module, name: str) -> Iterator[tuple[nn.Module, type[LabelFollower]]]:
         if id(module) in left_out:

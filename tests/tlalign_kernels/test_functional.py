@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import call, check_heads_may_be_permuted, check_labels_never_influence_others
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlalign_kernels as tlk
@@ -473,6 +474,15 @@ def test_transforms_that_differentiate_are_refused_and_others_computed():
 
     with pytest.raises(NotImplementedError, match=r"attention_qkv: transforms of torch\.func"):
         torch.func.grad(attended)(qkv[0], share[0])
+    forward_mode = (
+        lambda: torch.func.jvp(attended, (qkv[0], share[0]), (qkv[1], share[1])),
+        lambda: torch.func.jacfwd(attended)(qkv[0], share[0]),
+        lambda: torch.func.linearize(attended, qkv[0], share[0]),
+        lambda: torch.compile(lambda: torch.func.jvp(attended, (qkv[0], share[0]), (qkv[1], share[1])))(),
+    )
+    for transform in forward_mode:
+        with pytest.raises(NotImplementedError, match="attention_qkv: there is no forward-mode derivative"):
+            transform()
     with torch.no_grad():
         expected = torch.stack([attended(*each) for each in zip(qkv, share, strict=True)])
         torch.testing.assert_close(torch.vmap(attended)(qkv, share), expected)
@@ -843,6 +853,13 @@ def test_traces_compute_what_the_function_does():
         others = torch.randn_like(qkv), torch.rand_like(share)
         for ours, plain in zip(traced(*others), tlk.attention_qkv(*others), strict=True):
             assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_graphs_of_real_tensors_hold_the_operator(pre_dispatch):
+    qkv, others = torch.randn(2, 2, 9, 3, 2, 8)
+    graph = make_fx(lambda qkv: tlk.attention_qkv(qkv)[0], pre_dispatch=pre_dispatch)(qkv)
+    assert torch.equal(graph(others), tlk.attention_qkv(others)[0])
 
 
 def test_shapes_are_known_on_the_meta_device():

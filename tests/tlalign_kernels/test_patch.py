@@ -255,6 +255,23 @@ def test_parts_that_came_later_are_refused_with_a_target(replace, images, target
     tlk.patch_model(model)(images, target=target)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_hooks_of_leaves_act_as_in_timms_model(name, images, target):
+    model = tlk.patch_model(following.randomised(timm.create_model(name, num_classes=10, **SMALL[name])).eval())
+    skipped = ("attn_drop", "softmax")  # which have no tensor to act on
+    leaves = [
+        module
+        for path, module in model.named_modules()
+        if not any(module.children()) and not path.endswith(skipped) and not isinstance(module, nn.Sequential)
+    ]
+    for module in leaves:
+        module.register_forward_hook(lambda module, inputs, output: 1.01 * output + 0.01)
+    logits = model(images)
+    torch.testing.assert_close(
+        model(images, target=target)[0], logits, rtol=1e-4, atol=1e-4 * float(logits.detach().abs().max())
+    )
+
+
 @pytest.mark.parametrize("part", ["attention", "block", "checkpointed block"])
 def test_hooks_that_take_labels_away_are_told_of_them(part, images, target):
     model = tlk.patch_model(vit_tiny())
@@ -321,6 +338,17 @@ def test_wrapped_models_are_refused(wrap):
     for change in (tlk.patch_model, tlk.unpatch_model):
         with pytest.raises(ValueError, match="expected a model that is not compiled or wrapped"):
             change(wrapped)
+
+
+def test_a_block_that_is_run_twice_is_chosen_as_a_whole(images, target):
+    model = vit_tiny()
+    model.blocks.append(model.blocks[0])
+    with pytest.raises(ValueError, match="layers: expected all or none of the indices of a block that is run several"):
+        tlk.patch_model(model, layers=[0])
+    _, aligned = tlk.patch_model(model, layers=[0, 2])(images, target=target, collect_layers=True)
+    first, second, third = aligned.layer_shares
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)
 
 
 def test_bad_arguments_are_refused():

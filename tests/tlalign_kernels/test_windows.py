@@ -369,6 +369,12 @@ def test_bad_arguments_are_refused(changes, error, message):
         call(PADDED, inputs_of(PADDED), **changes)
 
 
+def test_shapes_are_known_on_the_meta_device():
+    qkv, share = torch.randn(2, 5, 4, 3, 2, 8, device="meta"), torch.rand(2, 5, 4, 1, device="meta")
+    output, share = tlk.window_attention(qkv, share, window_size=(3, 3), shift=(1, 0))
+    assert (output.shape, share.shape) == ((2, 5, 4, 2, 8), (2, 5, 4, 1))
+
+
 def test_sizes_may_be_integers_of_numpy_and_tensors_lie_elsewhere_than_by_default():
     arguments = torch.randn(1, 4, 6, 3, 2, 8), torch.rand(1, 4, 6, 1)
     expected = tlk.window_attention(*arguments, window_size=(4, 4), shift=(2, 0), backend="reference")

@@ -151,7 +151,9 @@ class AlignedDaVitStage(LabelFollower, davit.DaVitStage):
         """
         if share is None:
             return super().forward(x)
-        if not isinstance(self.downsample, nn.Identity):
+        if isinstance(self.downsample, nn.Identity):
+            x = self.downsample(x)
+        else:
             x, share = follow(self.downsample, x, share)
         layer_shares = []
         for block in (block for blocks in self.blocks for block in blocks):

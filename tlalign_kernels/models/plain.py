@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention, attention_qkv
 from tlalign_kernels.labels import MixedTarget
+from tlalign_kernels.ops import unpack_qkv
 from tlalign_kernels.patch import (
     LabelFollower,
     ModelFollower,
@@ -20,6 +21,7 @@ from tlalign_kernels.patch import (
     check_head_dim,
     follow,
     follows_labels,
+    is_bare,
     run_block,
 )
 
@@ -271,11 +273,10 @@ def attend(
         (B, N, H, D) and (B, N, S).
     """
     options = {**attention_options(module), **offsets}
-    if isinstance(module.q_norm, nn.Identity) and isinstance(module.k_norm, nn.Identity):
+    if is_bare(module.q_norm, nn.Identity) and is_bare(module.k_norm, nn.Identity):
         return attention_qkv(qkv, share, residual, **options)
-    query, key, value = qkv.unbind(2)
-    views = (part.transpose(1, 2) for part in (module.q_norm(query), module.k_norm(key), value))
-    attended, share = attention(*views, share, residual, **options)
+    query, key, value = unpack_qkv(qkv)
+    attended, share = attention(module.q_norm(query), module.k_norm(key), value, share, residual, **options)
     return attended.transpose(1, 2), share
 
 

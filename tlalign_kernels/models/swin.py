@@ -272,7 +272,9 @@ class StageFollower(LabelFollower):
         """
         if share is None:
             return super().forward(x)
-        if not isinstance(self.downsample, nn.Identity):
+        if isinstance(self.downsample, nn.Identity):
+            x = self.downsample(x)
+        else:
             x, share = follow(self.downsample, x, share=share)
         layer_shares = []
         for block in self.blocks:

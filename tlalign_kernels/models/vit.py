@@ -216,7 +216,9 @@ class AlignedVisionTransformer(MaskedPlainFollower, PrefixPoolingFollower, visio
 
     def _embed(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, list[tuple]]:
         x = self._pos_embed(x)
-        if not isinstance(self.patch_drop, nn.Identity):
+        if isinstance(self.patch_drop, nn.Identity):
+            x = self.patch_drop(x)
+        else:
             x, share = follow(self.patch_drop, x, share)
         return self.norm_pre(x), share, [()] * len(self.blocks)
 
