@@ -32,6 +32,7 @@ try:
         ModelConfig,
         TrainConfig,
         UsageError,
+        architecture,
         field_names,
         load_config_file,
         load_recipe,
@@ -132,11 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: Sequence[str]) -> int:
     """`tlalign train`: trains a model and says where everything was written."""
-    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--recipe", "--config", "--resume"):
-        sources.add_argument(name)
-    sources.add_argument("--dry_run", action="store_true")
-    given, flags = sources.parse_known_args(options)
+    given, flags = _parse_sources(options, "recipe", "config", "resume", "dry_run")
     continued = given.resume not in (None, "auto")
     if continued and given.recipe is not None:
         raise UsageError(f"resume: expected no recipe, for {given.resume} has its configuration, got {given.recipe}")
@@ -161,7 +158,7 @@ def train(options: Sequence[str]) -> int:
     )
     parser.add_class_arguments(TrainConfig, None)
     config = _parse_training(parser, values, flags)
-    _check_used(config, flags)
+    _check_used(flags, config)
     if not continued:
         _check_recipe(given.recipe, config)
     elif config.output is None or Path(config.output).resolve() != Path(given.resume).resolve():
@@ -178,10 +175,7 @@ def compare(options: Sequence[str]) -> int:
     from tlalign.compare import METHODS, PLOT_FILE, TABLE_FILE, Comparison, plan_runs
     from tlalign.progress import ComparisonProgress
 
-    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--recipe", "--config"):
-        sources.add_argument(name)
-    given, flags = sources.parse_known_args(options)
+    given, flags = _parse_sources(options, "recipe", "config")
     values = _with_config_file(load_recipe(given.recipe or _DEFAULT_RECIPE), given.config, flags)
     parser = _parser(
         "compare",
@@ -218,6 +212,7 @@ def compare(options: Sequence[str]) -> int:
         raise UsageError(f"jobs: expected at least 1, got {given.jobs}")
     output = Path(config.output)
     configs = plan_runs(config, given.methods, given.seeds, output)
+    _check_used(flags, *configs)
     for each in configs:
         # Before anything is trained: whether a folder holds a run of another configuration.
         _is_to_resume(each)
@@ -342,11 +337,29 @@ def _add_sources(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=str, help="YAML file with values for any of the options below.")
 
 
+def _parse_sources(options: Sequence[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """Reads what decides where the values of a configuration come from; the other flags are left."""
+    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        sources.add_argument(f"--{name}", type=_truth if name == "dry_run" else str)
+    try:
+        return sources.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        name = error.argument_name.removeprefix("--")
+        raise UsageError(f"{name}: {error.message}") from error
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
+    return text == "true"
+
+
 def _with_config_file(values: dict[str, Any], path: str | None, flags: Sequence[str]) -> dict[str, Any]:
     """Values of a file over those of a recipe, whose model_kwargs go with its model only."""
     of_file = {} if path is None else load_config_file(path)
     model = _text_of("model", flags) or of_file.get("model")
-    if model not in (None, values.get("model")):
+    if model is not None and architecture(str(model)) != architecture(values.get("model", "")):
         values = {name: value for name, value in values.items() if name != "model_kwargs"}
     return values | of_file
 
@@ -361,15 +374,29 @@ def _parse_training(parser: jsonargparse.ArgumentParser, values: dict[str, Any],
 def _check_recipe(recipe: str | None, config: TrainConfig) -> None:
     """Raises UsageError if no recipe was named, and the default is one for other images."""
     if recipe is None and config.data != load_recipe(_DEFAULT_RECIPE)["data"]:
-        raise UsageError(f"recipe: the default, {_DEFAULT_RECIPE}, is not made for {config.data}; give --recipe none")
+        fitting = [name for name in recipe_names() if load_recipe(name).get("data") == config.data]
+        raise UsageError(
+            f"recipe: the default, {_DEFAULT_RECIPE}, is not made for {config.data}; give --recipe "
+            f"{' or '.join([*fitting, 'none'])}"
+        )
 
 
-def _check_used(config: TrainConfig, flags: Sequence[str]) -> None:
-    """Raises UsageError if flags give what nothing asks for, so that something else is trained than was meant."""
+def _check_used(flags: Sequence[str], *configs: TrainConfig) -> None:
+    """Raises UsageError if flags give what none of the runs asks for, so that something else is trained than meant."""
+    for name, by in _unused(configs[0]).items():
+        given = getattr(configs[0], name)
+        is_unused = all(name in _unused(config) for config in configs[1:])
+        if is_unused and _is_among(name, flags) and given != getattr(TrainConfig, name):
+            by = by if len(configs) == 1 else "each of the methods"
+            raise UsageError(f"{name}: expected none, for {by} makes no use of it, got {given}")
+
+
+def _unused(config: TrainConfig) -> dict[str, str]:
+    """Options that are of no account for a run, and what makes no use of them."""
     trained = f"mixing {config.mixing} and target {config.target}"
     mixing = f"mixing {config.mixing}"
     unused = {name: mixing for name, users in OPTIONS_OF_MIXING.items() if config.mixing not in users}
-    if not config.needs_teacher and config.mixing not in PATCH_MIXING:
+    if not config.labels_tokens and config.mixing not in PATCH_MIXING:
         unused["mix_patch_size"] = trained
     if not config.needs_teacher:
         unused |= dict.fromkeys(("teacher_checkpoint", "teacher_model"), trained)
@@ -377,10 +404,9 @@ def _check_used(config: TrainConfig, flags: Sequence[str]) -> None:
         unused |= dict.fromkeys(("layers", "residual", "stochastic_depth"), trained)
     if config.data in ("digits", "mnist-5k") or config.data.startswith("folder:"):
         unused |= dict.fromkeys(("data_dir", "download", "train_split", "eval_split"), f"data {config.data}")
-    for name, by in unused.items():
-        default = getattr(TrainConfig, name)
-        if _is_among(name, flags) and getattr(config, name) != default:
-            raise UsageError(f"{name}: expected none, for {by} makes no use of it, got {getattr(config, name)}")
+    if config.warmup_epochs == 0:
+        unused["warmup_lr"] = "a run without warmup_epochs"
+    return unused
 
 
 def _parse_over_checkpoint(
@@ -402,7 +428,8 @@ def _parse_over_checkpoint(
             raise UsageError(f"checkpoint: expected a file, got {given.checkpoint}, which is none")
         beside = config_beside(Path(given.checkpoint))
         of_run = load_config_file(beside) if beside.is_file() else {}
-        if _text_of("model", flags) not in ("", of_run.get("model")):
+        model = _text_of("model", flags)
+        if model and architecture(model) != architecture(str(of_run.get("model"))):
             of_run.pop("model_kwargs", None)
     if config_class is AnalyzeConfig:
         # The tokens of all layers are kept of a batch; and the seed is another's.
@@ -517,7 +544,7 @@ def _underscored(flag: str) -> str:
 
 def _types_of_options() -> dict[str, Any]:
     """Types of what configurations hold, and of what is no text beside them."""
-    others = {"ema": bool | None, "seeds": int, "jobs": int}
+    others = {"ema": bool | None, "seeds": int, "jobs": int, "dry_run": bool}
     return typing.get_type_hints(AnalyzeConfig) | typing.get_type_hints(TrainConfig) | others
 
 
@@ -678,7 +705,14 @@ def _resume(trainer: Trainer, folder: Path) -> None:
     path = trainer.processes.share(None if found is None else found[0])
     if path is None:
         return
-    trainer.resume(load_checkpoint(path) if found is None else found[1])
+    state = load_checkpoint(path) if found is None else found[1]
+    trainer.resume(state)
+    now = trainer.processes.world_size
+    if first and state.get("processes", now) != now:
+        report(
+            f"the run had {state['processes']} processes and has {now} now, of which each draws its own mixing: it "
+            "does not become what it would have been"
+        )
     if found is not None:
         try:
             checkpoints.give_names(found[0], trainer.is_best)

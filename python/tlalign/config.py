@@ -141,8 +141,10 @@ class EvalConfig(ModelConfig):
             self._check(name, "at least 0", lambda value: value >= 0)
 
     def _expand(self, *names: str) -> None:
-        """Takes ~ for the home folder, as a shell does, but not in a file nor after --NAME=."""
+        """Takes ~ for the home folder, as a shell does, but not in a file nor after --NAME=; refuses an empty path."""
         for name in names:
+            if getattr(self, name) == "":
+                raise UsageError(f"{name}: expected a path, got an empty one")
             if getattr(self, name) is not None:
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
@@ -206,8 +208,8 @@ class TrainConfig(EvalConfig):
         stochastic_depth: Let them leave the labels of an image as they are in blocks that drop its attention (of models
             with a drop_path_rate); the paper aligns them there too.
         teacher_checkpoint: Weights of a trained network, for the targets `teacher` and `token-labels` and the mixing
-            `attentive-cutmix`. Where a config.yaml lies beside them, that says what they are of. It is shown the images
-            that the model is trained on, with their size and normalisation.
+            `attentive-cutmix`, for which it may know other classes. Where a config.yaml lies beside them, that says what
+            they are of. It is shown the images that the model is trained on, with their size and normalisation.
         teacher_model: Name of the teacher's timm model, if no config.yaml says it.
         cutmix_alpha: CutMix, random, block, fmix, saliencymix and puzzlemix draw their ratio from Beta(cutmix_alpha,
             cutmix_alpha).
@@ -321,8 +323,13 @@ class TrainConfig(EvalConfig):
             self._check(name, "at least 0", lambda value: value >= 0)
         for name in ("lr", "clip_grad", "cutmix_alpha", "mixup_alpha", "box_grid", "mix_patch_size", "opt_eps"):
             self._check(name, "more than 0", lambda value: value > 0)
-        for name in ("crop_scale", "crop_ratio"):
-            self._check(name, "two numbers, 0 < least <= greatest", lambda values: 0 < values[0] <= values[1])
+        greatest = 1 if self.crop_mode == "rrc" else math.inf  # the other modes pad what is smaller than the image
+        self._check(
+            "crop_scale",
+            f"two numbers, 0 < least <= greatest <= {greatest:g}",
+            lambda values: 0 < values[0] <= values[1] <= greatest,
+        )
+        self._check("crop_ratio", "two numbers, 0 < least <= greatest", lambda values: 0 < values[0] <= values[1])
         self._check("seed", f"0 to {GREATEST_SEED}", lambda value: 0 <= value <= GREATEST_SEED)
         if self.pretrained and self.initial_checkpoint is not None:
             raise UsageError("pretrained, initial_checkpoint: expected one of the two, got both")
@@ -369,6 +376,11 @@ class TrainConfig(EvalConfig):
         return self.mixing == "attentive-cutmix" or self.teacher_labels
 
 
+def architecture(model: str) -> str:
+    """Name of a timm model without the tag that says which weights are meant."""
+    return model if ":" in model else model.partition(".")[0]
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
     return sorted(file.name[:-5] for file in _recipes().iterdir() if file.name.endswith(".yaml"))
@@ -405,6 +417,10 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
     for key in values:
         if key not in field_names(TrainConfig):
             raise UsageError(f"config: unknown key {key!r} in {path}{suggestion(str(key), field_names(TrainConfig))}")
+    arguments = values.get("model_kwargs", {})
+    if not isinstance(arguments, dict):  # which a flag of one of them would hide
+        given = "null" if arguments is None else arguments
+        raise UsageError(f"model_kwargs: expected a mapping {{name: value}} in {path}, got {given}")
     return values
 
 

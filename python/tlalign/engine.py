@@ -248,6 +248,7 @@ class Trainer:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "amp_scaler": self.scaler.state_dict(),
             "step": self.step,
+            "processes": self.processes.world_size,
             "steps_per_epoch": self.steps_per_epoch,
             "class_names": [str(name) for name in self.class_names],
             "records": [dataclasses.asdict(record) for record in self.records],

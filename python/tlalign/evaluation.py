@@ -68,7 +68,9 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
     weights = load_all_weights(path)
     classes = folder_classes_of(path)
     data = load_data_sets(config, trains=False, folder_classes=classes)
-    if classes is None and data.train is None and 0 < len(data.class_names) < data.num_classes:
+    # Ids of a folder of classes are those of a part of them, if it is.
+    is_folder = data.train is None or config.data.startswith("folder:")
+    if classes is None and is_folder and 0 < len(data.class_names) < data.num_classes:
         raise UsageError(
             f"data: {config.data} has {len(data.class_names)} of {data.num_classes} classes, and nothing says which; "
             "expected a folder with all of them"

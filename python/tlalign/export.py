@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from tlalign.config import ModelConfig, UsageError
 from tlalign.data import resolve_image_config
-from tlalign.networks import check_image_size, create_model, load_all_weights, model_arguments, set_weights
+from tlalign.networks import (
+    check_image_size,
+    count_classes,
+    create_model,
+    load_all_weights,
+    model_arguments,
+    set_weights,
+)
 from tlalign.runs import written_whole
 
 _SUFFIXES = (".safetensors", ".pth")
@@ -43,7 +50,9 @@ def export_checkpoint(checkpoint: Path, output: Path, config: ModelConfig, ema: 
     if output.exists():
         raise UsageError(f"output: expected a new file, but {output} exists")
     name, weights = _choose_weights(checkpoint, ema)
-    num_classes = config.num_classes or _count_classes(weights, config)
+    num_classes = config.num_classes or count_classes(weights, config)
+    if num_classes is None:
+        raise UsageError(f"num_classes: expected a number, since the weights don't tell how many {config.model} has")
     model = create_model(config, num_classes)
     set_weights("checkpoint", checkpoint, weights, model, config.model)
     arguments = model_arguments(config, num_classes)
@@ -78,15 +87,6 @@ def _choose_weights(checkpoint: Path, ema: bool | None) -> tuple[str, dict[str, 
         raise UsageError(f"ema: expected averaged weights in {checkpoint}, but it holds only the model's")
     name = "EMA" if "EMA" in weights and ema is not False else "model"
     return name, weights[name]
-
-
-def _count_classes(weights: dict[str, Tensor], config: ModelConfig) -> int:
-    with torch.device("meta"):
-        names = create_model(config, 1).default_cfg.get("classifier")
-    for name in (names,) if isinstance(names, str) else names or ():
-        if f"{name}.weight" in weights:
-            return len(weights[f"{name}.weight"])
-    raise UsageError(f"num_classes: expected a number, since the weights don't tell how many {config.model} has")
 
 
 def _save(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:

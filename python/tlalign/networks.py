@@ -13,7 +13,16 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 import tlalign.models  # noqa: F401 (timm knows them from here on)
-from tlalign.config import CONFIG_FILE, ModelConfig, TrainConfig, UsageError, field_names, load_config_file, suggestion
+from tlalign.config import (
+    CONFIG_FILE,
+    ModelConfig,
+    TrainConfig,
+    UsageError,
+    architecture,
+    field_names,
+    load_config_file,
+    suggestion,
+)
 from tlalign.runs import config_beside
 from tlalign.teacher import Teacher
 from tlalign_kernels import patch_model
@@ -30,8 +39,8 @@ def create_model(config: ModelConfig, num_classes: int, **overrides: Any) -> nn.
     Raises:
         UsageError: If timm has no such model, or refuses the arguments.
     """
-    architecture = config.model.split(".")[0]
-    if ":" not in architecture and not timm.is_model(architecture):
+    name = architecture(config.model)
+    if ":" not in name and not timm.is_model(name):
         raise UsageError(f"model: timm has no {config.model}{suggestion(config.model, timm.list_models())}")
     for name in ("img_size", "in_chans", "num_classes"):
         if name in config.model_kwargs:
@@ -66,17 +75,23 @@ def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
             if f"{name}.weight" in weights and len(weights[f"{name}.weight"]) != num_classes:
                 weights |= {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
         source = {"state_dict": weights, "num_classes": num_classes}
+        first = weights.get(f"{model.default_cfg.get('first_conv')}.weight")
+        if first is not None:  # timm adapts it to the model's channels if it is told of how many it is
+            source["input_size"] = (first.shape[1], *model.default_cfg["input_size"][1:])
         described = f"initial_checkpoint: {config.initial_checkpoint} is not of this {config.model}"
     elif config.pretrained:
         source = {}
         described = f"pretrained: cannot get the published weights of {config.model}"
     else:
         return create_model(config, num_classes)
-    create_model(config, 1)  # says what else is wrong
+    input_size = create_model(config, 1).default_cfg.get("input_size")  # and says what else is wrong
     try:
-        return create_model(config, num_classes, pretrained=True, pretrained_cfg_overlay=source)
+        model = create_model(config, num_classes, pretrained=True, pretrained_cfg_overlay=source)
     except Exception as error:  # downloads have errors of many classes
         raise UsageError(f"{described}: {_first_reason(error.__cause__ or error)}") from error
+    if "input_size" in source:
+        model.pretrained_cfg["input_size"] = input_size
+    return model
 
 
 def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) -> Teacher:
@@ -84,7 +99,7 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
 
     Args:
         config: Names the checkpoint, and its model if no configuration lies beside it.
-        num_classes: Number of classes that it knows.
+        num_classes: Number of classes that it knows, if it is to label images.
         device: Device to run it on.
 
     Raises:
@@ -94,14 +109,27 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
     beside = config_beside(path)
     values = load_config_file(beside) if beside.is_file() else {}
     values = {name: value for name, value in values.items() if name in field_names(ModelConfig)}
-    if config.teacher_model is not None:
+    if config.teacher_model not in (None, values.get("model")):
         values = {"model": config.teacher_model}
     if "model" not in values:
         raise UsageError(f"teacher_model: expected the timm model of {path}, beside which no {CONFIG_FILE} lies")
     values |= {"img_size": config.img_size, "in_chans": config.in_chans}
-    model = create_model(ModelConfig(**values), num_classes)
-    set_weights("teacher_checkpoint", path, load_weights("teacher_checkpoint", path), model, values["model"])
+    teacher, weights = ModelConfig(**values), load_weights("teacher_checkpoint", path)
+    if not config.teacher_labels:  # only its features are asked for
+        num_classes = count_classes(weights, teacher) or 0
+    model = create_model(teacher, num_classes)
+    set_weights("teacher_checkpoint", path, weights, model, teacher.model)
     return Teacher(model.to(device), config.mix_patch_size)
+
+
+def count_classes(weights: dict[str, Tensor], config: ModelConfig) -> int | None:
+    """Number of classes of a model's weights; None if they have no classifier, or one that timm doesn't name."""
+    with torch.device("meta"):
+        names = create_model(config, 1).default_cfg.get("classifier")
+    for name in (names,) if isinstance(names, str) else names or ():
+        if f"{name}.weight" in weights:
+            return len(weights[f"{name}.weight"])
+    return None
 
 
 def load_weights(name: str, path: Path, use_ema: bool = True) -> dict[str, Tensor]:

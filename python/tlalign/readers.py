@@ -409,9 +409,15 @@ def open_hugging_face(config: EvalConfig) -> Parts:
     _require("datasets", "huggingface")
     kind, _, name = config.data.partition("/")
     streams = kind == "hfids"
+    if not name:
+        raise UsageError(f"data: expected the name of a set, {kind}/NAME, got {config.data}")
     parts = []
     for option in ("train_split", "eval_split"):
         split, _, count = getattr(config, option).partition("|")
+        if count and not streams:
+            raise UsageError(
+                f"{option}: expected no number of images, which is for streams (hfids/), got {getattr(config, option)}"
+            )
         arguments = {"root": config.data_dir, "split": split}
         if streams:
             arguments |= {"is_training": option == "train_split", "download": config.download, "input_img_mode": ""}
@@ -419,7 +425,7 @@ def open_hugging_face(config: EvalConfig) -> Parts:
         try:
             reader = _create_hugging_face_reader(config, arguments)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            if "Unknown split" in str(error):
+            if "Unknown split" in str(error) or "instruction format" in str(error):
                 raise UsageError(f"{option}: {error}") from error
             if "num_samples" in str(error):
                 raise UsageError(

@@ -232,6 +232,14 @@ def test_labels_are_drawn_after_the_blocks_asked_for_and_the_last(tmp_path):
     assert heights[0, 1, 2] == heights[None] + 2 * row
 
 
+def test_loose_images_may_be_more_than_the_classes_of_the_model(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for index in range(5):
+        Image.new("RGB", (24, 20), (40 * index, 40, 99)).save(tmp_path / "photos" / f"{index}.png")
+    options = [*VIT, f"--data=folder:{tmp_path / 'photos'}", "--num_classes=2", "--img_size=16", "--workers=0"]
+    assert main(["analyze", *options, f"--output={tmp_path / 'analysis'}", "--device=cpu"]) == 0
+
+
 @pytest.mark.parametrize("name", ["$x_{$", "\\$", os.fsdecode(b"\xfc")])
 def test_any_name_of_a_class_is_drawn(tmp_path, name):
     model = timm.create_model("vit_tiny_patch16_224", img_size=16, **MODEL)

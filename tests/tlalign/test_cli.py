@@ -146,6 +146,12 @@ def test_classes_of_a_folder_keep_the_ids_that_a_run_gave_them(on_images, tmp_pa
     assert main(["export", str(run / "last.pth.tar"), "--output", str(tmp_path / "bare.pth")]) == 0
     assert main(["eval", "--checkpoint", str(tmp_path / "bare.pth"), *bare, "--num_classes=3"]) == 2
     assert f"folder:{images} has 2 of 3 classes, and nothing says which" in capsys.readouterr().err
+    (images / "moved").rename(images / "train")
+    shutil.move(images / "train" / "blue", tmp_path / "blue")
+    assert main(["eval", "--checkpoint", str(tmp_path / "bare.pth"), *bare, "--num_classes=3"]) == 2
+    assert f"folder:{images} has 2 of 3 classes, and nothing says which" in capsys.readouterr().err
+    shutil.move(tmp_path / "blue", images / "train" / "blue")
+    (images / "train").rename(images / "moved")
     (images / "val" / "green").rename(images / "val" / "pink")
     assert main(["eval", "--checkpoint", str(run / "last.pth.tar")]) == 2
     assert "has classes that the checkpoint lacks: pink" in capsys.readouterr().err

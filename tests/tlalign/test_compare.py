@@ -318,6 +318,10 @@ def test_a_run_of_another_configuration_is_refused_before_anything_is_trained(fa
         (["--target", "ratio"], "target: expected none"),
         (["--output=null"], "output: expected the folder"),
         (["--data=mnist-5k"], "recipe: the default, digits, is not made for mnist-5k"),
+        (
+            ["--methods", "cutmix", "cutmix+tl-align", "--mixup_alpha=0.3"],
+            "mixup_alpha: expected none, for each of the methods makes no use of it, got 0.3",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(options, message, fake, tmp_path, capsys):

@@ -72,6 +72,7 @@ def test_the_arguments_of_a_recipe_go_with_its_model_only(tmp_path, resolved, fl
     assert resolved(*flags, "--model_kwargs", "{depths: [2]}").model_kwargs == {"depths": [2]}
     recipe = load_recipe("digits")
     assert resolved("--model", recipe["model"]).model_kwargs == recipe["model_kwargs"]
+    assert resolved("--model", f"{recipe['model']}.augreg_in21k").model_kwargs == recipe["model_kwargs"]
 
 
 def test_layers_and_residual_are_flags_and_come_back_from_the_file(tmp_path, resolved):
@@ -112,6 +113,20 @@ def test_the_help_of_compare_is_of_a_comparison(capsys):
     ("options", "message"),
     [
         (["--epoch", "3"], "did you mean epochs?"),
+        (["--resume"], "resume: expected one argument"),
+        (["--recipe"], "recipe: expected one argument"),
+        (["--dry_run=yes"], "dry_run: expected true or false, got yes"),
+        (["--output="], "output: expected a path, got an empty one"),
+        (["--data=mnist-5k"], "is not made for mnist-5k; give --recipe mnist5k or none"),
+        (
+            ["--warmup_epochs=0", "--warmup_lr=0.1"],
+            "warmup_lr: expected none, for a run without warmup_epochs makes no",
+        ),
+        (["--crop_scale=0.5,2"], "crop_scale: expected two numbers, 0 < least <= greatest <= 1, got (0.5, 2.0)"),
+        (
+            ["--target=teacher", "--teacher_checkpoint=x.pth", "--mix_patch_size=5"],
+            "mix_patch_size: expected none, for mixing cutmix and target teacher makes no use of it, got 5",
+        ),
         (["--mixing", "cutmixx"], "puzzlemix, tokenmix, got cutmixx; did you mean cutmix?\n"),
         (
             ["--target", "alignment"],
@@ -170,8 +185,8 @@ def test_the_help_of_compare_is_of_a_comparison(capsys):
         (["--hflip", "2"], "hflip: expected 0 to 1, got 2"),
         (["--lr", "nan"], "nan"),
         (["--seed", "4294967296"], "seed: expected 0 to 4294967295, got 4294967296"),
-        (["--crop_scale", "[-1,0.8]"], "crop_scale: expected two numbers, 0 < least <= greatest, got (-1.0, 0.8)"),
-        (["--crop_scale", "[1,0.8]"], "crop_scale: expected two numbers, 0 < least <= greatest, got (1.0, 0.8)"),
+        (["--crop_scale", "[-1,0.8]"], "crop_scale: expected two numbers, 0 < least <= greatest <= 1, got (-1.0, 0.8)"),
+        (["--crop_scale", "[1,0.8]"], "crop_scale: expected two numbers, 0 < least <= greatest <= 1, got (1.0, 0.8)"),
         (["--crop_ratio", "[0,0]"], "crop_ratio: expected two numbers, 0 < least <= greatest, got (0.0, 0.0)"),
         (["--crop_pct", "0.001"], "crop_pct: expected at least 0.1 and at most 1, got 0.001"),
         (["--std", "[0.0]"], "std: expected numbers of more than 0, got (0.0,)"),
@@ -207,12 +222,23 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         load_config_file(file)
 
 
-@pytest.mark.parametrize("name", ["mixing", "lr", "epochs", "residual", "crop_scale", "model_kwargs"])
+@pytest.mark.parametrize("name", ["mixing", "lr", "epochs", "residual", "crop_scale"])
 def test_a_value_left_empty_in_a_file_is_a_usage_error(tmp_path, capsys, name):
     file = tmp_path / "mine.yaml"
     file.write_text(f"{name}:\n")
     assert cli.main(["train", "--config", str(file)]) == 2
     assert f"{name}: expected a value, got null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", "[1]"])
+@pytest.mark.parametrize("flags", [[], ["--model_kwargs.depth=1"]])
+def test_arguments_of_the_model_in_a_file_are_a_mapping(tmp_path, capsys, value, flags):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"model_kwargs: {value}\n")
+    assert cli.main(["train", "--config", str(file), *flags]) == 2
+    assert (
+        f"model_kwargs: expected a mapping {{name: value}} in {file}, got {value or 'null'}" in capsys.readouterr().err
+    )
 
 
 def test_a_wrong_type_in_a_file_is_a_usage_error(tmp_path, capsys):

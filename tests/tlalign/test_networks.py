@@ -84,6 +84,23 @@ def test_images_of_one_channel_take_the_weights_of_three(checkpoint, tmp_path):
     torch.testing.assert_close(state["patch_embed.proj.weight"], averaged["patch_embed.proj.weight"].sum(1, True))
 
 
+def test_images_of_three_channels_take_the_weights_of_one(checkpoint, tmp_path):
+    path, averaged = checkpoint
+    model = create_initial_model(tiny(tmp_path, initial_checkpoint=str(path), in_chans=3, mean=(0.5,), std=(0.5,)), 10)
+    expected = averaged["patch_embed.proj.weight"].expand(-1, 3, -1, -1) / 3
+    torch.testing.assert_close(model.state_dict()["patch_embed.proj.weight"], expected)
+    assert model.pretrained_cfg["input_size"][0] == 3
+
+
+def test_weights_of_as_many_channels_are_no_matter_of_warnings(checkpoint, tmp_path, caplog):
+    path, _ = checkpoint
+    create_initial_model(tiny(tmp_path, initial_checkpoint=str(path)), 10)
+    assert "channels" not in caplog.text
+    config = tiny(tmp_path, model_kwargs={**MODEL, "embed_dim": 32}, initial_checkpoint=str(path))
+    with pytest.raises(UsageError, match=r"is not of this vit_tiny.*size mismatch"):
+        create_initial_model(config, 10)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("content", [b"", b"epoch,step\n1,5\n", b"hello", b"{}", b"\xff" * 2000], ids=len)
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, suffix, content):
@@ -130,6 +147,26 @@ def test_a_teacher_is_what_the_configuration_of_its_run_says(checkpoint, tmp_pat
     config = tiny(tmp_path, target="teacher", teacher_checkpoint=str(path.replace(tmp_path / place)))
     state = create_teacher(config, 10, torch.device("cpu")).model.state_dict()
     assert all(torch.equal(value, averaged[name]) for name, value in state.items())
+
+
+def test_a_teacher_may_be_named_as_its_configuration_does(checkpoint, tmp_path):
+    path, averaged = checkpoint
+    save_config(tiny(tmp_path, model_kwargs=MODEL), tmp_path / CONFIG_FILE)
+    named = {"teacher_checkpoint": str(path), "teacher_model": "vit_tiny_patch16_224"}
+    state = create_teacher(tiny(tmp_path, target="teacher", **named), 10, torch.device("cpu")).model.state_dict()
+    assert all(torch.equal(value, averaged[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("classes", [7, 0])
+def test_a_teacher_that_only_looks_may_know_other_classes(tmp_path, classes):
+    weights = create_model(tiny(tmp_path, model="resnet10t", model_kwargs={}, img_size=None), classes).state_dict()
+    torch.save(weights, tmp_path / "other.pth")
+    teacher = {"teacher_checkpoint": str(tmp_path / "other.pth"), "teacher_model": "resnet10t"}
+    looking = tiny(tmp_path, mixing="attentive-cutmix", target="tl-align", **teacher)
+    state = create_teacher(looking, 10, torch.device("cpu")).model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in state.items())
+    with pytest.raises(UsageError, match=r"teacher_checkpoint: .* is not of this resnet10t"):
+        create_teacher(tiny(tmp_path, target="teacher", **teacher), 10, torch.device("cpu"))
 
 
 def test_weights_come_from_one_place(tmp_path):

@@ -402,7 +402,9 @@ def test_a_hugging_face_stream(hub):
 def test_unreadable_images_of_a_hugging_face_set_are_counted_and_an_error_in_evaluation(hub, kind):
     write_arrow(hub / "data" / "train-00001-of-00004.arrow", range(6, 12), broken=8)
     write_arrow(hub / "data" / "test-00000-of-00001.arrow", range(10), broken=3)
-    given = config(data=f"{kind}/{hub}", train_split="train|24", eval_split="test|10", batch_size=2)
+    counts = ("|24", "|10") if kind == "hfids" else ("", "")
+    splits = {"train_split": f"train{counts[0]}", "eval_split": f"test{counts[1]}"}
+    given = config(data=f"{kind}/{hub}", **splits, batch_size=2)
     loader = train_loader(given)
     batches = epoch(loader, 0)
     assert len(batches) == len(loader) == 12 and set(flat(batches)) == set(range(24)) - {8}
@@ -417,6 +419,12 @@ def test_what_is_missing_of_a_hugging_face_set_is_told(hub, monkeypatch):
         load_data_sets(config(data="hfds/cats"))
     with pytest.raises(UsageError, match='eval_split: Unknown split "validation"'):
         load_data_sets(config(data=f"hfds/{hub}"))
+    with pytest.raises(UsageError, match=r"train_split: .*instruction format"):
+        load_data_sets(config(data=f"hfds/{hub}", train_split="train[:x]"))
+    with pytest.raises(UsageError, match=r"train_split: expected no number of images, .* got train\|4$"):
+        load_data_sets(config(data=f"hfds/{hub}", train_split="train|4"))
+    with pytest.raises(UsageError, match=r"data: expected the name of a set, hfds/NAME, got hfds/$"):
+        load_data_sets(config(data="hfds/"))
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"data: cats is no folder and not in the cache of [^;]*$"):
         load_data_sets(config(data="hfids/cats"))

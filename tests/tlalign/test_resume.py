@@ -284,6 +284,16 @@ def test_several_processes_are_told_to_be_as_many_again(tmp_path):
     assert _kept(folder, 4).endswith(f"to continue as 4 processes again: torchrun ... -m {command}")
 
 
+def test_it_is_told_where_a_run_continues_as_other_processes(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["train", *options(folder)]) == 0
+    checkpoints = Checkpoints(folder)
+    _, state = checkpoints.load_newest(print)
+    checkpoints.save({**state, "processes": 2}, state["epoch"], state["step"])
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert "tlalign: the run had 2 processes and has 1 now, of which each draws" in capsys.readouterr().err
+
+
 def test_a_stream_continues_with_as_many_workers_only(tmp_path, capsys):
     folder = tmp_path / "run"
     RunFolder(small(folder, data="wds/", data_dir=str(tmp_path), num_classes=2, workers=1))
@@ -312,7 +322,9 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
     assert "continued after step 3" in printed.out
     assert re.search(r"^1 epochs, the last 2 of 5 steps in 0:\d\d:\d\d, on ", printed.out, re.MULTILINE)
     assert main(["train", *options(folder, checkpoint_steps=3), "--resume=auto"]) == 0
-    assert "continued after step 5" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "continued after step 5" in printed.out
+    assert "processes" not in printed.err
 
     whole, _, _ = fit(small(tmp_path / "whole", checkpoint_steps=3))
     weights = torch.load(folder / "last.pth.tar", weights_only=False)["state_dict"]

@@ -68,7 +68,8 @@ class Subject:
         """Normalised images and class ids, always the same: from all over the held-out ones, of shards the first."""
         taken, count = 0, self.config.images
         data = sampled(self.data.held_out, count)
-        for images, classes in create_eval_loader(data, self.config, self.image_config, self.device):
+        config = dataclasses.replace(self.config, num_classes=None)  # images may have classes that are not the model's
+        for images, classes in create_eval_loader(data, config, self.image_config, self.device):
             yield images[: count - taken], classes[: count - taken]
             taken += len(images)
             if taken >= count:
