@@ -208,8 +208,8 @@ class TrainConfig(EvalConfig):
         stochastic_depth: Let them leave the labels of an image as they are in blocks that drop its attention (of models
             with a drop_path_rate); the paper aligns them there too.
         teacher_checkpoint: Weights of a trained network, for the targets `teacher` and `token-labels` and the mixing
-            `attentive-cutmix`, for which it may know other classes. Where a config.yaml lies beside them, that says what
-            they are of. It is shown the images that the model is trained on, with their size and normalisation.
+            `attentive-cutmix`, for which it may know other classes. Where a config.yaml lies beside them, that says
+            what they are of. It is shown the images that the model is trained on, with their size and normalisation.
         teacher_model: Name of the teacher's timm model, if no config.yaml says it.
         cutmix_alpha: CutMix, random, block, fmix, saliencymix and puzzlemix draw their ratio from Beta(cutmix_alpha,
             cutmix_alpha).
@@ -323,13 +323,12 @@ class TrainConfig(EvalConfig):
             self._check(name, "at least 0", lambda value: value >= 0)
         for name in ("lr", "clip_grad", "cutmix_alpha", "mixup_alpha", "box_grid", "mix_patch_size", "opt_eps"):
             self._check(name, "more than 0", lambda value: value > 0)
-        greatest = 1 if self.crop_mode == "rrc" else math.inf  # the other modes pad what is smaller than the image
+        for name in ("crop_scale", "crop_ratio"):
+            self._check(name, "two numbers, 0 < least <= greatest", lambda values: 0 < values[0] <= values[1])
+        # The other modes pad an image that they make smaller.
         self._check(
-            "crop_scale",
-            f"two numbers, 0 < least <= greatest <= {greatest:g}",
-            lambda values: 0 < values[0] <= values[1] <= greatest,
+            "crop_scale", "at most 1 with crop_mode rrc", lambda values: self.crop_mode != "rrc" or values[1] <= 1
         )
-        self._check("crop_ratio", "two numbers, 0 < least <= greatest", lambda values: 0 < values[0] <= values[1])
         self._check("seed", f"0 to {GREATEST_SEED}", lambda value: 0 <= value <= GREATEST_SEED)
         if self.pretrained and self.initial_checkpoint is not None:
             raise UsageError("pretrained, initial_checkpoint: expected one of the two, got both")

@@ -68,7 +68,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
     weights = load_all_weights(path)
     classes = folder_classes_of(path)
     data = load_data_sets(config, trains=False, folder_classes=classes)
-    # Ids of a folder of classes are those of a part of them, if it is.
+    # A folder of some of the classes numbers them as if there were no others.
     is_folder = data.train is None or config.data.startswith("folder:")
     if classes is None and is_folder and 0 < len(data.class_names) < data.num_classes:
         raise UsageError(
