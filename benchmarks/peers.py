@@ -97,7 +97,7 @@ class Inputs:
         else:
             self.query, self.key_value = draw(*queries, *heads), draw(problem.batch, problem.keys, 2, *heads)
         if windows is not None:
-            self.bias = draw(problem.heads, windows.tokens, windows.tokens)
+            self.bias = draw(problem.heads, windows.tokens(), windows.tokens())
             self.windows, sizes = windows, (*queries, problem.heads * problem.head_dim)
             self.features = torch.zeros(sizes, dtype=dtype, device=device, requires_grad=backward)
         self.grad_output = draw(*queries, *heads).detach()
@@ -354,17 +354,17 @@ def _flash_attention(inputs: Inputs) -> tuple[Run | None, str]:
 
 def cut(of_map: Tensor, windows: Windows) -> Tensor:
     """Cuts a map (B, Ht, Wt, ...), rolled by the shift, into windows (B * W, N, channels), as timm does."""
-    (height, width), (rows, columns) = windows.grid_size, windows.window_size
+    (height, width), (rows, columns) = windows.grid_size(), windows.window_size
     of_map = of_map.flatten(3)
     if any(windows.shift):
         of_map = of_map.roll((-windows.shift[0], -windows.shift[1]), (1, 2))
     parts = of_map.view(len(of_map), height, rows, width, columns, -1).transpose(2, 3)
-    return parts.reshape(-1, windows.tokens, of_map.shape[-1])
+    return parts.reshape(-1, windows.tokens(), of_map.shape[-1])
 
 
 def join(parts: Tensor, windows: Windows) -> Tensor:
     """The way back, to (B, Ht, Wt, channels)."""
-    joined = parts.view(-1, *windows.grid_size, *windows.window_size, parts.shape[-1]).transpose(2, 3)
+    joined = parts.view(-1, *windows.grid_size(), *windows.window_size, parts.shape[-1]).transpose(2, 3)
     joined = joined.reshape(-1, *windows.map_size, parts.shape[-1])
     return joined.roll(windows.shift, (1, 2)) if any(windows.shift) else joined
 
@@ -416,9 +416,9 @@ def _of_windows(inputs: Inputs, problem: Problem) -> dict[str, Peer]:
     def peer(attend: Callable[..., tuple[Tensor, ...]], label: str | None = None) -> Peer:
         def run() -> dict[str, Tensor]:
             cut_features = inputs.cut_features()
-            query, key, value = cut_qkv.view(-1, windows.tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            query, key, value = cut_qkv.view(-1, windows.tokens(), 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
             output, *mixed = attend(query, key, value)
-            output = join(output.transpose(1, 2).reshape(-1, windows.tokens, heads * head_dim), windows)
+            output = join(output.transpose(1, 2).reshape(-1, windows.tokens(), heads * head_dim), windows)
             results = {"output": output.unflatten(-1, (heads, -1)), "cut_features": cut_features}
             return results | ({} if label is None else {label: mixed[0]})
 

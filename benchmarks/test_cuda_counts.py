@@ -196,7 +196,7 @@ def test_bytes_of_windows(benchmark, name):
         record(run, **CALLS[name])
         return moved
 
-    of_row = offline.IMAGES * windows.count * heads * windows.tokens * dim * 2
+    of_row = offline.IMAGES * windows.count() * heads * windows.tokens() * dim * 2
     table = []
     for kernel, counts in benchmark.pedantic(measure, rounds=1).items():
         if "attention" in kernel:

@@ -159,7 +159,7 @@ def test_counts_in_windows_of_a_map(benchmark, arch, window):
             prefer = ["attention_backward_queries" if kernel == "attention_backward_keys" else kernel]
             for name, windows in maps.items():
                 launch = offline.record_windows(arch, windows, 32, heads=heads, prefer=prefer)[kernel]
-                images = offline.IMAGES * windows.count
+                images = offline.IMAGES * windows.count()
                 rows[f"{kernel}, {name}"] = offline.count_of_head(launch, arch, heads, images)
             of_images = offline.record_packed(arch, tokens, 32, heads=heads, prefer=prefer, offsets=True, mask=False)
             if kernel in of_images:

@@ -194,7 +194,7 @@ def window_problem(
     if shift[0] >= window_size[0] or shift[1] >= window_size[1]:
         raise ValueError(f"shift: expected less than the window of {window_size}, got {shift}")
     windows = Windows((rows, columns), window_size, shift)
-    tokens = windows.tokens
+    tokens = windows.tokens()
     if isinstance(bias, Tensor) and bias.dim() == 2 and not all(size in (1, tokens) for size in bias.shape):
         bias = _relative_position_bias(bias, windows, heads)
     if isinstance(bias, Tensor) and bias.dim() > 3:
@@ -205,11 +205,11 @@ def window_problem(
             raise TypeError(f"pad_qkv: expected {qkv.dtype} as qkv, got {pad_qkv.dtype}")
         _check_device("pad_qkv", pad_qkv, qkv.device)
         _check_shape("pad_qkv", pad_qkv, (3, heads, head_dim))
-    if not windows.is_padded:
+    if not windows.is_padded():
         pad_qkv = None
     elif pad_qkv is None:
         pad_qkv = qkv.new_zeros((3, heads, head_dim))
-    sizes = (batch * windows.count, heads, tokens, tokens, head_dim)
+    sizes = (batch * windows.count(), heads, tokens, tokens, head_dim)
     tensors = (qkv,) if pad_qkv is None else (qkv, pad_qkv)
     bias, _, scale, problem = _prepare(tensors, sizes, share, residual, bias, None, scale, dropout_p, windows)
     return bias, pad_qkv, scale, problem
@@ -341,7 +341,7 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p, wind
         sources=0 if share is None else share.shape[-1],
         share_dtype=None if share is None else share.dtype,
         has_bias=bias is not None,
-        has_mask=mask is not None if windows is None else windows.has_regions,
+        has_mask=mask is not None if windows is None else windows.has_regions(),
         dropout_p=dropout_p,
         needs_gradient=torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, bias)),

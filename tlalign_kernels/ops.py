@@ -223,7 +223,7 @@ def _empty_window_outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, columns, _, heads, head_dim = qkv.shape
     windows = _windows(qkv, window_size, shift)
-    of_windows = (batch * windows.count, heads, windows.tokens)
+    of_windows = (batch * windows.count(), heads, windows.tokens())
     return _empty_outputs(qkv, share, (batch, rows, columns, heads, head_dim), of_windows)
 
 

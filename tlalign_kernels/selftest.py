@@ -92,7 +92,7 @@ def draw_inputs(case: Case, device: torch.device | str, seed: int) -> dict[str, 
 
     heads, dim = case.heads, case.head_dim
     if case.windows is not None:
-        of_map, tokens = (case.batch, *case.windows.map_size), case.windows.tokens
+        of_map, tokens = (case.batch, *case.windows.map_size), case.windows.tokens()
         query_key = draw(*of_map, 2, heads, dim, scale=3**0.5)
         labels = [torch.rand((*of_map, case.sources), generator=generator, dtype=torch.float64) for _ in range(2)]
         return {
@@ -100,7 +100,7 @@ def draw_inputs(case: Case, device: torch.device | str, seed: int) -> dict[str, 
             "share": labels[0].to(device),
             "residual": labels[1].to(device) if case.residual else None,
             "bias": draw(heads, tokens, tokens, scale=case.bias_scale) if case.bias_scale else None,
-            "pad_qkv": draw(3, heads, dim) if case.windows.is_padded else None,
+            "pad_qkv": draw(3, heads, dim) if case.windows.is_padded() else None,
             "grad_output": draw(*of_map, heads, dim),
         }
     if case.packed:
@@ -200,7 +200,7 @@ def _plain_windows(
 ) -> tuple[Tensor, Tensor]:
     """Output and share by rolling, padding, cutting and putting together again, as timm does it."""
     (height, width), (rows, columns), shift = windows.window_size, windows.map_size, windows.shift
-    padded = tuple(number * size for number, size in zip(windows.grid_size, windows.window_size, strict=True))
+    padded = tuple(number * size for number, size in zip(windows.grid_size(), windows.window_size, strict=True))
 
     def cut(tokens: Tensor, padding: Tensor | None = None) -> Tensor:
         """(B, Ht, Wt, ...) to (B, W, N, ...)."""
@@ -213,7 +213,7 @@ def _plain_windows(
         return parts.flatten(3, 4).flatten(1, 2)
 
     def join(parts: Tensor) -> Tensor:
-        parts = parts.unflatten(1, windows.grid_size).unflatten(3, (height, width)).transpose(2, 3)
+        parts = parts.unflatten(1, windows.grid_size()).unflatten(3, (height, width)).transpose(2, 3)
         return parts.flatten(3, 4).flatten(1, 2)[:, :rows, :columns].roll(shift, (1, 2))
 
     query, key, value = cut(leaves["qkv"], leaves.get("pad_qkv")).permute(3, 0, 1, 4, 2, 5).unbind(0)
@@ -230,7 +230,7 @@ def _plain_windows(
         for number, (down, across) in enumerate(itertools.product(*slices)):
             region[:, down, across] = number
         region = region.view(1, padded[0] // height, height, padded[1] // width, width).transpose(2, 3)
-        region = region.reshape(1, windows.count, 1, -1)
+        region = region.reshape(1, windows.count(), 1, -1)
         differ = region[..., :, None] != region[..., None, :]
         scores = scores - 100.0 * differ.to(scores.dtype)
     attended = scores.softmax(dim=-1)

@@ -262,10 +262,10 @@ def _runner(problem: Problem) -> Callable[[str], None]:
 
 def _runner_of_windows(problem: Problem) -> Callable[[str], None]:
     windows, heads, head_dim = problem.windows, problem.heads, problem.head_dim
-    map_shape, draw = (problem.batch // windows.count, *windows.map_size), functools.partial(_draw, problem)
+    map_shape, draw = (problem.batch // windows.count(), *windows.map_size), functools.partial(_draw, problem)
     qkv = draw(*map_shape, 3, heads, head_dim)
-    pad_qkv = draw(3, heads, head_dim) if windows.is_padded else None
-    bias = draw(heads, windows.tokens, windows.tokens) if problem.has_bias else None
+    pad_qkv = draw(3, heads, head_dim) if windows.is_padded() else None
+    bias = draw(heads, windows.tokens(), windows.tokens()) if problem.has_bias else None
     share = draw(*map_shape, problem.sources, dtype=problem.share_dtype) if problem.sources else None
     leaves = [leaf for leaf in (qkv, pad_qkv, bias) if leaf is not None]
     for leaf in leaves:

@@ -24,30 +24,25 @@ class Windows(NamedTuple):
     window_size: tuple[int, int]
     shift: tuple[int, int]
 
-    @property
     def grid_size(self) -> tuple[int, int]:
         """Windows along each axis."""
         (rows, columns), (height, width) = self.map_size, self.window_size
         return -(-rows // height), -(-columns // width)
 
-    @property
     def count(self) -> int:
         """Number of windows W."""
-        rows, columns = self.grid_size
+        rows, columns = self.grid_size()
         return rows * columns
 
-    @property
     def tokens(self) -> int:
         """Tokens N of a window, with those of the padding."""
         return self.window_size[0] * self.window_size[1]
 
-    @property
     def is_padded(self) -> bool:
         """Whether some windows reach beyond the map."""
         (rows, columns), (height, width) = self.map_size, self.window_size
         return rows % height != 0 or columns % width != 0
 
-    @property
     def has_regions(self) -> bool:
         """Whether some windows hold parts of the map that are no neighbours, and don't see each other."""
         return any(self.shift)
@@ -92,11 +87,11 @@ class Windows(NamedTuple):
         """Positions in the rolled and padded map along each axis."""
         rows, columns = (
             torch.arange(number * window, device=device)
-            for number, window in zip(self.grid_size, self.window_size, strict=True)
+            for number, window in zip(self.grid_size(), self.window_size, strict=True)
         )
         return rows, columns
 
     def _cut(self, padded_map: Tensor) -> Tensor:
         """Cuts a padded map into windows (W, N)."""
-        (rows, columns), (height, width) = self.grid_size, self.window_size
-        return padded_map.view(rows, height, columns, width).transpose(1, 2).reshape(self.count, self.tokens)
+        (rows, columns), (height, width) = self.grid_size(), self.window_size
+        return padded_map.view(rows, height, columns, width).transpose(1, 2).reshape(self.count(), self.tokens())

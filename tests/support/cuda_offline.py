@@ -288,7 +288,7 @@ def record_windows(run, windows, head_dim, heads=HEADS, sources=1, bias=True, im
         record(patch, run)
         qkv = torch.randn(images, *windows.map_size, 3, heads, head_dim).bfloat16().requires_grad_()
         residual = torch.rand(images, *windows.map_size, sources) if sources else None
-        bias = torch.randn(heads, windows.tokens, windows.tokens).bfloat16().requires_grad_() if bias else None
+        bias = torch.randn(heads, windows.tokens(), windows.tokens()).bfloat16().requires_grad_() if bias else None
         output, _ = tlk.window_attention(
             qkv, residual, residual, window_size=windows.window_size, shift=windows.shift, bias=bias, backend="cuda"
         )
@@ -382,7 +382,7 @@ def counts_of_head(arch, heads=HEADS, images=IMAGES, windows=None, **options):
     With `windows` those of a head of one of them; see `record_windows`.
     """
     counts = collections.defaultdict(collections.Counter)
-    per_image = heads if windows is None else heads * windows.count
+    per_image = heads if windows is None else heads * windows.count()
 
     def run(launch, tensors):
         for opcode, times in count(launch, tensors, arch, images).items():

@@ -138,7 +138,7 @@ def record_packed(
 
 def record_windows(arch, windows, head_dim, dtype=torch.bfloat16, sources=1, heads=HEADS, prefer=(), has_bias=True):
     """The same of attention within windows of maps."""
-    of_map, tokens = (IMAGES, *windows.map_size), windows.tokens
+    of_map, tokens = (IMAGES, *windows.map_size), windows.tokens()
     qkv = torch.randn(*of_map, 3, heads, head_dim).to(dtype).requires_grad_()
     share = torch.rand(*of_map, sources) if sources else None
     bias = torch.randn(heads, tokens, tokens, dtype=dtype, requires_grad=True) if has_bias else None
@@ -344,7 +344,7 @@ def forward_bytes_in_windows(windows, kernel, heads):
         execute(launches[name])
     count, launch = execute(launches[kernel]), launches[kernel]
     size = {name: tensor.nbytes for name, tensor in launch.arguments.items() if isinstance(tensor, torch.Tensor)}
-    pairs, tokens = launch.arguments["log_sum_exp"].shape[0] * heads, windows.tokens
+    pairs, tokens = launch.arguments["log_sum_exp"].shape[0] * heads, windows.tokens()
     bias = pairs * tokens * -(-tokens // 8) * 8 * launch.arguments["bias"].element_size()
     takes_all_heads = "share" in size
     labels = size["parts"] * (1 if takes_all_heads else heads) + size.get("residual", 0)

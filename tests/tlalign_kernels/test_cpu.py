@@ -95,7 +95,7 @@ def large_windows(draw):
         head_dim=draw(st.integers(8, 80)),
         sources=draw(st.sampled_from([1, 2, 8, 9, 70])),
         residual=draw(st.booleans()),
-        bias_scale=draw(st.sampled_from([0.0, 1.0] if windows.is_padded else [0.0, 1.0, 1e4])),
+        bias_scale=draw(st.sampled_from([0.0, 1.0] if windows.is_padded() else [0.0, 1.0, 1e4])),
         dropout_p=draw(st.sampled_from([0.0, 0.3])),
         windows=windows,
     )
@@ -394,11 +394,11 @@ def test_nothing_is_written_beyond_the_results_of_windows(monkeypatch, isa, dtyp
     qkv, pad_qkv, bias, of_map = inputs["qkv"], inputs["pad_qkv"], inputs["bias"][None], (2, *windows.map_size)
     output, check_output = guarded(*of_map, 3, head_dim, dtype=dtype)
     share, check_share = guarded(*of_map, 3)
-    log_sum_exp, check_log_sum_exp = guarded(2 * windows.count, 3, windows.tokens)
+    log_sum_exp, check_log_sum_exp = guarded(2 * windows.count(), 3, windows.tokens())
     told = ops.WindowInputs(qkv, pad_qkv, bias, None, windows, head_dim**-0.5, 0.0)
     cpu.window_forward(told, inputs["share"], inputs["residual"], output, share, log_sum_exp)
     grad_qkv, check_grad_qkv = guarded(*qkv.shape, dtype=dtype)
-    grad_pad_qkv, check_grad_pad_qkv = guarded(3, 3, head_dim, dtype=dtype) if windows.is_padded else (None, bool)
+    grad_pad_qkv, check_grad_pad_qkv = guarded(3, 3, head_dim, dtype=dtype) if windows.is_padded() else (None, bool)
     grad_bias, check_grad_bias = guarded(*bias.shape, dtype=dtype)
     cpu.window_backward(told, inputs["grad_output"], output, log_sum_exp, grad_qkv, grad_pad_qkv, grad_bias)
     for check in (check_output, check_share, check_log_sum_exp, check_grad_qkv, check_grad_pad_qkv, check_grad_bias):

@@ -80,7 +80,7 @@ def check(
     assert [check for check in checks if not check.passed] == []
     if ON_GPU:
         return kernels
-    is_small = max(case.queries, case.keys) <= 64 if case.windows is None else case.windows.tokens <= 144
+    is_small = max(case.queries, case.keys) <= 64 if case.windows is None else case.windows.tokens() <= 144
     if is_small:
         names = {"attention_forward", "attention_backward_head"}
     else:
@@ -584,7 +584,7 @@ def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch, maps, heads, sou
     with monkeypatch.context() as patch:
         record(patch, blocks=blocks_of_last(2, maps, launches))
         output, share = tlk.window_attention(*tensors, **options, backend="cuda")
-    check_turns(launches, maps * windows.count * -(-heads // 2), heads == 2)
+    check_turns(launches, maps * windows.count() * -(-heads // 2), heads == 2)
     options |= {name: options[name].double() for name in ("bias", "pad_qkv")}
     exact = [tensor[-2:].double() for tensor in tensors]
     expected, expected_share = tlk.window_attention(*exact, **options, backend="reference")
@@ -646,12 +646,12 @@ def test_windows_are_read_once_and_written_once():
 
     maps, heads, dim, tokens, windows = 2, 3, 32, 64, Windows((16, 8), (8, 8), (4, 4))
     cuda_offline.record_windows(run, windows, dim, heads=heads, images=maps)
-    rows = maps * windows.count * heads * tokens
+    rows = maps * windows.count() * heads * tokens
     head = rows * dim * 2
     # Q, K, V; O, the log-sum-exp, and of each head the labels with what says where there are any.
     assert moved["attention_forward"] == (3 * head, head + rows * 4 + 2 * rows * 4)
     # Q, K, V, O and dO; dQ, dK, dV and the sum of dS.
-    assert moved["attention_backward_head"] == (5 * head, 3 * head + maps * windows.count * heads * tokens**2 * 4)
+    assert moved["attention_backward_head"] == (5 * head, 3 * head + maps * windows.count() * heads * tokens**2 * 4)
 
 
 @offline

@@ -871,6 +871,6 @@ def test_selftest_has_a_case_of_each_option():
     assert {case.packed for case in CASES} == {case.bias_scale > 0 for case in CASES} == {True, False}
     assert {case.mask for case in CASES} >= {None, "causal", "rows", "additive"}
     assert any(case.dropout_p for case in CASES)
-    assert {case.windows.is_padded for case in CASES if case.windows is not None} == {True, False}
-    assert {case.windows.has_regions for case in CASES if case.windows is not None} == {True, False}
+    assert {case.windows.is_padded() for case in CASES if case.windows is not None} == {True, False}
+    assert {case.windows.has_regions() for case in CASES if case.windows is not None} == {True, False}
     assert set(selftest.ROUNDING) >= set(DTYPES)

@@ -59,10 +59,10 @@ def cases(draw):
 @given(windows=geometries())
 def test_every_token_lies_in_one_window(windows):
     numbers = windows.token_numbers()
-    assert numbers.shape == (windows.count, windows.tokens)
+    assert numbers.shape == (windows.count(), windows.tokens())
     real = numbers[numbers >= 0]
     assert torch.equal(real.sort().values, torch.arange(windows.map_size[0] * windows.map_size[1]))
-    assert windows.is_padded == (len(real) < numbers.numel())
+    assert windows.is_padded() == (len(real) < numbers.numel())
 
 
 @given(windows=geometries())
@@ -216,7 +216,7 @@ def test_what_is_no_number_reaches_the_labels_that_it_mixes(backend, case):
     output, share = call(case, inputs, backend=backend)
     # In each window the first query, where that is not padding.
     assert share.isnan().any(-1).equal(output.isnan().flatten(3).any(-1))
-    assert 1 < share.isnan().any(-1).sum() <= 2 * case.windows.count
+    assert 1 < share.isnan().any(-1).sum() <= 2 * case.windows.count()
 
 
 @backends

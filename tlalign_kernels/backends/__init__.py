@@ -117,7 +117,8 @@ def auto_order(device_type: str) -> tuple[str, ...]:
 
 def _auto_candidates(problem: Problem) -> tuple[str, ...]:
     order = auto_order(problem.device_type)
-    tuned = TUNED and TUNED.get(problem_class(problem))
+    # As a plain tuple, since PyTorch 2.9 can't look others up while it compiles.
+    tuned = TUNED and TUNED.get(tuple(problem_class(problem)))
     return (tuned, *order) if tuned else order
 
 

@@ -139,7 +139,7 @@ def window_forward(
     batch, heads, head_dim = qkv.shape[0], *qkv.shape[4:]
     of_map, sources = (batch, *windows.map_size), 0 if share is None else share.shape[3]
     qkv, bias, tables = _evenly_strided(qkv), float_or_smaller(bias), _tables(windows)
-    count, tokens = windows.count, windows.tokens
+    count, tokens = windows.count(), windows.tokens()
     extension.compiled.cpu_attention_forward(
         (batch * count, heads, tokens, tokens, head_dim, sources),
         DTYPES[qkv.dtype],
@@ -173,7 +173,7 @@ def window_backward(
     dtype, batch, heads, head_dim = qkv.dtype, qkv.shape[0], *qkv.shape[4:]
     qkv, grad_output = _evenly_strided(qkv), _evenly_strided(unit_last_stride(grad_output.to(dtype)))
     (computing_bias, computing_grad_bias), tables = _computing_biases(bias, grad_bias), _tables(windows)
-    count, tokens = windows.count, windows.tokens
+    count, tokens = windows.count(), windows.tokens()
     of_map, packed = (batch, *windows.map_size, heads, head_dim), (batch, *windows.map_size, 3, heads, head_dim)
     extension.compiled.cpu_attention_backward(
         (batch * count, heads, tokens, tokens, head_dim, 0),
@@ -238,10 +238,10 @@ class _Tables(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _tables(windows: Windows) -> _Tables:
-    tables = (windows.token_numbers(_CPU), windows.regions(_CPU) if windows.has_regions else None)
+    tables = (windows.token_numbers(_CPU), windows.regions(_CPU) if windows.has_regions() else None)
     tokens, regions = (None if table is None else table.to(torch.int32).contiguous() for table in tables)
     rows, columns = windows.map_size
-    numbers = (windows.count, rows * columns, tokens.data_ptr(), 0 if regions is None else regions.data_ptr())
+    numbers = (windows.count(), rows * columns, tokens.data_ptr(), 0 if regions is None else regions.data_ptr())
     return _Tables(tokens, regions, numbers)
 
 

@@ -178,7 +178,7 @@ def window_backward(
     row_terms = qkv.new_empty((batch, heads, *_native.cuda_row_terms(tokens, DTYPES[dtype])), dtype=torch.float32)
     padding = grad_padding = bias_sums = None
     if grad_pad_qkv is not None:
-        padding = windows.count * tokens - of_map[2]
+        padding = windows.count() * tokens - of_map[2]
         grad_padding = qkv.new_empty((images, padding, 2, heads, head_dim))
     windows_of_sum = 1
     if grad_bias is not None:
@@ -218,14 +218,14 @@ def _window_problem(inputs: WindowInputs, sources: int) -> tuple[tuple, tuple]:
     qkv, pad_qkv, bias, _, windows, scale, _ = inputs
     qkv = _aligned(qkv.flatten(1, 2))
     images, tokens_of_map, _, heads, head_dim = qkv.shape
-    batch, tokens, device, dtype = images * windows.count, windows.tokens, qkv.device, qkv.dtype
+    batch, tokens, device, dtype = images * windows.count(), windows.tokens(), qkv.device, qkv.dtype
     of_map = (images, heads, tokens_of_map, head_dim)
     bias = float_or_smaller(bias)
     pad_qkv = None if pad_qkv is None else _aligned(pad_qkv)
     sizes = (batch, heads, tokens, tokens, head_dim, sources)
     bias_offsets = offsets("bias", bias, (1, heads, tokens, tokens), device)
     starts, _ = _starts(sizes, bias_offsets, None, scale, qkv, in_windows=True)
-    places = qkv.new_empty((windows.count, _native.cuda_places(tokens)), dtype=torch.int32)
+    places = qkv.new_empty((windows.count(), _native.cuda_places(tokens)), dtype=torch.int32)
     views = zip(("query", "key", "value"), unpack_qkv(qkv), strict=True)
     problem = (
         sizes,

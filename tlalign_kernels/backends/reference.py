@@ -172,7 +172,7 @@ REGION_BIAS = -100.0
 
 def _region_bias(windows: Windows, qkv: Tensor) -> Tensor | None:
     """REGION_BIAS where query and key lie in different regions, else 0: (B * W, 1, N, N)."""
-    if not windows.has_regions:
+    if not windows.has_regions():
         return None
     regions = windows.regions(qkv.device)
     differ = regions[:, :, None] != regions[:, None, :]

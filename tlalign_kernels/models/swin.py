@@ -72,7 +72,7 @@ class WindowFollower(LabelFollower):
             raise ValueError("mask: expected None with a share, whose windows follow from the shift, got a tensor")
         qkv, in_padding = self._project(x)
         by_heads = (3, self.num_heads, -1)
-        is_padded = Windows(tuple(x.shape[1:3]), self.window_size, shift).is_padded
+        is_padded = Windows(tuple(x.shape[1:3]), self.window_size, shift).is_padded()
         attended, share = window_attention(
             self._compared(qkv.unflatten(-1, by_heads)),
             share,

@@ -712,7 +712,7 @@ def _sizes(query: Tensor, key: Tensor, windows: Windows | None) -> tuple[int, in
     batch, heads, queries, head_dim = query.shape
     if windows is None:
         return batch, heads, queries, key.shape[2], head_dim
-    return batch * windows.count, heads, windows.tokens, windows.tokens, head_dim
+    return batch * windows.count(), heads, windows.tokens(), windows.tokens(), head_dim
 
 
 def _arranged(bias: Tensor | None, query: Tensor, queries: int, keys: int, windows: Windows | None) -> Tensor | None:
@@ -720,7 +720,7 @@ def _arranged(bias: Tensor | None, query: Tensor, queries: int, keys: int, windo
 
     Rows of a multiple of 16 numbers begin at addresses from which a thread reads several at once.
     """
-    has_regions = windows is not None and windows.has_regions
+    has_regions = windows is not None and windows.has_regions()
     if bias is None and not has_regions:
         return None
     heads, row = 1 if bias is None else bias.shape[1], -(-keys // 16) * 16
@@ -758,7 +758,7 @@ def _inverse(
 
 def _given(bias: Tensor | None, mask: Tensor | None, windows: Windows | None) -> tuple[bool, bool]:
     """Whether there is a bias and, as regions of windows are, a mask."""
-    return bias is not None, mask is not None or (windows is not None and windows.has_regions)
+    return bias is not None, mask is not None or (windows is not None and windows.has_regions())
 
 
 def _shape_of(query: Tensor, key: Tensor, has_offsets: bool, has_mask: bool, windows: Windows | None) -> Shape:

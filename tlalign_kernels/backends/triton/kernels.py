@@ -34,18 +34,23 @@ def _along(windows, size, axis):
 
 
 @triton.constexpr_function
+def _windows_along(windows, axis):
+    return Windows(*windows).grid_size()[axis]
+
+
+@triton.constexpr_function
 def _count(windows):
-    return Windows(*windows).count
+    return Windows(*windows).count()
 
 
 @triton.constexpr_function
 def _is_padded(windows):
-    return windows is not None and Windows(*windows).is_padded
+    return windows is not None and Windows(*windows).is_padded()
 
 
 @triton.constexpr_function
 def _has_regions(windows):
-    return windows is not None and Windows(*windows).has_regions
+    return windows is not None and Windows(*windows).has_regions()
 
 
 @triton.constexpr_function
@@ -134,7 +139,7 @@ def _place(image, WINDOWS: tl.constexpr):
         return image, (0, 0)  # not None, which functions of older Triton can't return
     else:
         COUNT: tl.constexpr = _count(WINDOWS)
-        ACROSS: tl.constexpr = _along(WINDOWS, "grid_size", 1)
+        ACROSS: tl.constexpr = _windows_along(WINDOWS, 1)
         HEIGHT: tl.constexpr = _along(WINDOWS, "window_size", 0)
         WIDTH: tl.constexpr = _along(WINDOWS, "window_size", 1)
         number = image.to(tl.int32)
@@ -170,8 +175,8 @@ def _kind(image, place, WINDOWS: tl.constexpr):
     elif not _has_regions(WINDOWS):
         return image * 0
     else:
-        is_lowest = place[0] == (_along(WINDOWS, "grid_size", 0) - 1) * _along(WINDOWS, "window_size", 0)
-        is_rightmost = place[1] == (_along(WINDOWS, "grid_size", 1) - 1) * _along(WINDOWS, "window_size", 1)
+        is_lowest = place[0] == (_windows_along(WINDOWS, 0) - 1) * _along(WINDOWS, "window_size", 0)
+        is_rightmost = place[1] == (_windows_along(WINDOWS, 1) - 1) * _along(WINDOWS, "window_size", 1)
         return (is_lowest.to(tl.int32) * 2 + is_rightmost.to(tl.int32)).to(tl.int64)
 
 
