@@ -126,6 +126,7 @@ def test_what_does_not_belong_together_is_refused():
         ("stem.conv", nn.Conv2d(3, 8, 4, 4)),
         ("stages.1.downsample.conv", nn.Conv2d(8, 16, 4, 2)),
         ("stages.1.blocks.1.0.attn", nn.Flatten()),
+        ("stages.1.blocks.1.0.attn.softmax", nn.Softmax(1)),
         ("stages.2.blocks.0.1", nn.Flatten()),
         ("head", nn.Flatten()),
     ],

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from tlalign_kernels.functional import window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.pvt_v2 import check_convolution, stride_of
-from tlalign_kernels.models.swin import check_head
+from tlalign_kernels.models.swin import WindowFollower, check_head
 from tlalign_kernels.patch import (
     ImageModelFollower,
     LabelFollower,
-    check_head_dim,
     follow,
     projected_padding,
     register,
@@ -35,8 +34,8 @@ class AlignedWindowAttention(LabelFollower, davit.WindowAttention):
 
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
-        """Raises NotImplementedError for heads that no backend has."""
-        check_head_dim(module.dim // module.num_heads, name)
+        """Raises NotImplementedError if weights are made by no softmax, and for heads that no backend has."""
+        WindowFollower.check(module, name)
 
     def forward(
         self, x: Tensor, share: Tensor | None = None, residual: Tensor | None = None
