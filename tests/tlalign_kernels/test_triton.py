@@ -613,8 +613,8 @@ def test_few_scores_are_padding(arch):
     assert 1 <= padding(launches["attention_backward_head"], 3) <= 1.5
     for forward in ("attention_forward_heads", "attention_forward_row"):
         launches = offline.record_windows(arch, SHIFTED, head_dim=32, heads=3, prefer=[forward])
-        assert 1 <= padding(launches[forward], 3, SHIFTED.count) <= 1.5
-    assert 1 <= padding(launches["attention_backward_head"], 3, SHIFTED.count) <= 1.5
+        assert 1 <= padding(launches[forward], 3, SHIFTED.count()) <= 1.5
+    assert 1 <= padding(launches["attention_backward_head"], 3, SHIFTED.count()) <= 1.5
 
 
 @of_new_triton
@@ -663,7 +663,7 @@ def test_windows_take_no_more_instructions_than_attention_with_a_bias(arch):
     windows = offline.record_windows(arch, SHIFTED, 32, heads=3)
     packed = offline.record_packed(arch, 49, 32, heads=3, offsets=True, mask=False)
     for name in ("attention_forward_row", "attention_backward_head"):
-        of_window = offline.count_of_head(windows[name], arch, 3, offline.IMAGES * SHIFTED.count).total()
+        of_window = offline.count_of_head(windows[name], arch, 3, offline.IMAGES * SHIFTED.count()).total()
         assert of_window <= count(packed[name], arch, heads=3)
 
 
