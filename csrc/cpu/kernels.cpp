@@ -37,12 +37,19 @@ constexpr int MAX_VECTORS = 2;
 constexpr int TILE_ROWS[] = {0, 8, 4};
 #endif
 
+// Instructions that only bfloat16 has; compiled for them, all else would be the same as without.
+#if defined(__AVX512BF16__)
+constexpr bool ONLY_BFLOAT16 = true;
+#else
+constexpr bool ONLY_BFLOAT16 = false;
+#endif
+
 // Keys of a block at head dimension 64: N up to 272, that is all of ViT at 224 pixels, is one block.
 constexpr int64_t KEY_BLOCK = 272;
 constexpr int64_t QUERY_CHUNK = 272;  // of the forward
-// Of the backward: whole panels, 64 or a little more.
+// Of the backward: whole panels, 64 or a little more; of bfloat16, whose products are half as deep, twice as many.
 constexpr int64_t PANEL = MAX_VECTORS * LANES;
-constexpr int64_t QUERY_BLOCK = (64 + PANEL - 1) / PANEL * PANEL;
+constexpr int64_t QUERY_BLOCK = ((ONLY_BFLOAT16 ? 128 : 64) + PANEL - 1) / PANEL * PANEL;
 
 constexpr int64_t LABEL_BLOCK = 64;  // labels of a pass over dense ones
 // Rows that are read no more often than this aren't worth a copy: those of short windows.
@@ -93,13 +100,6 @@ void with_type(DType dtype, Work work) {
   if (dtype == DType::bfloat16) return work(BFloat16{});
   work(Float16{});
 }
-
-// Instructions that only bfloat16 has; compiled for them, all else would be the same as without.
-#if defined(__AVX512BF16__)
-constexpr bool ONLY_BFLOAT16 = true;
-#else
-constexpr bool ONLY_BFLOAT16 = false;
-#endif
 
 // The same of query, key, value, output and their gradients.
 template <class Work>
@@ -1280,14 +1280,16 @@ struct BackwardScratch {
   BackwardScratch(const Problem& p, const Plan& plan, float* scratch) {
     Arena arena(scratch);
     const int64_t keys = plan.key_block(), padded = padded_queries(p, LANES) + PANEL;
-    const int64_t key_pairs_rows = ONLY_BFLOAT16 && p.dtype == DType::bfloat16 ? (keys + 1) / 2 : 0;
+    const bool pairs_rows = ONLY_BFLOAT16 && p.dtype == DType::bfloat16;
+    const int64_t key_pairs_rows = pairs_rows ? (keys + 1) / 2 : 0;
+    const int64_t query_rows = pairs_rows ? QUERY_BLOCK / 2 : QUERY_BLOCK;
     key = arena.take(keys * plan.row);
     key_pairs = arena.take(key_pairs_rows * plan.row);
     value = arena.take(keys * plan.row);
     grad_key = arena.take(keys * plan.row);
     grad_value = arena.take(keys * plan.row);
-    query = arena.take(QUERY_BLOCK * plan.row);
-    grad_output = arena.take(QUERY_BLOCK * plan.row);
+    query = arena.take(query_rows * plan.row);
+    grad_output = arena.take(query_rows * plan.row);
     columns = arena.take(p.head_dim * PANEL);
     scores = arena.take(keys * ScorePanel::ROW);
     gradients = arena.take(keys * ScorePanel::ROW);
