@@ -24,6 +24,8 @@ class Windows(NamedTuple):
     window_size: tuple[int, int]
     shift: tuple[int, int]
 
+    # Methods, since PyTorch 2.9 and 2.10 can't follow properties of a tuple where they compile for dynamic maps.
+
     def grid_size(self) -> tuple[int, int]:
         """Windows along each axis."""
         (rows, columns), (height, width) = self.map_size, self.window_size

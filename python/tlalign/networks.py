@@ -69,22 +69,21 @@ def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
     if config.initial_checkpoint is not None:
         weights = load_weights("initial_checkpoint", Path(config.initial_checkpoint))
         model = create_model(config, num_classes)
-        classifier = model.default_cfg.get("classifier") or ()
-        for name in (classifier,) if isinstance(classifier, str) else classifier:
+        for name in _classifiers(model):
             # timm would load the rest without looking whether it is all there. A new head is taken along instead.
             if f"{name}.weight" in weights and len(weights[f"{name}.weight"]) != num_classes:
                 weights |= {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
         source = {"state_dict": weights, "num_classes": num_classes}
-        first = weights.get(f"{model.default_cfg.get('first_conv')}.weight")
-        if first is not None:  # timm adapts it to the model's channels if it is told of how many it is
-            source["input_size"] = (first.shape[1], *model.default_cfg["input_size"][1:])
+        first, input_size = (model.default_cfg.get(key) for key in ("first_conv", "input_size"))
+        if f"{first}.weight" in weights:  # timm adapts it to the model's channels if it is told of how many it is
+            source["input_size"] = (weights[f"{first}.weight"].shape[1], *input_size[1:])
         described = f"initial_checkpoint: {config.initial_checkpoint} is not of this {config.model}"
     elif config.pretrained:
         source = {}
         described = f"pretrained: cannot get the published weights of {config.model}"
     else:
         return create_model(config, num_classes)
-    input_size = create_model(config, 1).default_cfg.get("input_size")  # and says what else is wrong
+    create_model(config, 1)  # says what else is wrong
     try:
         model = create_model(config, num_classes, pretrained=True, pretrained_cfg_overlay=source)
     except Exception as error:  # downloads have errors of many classes
@@ -125,11 +124,14 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
 def count_classes(weights: dict[str, Tensor], config: ModelConfig) -> int | None:
     """Number of classes of a model's weights; None if they have no classifier, or one that timm doesn't name."""
     with torch.device("meta"):
-        names = create_model(config, 1).default_cfg.get("classifier")
-    for name in (names,) if isinstance(names, str) else names or ():
-        if f"{name}.weight" in weights:
-            return len(weights[f"{name}.weight"])
-    return None
+        names = _classifiers(create_model(config, 1))
+    return next((len(weights[f"{name}.weight"]) for name in names if f"{name}.weight" in weights), None)
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that timm calls a model's classifier; distilled models have two."""
+    names = model.default_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def load_weights(name: str, path: Path, use_ema: bool = True) -> dict[str, Tensor]:

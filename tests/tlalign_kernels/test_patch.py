@@ -260,9 +260,7 @@ def test_hooks_of_leaves_act_as_in_timms_model(name, images, target):
     model = tlk.patch_model(following.randomised(timm.create_model(name, num_classes=10, **SMALL[name])).eval())
     skipped = ("attn_drop", "softmax")  # which have no tensor to act on
     leaves = [
-        module
-        for path, module in model.named_modules()
-        if not any(module.children()) and not path.endswith(skipped) and not isinstance(module, nn.Sequential)
+        module for path, module in model.named_modules() if not list(module.children()) and not path.endswith(skipped)
     ]
     for module in leaves:
         module.register_forward_hook(lambda module, inputs, output: 1.01 * output + 0.01)
