@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from tlalign_kernels.windows import Windows
 
@@ -326,6 +327,35 @@ def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("attention with label propagation has no second derivative")
 
 
+def _flops(rows: tuple[int, int, int], keys: int, head_dim: int, products: int, sources: int = 0) -> int:
+    """Of so many matrix products, `rows` their (B, H, Nq), and of the labels, as `torch.utils.flop_counter` counts."""
+    batch, heads, queries = rows
+    return 2 * batch * queries * keys * (products * heads * head_dim + sources)
+
+
+def _attention_flops(_query, key, *_, out_shape, **__):
+    output, share, rows = out_shape
+    return _flops(rows, key[2], output[-1], 2, share[-1])
+
+
+def _packed_flops(*_, out_shape, **__):
+    output, share, rows = out_shape
+    return _flops(rows, rows[2], output[-1], 2, share[-1])
+
+
+# Of each of the two products that of either factor's gradient, and the scores once more.
+def _attention_backward_flops(grad_output, _query, key, _value, _output, rows, *_, **__):
+    return _flops(rows, key[2], grad_output[-1], 5)
+
+
+def _attention_qkv_backward_flops(grad_output, _qkv, _output, rows, *_, **__):
+    return _flops(rows, rows[2], grad_output[-1], 5)
+
+
+def _window_attention_backward_flops(grad_output, _qkv, _pad_qkv, _output, rows, *_, **__):
+    return _flops(rows, rows[2], grad_output[-1], 5)
+
+
 def _function(
     name: str, kernel: Callable, autograd: Callable, setup_context: Callable | None
 ) -> type[torch.autograd.Function]:
@@ -343,15 +373,24 @@ def _function(
 
 _OPERATORS: dict[str, tuple[torch._ops.OpOverload, Callable, type[torch.autograd.Function]]] = {}
 
-for _name, _kernel, _fake, _autograd, _setup in (
-    ("attention", _attention, _attention_fake, _attention_autograd, _setup_context),
-    ("attention_qkv", _attention_qkv, _attention_qkv_fake, _attention_qkv_autograd, _setup_context),
-    ("window_attention", _window_attention, _window_attention_fake, _window_attention_autograd, _setup_window_context),
-    ("attention_backward", _attention_backward, _attention_backward_fake, _no_second_derivative, None),
-    ("attention_qkv_backward", _attention_qkv_backward, _attention_qkv_backward_fake, _no_second_derivative, None),
+for _name, _kernel, _fake, _autograd, _setup, _formula in (
+    ("attention", _attention, _attention_fake, _attention_autograd, _setup_context, _attention_flops),
+    ("attention_qkv", _attention_qkv, _attention_qkv_fake, _attention_qkv_autograd, _setup_context, _packed_flops),
+    (
+        "window_attention", _window_attention, _window_attention_fake, _window_attention_autograd,
+        _setup_window_context, _packed_flops,
+    ),
+    (
+        "attention_backward", _attention_backward, _attention_backward_fake, _no_second_derivative,
+        None, _attention_backward_flops,
+    ),
+    (
+        "attention_qkv_backward", _attention_qkv_backward, _attention_qkv_backward_fake, _no_second_derivative,
+        None, _attention_qkv_backward_flops,
+    ),
     (
         "window_attention_backward", _window_attention_backward, _window_attention_backward_fake,
-        _no_second_derivative, None,
+        _no_second_derivative, None, _window_attention_backward_flops,
     ),
 ):  # fmt: skip
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -362,9 +401,9 @@ for _name, _kernel, _fake, _autograd, _setup in (
         setup_context=_setup,
         lib=_library,
     )
-    _OPERATORS[_name] = (
-        getattr(torch.ops.tlalign_kernels, _name).default, _kernel, _function(_name, _kernel, _autograd, _setup)
-    )  # fmt: skip
+    _packet = getattr(torch.ops.tlalign_kernels, _name)
+    register_flop_formula(_packet)(_formula)
+    _OPERATORS[_name] = (_packet.default, _kernel, _function(_name, _kernel, _autograd, _setup))
 
 
 def call(name: str, *arguments) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from properties import call, check_heads_may_be_permuted, check_labels_never_influence_others
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import tlalign_kernels as tlk
 from tlalign_kernels import ops, selftest
@@ -647,6 +648,37 @@ def test_operators_are_seen_by_dispatch_modes_and_compute_the_same(name, backend
         dispatched = run()
     assert {f"tlalign_kernels::{name}", f"tlalign_kernels::{name}_backward"} <= seen.names
     assert all(torch.equal(first, second) for first, second in zip(direct, dispatched, strict=True))
+
+
+@pytest.mark.parametrize("sources", [0, 1, 3])
+@pytest.mark.parametrize("name", ["attention", "attention_qkv", "window_attention"])
+def test_flops_are_those_of_the_products(name, sources):
+    batch, heads, queries, keys, head_dim = {
+        "attention": (2, 3, 11, 5, 16),
+        "attention_qkv": (2, 3, 11, 11, 16),
+        "window_attention": (2 * 4, 3, 9, 9, 16),  # 6 x 6 tokens in windows of 3 x 3
+    }[name]
+    query, key, value = leaves(1, batch, heads, queries, head_dim) + leaves(2, batch, heads, keys, head_dim)
+    labels = torch.rand(batch, keys, sources)
+    with FlopCounterMode(display=False) as of_scores:
+        scores = query @ key.transpose(-2, -1)
+    with FlopCounterMode(display=False) as plain:
+        weights = scores.softmax(dim=-1)
+        if sources:
+            _ = weights.detach().mean(dim=1) @ labels
+        (weights @ value).sum().backward()
+    share = labels if sources else None
+    with FlopCounterMode(display=False) as ours:
+        if name == "attention":
+            output, _ = tlk.attention(query, key, value, share)
+        elif name == "attention_qkv":
+            output, _ = tlk.attention_qkv(*leaves(1, batch, queries, 3, heads, head_dim), share)
+        else:
+            share = share if share is None else share.view(2, 6, 6, sources)
+            output, _ = tlk.window_attention(*leaves(1, 2, 6, 6, 3, heads, head_dim), share, window_size=(3, 3))
+        output.sum().backward()
+    # The backward computes the scores once more.
+    assert ours.get_total_flops() == plain.get_total_flops() + 2 * of_scores.get_total_flops()
 
 
 def test_subclasses_of_tensors_see_the_operator():
