@@ -263,11 +263,11 @@ def attention_options(attention: nn.Module) -> dict[str, object]:
     return {"scale": attention.scale, "dropout_p": attention_dropout(attention), "backend": attention.label_backend}
 
 
-def projected_padding(projection: nn.Module, x: Tensor) -> Tensor | None:
-    """What a projection of tokens x (..., channels) makes of zeros, (outputs) or (1, outputs); None: zeros."""
-    if is_bare(projection, nn.Linear):
-        return projection.bias
-    return projection(x.new_zeros(1, x.shape[-1]))  # it has an adapter, or is quantised
+def projected_padding(projection: nn.Module, x: Tensor, by_heads: tuple[int, int, int]) -> Tensor | None:
+    """What the projection of tokens x (..., channels) makes of zeros, as `by_heads`, (3, H, D); None: zeros."""
+    # One that isn't bare has an adapter, or is quantised.
+    padding = projection.bias if is_bare(projection, nn.Linear) else projection(x.new_zeros(1, x.shape[-1]))
+    return None if padding is None else padding.view(by_heads)
 
 
 def is_bare(module: nn.Module, module_class: type[nn.Module]) -> bool:

@@ -60,7 +60,7 @@ class AlignedWindowAttention(LabelFollower, davit.WindowAttention):
             residual,
             window_size=self.window_size,
             # timm pads with zeros before the projection, which makes its bias of them.
-            pad_qkv=projected_padding(self.qkv, x).view(heads) if windows.is_padded() else None,
+            pad_qkv=projected_padding(self.qkv, x, heads) if windows.is_padded() else None,
             scale=self.scale,
             backend=self.label_backend,
         )

@@ -70,17 +70,17 @@ class WindowFollower(LabelFollower):
             return super().forward(x, mask=mask)
         if mask is not None:
             raise ValueError("mask: expected None with a share, whose windows follow from the shift, got a tensor")
-        qkv, in_padding = self._project(x)
         by_heads = (3, self.num_heads, -1)
+        qkv, in_padding = self._project(x, by_heads)
         is_padded = Windows(tuple(x.shape[1:3]), self.window_size, shift).is_padded()
         attended, share = window_attention(
-            self._compared(qkv.unflatten(-1, by_heads)),
+            self._compared(qkv),
             share,
             residual,
             window_size=self.window_size,
             shift=shift,
             bias=self._position_bias(),
-            pad_qkv=self._compared(in_padding.view(by_heads)) if is_padded and in_padding is not None else None,
+            pad_qkv=self._compared(in_padding) if is_padded and in_padding is not None else None,
             scale=self._score_scale(),
             dropout_p=attention_dropout(self),
             backend=self.label_backend,
@@ -95,9 +95,9 @@ class WindowFollower(LabelFollower):
         if softmax is not None and (type(softmax) is not nn.Softmax or softmax.dim != -1):
             raise NotImplementedError(f"{name}.softmax: can't follow labels through {softmax}")
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The projection (B, Ht, Wt, 3 * H * D), and what it is in the padding (3 * H * D); None: zeros."""
-        return self.qkv(x), projected_padding(self.qkv, x)
+    def _project(self, x: Tensor, by_heads: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
+        """The projection (B, Ht, Wt, 3, H, D), and what it is in the padding, `by_heads`, (3, H, D); None: zeros."""
+        return self.qkv(x).unflatten(-1, by_heads), projected_padding(self.qkv, x, by_heads)
 
     def _compared(self, qkv: Tensor) -> Tensor:
         """Of a projection (..., 3, H, D) the query, key and value that attend."""
@@ -147,16 +147,16 @@ class AlignedWindowAttentionV2(CosineWindowFollower, swin_transformer_v2.WindowA
     mirrors: ClassVar[dict[str, str]] = {"forward": "127a2e4fdaaa7f29"}
     untouched = ("softmax", "cpb_mlp")
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _project(self, x: Tensor, by_heads: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
         if self.q_bias is None:
-            return self.qkv(x), None
+            return self.qkv(x).unflatten(-1, by_heads), None
         qkv_bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         if self.qkv_bias_separate:
             qkv = self.qkv(x)
             qkv += qkv_bias
         else:
             qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        return qkv, qkv_bias
+        return qkv.unflatten(-1, by_heads), qkv_bias.view(by_heads)
 
     def _position_bias(self) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)

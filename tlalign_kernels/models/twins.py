@@ -57,7 +57,7 @@ class AlignedLocallyGroupedAttn(LabelFollower, twins.LocallyGroupedAttn):
             None if residual is None else residual.unflatten(1, size),
             window_size=windows.window_size,
             # timm pads with zeros before the projection, which makes its bias of them.
-            pad_qkv=projected_padding(self.qkv, x).view(heads) if windows.is_padded() else None,
+            pad_qkv=projected_padding(self.qkv, x, heads) if windows.is_padded() else None,
             **attention_options(self),
         )
         return self.proj_drop(self.proj(attended.reshape(x.shape))), share.flatten(1, 2)
