@@ -404,6 +404,10 @@ def _unused(config: TrainConfig) -> dict[str, str]:
         unused |= dict.fromkeys(("layers", "residual", "stochastic_depth"), trained)
     if config.data in ("digits", "mnist-5k") or config.data.startswith("folder:"):
         unused |= dict.fromkeys(("data_dir", "download", "train_split", "eval_split"), f"data {config.data}")
+    if config.data.startswith("wds/"):
+        unused["download"] = f"data {config.data}"
+    if config.auto_augment is not None and "3a" not in config.auto_augment:
+        unused["color_jitter"] = f"auto_augment {config.auto_augment}"
     if config.warmup_epochs == 0:
         unused["warmup_lr"] = "a run without warmup_epochs"
     return unused

@@ -153,7 +153,7 @@ class FolderImages(ReaderImages):
             none.
     """
 
-    def __init__(self, place: Path, classes: Sequence[str] | None = None, others_lack: str = "") -> None:
+    def __init__(self, place: Path, classes: Sequence[str] | None, others_lack: str) -> None:
         try:
             super().__init__(create_reader("", root=str(place)))
             # timm has passed over folders that can't be read.
@@ -419,18 +419,19 @@ def open_hugging_face(config: EvalConfig) -> Parts:
                 f"{option}: expected no number of images, which is for streams (hfids/), got {getattr(config, option)}"
             )
         arguments = {"root": config.data_dir, "split": split}
+        wanted = f"{option}: expected the number of images after it, such as '{split}|50000'"
+        if count and not (count.isdecimal() and int(count)):
+            raise UsageError(f"{wanted}, got {getattr(config, option)}")
         if streams:
             arguments |= {"is_training": option == "train_split", "download": config.download, "input_img_mode": ""}
-            arguments |= {"num_samples": int(count) if count.isdecimal() else None}
+            arguments |= {"num_samples": int(count) if count else None}
         try:
             reader = _create_hugging_face_reader(config, arguments)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             if "Unknown split" in str(error) or "instruction format" in str(error):
                 raise UsageError(f"{option}: {error}") from error
             if "num_samples" in str(error):
-                raise UsageError(
-                    f"{option}: expected the number of images after it, such as '{split}|50000'"
-                ) from error
+                raise UsageError(wanted) from error
             # Streams are read from the hub anyway.
             remedy = "" if config.download or streams else "; --download true fetches it"
             cache = config.data_dir or "the cache of Hugging Face (HF_HOME)"

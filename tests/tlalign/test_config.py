@@ -171,6 +171,14 @@ def test_the_help_of_compare_is_of_a_comparison(capsys):
             ["--recipe", "none", "--model", "vit_tiny_patch16_224", "--data", "folder:x", "--data_dir", "x"],
             "data_dir: expected none, for data folder:x makes no use of it, got x",
         ),
+        (
+            ["--recipe", "none", "--model", "vit_tiny_patch16_224", "--data", "wds/", "--download", "true"],
+            "download: expected none, for data wds/ makes no use of it, got True",
+        ),
+        (
+            ["--auto_augment", "rand-m9", "--color_jitter", "0.4"],
+            "color_jitter: expected none, for auto_augment rand-m9 makes no use of it, got 0.4",
+        ),
         (["--mixing", "none", "--mix_mode", "elem"], "mix_mode: expected none, for mixing none makes no use of it"),
         (["--lr", "fast"], "error: lr: expected a number, got fast\n"),
         (["--epochs", "1.5"], "error: epochs: expected a whole number, got 1.5\n"),

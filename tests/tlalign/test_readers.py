@@ -394,6 +394,9 @@ def test_a_hugging_face_stream(hub):
         UsageError, match=r"train_split: expected the number of images after it, such as 'train\|50000'"
     ):
         load_data_sets(config(**given | {"train_split": "train"}))
+    for count in ("5O000", "0", "-1"):
+        with pytest.raises(UsageError, match=rf"eval_split: expected the number .*, got test\|{count}"):
+            load_data_sets(config(**given | {"eval_split": f"test|{count}"}))
     with pytest.raises(UsageError, match="workers: expected at most the 4 shards"):
         train_loader(config(**given | {"workers": 5}))
 
