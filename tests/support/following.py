@@ -307,6 +307,20 @@ def check_layers(model, images, target, blocks):
         tlk.patch_model(model, layers=[blocks])
 
 
+def check_refused(model, where, replacement):
+    """A model with another module somewhere is refused, by the name of that place."""
+    model.set_submodule(where, replacement)
+    with pytest.raises(NotImplementedError, match=f"^{where}: "):
+        tlk.patch_model(model)
+
+
+def check_intermediates(model, images):
+    """`forward_intermediates` of a patched model is timm's."""
+    expected = model.forward_intermediates(images, intermediates_only=True)
+    patched = tlk.patch_model(model).forward_intermediates(images, intermediates_only=True)
+    assert all(torch.equal(ours, own) for ours, own in zip(patched, expected, strict=True))
+
+
 def check_errors(model, images, target):
     """What does not belong together is refused with a reason."""
     tlk.patch_model(model)
@@ -335,9 +349,9 @@ class Weights:
         self.named = dict(model.state_dict())
 
     def linear(self, x, name):
-        return F.linear(x, self.named[f"{name}.weight"], self.named[f"{name}.bias"])
+        return F.linear(x, self.named[f"{name}.weight"], self.named.get(f"{name}.bias"))
 
-    def norm(self, x, name, eps):
+    def norm(self, x, name, eps=1e-5):
         return F.layer_norm(x, x.shape[-1:], self.named[f"{name}.weight"], self.named[f"{name}.bias"], eps)
 
     def conv(self, x, name, **options):
@@ -408,12 +422,19 @@ def thousand_classes(size):
     return images, MixedTarget.from_boxes(classes, boxes, size), pixels
 
 
-def check_against_dense(model, images, target, logits, labels, pool):
-    """A patched model's logits and labels are those of a dense computation.
+def mean_of_tokens(labels):
+    return labels.mean(dim=1)
 
-    `labels` (B, N, 1000) are those of the tokens after the last block, `pool` what makes the image's label of them.
+
+def check_thousand_classes(model, size, dense_oracle, residual=True, pool=mean_of_tokens):
+    """A model's logits and labels are those of a dense computation of all classes in float64.
+
+    `dense_oracle` makes logits and labels (B, N, 1000) of the tokens after the last block of the model, the images, the
+    labels of their pixels and `residual`; `pool` makes the image's label of them.
     """
-    ours, aligned = model(images, target=target, collect_layers=True)
+    images, target, pixels = thousand_classes(size)
+    logits, labels = dense_oracle(model, images, pixels, residual)
+    ours, aligned = tlk.patch_model(model, residual=residual)(images, target=target, collect_layers=True)
     torch.testing.assert_close(ours, logits, rtol=0, atol=1e-10)
     assert aligned.ratio.dtype == torch.float64
     torch.testing.assert_close(aligned.to_dense(1000), pool(labels), rtol=0, atol=1e-10)

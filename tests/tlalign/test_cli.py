@@ -161,7 +161,7 @@ def test_classes_of_a_folder_keep_the_ids_that_a_run_gave_them(on_images, tmp_pa
     assert "resume: the run has class green where the images that are there now have pink" in capsys.readouterr().err
 
 
-def test_a_run_knows_where_its_images_are_from_anywhere(on_images, tmp_path, monkeypatch, capsys):
+def test_a_run_knows_where_its_images_are_from_anywhere(on_images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [option.replace(f"folder:{tmp_path}/", "folder:") for option in on_images]
     assert main(["train", *options, "--model=vit_tiny_patch16_224", "--model_kwargs", str(MODEL)]) == 0

@@ -45,7 +45,7 @@ def dense_oracle(model, images, labels, residual):
         size = x.shape[2:]
         bounds = (following.cells(tokens, stride, partial=False) for tokens in labels.shape[1:3])
         labels = following.pooled(labels, *bounds).flatten(1, 2)
-        x = weights.norm(x.flatten(2).transpose(1, 2), f"patch_embed{stage}.norm", 1e-5)
+        x = weights.norm(x.flatten(2).transpose(1, 2), f"patch_embed{stage}.norm")
         position = weights.named[f"pos_embed{stage}"]
         if stage == 4:
             x = torch.cat((weights.named["cls_token"].expand(len(x), -1, -1), x), dim=1)
@@ -64,7 +64,7 @@ def dense_oracle(model, images, labels, residual):
             if stage < 4:
                 step = {1: 8, 2: 4, 3: 2}[stage]
                 keys = weights.conv(keys.transpose(1, 2).unflatten(2, size), f"{name}.attn.sr", stride=step)
-                keys = weights.norm(keys.flatten(2).transpose(1, 2), f"{name}.attn.norm", 1e-5)
+                keys = weights.norm(keys.flatten(2).transpose(1, 2), f"{name}.attn.norm")
                 bounds = (following.cells(tokens, step, partial=False) for tokens in size)
                 key_labels = following.pooled(labels.unflatten(1, size), *bounds).flatten(1, 2)
             projected = (
@@ -94,14 +94,11 @@ def dense_oracle(model, images, labels, residual):
 )
 def test_model_and_shares_equal_a_dense_computation_in_float64(size, options, residual):
     model = small(num_classes=1000, **options).double()
-    images, target, pixels = following.thousand_classes(size)
-    logits, labels = dense_oracle(model, images, pixels, residual)
-    tlk.patch_model(model, residual=residual)
 
     def pool(labels):
         return labels[:, 0] if model.global_pool == "token" else labels[:, 1:].mean(dim=1)
 
-    following.check_against_dense(model, images, target, logits, labels, pool)
+    following.check_thousand_classes(model, size, dense_oracle, residual, pool)
 
 
 def test_checkpointing_changes_nothing():

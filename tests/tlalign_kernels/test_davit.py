@@ -13,7 +13,7 @@ import tlalign_kernels as tlk
 SIZE = (34, 27)
 WINDOW = 4
 NAMES = ["davit_tiny", "davit_base_fl"]  # the second merges with overlap, and names its blocks
-OTHERS = {"head_norm_first": True, "cpe_act": True, "attn_types": ("channel", "spatial")}
+OTHERS = {"head_norm_first": True, "qkv_bias": False, "cpe_act": True, "attn_types": ("channel", "spatial")}
 
 
 def small(name="davit_tiny", **options):
@@ -22,9 +22,7 @@ def small(name="davit_tiny", **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "options", [{}, {"head_norm_first": True, "cpe_act": True, "attn_types": ("channel", "spatial")}]
-)
+@pytest.mark.parametrize("options", [{}, OTHERS])
 def test_is_followed(name, options):
     aligned = following.check_followed(small(name, **options), *following.images_and_target(SIZE), blocks=4)
     assert [tuple(share.shape[1:3]) for share in aligned.layer_shares] == [(9, 7), (5, 4), (5, 4), (3, 2)]
@@ -45,12 +43,12 @@ def dense_oracle(model, images, labels, residual):
     weights = following.Weights(model)
     x = F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))
     x = weights.conv(x, "stem.conv", stride=4, padding=3)
-    x = weights.norm(x.permute(0, 2, 3, 1), "stem.norm", 1e-5)
+    x = weights.norm(x.permute(0, 2, 3, 1), "stem.norm")
     labels = following.pooled(labels, *(following.cells(pixels, 4, partial=True) for pixels in labels.shape[1:3]))
     for index, stage in enumerate(model.stages):
         name = f"stages.{index}"
         if index:
-            x = weights.norm(x, f"{name}.downsample.norm", 1e-5).permute(0, 3, 1, 2)
+            x = weights.norm(x, f"{name}.downsample.norm").permute(0, 3, 1, 2)
             if stage.downsample.even_k:
                 x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
             x = weights.conv(x, f"{name}.downsample.conv", stride=2, padding=0 if stage.downsample.even_k else 1)
@@ -61,15 +59,15 @@ def dense_oracle(model, images, labels, residual):
         for spatial, channel in stage.blocks:
             of_block = next(own for own, module in model.named_modules() if module is spatial)
             x = encoded(weights, x, f"{of_block}.cpe1")
-            y = weights.norm(x, f"{of_block}.norm1", 1e-5)
+            y = weights.norm(x, f"{of_block}.norm1")
             heads = spatial.num_heads
             attended, mixed = following.attend_in_windows(weights, f"{of_block}.attn.qkv", y, labels, heads, WINDOW)
             labels = (mixed + labels) / 2 if residual else mixed
             x = encoded(weights, x + weights.linear(attended, f"{of_block}.attn.proj"), f"{of_block}.cpe2")
-            hidden = F.gelu(weights.linear(weights.norm(x, f"{of_block}.norm2", 1e-5), f"{of_block}.mlp.fc1"))
+            hidden = F.gelu(weights.linear(weights.norm(x, f"{of_block}.norm2"), f"{of_block}.mlp.fc1"))
             x = x + weights.linear(hidden, f"{of_block}.mlp.fc2")
             x = channel(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # mixes no tokens but by its encodings
-    x = weights.norm(x.mean(dim=(1, 2)), "head.norm", 1e-5)
+    x = weights.norm(x.mean(dim=(1, 2)), "head.norm")
     return weights.linear(x, "head.fc"), labels.flatten(1, 2)
 
 
@@ -84,10 +82,7 @@ def encoded(weights, x, name):
 )
 def test_labels_equal_thousand_class_labels_in_float64(name, size, residual):
     model = small(name, num_classes=1000).double()
-    images, target, pixels = following.thousand_classes(size)
-    logits, labels = dense_oracle(model, images, pixels, residual)
-    tlk.patch_model(model, residual=residual)
-    following.check_against_dense(model, images, target, logits, labels, lambda labels: labels.mean(dim=1))
+    following.check_thousand_classes(model, size, dense_oracle, residual)
 
 
 def test_checkpointing_changes_nothing():
@@ -132,7 +127,4 @@ def test_what_does_not_belong_together_is_refused():
     ],
 )
 def test_other_parts_are_refused_by_name(where, replacement):
-    model = small()
-    model.set_submodule(where, replacement)
-    with pytest.raises(NotImplementedError, match=f"^{where}: "):
-        tlk.patch_model(model)
+    following.check_refused(small(), where, replacement)

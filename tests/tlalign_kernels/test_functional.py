@@ -819,7 +819,7 @@ BAD_CALLS = [
     ({"share": torch.rand(2, 7, 1), "residual": torch.rand(2, 5, 1).half()}, TypeError, "residual: .* torch.float32"),
     ({"bias": torch.randn(3, 7, 5)}, ValueError, "bias: expected a shape broadcastable"),
     ({"bias": torch.randn(1, 2, 3, 5, 7)}, ValueError, "bias: expected a shape broadcastable"),
-    ({"bias": torch.ones(5, 7).bool()}, TypeError, r"bias: expected one of \(torch.float32, .*got torch.bool"),
+    ({"bias": torch.ones(5, 7).bool()}, TypeError, r"bias: expected one of \[torch.float32, .*got torch.bool"),
     ({"mask": torch.ones(5, 7).long()}, TypeError, "mask: expected torch.bool or one of .*got torch.int64"),
     ({"mask": torch.ones(5, 7, requires_grad=True)}, ValueError, "mask: expected a constant"),
     ({"mask": torch.ones(4, 7).bool()}, ValueError, "mask: expected a shape broadcastable"),

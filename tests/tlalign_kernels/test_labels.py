@@ -14,7 +14,7 @@ from tlalign_kernels.labels import gather_share, residual_share
 
 
 @st.composite
-def boxed_images(draw, sources=1):
+def boxed_images(draw, sources):
     """Image size, patch size and a batch of boxes (B, S, 4), empty and whole-image boxes included."""
     height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     patch = (draw(st.integers(1, 9)), draw(st.integers(1, 9)))

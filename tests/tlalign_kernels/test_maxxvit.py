@@ -124,10 +124,7 @@ def dense_partitions(matrices, labels, size, kind):
 )
 def test_shares_equal_thousand_class_labels_in_float64(name, options, residual):
     model = small(name, num_classes=1000, **options).double()
-    images, target, pixels = following.thousand_classes(SIZE)
-    logits, labels = dense_oracle(model, images, pixels, residual)
-    tlk.patch_model(model, residual=residual)
-    following.check_against_dense(model, images, target, logits, labels, lambda labels: labels.mean(dim=1))
+    following.check_thousand_classes(model, SIZE, dense_oracle, residual)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def snapshot(model):
     return [(name, type(module), dict(vars(module))) for name, module in model.named_modules()]
 
 
-def test_patching_is_idempotent_and_replaces_options(images, target):
+def test_patching_is_idempotent_and_replaces_options():
     model = tlk.patch_model(vit_tiny())
     once = snapshot(model)
     assert snapshot(tlk.patch_model(model)) == once

@@ -34,7 +34,7 @@ def test_every_name_is_followed(name):
     following.check_followed(small(name, depth=depths), *following.images_and_target(SIZE), blocks=sum(depths))
 
 
-def dense_labels(model, images, labels, residual):
+def dense_oracle(model, images, labels, residual):
     """Logits, and labels of the tokens after the last block, from the weights and the labels of the pixels."""
     weights, patch, stride = following.Weights(model), 16, 8
     x = weights.conv(images, "patch_embed.conv", stride=stride) + model.pos_embed
@@ -75,11 +75,8 @@ def dense_labels(model, images, labels, residual):
 )
 def test_labels_equal_thousand_class_labels_in_float64(name, residual):
     model = small(name, num_classes=1000).double()
-    images, target, pixels = following.thousand_classes(SIZE)
-    logits, labels = dense_labels(model, images, pixels, residual)
-    tlk.patch_model(model, residual=residual)
     pool = lambda labels: labels[:, : model.num_tokens].mean(dim=1)  # noqa: E731
-    following.check_against_dense(model, images, target, logits, labels, pool)
+    following.check_thousand_classes(model, SIZE, dense_oracle, residual, pool)
 
 
 def test_distilled_training_has_a_label_for_each_head():
@@ -153,7 +150,4 @@ def test_transmix_is_refused():
     ],
 )
 def test_other_parts_are_refused_by_name(where, replacement):
-    model = small()
-    model.set_submodule(where, replacement)
-    with pytest.raises(NotImplementedError, match=f"^{where}: "):
-        tlk.patch_model(model)
+    following.check_refused(small(), where, replacement)

@@ -85,21 +85,22 @@ def test_all_names_are_followed(name):
 @pytest.mark.parametrize("name", [name for name in SAMPLE if "pe_core" not in name and not name.endswith("map")])
 def test_shares_equal_thousand_class_labels_in_float64(name):
     model = small_plain(name, **SAMPLE[name]).double()
-    images, target, pixels = following.thousand_classes(image_size_of(model))
-    matrices, logits = materialised_attention(model, images)
-    height, width = stem(model).patch_size
-    patches = pixels.unflatten(2, (2, width)).unflatten(1, (3, height)).mean(dim=(2, 4)).flatten(1, 2)
     prefix = model.num_prefix_tokens
-    labels = torch.cat((pixels.mean(dim=(1, 2))[:, None].expand(-1, prefix, -1), patches), dim=1)
-    for attention in matrices:
-        labels = (attention @ labels + labels) / 2
-
     pooled = slice(0 if getattr(model, "pool_include_prefix", False) else prefix, None)
+
+    def dense_oracle(model, images, pixels, _):
+        matrices, logits = materialised_attention(model, images)
+        height, width = stem(model).patch_size
+        patches = pixels.unflatten(2, (2, width)).unflatten(1, (3, height)).mean(dim=(2, 4)).flatten(1, 2)
+        labels = torch.cat((pixels.mean(dim=(1, 2))[:, None].expand(-1, prefix, -1), patches), dim=1)
+        for attention in matrices:
+            labels = (attention @ labels + labels) / 2
+        return logits, labels
 
     def pool(labels):
         return labels[:, 0] if model.global_pool == "token" else labels[:, pooled].mean(dim=1)
 
-    following.check_against_dense(tlk.patch_model(model), images, target, logits, labels, pool)
+    following.check_thousand_classes(model, image_size_of(model), dense_oracle, pool=pool)
 
 
 def test_attention_pooling_takes_the_labels_of_prefix_tokens_too():
@@ -308,10 +309,7 @@ def test_what_is_beside_projections_counts_as_in_timms_model(name):
 @pytest.mark.parametrize("name", OF_EACH_FAMILY)
 def test_forward_intermediates_is_untouched(name):
     model = small_plain(name)
-    images, _ = images_and_target(model)
-    expected = model.forward_intermediates(images, intermediates_only=True)
-    patched = tlk.patch_model(model).forward_intermediates(images, intermediates_only=True)
-    assert all(torch.equal(ours, own) for ours, own in zip(patched, expected, strict=True))
+    following.check_intermediates(model, images_and_target(model)[0])
 
 
 def test_learned_rotations_and_biases_have_gradients():

@@ -43,7 +43,7 @@ def dense_oracle(model, images, labels, residual):
         size = x.shape[2:]
         bounds = (following.cells(tokens, stride, partial=True) for tokens in labels.shape[1:3])
         labels = following.pooled(labels, *bounds).flatten(1, 2)
-        x = weights.norm(x.flatten(2).transpose(1, 2), f"{name}.norm", 1e-5)
+        x = weights.norm(x.flatten(2).transpose(1, 2), f"{name}.norm")
         for index, block in enumerate(stage.blocks):
             name = f"stages.{number}.blocks.{index}"
             keys = queries = weights.norm(x, f"{name}.norm1", 1e-6)
@@ -56,7 +56,7 @@ def dense_oracle(model, images, labels, residual):
                     bounds = [[(i * tokens // 7, -(-(i + 1) * tokens // 7)) for i in range(7)] for tokens in size]
                     keys = following.pooled(keys.permute(0, 2, 3, 1), *bounds).permute(0, 3, 1, 2)
                 keys = weights.conv(keys, f"{name}.attn.sr", stride=step).flatten(2).transpose(1, 2)
-                keys = weights.norm(keys, f"{name}.attn.norm", 1e-5)
+                keys = weights.norm(keys, f"{name}.attn.norm")
                 keys = F.gelu(keys) if step == 1 else keys
                 key_labels = following.pooled(key_labels, *bounds).flatten(1, 2)
             projected = (
@@ -83,10 +83,7 @@ def dense_oracle(model, images, labels, residual):
 )
 def test_shares_equal_thousand_class_labels_in_float64(name, size, residual):
     model = small(name, num_classes=1000).double()
-    images, target, pixels = following.thousand_classes(size)
-    logits, labels = dense_oracle(model, images, pixels, residual)
-    tlk.patch_model(model, residual=residual)
-    following.check_against_dense(model, images, target, logits, labels, lambda labels: labels.mean(dim=1))
+    following.check_thousand_classes(model, size, dense_oracle, residual)
 
 
 def test_dense_labels_and_three_sources_are_followed():

@@ -103,27 +103,22 @@ def painted_regions(size, window, shift):
     return regions
 
 
-class DenseOracle:
+class DenseOracle(following.Weights):
     """Labels of every token as distributions over classes, by materialised attention, from a model's weights alone."""
 
     def __init__(self, model, family, heads, depths, window, always_partition):
-        self.weights, self.family, self.heads, self.depths = dict(model.state_dict()), family, heads, depths
+        super().__init__(model)
+        self.family, self.heads, self.depths = family, heads, depths
         self.window, self.always_partition = window, always_partition
 
-    def linear(self, x, name):
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
-
-    def norm(self, x, name):
-        return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], 1e-5)
-
-    def position_bias(self, name, window, heads):
+    def position_bias(self, name, window):
         # timm computes positions in float32 whatever the model is in.
         rows, columns = (torch.arange(size).float() for size in window)
         places = torch.cartesian_prod(rows, columns).view(-1, 2)
         apart = places[:, None] - places[None]
         if self.family == "v1":
             numbers = (apart[..., 0] + window[0] - 1) * (2 * window[1] - 1) + apart[..., 1] + window[1] - 1
-            return self.weights[f"{name}.relative_position_bias_table"][numbers.long()].permute(2, 0, 1)
+            return self.named[f"{name}.relative_position_bias_table"][numbers.long()].permute(2, 0, 1)
         if self.family == "v2":
             apart = apart / torch.tensor(window).sub(1).clamp(min=1) * 8
             apart = apart.sign() * (apart.abs() + 1).log2() / 3
@@ -134,15 +129,15 @@ class DenseOracle:
 
     def attention_of(self, tokens, name, bias, heads):
         """Matrices (B, H, N, N) and values (B, H, N, D) of a window (B, N, channels)."""
-        qkv = F.linear(tokens, self.weights[f"{name}.qkv.weight"], self.weights.get(f"{name}.qkv.bias"))
+        qkv = self.linear(tokens, f"{name}.qkv")
         if self.family == "v2":
-            q_bias, v_bias = self.weights[f"{name}.q_bias"], self.weights[f"{name}.v_bias"]
+            q_bias, v_bias = self.named[f"{name}.q_bias"], self.named[f"{name}.v_bias"]
             qkv = qkv + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
         query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         if self.family == "v1":
             scores = query @ key.mT / query.shape[-1] ** 0.5
         else:
-            scale = self.weights[f"{name}.logit_scale"].view(-1, 1, 1).exp().clamp(max=100)
+            scale = self.named[f"{name}.logit_scale"].view(-1, 1, 1).exp().clamp(max=100)
             lengths = query.norm(dim=-1)[..., :, None] * key.norm(dim=-1)[..., None, :]
             # Padding has no length where there is no bias; its cosine is 0.
             scores = scale * (query @ key.mT) / lengths.clamp(min=1e-12)
@@ -158,7 +153,7 @@ class DenseOracle:
             return cut(filled, window)
 
         regions = cut(painted_regions(padded, window, shift), window)
-        bias = self.position_bias(name, window, heads)
+        bias = self.position_bias(name, window)
         attended, mixed = [], []
         for tokens, of_tokens, real, region in zip(
             *map(rolled_and_padded, (x, labels, torch.ones_like(x[..., :1]))), regions, strict=True
@@ -181,7 +176,7 @@ class DenseOracle:
         hidden = self.norm(x, f"{name}.norm2") if self.family == "v1" else x
         hidden = self.linear(F.gelu(self.linear(hidden, f"{name}.mlp.fc1")), f"{name}.mlp.fc2")
         x = x + (hidden if self.family == "v1" else self.norm(hidden, f"{name}.norm2"))
-        if f"{name}.norm3.weight" in self.weights:
+        if f"{name}.norm3.weight" in self.named:
             x = self.norm(x, f"{name}.norm3")
         return x, (mixed + labels) / 2
 
@@ -204,8 +199,7 @@ class DenseOracle:
 
     def __call__(self, images, labels):
         """Logits, label of the image, and the labels after each block."""
-        weight, bias = self.weights["patch_embed.proj.weight"], self.weights["patch_embed.proj.bias"]
-        x = F.conv2d(images, weight, bias, stride=weight.shape[2:]).permute(0, 2, 3, 1)
+        x = self.conv(images, "patch_embed.proj", stride=2).permute(0, 2, 3, 1)
         x = self.norm(x, "patch_embed.norm")
         stages, of_blocks = "stages" if self.family == "cr" else "layers", []
         for stage, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
@@ -542,10 +536,7 @@ def test_copies_follow_labels(run):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_forward_intermediates_is_untouched(name):
     model = small(name)
-    images, _ = images_and_target(model)
-    expected = model.forward_intermediates(images, intermediates_only=True)
-    patched = tlk.patch_model(model).forward_intermediates(images, intermediates_only=True)
-    assert all(torch.equal(ours, own) for ours, own in zip(patched, expected, strict=True))
+    following.check_intermediates(model, images_and_target(model)[0])
 
 
 def test_blocks_can_be_used_in_a_model_of_ones_own():

@@ -119,7 +119,7 @@ def test_bias_mask_and_autocast_are_timed_as_they_are():
     assert "has_bias=True has_mask=True" in choice.problem
 
 
-def test_the_random_state_stays(monkeypatch):
+def test_the_random_state_stays():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)

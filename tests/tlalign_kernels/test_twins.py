@@ -45,7 +45,7 @@ def dense_oracle(model, images, labels, residual):
         size = x.shape[2:]
         bounds = (following.cells(tokens, stride, partial=False) for tokens in labels.shape[1:3])
         labels = following.pooled(labels, *bounds).flatten(1, 2)
-        x = weights.norm(x.flatten(2).transpose(1, 2), f"patch_embeds.{stage}.norm", 1e-5)
+        x = weights.norm(x.flatten(2).transpose(1, 2), f"patch_embeds.{stage}.norm")
         for index, block in enumerate(blocks):
             name, heads = f"blocks.{stage}.{index}", block.attn.num_heads
             y = weights.norm(x, f"{name}.norm1", 1e-6)
@@ -58,7 +58,7 @@ def dense_oracle(model, images, labels, residual):
                 if f"{name}.attn.sr.weight" in weights.named:
                     step = weights.named[f"{name}.attn.sr.weight"].shape[-1]
                     keys = weights.conv(y.transpose(1, 2).unflatten(2, size), f"{name}.attn.sr", stride=step)
-                    keys = weights.norm(keys.flatten(2).transpose(1, 2), f"{name}.attn.norm", 1e-5)
+                    keys = weights.norm(keys.flatten(2).transpose(1, 2), f"{name}.attn.norm")
                     bounds = (following.cells(tokens, step, partial=False) for tokens in size)
                     key_labels = following.pooled(labels.unflatten(1, size), *bounds).flatten(1, 2)
                 projected = weights.linear(y, f"{name}.attn.q"), *weights.linear(keys, f"{name}.attn.kv").chunk(2, -1)
@@ -84,10 +84,7 @@ def dense_oracle(model, images, labels, residual):
 )
 def test_shares_equal_thousand_class_labels_in_float64(name, size, residual):
     model = small(name, num_classes=1000).double()
-    images, target, pixels = following.thousand_classes(size)
-    logits, labels = dense_oracle(model, images, pixels, residual)
-    tlk.patch_model(model, residual=residual)
-    following.check_against_dense(model, images, target, logits, labels, lambda labels: labels.mean(dim=1))
+    following.check_thousand_classes(model, size, dense_oracle, residual)
 
 
 def test_compiles_into_one_graph():

@@ -93,34 +93,23 @@ def test_at_least_195_names_are_followed():
 
 def dense_oracle(model, images, token_labels):
     """Aligned C-class labels of every token by materialised attention, from the weights of a plain ViT alone."""
-    weights = dict(model.state_dict())
-    x = F.conv2d(images, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=8)
-    x = x.flatten(2).transpose(1, 2)
-    prefix = [weights[name].expand(len(x), -1, -1) for name in ("cls_token", "dist_token") if name in weights]
-    x = torch.cat((*prefix, x), dim=1) + weights["pos_embed"]
+    weights = following.Weights(model)
+    x = weights.conv(images, "patch_embed.proj", stride=8).flatten(2).transpose(1, 2)
+    named = weights.named
+    prefix = [named[name].expand(len(x), -1, -1) for name in ("cls_token", "dist_token") if name in named]
+    x = torch.cat((*prefix, x), dim=1) + named["pos_embed"]
     labels = torch.cat((token_labels.mean(1, keepdim=True).expand(-1, len(prefix), -1), token_labels), dim=1)
-    heads = model.blocks[0].attn.num_heads
-
-    def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
-
-    def linear(x, name):
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    for i in range(len(model.blocks)):
-        query, key, value = (
-            part.view(*x.shape[:2], heads, -1).transpose(1, 2)
-            for part in linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, dim=-1)
-        )
-        attention = torch.softmax(query @ key.transpose(2, 3) / query.shape[-1] ** 0.5, dim=-1)
-        labels = (attention.mean(dim=1) @ labels + labels) / 2
-        x = x + linear((attention @ value).transpose(1, 2).flatten(2), f"blocks.{i}.attn.proj")
-        hidden = F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
-        x = x + linear(hidden, f"blocks.{i}.mlp.fc2")
-    x = norm(x, "norm")
+    for i, block in enumerate(model.blocks):
+        projected = weights.linear(weights.norm(x, f"blocks.{i}.norm1", 1e-6), f"blocks.{i}.attn.qkv")
+        attended, attention = following.attend(*projected.chunk(3, dim=-1), block.attn.num_heads)
+        labels = (attention @ labels + labels) / 2
+        x = x + weights.linear(attended, f"blocks.{i}.attn.proj")
+        hidden = F.gelu(weights.linear(weights.norm(x, f"blocks.{i}.norm2", 1e-6), f"blocks.{i}.mlp.fc1"))
+        x = x + weights.linear(hidden, f"blocks.{i}.mlp.fc2")
+    x = weights.norm(x, "norm", 1e-6)
     if len(prefix) == 2:
-        return (linear(x[:, 0], "head") + linear(x[:, 1], "head_dist")) / 2, labels
-    return linear(x[:, 0], "head"), labels
+        return (weights.linear(x[:, 0], "head") + weights.linear(x[:, 1], "head_dist")) / 2, labels
+    return weights.linear(x[:, 0], "head"), labels
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
@@ -666,10 +655,7 @@ def test_distributed_wrappers_change_nothing(compiled):
 
 def test_forward_intermediates_is_untouched():
     model = small("vit_tiny_patch16_224")
-    images, _ = images_and_target(model)
-    expected = model.forward_intermediates(images, intermediates_only=True)
-    patched = tlk.patch_model(model).forward_intermediates(images, intermediates_only=True)
-    assert all(torch.equal(ours, own) for ours, own in zip(patched, expected, strict=True))
+    following.check_intermediates(model, images_and_target(model)[0])
 
 
 def test_blocks_can_be_used_in_a_model_of_ones_own():

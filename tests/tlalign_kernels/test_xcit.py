@@ -105,10 +105,7 @@ def test_what_does_not_belong_together_is_refused():
     ],
 )
 def test_other_parts_are_refused_by_name(where, replacement):
-    model = small()
-    model.set_submodule(where, replacement)
-    with pytest.raises(NotImplementedError, match=f"^{where}: "):
-        tlk.patch_model(model)
+    following.check_refused(small(), where, replacement)
 
 
 def test_a_model_without_its_class_token_is_refused():
