@@ -409,7 +409,7 @@ def _check_is_tensor(name: str, tensor: Tensor) -> None:
 
 def _check_dtype(name: str, dtype: torch.dtype, wanted: torch.dtype | None = None) -> None:
     if dtype not in _DTYPES or (wanted is not None and dtype != wanted):
-        expected = f"{wanted} as query" if wanted in _DTYPES else f"one of {_DTYPES}"
+        expected = f"{wanted} as query" if wanted in _DTYPES else f"one of {list(_DTYPES)}"
         raise TypeError(f"{name}: expected {expected}, got {dtype}")
 
 

@@ -398,7 +398,7 @@ def pool_share(share: Tensor, cell: tuple[int, int], partial_cells: bool = True)
     return pooled.permute(0, 2, 3, 1)
 
 
-def gather_share(share: Tensor, indices: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+def gather_share(share: Tensor, indices: Tensor, num_prefix_tokens: int) -> Tensor:
     """Labels of the tokens that were kept by a token dropping such as PatchDropout; prefix tokens always stay.
 
     Args:

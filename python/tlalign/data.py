@@ -95,7 +95,8 @@ def load_data_sets(config: EvalConfig, trains: bool = True, folder_classes: Sequ
         raise UsageError(f"num_classes: expected a number, since {config.data} doesn't tell how many it has, got null")
     if config.num_classes is not None and config.num_classes < len(names):
         raise UsageError(f"num_classes: expected at least the {len(names)} of {config.data}, got {config.num_classes}")
-    return DataSets(train, held_out, config.num_classes or len(names), names)
+    # ImageNet of torchvision has several for each class.
+    return DataSets(train, held_out, config.num_classes or len(names), [str(name) for name in names])
 
 
 def load_images(config: EvalConfig, folder_classes: Sequence[str] | None = None) -> DataSets:

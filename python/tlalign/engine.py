@@ -250,7 +250,7 @@ class Trainer:
             "step": self.step,
             "processes": self.processes.world_size,
             "steps_per_epoch": self.steps_per_epoch,
-            "class_names": [str(name) for name in self.class_names],
+            "class_names": self.class_names,
             "records": [dataclasses.asdict(record) for record in self.records],
             "totals": vars(self._totals).copy(),
         }
@@ -262,7 +262,7 @@ class Trainer:
         Raises:
             UsageError: If it is not of this model, of other classes, or not of as many images.
         """
-        before, now = state.get("class_names"), [str(name) for name in self.class_names]
+        before, now = state.get("class_names"), self.class_names
         if before is not None and before != now:
             differ = next(pair for pair in itertools.zip_longest(before, now) if pair[0] != pair[1])
             raise UsageError(
@@ -319,7 +319,7 @@ class Trainer:
         stopwatch = _Stopwatch(self.device)
         self.task.train()
         for _ in range(2):
-            seconds = stopwatch.read()  # the first step, which also warms up, isn't counted
+            stopwatch.read()  # the first step, which also warms up, isn't counted
             loss, _ = self._train_step(parts, stopwatch)
             _check_finite(loss.item(), f"of step {self.step}")
         seconds = stopwatch.read()

@@ -127,7 +127,7 @@ def choose(problem: Problem, backend: str) -> str:
 
     Raises:
         ValueError: If `backend` is neither "auto" nor the name of a backend.
-        NotImplementedError: If the backend (for "auto": every backend) can't do it, with the reasons.
+        NotImplementedError: If the backend can't do it, with the reasons; of "auto" the reference always can.
     """
     if backend == "auto" and _listening is not None:
         _listening.append(problem)
@@ -135,8 +135,5 @@ def choose(problem: Problem, backend: str) -> str:
     for name in _auto_candidates(problem) if backend == "auto" else (backend,):
         if isinstance(name, str) and name in BACKENDS and not BACKENDS[name].unsupported_reasons(problem):
             return name
-    explanation = explain_choice(problem, backend)
-    if explanation.backend is None:
-        wanted = "no backend" if backend == "auto" else f"backend {backend!r} does not"
-        raise NotImplementedError(f"{wanted} support this call\n{explanation}")
-    return explanation.backend
+    explanation = explain_choice(problem, backend)  # which raises if there is no such backend
+    raise NotImplementedError(f"backend {backend!r} does not support this call\n{explanation}")

@@ -19,6 +19,11 @@ def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         )
 
 
+def address(scratch: Tensor | None) -> int:
+    """Where scratch lies, 0 for None."""
+    return 0 if scratch is None else scratch.data_ptr()
+
+
 def rows(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int, int, int]:

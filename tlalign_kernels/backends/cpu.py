@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from tlalign_kernels import extension
-from tlalign_kernels.backends.addresses import DTYPES, check, float_or_smaller, offsets, rows, strides_of, whole
+from tlalign_kernels.backends.addresses import (
+    DTYPES,
+    address,
+    check,
+    float_or_smaller,
+    offsets,
+    rows,
+    strides_of,
+    whole,
+)
 from tlalign_kernels.ops import Inputs, WindowInputs, unit_last_stride
 
 if TYPE_CHECKING:
@@ -241,7 +250,7 @@ def _tables(windows: Windows) -> _Tables:
     tables = (windows.token_numbers(_CPU), windows.regions(_CPU) if windows.has_regions() else None)
     tokens, regions = (None if table is None else table.to(torch.int32).contiguous() for table in tables)
     rows, columns = windows.map_size
-    numbers = (windows.count(), rows * columns, tokens.data_ptr(), 0 if regions is None else regions.data_ptr())
+    numbers = (windows.count(), rows * columns, tokens.data_ptr(), address(regions))
     return _Tables(tokens, regions, numbers)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tlalign_kernels import extension
-from tlalign_kernels.backends.addresses import DTYPES, float_or_smaller, offsets, rows, whole
+from tlalign_kernels.backends.addresses import DTYPES, address, float_or_smaller, offsets, rows, whole
 from tlalign_kernels.backends.bias_sums import images_of_sum
 from tlalign_kernels.ops import Inputs, WindowInputs, unpack_qkv
 
@@ -75,7 +75,7 @@ def forward(
             whole("share", share, (batch, keys, sources), torch.float32, device),
             whole("residual", residual, (batch, queries, sources), torch.float32, device),
             packed_labels.data_ptr(),
-            0 if head_share is None else head_share.data_ptr(),
+            address(head_share),
             whole("output", output, (batch, queries, heads, head_dim), dtype, device),
             whole("share_out", share_out, (batch, queries, sources), torch.float32, device),
             whole("log_sum_exp", log_sum_exp, (batch, heads, queries), torch.float32, device),
@@ -118,7 +118,7 @@ def backward(
             rows("grad_key", grad_key, of_keys, dtype, device),
             rows("grad_value", grad_value, of_keys, dtype, device),
             0,
-            0 if bias_sums is None else bias_sums.data_ptr(),
+            address(bias_sums),
             bias_heads,
             images,
             torch.cuda.current_stream().cuda_stream,
@@ -152,7 +152,7 @@ def window_forward(
             whole("share", share, labels, torch.float32, device),
             whole("residual", residual, labels, torch.float32, device),
             packed_labels.data_ptr(),
-            0 if head_share is None else head_share.data_ptr(),
+            address(head_share),
             whole("output", output, of_map, qkv.dtype, device),
             whole("share_out", share_out, labels, torch.float32, device),
             whole("log_sum_exp", log_sum_exp, (batch, heads, tokens), torch.float32, device),
@@ -199,8 +199,8 @@ def window_backward(
                 rows(f"grad_{name}", view, of_map, dtype, device)
                 for name, view in zip(("query", "key", "value"), unpack_qkv(grad_qkv.flatten(1, 2)), strict=True)
             ),
-            0 if grad_padding is None else grad_padding.data_ptr(),
-            0 if bias_sums is None else bias_sums.data_ptr(),
+            address(grad_padding),
+            address(bias_sums),
             heads,
             windows_of_sum,
             torch.cuda.current_stream().cuda_stream,
@@ -265,7 +265,7 @@ def _problem(inputs: Inputs, sources: int) -> tuple[tuple, tuple]:
         bias_offsets,
         mask_offsets,
         scale,
-        *(0 if scratch is None else scratch.data_ptr() for scratch in starts),
+        *(address(scratch) for scratch in starts),
         None,
     )
     return problem, (query, key, value, bias, mask, *starts)

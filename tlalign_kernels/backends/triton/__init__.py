@@ -25,6 +25,7 @@ try:
 
     # Decided where the kernels are decorated: at import.
     _interpreted = triton.knobs.runtime.interpret
+    _ARRANGED = kernels.ARRANGED.value
 except Exception as error:  # an older Triton, or a broken one, has errors of many classes
     triton, _interpreted, _missing = None, False, f"{type(error).__name__}: {error}"
 
@@ -36,7 +37,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Products and sums as one instruction; Triton 3.9 warns where nobody says so, and 3.10 no longer does it by itself.
 _FUSED = {"enable_fp_fusion": True}
 _LOG2_E = 1.4426950408889634
-_ARRANGED = 3
 # More sources than these take a pass of their own, whose cost does not grow with the number of heads.
 MAX_FUSED_SOURCES = 8
 # The scores of a block of queries and so many keys stay in the registers of a program.
