@@ -154,8 +154,8 @@ class AnalyzeConfig(EvalConfig):
     """What a model is, and which images it is analysed on.
 
     Attributes:
-        images: Held-out images to take.
-        batch_size: Images in a batch, which bounds the memory taken.
+        images: Held-out images to take, which are mixed in pairs; of an odd number the last is left out.
+        batch_size: Images in a batch, which bounds the memory taken; an even number.
         layers: Blocks in which labels are aligned, counted from 0, negative from the end; null: all. A run is analysed
             as it was trained, if that was by `tl-align` or `token-labels`.
         residual: Average labels over residual connections in them.
@@ -183,8 +183,8 @@ class AnalyzeConfig(EvalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expand("table1_weights", "output")
-        for name in ("images", "batch_size"):
-            self._check(name, "at least 2, to mix them", lambda value: value >= 2)
+        self._check("images", "at least 2, to mix them", lambda value: value >= 2)
+        self._check("batch_size", "an even number, to mix images in pairs", lambda value: value > 0 and value % 2 == 0)
         self._check("seed", f"0 to {GREATEST_SEED}", lambda value: 0 <= value <= GREATEST_SEED)
         if self.table1_weights is not None and not Path(self.table1_weights).is_dir():
             raise UsageError(f"table1_weights: expected a folder, got {self.table1_weights}")

@@ -364,6 +364,7 @@ def test_models_of_table_1_have_the_weights_given_or_say_that_they_are_random(tm
     ("flags", "message"),
     [
         ([*VIT, "--images=1"], "images: expected at least 2"),
+        ([*VIT, "--batch_size=5"], "batch_size: expected an even number, to mix images in pairs, got 5"),
         ([*VIT, "--seed=4294967296"], "seed: expected 0 to 4294967295, got 4294967296"),
         ([*VIT, "--map_layers=[2]"], "map_layers: expected blocks from -2 to 1"),
         (["--model=resnet18"], "can't follow labels through"),
