@@ -21,6 +21,7 @@ try:
     import jsonargparse
 
     from tlalign.config import (
+        ALIGNED_TARGETS,
         CONFIG_FILE,
         MAY_CHANGE,
         MAY_MOVE,
@@ -158,7 +159,7 @@ def train(options: Sequence[str]) -> int:
     )
     parser.add_class_arguments(TrainConfig, None)
     config = _parse_training(parser, values, flags)
-    _check_used(flags, config)
+    _check_used(flags, config, [config])
     if not continued:
         _check_recipe(given.recipe, config)
     elif config.output is None or Path(config.output).resolve() != Path(given.resume).resolve():
@@ -212,7 +213,7 @@ def compare(options: Sequence[str]) -> int:
         raise UsageError(f"jobs: expected at least 1, got {given.jobs}")
     output = Path(config.output)
     configs = plan_runs(config, given.methods, given.seeds, output)
-    _check_used(flags, *configs)
+    _check_used(flags, config, configs)
     for each in configs:
         # Before anything is trained: whether a folder holds a run of another configuration.
         _is_to_resume(each)
@@ -381,13 +382,16 @@ def _check_recipe(recipe: str | None, config: TrainConfig) -> None:
         )
 
 
-def _check_used(flags: Sequence[str], *configs: TrainConfig) -> None:
-    """Raises UsageError if flags give what none of the runs asks for, so that something else is trained than meant."""
-    for name, by in _unused(configs[0]).items():
-        given = getattr(configs[0], name)
-        is_unused = all(name in _unused(config) for config in configs[1:])
+def _check_used(flags: Sequence[str], config: TrainConfig, runs: Sequence[TrainConfig]) -> None:
+    """Raises UsageError if flags give what none of the runs makes use of, so that something else is trained than meant.
+
+    `config` is what the flags say, of which a run may have less.
+    """
+    for name, by in _unused(runs[0]).items():
+        given = getattr(config, name)
+        is_unused = all(name in _unused(run) for run in runs[1:])
         if is_unused and _is_among(name, flags) and given != getattr(TrainConfig, name):
-            by = by if len(configs) == 1 else "each of the methods"
+            by = by if len(runs) == 1 else "each of the methods"
             raise UsageError(f"{name}: expected none, for {by} makes no use of it, got {given}")
 
 
@@ -400,7 +404,7 @@ def _unused(config: TrainConfig) -> dict[str, str]:
         unused["mix_patch_size"] = trained
     if not config.needs_teacher:
         unused |= dict.fromkeys(("teacher_checkpoint", "teacher_model"), trained)
-    if not config.aligns:
+    if config.mixing == "none" or config.target not in ALIGNED_TARGETS:
         unused |= dict.fromkeys(("layers", "residual", "stochastic_depth"), trained)
     if config.data in ("digits", "mnist-5k") or config.data.startswith("folder:"):
         unused |= dict.fromkeys(("data_dir", "download", "train_split", "eval_split"), f"data {config.data}")
@@ -554,9 +558,13 @@ def _types_of_options() -> dict[str, Any]:
 
 def _saved(folder: Path) -> dict[str, Any]:
     """The configuration of a run."""
-    if not (folder / CONFIG_FILE).is_file():
+    file = folder / CONFIG_FILE
+    if not file.is_file():
         raise UsageError(f"resume: expected the folder of a run, but {folder} has no {CONFIG_FILE}")
-    return load_config_file(folder / CONFIG_FILE)
+    values = load_config_file(file)
+    if not {"data", "model"} <= values.keys():
+        raise UsageError(f"resume: expected data and model in {file}, got {', '.join(values) or 'none'}")
+    return values
 
 
 def _is_to_resume(config: TrainConfig) -> bool:
@@ -665,13 +673,15 @@ def _train(trainer: Trainer, folder: RunFolder | None, resume: bool) -> int:
         return 128 + error.number
     except Exception as error:
         reason = str(error)
-        foreseen = isinstance(error, NonFiniteLossError | CheckpointError | UnreadableImagesError)
+        foreseen = isinstance(error, NonFiniteLossError | CheckpointError | UnreadableImagesError | UsageError)
         if not foreseen and not (isinstance(error, OSError) and error.errno in _REFUSALS):
             # Full memory, a loader or another process that was killed, a fault of ours: no word of it is to be lost.
             traceback.print_exc()
             reason = f"{type(error).__name__}: {reason.partition(chr(10))[0]}"
         if first:
             print(f"tlalign: error: {reason}; {_kept(folder, trainer.processes.world_size)}", file=sys.stderr)
+        elif not isinstance(error, NonFiniteLossError):  # which all processes see
+            print(f"tlalign: error: process {trainer.processes.rank}: {reason}", file=sys.stderr)
         return 1
     seconds = time.monotonic() - start
     if first:
@@ -712,7 +722,7 @@ def _resume(trainer: Trainer, folder: Path) -> None:
     state = load_checkpoint(path) if found is None else found[1]
     trainer.resume(state)
     now = trainer.processes.world_size
-    if first and state.get("processes", now) != now:
+    if first and trainer.step < trainer.total_steps and state.get("processes", now) != now:
         report(
             f"the run had {state['processes']} processes and has {now} now, of which each draws its own mixing: it "
             "does not become what it would have been"
@@ -725,7 +735,11 @@ def _resume(trainer: Trainer, folder: Path) -> None:
 
 
 def _summarise(trainer: Trainer, folder: RunFolder, records: Sequence[EpochRecord], steps: int, seconds: float) -> None:
-    config, held_out = trainer.config, len(trainer.eval_loader.dataset)
+    from tlalign.readers import ImageStream
+
+    config, data = trainer.config, trainer.eval_loader.dataset
+    # Of a stream the number is what was claimed.
+    held_out = "the" if isinstance(data, ImageStream) else len(data)
     last, best = records[-1], max(records, key=lambda record: record.metric)
     # Of a run that continued the time is that of its last steps.
     part = "" if steps == trainer.total_steps else f", the last {steps} of {trainer.total_steps} steps"

@@ -273,9 +273,10 @@ class Comparison:
         results = {result.method: result for result in self.results() if result.finished}
         top1 = {name: result.top1 for name, result in results.items()}
         times = {name: result.relative_compute for name, result in results.items()}
-        if not results:
-            return False
         try:
+            if not results:  # the plot of other methods would be taken for theirs
+                (self.output / PLOT_FILE).unlink(missing_ok=True)
+                return False
             draw_methods(top1, times, self.output / PLOT_FILE)
         except OSError as error:
             raise UsageError(f"output: cannot write the plot to {self.output}: {error}") from error
@@ -316,7 +317,10 @@ class Comparison:
 
 def _with_method(config: TrainConfig, name: str) -> TrainConfig:
     mixing, *words = name.split("+")
-    options = dict(word.split("=", 1) for word in words if "=" in word)
+    assigned = [word.split("=", 1) for word in words if "=" in word]
+    options = dict(assigned)
+    if len(options) < len(assigned):
+        raise UsageError(f"methods: expected each option once in {name}")
     # Of more than one the words together are no target.
     target = "+".join(word for word in words if "=" not in word) or "ratio"
     choices = [

@@ -14,8 +14,11 @@ import torch
 import yaml
 from PIL import Image
 
-from tlalign.cli import _draw_picture, main
-from tlalign.config import CONFIG_FILE
+from tlalign.cli import _draw_picture, _train, main
+from tlalign.config import CONFIG_FILE, UsageError
+from tlalign.engine import NonFiniteLossError, Trainer
+from tlalign.processes import Processes
+from tlalign.unreadable import UnreadableImagesError
 
 MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 TINY = [
@@ -220,6 +223,24 @@ def test_only_train_is_for_several_processes(run, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["eval", "--checkpoint", str(run / "last.pth.tar")]) == 2
     assert "for only train is for several, got eval with WORLD_SIZE=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [UnreadableImagesError("data: 3.png"), UsageError("num_classes: 2"), NonFiniteLossError("the loss is nan")]
+)
+def test_what_one_process_of_several_meets_it_says_by_itself(error, capsys, monkeypatch):
+    trainer = mock.Mock(processes=Processes(torch.device("cpu"), rank=1, world_size=2), steps_per_epoch=1, step=0)
+    trainer.config.epochs, trainer.fit.side_effect = 1, error
+    assert _train(trainer, None, resume=False) == 1
+    printed = capsys.readouterr().err
+    # All have the same loss, and the first says so.
+    assert printed == ("" if isinstance(error, NonFiniteLossError) else f"tlalign: error: process 1: {error}\n")
+
+
+def test_images_of_a_class_that_is_none_end_a_run_without_a_traceback(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "fit", mock.Mock(side_effect=UsageError("num_classes: expected more, got 2")))
+    assert main(["train", *TINY, "--output", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "tlalign: error: num_classes: expected more, got 2; no checkpoint yet\n"
 
 
 def test_an_existing_run_is_left_as_it_is(run, capsys):

@@ -276,6 +276,10 @@ def test_a_comparison_without_a_finished_run_names_no_plot(fake, tmp_path, capsy
     assert run(output, methods=("cutmix",), seeds=1) == 0
     assert f"plot {output / PLOT_FILE}, runs" in capsys.readouterr().out
     assert (output / PLOT_FILE).exists()
+    # Nor is one left, of methods that the table does not show.
+    fake.broken = ("random-seed0",)
+    assert run(output, methods=("random",), seeds=1) == 1
+    assert not (output / PLOT_FILE).exists()
 
 
 def test_a_run_of_another_configuration_is_refused_before_anything_is_trained(fake, tmp_path, capsys):
@@ -321,6 +325,18 @@ def test_a_run_of_another_configuration_is_refused_before_anything_is_trained(fa
         (
             ["--methods", "cutmix", "cutmix+tl-align", "--mixup_alpha=0.3"],
             "mixup_alpha: expected none, for each of the methods makes no use of it, got 0.3",
+        ),
+        (
+            ["--methods", "cutmix", "cutmix+transmix", "--layers=1"],
+            "layers: expected none, for each of the methods makes no use of it, got (1,)",
+        ),
+        (
+            ["--methods", "cutmix", "--residual=false"],
+            "residual: expected none, for each of the methods makes no use of it, got False",
+        ),
+        (
+            ["--methods", "cutmix+tl-align+layers=1+layers=0"],
+            "methods: expected each option once in cutmix+tl-align+layers=1+layers=0",
         ),
     ],
 )

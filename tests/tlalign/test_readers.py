@@ -3,6 +3,7 @@
 import collections
 import io
 import json
+import re
 import shutil
 import socket
 import sys
@@ -19,6 +20,7 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from tlalign import readers
+from tlalign.cli import main
 from tlalign.config import EvalConfig, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, sample_images
 from tlalign.loaders import Augmentation
@@ -269,6 +271,15 @@ def test_shards_are_shuffled_by_seed_and_epoch_and_resumed(shards):
     assert epoch(train_loader(config(**given, seed=1)), 0) != first
     for images, classes in loader.epoch(0):
         assert [number % 2 for number in numbers(images)] == classes.tolist()
+
+
+def test_a_run_does_not_say_on_how_many_images_of_a_stream_it_was_evaluated(shards, capsys):
+    model = "{patch_size: 4, embed_dim: 8, depth: 1, num_heads: 1}"
+    flags = ["--recipe=none", "--model=vit_tiny_patch16_224", f"--model_kwargs={model}", "--img_size=8"]
+    flags += ["--data=wds/", f"--data_dir={shards}", "--num_classes=2", "--batch_size=4", "--workers=0"]
+    flags += ["--eval_split=validation-{0000..0001}.tar|3", "--epochs=1", "--warmup_epochs=0"]
+    assert main(["train", *flags, f"--output={shards / 'run'}"]) == 0
+    assert re.search(r"1 epochs in [0-9:]+, on the held-out images:\n", capsys.readouterr().out)
 
 
 def test_processes_read_shards_of_their_own(shards):

@@ -1,5 +1,6 @@
 """Nothing is lost: a run that was stopped anywhere continues to the bits that it would have had."""
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -17,7 +18,7 @@ from training import PYTHONPATH, FewDigits, became, differences, fit, options, q
 from tlalign import checkpoints
 from tlalign.checkpoints import CheckpointError, Checkpoints
 from tlalign.cli import _kept, main
-from tlalign.config import UsageError
+from tlalign.config import CONFIG_FILE, UsageError
 from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
 from tlalign.listing import read_run
 from tlalign.log import RunLog
@@ -284,14 +285,20 @@ def test_several_processes_are_told_to_be_as_many_again(tmp_path):
     assert _kept(folder, 4).endswith(f"to continue as 4 processes again: torchrun ... -m {command}")
 
 
-def test_it_is_told_where_a_run_continues_as_other_processes(tmp_path, capsys):
-    folder = tmp_path / "run"
-    assert main(["train", *options(folder)]) == 0
-    checkpoints = Checkpoints(folder)
+@pytest.mark.parametrize("step", [3, 10])  # of 10
+def test_it_is_told_where_a_run_continues_as_other_processes(tmp_path, capsys, step):
+    config = small(tmp_path / "run")
+    trainer, folder = Trainer(config), RunFolder(config)
+    stop_after(trainer, step)
+    with contextlib.suppress(TrainingInterrupted):
+        trainer.fit(folder, quiet(trainer))
+    checkpoints = Checkpoints(folder.path)
     _, state = checkpoints.load_newest(print)
     checkpoints.save({**state, "processes": 2}, state["epoch"], state["step"])
-    assert main(["train", "--resume", str(folder)]) == 0
-    assert "tlalign: the run had 2 processes and has 1 now, of which each draws" in capsys.readouterr().err
+    assert main(["train", "--resume", config.output]) == 0
+    # Where all steps are done, nothing becomes other than it was.
+    told = "tlalign: the run had 2 processes and has 1 now, of which each draws" in capsys.readouterr().err
+    assert told == (step == 3)
 
 
 def test_a_stream_continues_with_as_many_workers_only(tmp_path, capsys):
@@ -335,6 +342,7 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
     ("arguments", "message"),
     [
         (["--resume=nowhere"], "resume: expected the folder of a run, but nowhere has no config.yaml"),
+        (["--resume=EMPTY"], "resume: expected data and model in EMPTY/config.yaml, got none"),
         (["--resume=auto"], "output: expected the folder of the run with --resume auto, got null"),
         (["--resume=RUN", "--recipe=digits"], "resume: expected no recipe"),
         (["--resume=RUN", "--lr=1"], "resume: lr of the run in RUN is 0.0015, got 1.0"),
@@ -349,8 +357,15 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
 def test_what_cannot_be_continued_is_refused(tmp_path, capsys, arguments, message):
     folder = tmp_path / "run"
     RunFolder(small(folder))
-    assert main(["train", *(argument.replace("RUN", str(folder)) for argument in arguments)]) == 2
-    assert message.replace("RUN", str(folder)) in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / CONFIG_FILE).touch()
+
+    def named(text):
+        return text.replace("RUN", str(folder)).replace("EMPTY", str(empty))
+
+    assert main(["train", *map(named, arguments)]) == 2
+    assert named(message) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
