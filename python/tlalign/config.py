@@ -162,9 +162,8 @@ class AnalyzeConfig(EvalConfig):
         map_layers: Blocks after which token labels are drawn, counted from 0, negative from the end; null: the last of
             each stage, or of each quarter of the blocks.
         table1: Measure how far targets move in the eight models of the paper's Table 1 as well.
-        table1_weights: Folder with pretrained weights of those models, as files MODEL.pth, MODEL.pth.tar or
-            MODEL.safetensors, such as deit_tiny_patch16_224.pth, which `table1` then takes; a model without a file has
-            random weights.
+        table1_weights: Measure that with the pretrained weights in this folder, files MODEL.pth, MODEL.pth.tar or
+            MODEL.safetensors, such as deit_tiny_patch16_224.pth; a model without a file has random weights.
         seed: Decides how images are mixed, and random weights.
         output: Folder to write to, files of which are replaced; null: `analysis` beside the checkpoint, or
             here without one.

@@ -66,6 +66,7 @@ def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
     Raises:
         UsageError: If timm has no such model, or the weights can't be had or are not of it.
     """
+    overrides: dict[str, Any] = {}
     if config.initial_checkpoint is not None:
         weights = load_weights("initial_checkpoint", Path(config.initial_checkpoint))
         model = create_model(config, num_classes)
@@ -77,6 +78,7 @@ def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
         first, input_size = (model.default_cfg.get(key) for key in ("first_conv", "input_size"))
         if f"{first}.weight" in weights:  # timm adapts it to the model's channels if it is told of how many it is
             source["input_size"] = (weights[f"{first}.weight"].shape[1], *input_size[1:])
+            overrides["in_chans"] = model.get_parameter(f"{first}.weight").shape[1]
         described = f"initial_checkpoint: {config.initial_checkpoint} is not of this {config.model}"
     elif config.pretrained:
         source = {}
@@ -85,7 +87,7 @@ def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
         return create_model(config, num_classes)
     create_model(config, 1)  # says what else is wrong
     try:
-        model = create_model(config, num_classes, pretrained=True, pretrained_cfg_overlay=source)
+        model = create_model(config, num_classes, pretrained=True, pretrained_cfg_overlay=source, **overrides)
     except Exception as error:  # downloads have errors of many classes
         raise UsageError(f"{described}: {_first_reason(error.__cause__ or error)}") from error
     if "input_size" in source:

@@ -84,9 +84,11 @@ def test_images_of_one_channel_take_the_weights_of_three(checkpoint, tmp_path):
     torch.testing.assert_close(state["patch_embed.proj.weight"], averaged["patch_embed.proj.weight"].sum(1, True))
 
 
-def test_images_of_three_channels_take_the_weights_of_one(checkpoint, tmp_path):
+@pytest.mark.parametrize("in_chans", [3, None])  # None: the model's own
+def test_images_of_three_channels_take_the_weights_of_one(checkpoint, tmp_path, in_chans):
     path, averaged = checkpoint
-    model = create_initial_model(tiny(tmp_path, initial_checkpoint=str(path), in_chans=3, mean=(0.5,), std=(0.5,)), 10)
+    options = {"initial_checkpoint": str(path), "in_chans": in_chans, "mean": (0.5,), "std": (0.5,)}
+    model = create_initial_model(tiny(tmp_path, **options), 10)
     expected = averaged["patch_embed.proj.weight"].expand(-1, 3, -1, -1) / 3
     torch.testing.assert_close(model.state_dict()["patch_embed.proj.weight"], expected)
     assert model.pretrained_cfg["input_size"][0] == 3

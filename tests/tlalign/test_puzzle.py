@@ -217,6 +217,18 @@ def test_images_and_maps_that_do_not_fit_are_refused():
         PuzzleMix(given(torch.rand(2, 4, 4)))(torch.rand(2, 3, 8, 8), torch.arange(2))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_where_saliency_is_no_number_there_is_none(value):
+    images, broken = torch.rand(4, 3, 8, 8), torch.rand(4, 8, 8)
+    broken[1] = value
+    without = broken.clone()
+    without[1] = 0
+    mixed, target = PuzzleMix(given(broken), seed=3)(images, torch.arange(4))
+    expected, expected_target = PuzzleMix(given(without), seed=3)(images, torch.arange(4))
+    assert torch.equal(mixed, expected)
+    assert torch.equal(target.ratio, expected_target.ratio)
+
+
 def test_without_scipy_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ModuleNotFoundError, match=r"Puzzle Mix needs SciPy: pip install 'tlalign-kernels\[train\]'"):

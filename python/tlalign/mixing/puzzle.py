@@ -131,6 +131,8 @@ class PuzzleMix(MixingStrategy):
         if saliency.shape != expected:
             raise ValueError(f"saliency: expected maps of shape {expected}, got {tuple(saliency.shape)}")
         blocks = F.adaptive_avg_pool2d(saliency.detach().float(), grid).cpu().double()
+        # Of weights that are no numbers any more, which the loss will say, nothing is salient.
+        blocks = blocks.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         # An image without any saliency has the same everywhere.
         blocks = blocks + torch.finfo(torch.float32).tiny
         return (blocks / blocks.sum(dim=(1, 2), keepdim=True)).numpy()
