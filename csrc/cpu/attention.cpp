@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
+#include <exception>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -14,7 +15,6 @@
 #include <vector>
 
 #if !defined(TLALIGN_LIBGOMP)
-#include <system_error>
 #include <thread>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
@@ -110,8 +110,8 @@ void on_threads(int threads, Work work) {
   std::vector<std::thread> others;
   try {
     while (static_cast<int>(others.size()) < threads - 1) others.emplace_back(work);
-  } catch (const std::system_error&) {
-    // The system has no more of them: those that there are do the work.
+  } catch (const std::exception&) {
+    // The system has no more of them, or no memory: those that there are do the work.
   }
   work();
   for (std::thread& other : others) other.join();

@@ -71,7 +71,7 @@ void set_problem(Problem& p, const Sizes& sizes, const std::string& dtype, const
   p.key = rows("key", key);
   p.value = rows("value", value);
   p.bias = offsets("bias", bias);
-  p.mask = offsets("mask", mask);
+  p.mask = offsets("mask", mask, true);
   if (windows_tuple) p.windows = windows(*windows_tuple, sizes);
 }
 

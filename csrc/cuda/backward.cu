@@ -822,13 +822,6 @@ __global__ void __launch_bounds__(Kernel::THREADS, BLOCKS) attention_backward_bi
   run<Kernel>(p);
 }
 
-template <class Kernel>
-void launch(void (*kernel)(Backward), const char* name, int64_t blocks, const Backward& p, cudaStream_t stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES), name, p);
-  kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
-  check(cudaGetLastError(), name, p);
-}
-
 template <class Head>
 void launch_head(int64_t blocks, const Backward& p, cudaStream_t stream) {
   launch<Head>(attention_backward_head<Head>, "attention_backward_head", blocks, p, stream);

@@ -22,18 +22,18 @@ namespace tlalign::cuda {
 namespace {
 
 int size(const std::string& name, int64_t number, int64_t least) {
-  expect(number >= least && number <= std::numeric_limits<int>::max() / 2,
-         name + ": expected at least " + std::to_string(least) + " and less than 2**30, got " + std::to_string(number));
+  expect(number >= least && number <= std::numeric_limits<int>::max() / 2, name, ": expected at least ", least,
+         " and less than 2**30, got ", number);
   return static_cast<int>(number);
 }
 
 // With strides in bytes of numbers of 16 bits.
-Rows aligned_rows(const std::string& argument, const RowsTuple& tuple) {
+Rows aligned_rows(const char* argument, const RowsTuple& tuple) {
   Rows r = rows(argument, tuple);
   expect(reinterpret_cast<uintptr_t>(r.data) % 16 == 0 && r.image % 8 == 0 && r.head % 8 == 0 && r.row % 8 == 0,
-         argument + ": expected rows that begin at multiples of 16 bytes");
-  expect(std::max({r.image, r.head, r.row}) < std::numeric_limits<int>::max() / 2,
-         argument + ": expected less than 2**30 elements from an image, head or row to the next");
+         argument, ": expected rows that begin at multiples of 16 bytes");
+  expect(std::max({r.image, r.head, r.row}) < std::numeric_limits<int>::max() / 2, argument,
+         ": expected less than 2**30 elements from an image, head or row to the next");
   r.image *= 2, r.head *= 2, r.row *= 2;
   return r;
 }
@@ -43,11 +43,17 @@ bool has_offsets(const std::optional<OffsetsTuple>& bias, const std::optional<Of
   return bias.has_value() || mask.has_value() || !(scale > 0.0);
 }
 
-Starts starts(const std::string& argument, const Problem& p, const Offsets& offsets, Address address, bool needed) {
+// Of what is read or written 16 bytes at a time.
+template <class T>
+T* aligned(const char* argument, Address address, bool needed = true) {
+  expect(address % 16 == 0, argument, ": expected an address that is a multiple of 16");
+  return pointer<T>(argument, address, needed);
+}
+
+Starts starts(const char* argument, const Problem& p, const Offsets& offsets, Address address, bool needed) {
   Starts s;
   lay_out(s, offsets, p.batch, p.heads, p.queries, p.keys);
-  s.data = pointer<float>(argument, address, needed);
-  expect(address % 16 == 0, argument + ": expected an address that is a multiple of 16");
+  s.data = aligned<float>(argument, address, needed);
   return s;
 }
 
@@ -60,7 +66,7 @@ Windows::Axis axis(const std::string& name, int64_t tokens, int64_t window, int6
   a.window = size(name + " of a window", window, 1);
   a.windows = (a.tokens - 1) / a.window + 1;
   a.shift = size("shift of " + name, shift, 0);
-  expect(a.shift < a.window, "shift of " + name + ": expected less than the window");
+  expect(a.shift < a.window, "shift of ", name, ": expected less than the window");
   a.rolled = a.shift % a.tokens;
   return a;
 }
@@ -81,10 +87,8 @@ void read_windows(Problem& p, const WindowsTuple& tuple) {
   expect(p.queries == p.keys && p.keys == int64_t(w.down.window) * w.across.window,
          "Nq, Nk: expected the tokens of a window");
   expect(p.batch % w.of_image.divisor == 0, "B: expected a multiple of the windows of a map");
-  w.padding = pointer<const char>("pad_qkv", padding, w.padding_tokens > 0);
-  expect(padding % 16 == 0, "pad_qkv: expected an address that is a multiple of 16");
-  expect(p.head_dim == HEAD_DIM_OF_WINDOWS,
-         "D: expected " + std::to_string(HEAD_DIM_OF_WINDOWS) + " in windows, got " + std::to_string(p.head_dim));
+  w.padding = aligned<const char>("pad_qkv", padding, w.padding_tokens > 0);
+  expect(p.head_dim == HEAD_DIM_OF_WINDOWS, "D: expected ", HEAD_DIM_OF_WINDOWS, " in windows, got ", p.head_dim);
   w.places_of_window = laid_out(p.keys);
   size("places of tokens", int64_t(w.of_image.divisor) * w.places_of_window, 1);
   w.places = pointer<int>("places", places);
@@ -107,9 +111,9 @@ void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, cons
   p.head_dim = size("D", sizes[4], 1);
   p.sources = size("S", sizes[5], 0);
   expect(std::find(std::begin(HEAD_DIMS), std::end(HEAD_DIMS), p.head_dim) != std::end(HEAD_DIMS),
-         "D: expected a head dimension that the CUDA kernels have, got " + std::to_string(p.head_dim));
+         "D: expected a head dimension that the CUDA kernels have, got ", p.head_dim);
   size("H * D", int64_t(p.heads) * p.head_dim, 1);
-  expect(p.sources <= MAX_SOURCES, "S: expected at most " + std::to_string(MAX_SOURCES) + " sources");
+  expect(p.sources <= MAX_SOURCES, "S: expected at most ", MAX_SOURCES, " sources");
   size("S * Nq", int64_t(p.sources) * p.queries, 0);
   size("S * Nk", int64_t(p.sources) * p.keys, 0);
   const int64_t most = std::numeric_limits<int>::max();
@@ -123,7 +127,7 @@ void read_problem(Problem& p, const Sizes& sizes, const std::string& dtype, cons
   p.key = aligned_rows("key", key);
   p.value = aligned_rows("value", value);
   p.bias = offsets("bias", bias);
-  p.mask = offsets("mask", mask);
+  p.mask = offsets("mask", mask, true);
   p.bias_starts = starts("bias_starts", p, p.bias, bias_starts, has_offsets(bias, mask, scale));
   p.mask_starts = starts("mask_starts", p, p.mask, mask_starts, mask.has_value());
   // Large enough to divide by.
@@ -142,9 +146,9 @@ void attention_forward(const Sizes& sizes, const std::string& dtype, const RowsT
   const bool has_labels = f.sources > 0;
   f.share = pointer<const float>("share", share, has_labels);
   f.residual = pointer<const float>("residual", residual, false);
-  f.labels = pointer<void>("labels", labels);
+  f.labels = aligned<void>("labels", labels);
   f.head_share = pointer<float>("head_share", head_share, has_labels);
-  f.output = pointer<void>("output", output);
+  f.output = aligned<void>("output", output);
   f.share_out = pointer<float>("share_out", share_out, has_labels);
   f.log_sum_exp = pointer<float>("log_sum_exp", log_sum_exp);
   forward(f, reinterpret_cast<cudaStream_t>(stream));
@@ -160,21 +164,20 @@ void attention_backward(const Sizes& sizes, const std::string& dtype, const Rows
   Backward b;
   read_problem(b, sizes, dtype, query, key, value, bias, mask, scale, bias_starts, mask_starts, windows);
   b.grad_output = aligned_rows("grad_output", grad_output);
-  b.output = pointer<const void>("output", output);
+  b.output = aligned<const void>("output", output);
   b.log_sum_exp = pointer<const float>("log_sum_exp", log_sum_exp);
-  b.row_terms = pointer<void>("row_terms", row_terms);
+  b.row_terms = aligned<void>("row_terms", row_terms);
   b.grad_query = aligned_rows("grad_query", grad_query);
   b.grad_key = aligned_rows("grad_key", grad_key);
   b.grad_value = aligned_rows("grad_value", grad_value);
-  b.grad_padding = pointer<char>("grad_padding", grad_padding, b.windows.padding_tokens > 0);
-  expect(grad_padding % 16 == 0, "grad_padding: expected an address that is a multiple of 16");
+  b.grad_padding = aligned<char>("grad_padding", grad_padding, b.windows.padding_tokens > 0);
   b.bias_sums = pointer<float>("bias_sums", bias_sums, false);
   b.bias_heads = static_cast<int>(bias_heads);
   b.images_of_sum = size("images_of_sum", images_of_sum, 1);
   if (b.bias_sums != nullptr) {
     expect(b.bias.data != nullptr, "bias_sums: expected none where there is no bias");
-    expect(bias_heads == b.heads || (bias_heads == 1 && !windows),
-           std::string("bias_heads: expected ") + (windows ? "H" : "1 or H") + ", got " + std::to_string(bias_heads));
+    expect(bias_heads == b.heads || (bias_heads == 1 && !windows), "bias_heads: expected ", windows ? "H" : "1 or H",
+           ", got ", bias_heads);
     expect(int64_t(b.images_of_sum) * b.heads <= std::numeric_limits<int>::max(),
            "images_of_sum, H: expected less than 2**31 passes");
     const int64_t sums = (b.batch + b.images_of_sum - 1) / b.images_of_sum * bias_heads;
@@ -213,7 +216,7 @@ void bind(py::module_& module) {
           return lay_out(unused, offsets, sizes[0], int(sizes[1]), int(sizes[2]), int(sizes[3]));
         };
         return std::make_pair(in_windows || has_offsets(bias, mask, scale) ? numbers(offsets("bias", bias)) : 0,
-                              mask.has_value() ? numbers(offsets("mask", mask)) : 0);
+                              mask.has_value() ? numbers(offsets("mask", mask, true)) : 0);
       },
       "Numbers of the scratch `bias_starts` and `mask_starts`, 0 where there is none.");
   module.def("cuda_places", &laid_out, "Numbers of the scratch `places` of a window with so many tokens.");

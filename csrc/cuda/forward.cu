@@ -136,9 +136,6 @@ void launch(Forward p, cudaStream_t stream) {
     if ((STREAMS || OCTETS == 32) && stream_on_hopper(p, stream)) return average<KIND>(p, stream);
   }
   if (!Kernel::TURNS) pack<T, KIND>(p, stream);
-  const auto kernel = attention_forward<T, D, OCTETS, WARPS, STREAMS, KIND, LABEL_BLOCKS>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
-        "attention_forward", p);
   p.blocks = Divisor(Kernel::QUERY_TURNS ? 1 : blocks_of(p.queries, Kernel::QUERIES));
   const int64_t pairs = p.blocks.divisor * p.batch * p.heads;
   p.query_head_bytes = unsigned(p.query.head), p.key_head_bytes = unsigned(p.key.head);
@@ -146,8 +143,8 @@ void launch(Forward p, cudaStream_t stream) {
   if (Kernel::TURNS) p.heads_of_block = int(std::clamp<int64_t>(pairs / FEW_BLOCKS, 1, p.heads));
   p.turns = Divisor(blocks_of(p.heads, p.heads_of_block));
   const int64_t blocks = p.blocks.divisor * p.batch * p.turns.divisor;
-  kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
-  check(cudaGetLastError(), "attention_forward", p);
+  launch<Kernel>(attention_forward<T, D, OCTETS, WARPS, STREAMS, KIND, LABEL_BLOCKS>, "attention_forward", blocks, p,
+                 stream);
   if (!Kernel::has_all_heads(p)) average<KIND>(p, stream);
 }
 

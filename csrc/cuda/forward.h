@@ -130,7 +130,7 @@ struct ForwardKernel {
   static constexpr bool IN_PLACE = !STREAMS && !TURNS && D > 64;
   static constexpr int VALUE_AT = IN_PLACE ? 0 : Tile::bytes(KEYS);
   static constexpr int STAGE_BYTES = VALUE_AT + Tile::bytes(KEYS) + (TURNS ? LABEL_BYTES : 0);
-  // Other ones are read so many tiles before they are needed, as registers allow.
+  // Labels that lie elsewhere are read so many tiles before they are needed, as registers allow.
   static constexpr int AHEAD = LABEL_BLOCKS == 1 ? 2 : 0;
   // Blocks that the registers of a multiprocessor are to hold at once.
   static constexpr bool IS_WIDE = D > 64 || (STREAMS ? LABEL_BLOCKS > 1 : TILES > 13);

@@ -202,7 +202,7 @@ bool launch_on_hopper(const Forward& p, cudaStream_t stream) {
   if (blocks == 0 || int64_t(p.batch) * p.heads < 2 * blocks) return false;
   with_dtype(p, [&](auto type) {
     using T = decltype(type);
-    launch<HopperKernel<T>>(attention_forward_hopper<T>, p, blocks, stream);
+    launch<HopperKernel<T>>(attention_forward_hopper<T>, "attention_forward_hopper", blocks, p, stream);
   });
   return true;
 }

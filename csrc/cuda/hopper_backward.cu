@@ -402,11 +402,8 @@ bool launch_on_hopper(const Backward& p, cudaStream_t stream) {
   // Fewer heads leave multiprocessors idle.
   const int blocks = multiprocessors_of_hopper();
   if (blocks == 0 || int64_t(p.batch) * p.heads < blocks) return false;
-  const auto kernel = attention_backward_hopper<__nv_bfloat16>;
-  constexpr int BYTES = HopperKernel<__nv_bfloat16>::SHARED_BYTES;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), "attention_backward", p);
-  kernel<<<blocks, HopperKernel<__nv_bfloat16>::THREADS, BYTES, stream>>>(p);
-  check(cudaGetLastError(), "attention_backward", p);
+  launch<HopperKernel<__nv_bfloat16>>(attention_backward_hopper<__nv_bfloat16>, "attention_backward_hopper", blocks, p,
+                                      stream);
   return true;
 }
 

@@ -31,13 +31,4 @@ struct HopperForwardKernel : Base {
   }
 };
 
-// Launches the kernel that `Kernel` is the struct of.
-template <class Kernel>
-void launch(void (*kernel)(Forward), const Forward& p, unsigned blocks, cudaStream_t stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES),
-        "attention_forward", p);
-  kernel<<<blocks, Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
-  check(cudaGetLastError(), "attention_forward", p);
-}
-
 }  // namespace tlalign::cuda

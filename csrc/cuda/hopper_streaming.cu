@@ -280,7 +280,8 @@ bool stream_on_hopper(const Forward& arguments, cudaStream_t stream) {
   const unsigned blocks = unsigned(std::min<int64_t>(multiprocessors, p.batch * p.heads * p.blocks.divisor));
   with_dtype(p, [&](auto type) {
     using T = decltype(type);
-    launch<HopperStreamingKernel<T>>(attention_forward_hopper_streaming<T>, p, blocks, stream);
+    launch<HopperStreamingKernel<T>>(attention_forward_hopper_streaming<T>, "attention_forward_hopper_streaming",
+                                     blocks, p, stream);
   });
   return true;
 }

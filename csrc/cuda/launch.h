@@ -22,6 +22,16 @@ inline void check(cudaError_t status, const char* kernel, const Problem& p) {
                            cudaGetErrorString(status));
 }
 
+#if defined(__CUDACC__)
+// Launches the kernel that `Kernel` is the struct of; `name` is for the error.
+template <class Kernel, class Arguments>
+void launch(void (*kernel)(Arguments), const char* name, int64_t blocks, const Arguments& p, cudaStream_t stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SHARED_BYTES), name, p);
+  kernel<<<unsigned(blocks), Kernel::THREADS, Kernel::SHARED_BYTES, stream>>>(p);
+  check(cudaGetLastError(), name, p);
+}
+#endif
+
 template <int D>
 using HeadDim = std::integral_constant<int, D>;
 

@@ -1,4 +1,4 @@
-"""Attention with label propagation by Triton kernels: any GPU that Triton knows, no compiler needed.
+"""Attention with label propagation by Triton kernels: GPUs that Triton knows, NVIDIA's from Ampere on; no compiler.
 
 Under `TRITON_INTERPRET=1` the kernels run on the CPU, slowly, for tests.
 """
@@ -25,7 +25,7 @@ try:
 
     # Decided where the kernels are decorated: at import.
     _interpreted = triton.knobs.runtime.interpret
-    _ARRANGED = kernels.ARRANGED.value
+    _ARRANGED, _LOG2_E = kernels.ARRANGED.value, kernels.LOG2_E.value
 except Exception as error:  # an older Triton, or a broken one, has errors of many classes
     triton, _interpreted, _missing = None, False, f"{type(error).__name__}: {error}"
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Products and sums as one instruction; Triton 3.9 warns where nobody says so, and 3.10 no longer does it by itself.
 _FUSED = {"enable_fp_fusion": True}
-_LOG2_E = 1.4426950408889634
 # More sources than these take a pass of their own, whose cost does not grow with the number of heads.
 MAX_FUSED_SOURCES = 8
 # The scores of a block of queries and so many keys stay in the registers of a program.
@@ -69,9 +68,9 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
     if _interpreted and problem.dtype == torch.bfloat16:
         reasons.append("dtype: Triton's interpreter has no products of bfloat16")
-    tokens = problem.queries if problem.windows is None else math.prod(problem.windows.map_size)
+    tokens = max(problem.queries, problem.keys) if problem.windows is None else math.prod(problem.windows.map_size)
     if tokens * problem.heads * problem.head_dim >= 2**31:
-        reasons.append("query: expected less than 2**31 elements in an image, which are counted in 32 bits")
+        reasons.append("query, key: expected less than 2**31 elements in an image, which are counted in 32 bits")
     return reasons
 
 
@@ -498,7 +497,7 @@ def forward(
         **_rows(query=query, key=key, value=value), **_columns(query, has_offsets, _forward_width(shape)),
         **kinds, COLUMNS=max(8, _power_of_two(1 + fused * parts + padded)), SOURCES=fused,
         PARTS=parts, PARTS_ROW=parts_row, DROPS=dropout_p > 0, FOLDS=scale > 0 and not has_offsets,
-        PRECISION=_precision(query.device), WINDOWS=windows, **config.options,
+        PRECISION=_precision(), WINDOWS=windows, **config.options,
     )  # fmt: skip
     with _device_of(query):
         packed = head_share = None
@@ -558,7 +557,7 @@ def _mix_dense_labels(
         *_strides(query, key), *_offset_strides(bias, mask),
         heads, queries, keys, share.shape[-1], _factor(scale, bias is not None or mask is not None),
         **_rows(query=query, key=key), **_columns(query, True),
-        **kinds, PRECISION=_precision(query.device),
+        **kinds, PRECISION=_precision(),
         NORMALISES=inverse is not None, WINDOWS=windows, HAS_RESIDUAL=residual is not None,
         BLOCK_Q=32, TILE=32, LABELS=32, num_warps=8, num_stages=2 if is_float else 3,
         **_FUSED,
@@ -609,7 +608,7 @@ def backward(
         how = dict(
             **_rows(query=query, key=key, value=value, grad_output=grad_output), **_columns(query, has_offsets, 32),
             **kinds, DROPS=dropout_p > 0, NORMALISES=inverse is not None,
-            PRECISION=_precision(query.device), WINDOWS=windows,
+            PRECISION=_precision(), WINDOWS=windows,
         )  # fmt: skip
         if is_head:
             gap = _gap(query, key, value)
@@ -750,7 +749,7 @@ def _inverse(
         query, key, pad_qkv, bias, mask, log_sum_exp, inverse,
         *_strides(query, key), *_offset_strides(bias, mask), heads, queries, keys,
         _factor(scale, has_offsets), **_rows(query=query, key=key), **_columns(query, has_offsets),
-        **kinds, PRECISION=_precision(query.device), WINDOWS=windows, BLOCK_Q=block, TILE=block,
+        **kinds, PRECISION=_precision(), WINDOWS=windows, BLOCK_Q=block, TILE=block,
         num_warps=4, **_at_most(None if query.dtype == torch.float32 else ALL_REGISTERS), **_FUSED,
     )  # fmt: skip
     return inverse
@@ -877,14 +876,14 @@ def _dropout(dropout_p: float) -> tuple[int, float]:
     return min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
 
 
-def _precision(device: torch.device) -> str:
+def _precision() -> str:
     """How float32 is multiplied: where there is TF32, as three products of parts that keep 22 bits between them.
 
     Errors stay those of float32. At N = 197, D = 64 forward and backward of a head take 272 k cycles of the busiest
     pipe on sm_80 and 155 k on sm_90, where multiplications in float32 took 659 k, by counts. One product of TF32 has
     to do if PyTorch's own products may be such.
     """
-    if _capability(device) < 80 or torch.version.hip:
+    if torch.version.hip:
         return "ieee"
     # Not `allow_tf32`, which raises where this was set.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
