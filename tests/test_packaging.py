@@ -90,9 +90,12 @@ def test_wheel_holds_both_packages_and_the_extension(compiled_tree):
     names = wheel_contents(compiled_tree)
     assert len(extensions(names)) == 1
     expected = {
-        f"{package}/{name}" for package in ("tlalign_kernels", "tlalign") for name in ("__init__.py", "py.typed")
+        f"{package.name}/{file.relative_to(package)}"
+        for package in (compiled_tree / "tlalign_kernels", compiled_tree / "python" / "tlalign")
+        for file in package.rglob("*")
+        if file.is_file() and file.suffix not in (".so", ".pyc")
     }
-    assert {*expected, "tlalign_kernels/_C.pyi"} <= set(names)
+    assert {"tlalign/recipes/digits.yaml", "tlalign/py.typed", "tlalign_kernels/_C.pyi"} <= expected <= set(names)
     assert "tlalign/gone.py" not in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"tlalign_kernels", "tlalign"}
 
@@ -120,29 +123,38 @@ def test_compiler_that_is_too_old_leaves_out_the_cpu_kernels_alone(compiled_tree
     assert len(extensions(wheel_contents(moved))) == 1
 
 
+def configured(tmp_path: Path, tool: str, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Has CMake look for CUDA where `tool` is another."""
+    (tmp_path / tool).write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / tool).chmod(0o755)
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    path = os.pathsep.join([str(tmp_path), PATH])
+    environment = {**os.environ, "TLALIGN_CUDA_ARCHS": "", "TLALIGN_BUILD_CUDA": "1", "PATH": path, **environment}
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+
+
+def test_nvcc_that_does_not_work_is_told(tmp_path):
+    result = configured(tmp_path, "nvcc", "exit 1", CUDACXX=str(tmp_path / "nvcc"))
+    if "header files of Python" in result.stdout or "CXX compiler - NOTFOUND" in result.stdout:
+        pytest.skip("no C++ compiler, or no headers of Python")
+    assert result.returncode == 0, result.stdout
+    assert f"no CUDA kernels: {tmp_path / 'nvcc'} doesn't work" in " ".join(result.stdout.split())
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_gpu_that_is_newer_than_nvcc_is_left_to_ptx(tmp_path):
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\nprintf '8.0\\n19.0\\n9.0\\n'\n")
-    tool.chmod(0o755)
-
-    def configured(**environment):
-        command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"]
-        command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-        path = os.pathsep.join([str(tmp_path), PATH])
-        environment = {**os.environ, "TLALIGN_CUDA_ARCHS": "", "TLALIGN_BUILD_CUDA": "1", "PATH": path, **environment}
-        return subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-
-    result = configured()
+    tool = "nvidia-smi", r"printf '8.0\n19.0\n9.0\n'"
+    result = configured(tmp_path, *tool)
     if "CUDA compiler - NOTFOUND" in result.stdout or "header files of Python" in result.stdout:
         pytest.skip("nvcc does not work here, or no headers of Python")
     assert result.returncode == 0, result.stdout
     assert "knows no compute capability 190" in result.stdout
     assert "CUDA kernels for 80;90\n" in result.stdout
 
-    result = configured(TLALIGN_CUDA_ARCHS="80;190")
+    result = configured(tmp_path, *tool, TLALIGN_CUDA_ARCHS="80;190")
     assert result.returncode != 0
     assert "TLALIGN_CUDA_ARCHS: nvcc" in result.stdout
 
