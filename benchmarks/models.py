@@ -22,11 +22,12 @@ from torch import Tensor, nn
 import tlalign.models  # noqa: F401 - timm learns of PVT
 import tlalign_kernels as tlk
 from benchmarks.peers import cut, error_bounds, join, what_is_wrong
+from benchmarks.report import FUSED, OFFICIAL, PLAIN
 from tlalign_kernels.labels import pool_share
 from tlalign_kernels.selftest import ROUNDING
 from tlalign_kernels.windows import Windows
 
-PLAIN, FUSED, OFFICIAL, OURS = "plain CutMix", "plain CutMix, fused", "official way", "ours"
+OURS = "ours"
 # Images of a step on the CPU.
 MODELS = {
     "deit_tiny_patch16_224": 16,

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import tlalign_kernels as tlk
+from benchmarks.report import WRONG
 from tlalign_kernels.backends import AUTO_ORDER, explain_choice
 from tlalign_kernels.functional import window_problem
 from tlalign_kernels.selftest import ROUNDING
@@ -26,7 +27,6 @@ from tlalign_kernels.windows import Windows
 
 EAGER = "eager"  # by whose error the others are judged
 WITHOUT = ", no labels"  # how the names of ours end without them
-WRONG = ("wrong: ", "fails: ")  # how a reason starts that should not be
 MASKED = -100.0  # what timm's Swin adds to scores across the border of a shifted map
 
 

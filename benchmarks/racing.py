@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 101
-# More than the L2 cache of any GPU, written so often that the host is done with its launches of what follows before:
+MIN_ROUNDS, MAX_ROUNDS = 15, 101
+# More than the L2 cache of any GPU, written so often that the host is done with most launches of what follows before:
 # what is timed is the GPU.
-FLUSHED_BYTES, FLUSHES = 2**30, 4
+FLUSHED_BYTES, FLUSHES = 2**30, 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

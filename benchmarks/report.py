@@ -41,6 +41,7 @@ LEVELS = {
 }  # fmt: skip
 PLAIN, FUSED, OFFICIAL = "plain CutMix", "plain CutMix, fused", "official way"
 MATRIX_PRODUCT = "matrix product"  # no peer, but what bounds all of them
+WRONG = ("wrong: ", "fails: ")  # how a reason to leave one out starts that should not be
 PICTURES = ("speed.png", "growth.png", "steps.png")
 # What `--run` writes and packs.
 SENT = ("environment.txt", "benchmarks.txt", "results.json", "report.md", *PICTURES)
@@ -49,6 +50,8 @@ HOW = """Each row is one race: in every round all run once, one after another, i
 one of them over that of ours, labels on: the median over rounds of the ratio within a round, ± half the distance of its
 quartiles. Above 1 ours is faster, below 1, marked {faster}, the peer; the best peer is bold. Times of ours are medians
 with quartiles. Peak memory is measured once, over two steps: on a GPU with model and batch, on a CPU what comes on top.
+A training step is forward, loss and backward of a mixed batch, without mixing and without the optimiser. On a GPU, rows
+of some tens of microseconds with wide quartiles are limited by the host that launches kernels.
 
 Before they are timed, operators are held against a float64 reference (output, labels, all gradients), blocks too (of
 gradients that of the tokens), training steps in float32 on two images (logits, loss, labels, gradient of the first
@@ -241,7 +244,7 @@ def headline(rows: list[Row]) -> str:
         f"{name} ({LEVELS.get(row.level, row.level)}, {row.name}: {reason})"
         for row in rows
         for name, reason in row.left_out.items()
-        if reason.startswith(("wrong: ", "fails: "))
+        if reason.startswith(WRONG)
     ]
     if blamed:
         lines.append(f"- **Not timed, as it is wrong or fails**: {'; '.join(blamed)}.")

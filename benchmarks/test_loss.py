@@ -1,8 +1,9 @@
 """Time from pixels to the loss without a network: mixing a batch, its target, and the cross entropy of some logits.
 
 `pytest benchmarks/test_loss.py --benchmark-only`. Ours is `tlalign.mixing` and `mixed_cross_entropy`, which has no
-target of all classes; the other is timm's `Mixup` and `SoftTargetCrossEntropy`. Before it is timed, each is held
-against the pixels: from images of one colour each it can be read off who is where, and what the loss has to be.
+target of all classes; the other is timm's `Mixup` and `SoftTargetCrossEntropy`, whose CutMix pastes into the batch that
+it is given, where ours makes another. Before it is timed, each is held against the pixels: from images of one colour
+each it can be read off who is where, and what the loss has to be.
 """
 
 import pytest

@@ -40,10 +40,7 @@ MEMORY = {
         "bytes": {"ours": 50_000_000, "plain CutMix": 40_000_000, "official way": 75_000_000},
     }
 }  # fmt: skip
-GROWTH = [
-    race("growth with N", f"N={n}", {OURS: [n * 1e-5] * 3, "SDPA": [n * 2e-5] * 3}, axis="N", value=n)
-    for n in (50, 197)
-]
+GROWTH = [race("growth with N", f"N={n}", {OURS: [n * 1e-5] * 3, "SDPA": [n * 2e-5] * 3}, value=n) for n in (50, 197)]
 COUNTS = {
     "extra_info": {
         "level": "counts", "title": "Registers", "head": ["kernel", "registers"], "rows": [["forward", "128"]],
