@@ -56,6 +56,14 @@ def test_build_info_describes_this_build():
     assert all(isinstance(architecture, str) for architecture in info["cuda_architectures"])
 
 
+def test_a_compiler_that_can_makes_the_cpu_kernels():
+    info = _C.build_info()
+    least = {"GNU": 10, "Clang": 9}.get(info["compiler"])
+    if least is None or int(info["compiler_version"].partition(".")[0]) < least:
+        pytest.skip(f"{info['compiler']} {info['compiler_version']} need not compile them")
+    assert hasattr(_C, "cpu_attention_forward")
+
+
 def test_extension_does_not_need_torch():
     script = f"""
 import importlib.util, sys

@@ -521,7 +521,9 @@ def test_autocast_errors_are_those_of_timm(run):
     )
     largest = max(float(gradient.abs().max()) for gradient in expected)
     for our, timms, exact in zip(ours, own, expected, strict=True):
-        allowed = 2 * float((timms - exact).abs().max()) + 2.0**-7 * largest
+        of_timm, size = float((timms - exact).abs().max()), float(exact.abs().max())
+        # Some gradients are nothing but rounding.
+        allowed = 8 * of_timm + 2.0**-5 * size + 5e-4 * largest
         assert float((our - exact).abs().max()) <= allowed
 
 

@@ -577,7 +577,7 @@ def test_float32_is_multiplied_as_pytorch_may_multiply_it():
 @pytest.mark.parametrize("sources", [2, 20])
 def test_labels_are_never_multiplied_as_tf32(monkeypatch, sources):
     offline.record(monkeypatch, offline.execute)
-    monkeypatch.setattr(backend, "_precision", lambda device: "tf32")
+    monkeypatch.setattr(backend, "_precision", lambda: "tf32")
     query, key, value = torch.randn(3, 1, 2, 33, 16).unbind(0)
     # Ten bits are not enough for it.
     share = torch.full((1, 33, sources), 0.3)
