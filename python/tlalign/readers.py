@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import io
+import logging
 import os
 import posixpath
 import tarfile
@@ -379,6 +380,8 @@ def open_shards(config: EvalConfig) -> Parts:
     _require("webdataset", "webdataset")
     if config.data_dir is None:
         raise UsageError(f"data_dir: expected the folder of the shards, got null; {_SHARD_LAYOUT}")
+    # It warns where there is no _info.json, which a pattern and a number of images do without.
+    logging.getLogger(ReaderWds.__module__).setLevel(logging.ERROR)
     parts = []
     for option, training in (("train_split", True), ("eval_split", False)):
         try:

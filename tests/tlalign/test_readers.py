@@ -273,13 +273,16 @@ def test_shards_are_shuffled_by_seed_and_epoch_and_resumed(shards):
         assert [number % 2 for number in numbers(images)] == classes.tolist()
 
 
-def test_a_run_does_not_say_on_how_many_images_of_a_stream_it_was_evaluated(shards, capsys):
+def test_a_run_on_patterns_of_shards_says_nothing_that_may_be_wrong(shards, capsys, caplog):
+    (shards / "_info.json").unlink()
     model = "{patch_size: 4, embed_dim: 8, depth: 1, num_heads: 1}"
     flags = ["--recipe=none", "--model=vit_tiny_patch16_224", f"--model_kwargs={model}", "--img_size=8"]
     flags += ["--data=wds/", f"--data_dir={shards}", "--num_classes=2", "--batch_size=4", "--workers=0"]
-    flags += ["--eval_split=validation-{0000..0001}.tar|3", "--epochs=1", "--warmup_epochs=0"]
+    flags += ["--train_split=train-{0000..0003}.tar|24", "--eval_split=validation-{0000..0001}.tar|3"]
+    flags += ["--epochs=1", "--warmup_epochs=0"]
     assert main(["train", *flags, f"--output={shards / 'run'}"]) == 0
     assert re.search(r"1 epochs in [0-9:]+, on the held-out images:\n", capsys.readouterr().out)
+    assert "info file" not in caplog.text
 
 
 def test_processes_read_shards_of_their_own(shards):
