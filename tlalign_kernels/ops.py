@@ -343,7 +343,7 @@ def _packed_flops(*_, out_shape, **__):
     return _flops(rows, rows[2], output[-1], 2, share[-1])
 
 
-# Of each of the two products that of either factor's gradient, and the scores once more.
+# Two products for each of the forward's, one for the gradient of either factor, and the scores once more.
 def _attention_backward_flops(grad_output, _query, key, _value, _output, rows, *_, **__):
     return _flops(rows, key[2], grad_output[-1], 5)
 

@@ -101,19 +101,26 @@ Floats allocate(int64_t floats) {
       static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t(64))));
 }
 
-// Calls `work` on at most `threads` threads, of which the caller is one.
+// Calls work(number) on `workers` of `threads` threads, or on fewer if the system has no more.
 template <class Work>
-void on_threads(int threads, Work work) {
+void on_threads(int threads, int workers, Work work) {
+  std::atomic<int> next{0};
+  auto join = [&] {
+    if (const int number = next.fetch_add(1, std::memory_order_relaxed); number < workers) work(number);
+  };
 #if defined(TLALIGN_LIBGOMP)
-  GOMP_parallel([](void* data) { (*static_cast<Work*>(data))(); }, &work, static_cast<unsigned>(threads), 0);
+  // All of them, for which torch asks, too: asked for fewer than before libgomp ends threads, and then for more it has
+  // to start others.
+  GOMP_parallel([](void* data) { (*static_cast<decltype(join)*>(data))(); }, &join, static_cast<unsigned>(threads), 0);
 #else
+  static_cast<void>(threads);
   std::vector<std::thread> others;
   try {
-    while (static_cast<int>(others.size()) < threads - 1) others.emplace_back(work);
+    while (static_cast<int>(others.size()) < workers - 1) others.emplace_back(join);
   } catch (const std::exception&) {
     // The system has no more of them, or no memory: those that there are do the work.
   }
-  work();
+  join();
   for (std::thread& other : others) other.join();
 #endif
 }
@@ -122,26 +129,33 @@ void on_threads(int threads, Work work) {
 template <class Work>
 void run(int64_t count, int threads, int64_t scratch_floats, Work work) {
   if (is_forked_child()) threads = 1;
-  if (threads > count) threads = static_cast<int>(count);
+  const int workers = static_cast<int>(std::min<int64_t>(threads, count));
   const int64_t scratch_row = (scratch_floats + 15) / 16 * 16;
-  const Floats scratch = allocate(threads * scratch_row + 1);
-  if (threads <= 1) {
+  const Floats scratch = allocate(workers * scratch_row + 1);
+  if (workers <= 1) {
     for (int64_t task = 0; task < count; ++task) work(task, scratch.get());
     return;
   }
-  std::atomic<int64_t> next_task{0}, next_scratch{0};
+  std::atomic<int64_t> next_task{0};
   // All threads round, and take denormal numbers (torch.set_flush_denormal), as the caller does: which of them does a
   // task is chance.
   std::fenv_t of_caller;
   std::fegetenv(&of_caller);
-  on_threads(threads, [&] {
+  on_threads(threads, workers, [&](int worker) {
     std::fenv_t before;
     std::fegetenv(&before);
     std::fesetenv(&of_caller);
-    float* own = scratch.get() + next_scratch.fetch_add(1, std::memory_order_relaxed) * scratch_row;
+    float* own = scratch.get() + worker * scratch_row;
     for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < count;) work(task, own);
     std::fesetenv(&before);
   });
+}
+
+// One where there is so little to do that to wake the others, and to wait for them, took longer: a core may be busy
+// with something else.
+int threads_worth(const Problem& p, int threads) {
+  constexpr int64_t LEAST = 1 << 19;  // multiplications of queries and keys, some ten microseconds
+  return p.batch * p.heads * p.queries * p.keys < LEAST / p.head_dim ? 1 : threads;
 }
 
 // Tasks
@@ -224,6 +238,7 @@ Tasks backward_tasks(const Backward& b, int64_t lanes, int threads) {
 const char* instruction_set(const std::string& wanted) { return choose(wanted).name; }
 
 void forward(const Forward& f, const std::string& isa, int threads) {
+  threads = threads_worth(f, threads);
   const Kernels& kernels = kernels_for(f.dtype, isa);
   const Floats head_share = allocate(f.batch * f.heads * head_sums(f) * f.queries + 1);
   const int64_t chunks = kernels.forward_chunks(f);
@@ -241,6 +256,7 @@ void forward(const Forward& f, const std::string& isa, int threads) {
 }
 
 void backward(const Backward& b, const std::string& isa, int threads) {
+  threads = threads_worth(b, threads);
   const Kernels& kernels = kernels_for(b.dtype, isa);
   const int64_t bias_sum = shared_offsets(b, kernels.lanes);
   const bool sums_bias = b.grad_bias != nullptr;

@@ -257,7 +257,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
         Case("long", batch=1, heads=2, queries=700, keys=300, head_dim=16, sources=3),
         Case("dense", queries=150, keys=150, sources=40),
         Case("windows of a map", head_dim=16, bias_scale=1.0, windows=Windows((17, 30), (5, 7), (2, 3))),
-        Case("padding without a bias", heads=2, head_dim=8, sources=12, windows=Windows((9, 10), (4, 4), (0, 1))),
+        Case("padding without a bias", head_dim=40, sources=12, windows=Windows((30, 29), (4, 4), (0, 1))),
         Case("bias and mask", batch=40, heads=5, queries=33, keys=20, sources=3, bias_scale=1.0, mask="additive"),
         Case("many heads", batch=9, heads=24, head_dim=8, bias_scale=1.0, windows=Windows((7, 7), (7, 7), (0, 0))),
     ],
@@ -296,10 +296,11 @@ def test_python_threads_may_call_at_once():
         assert all(torch.equal(result[name], wanted[name]) for name in wanted)
 
 
+# Enough for several threads of ours, and in a child too little for those of torch, which would not come.
 CHILD = """
 import os, sys, torch, tlalign_kernels as tlk
 torch.set_num_threads(2)
-qkv, share = torch.randn(2, 64, 3, 2, 16), torch.rand(2, 64, 1)
+qkv, share = torch.randn(2, 128, 3, 3, 32), torch.rand(2, 128, 1)
 torch.randn(256, 256) @ torch.randn(256, 256)
 expected = tlk.attention_qkv(qkv, share, backend="cpu")[0]
 """
@@ -334,6 +335,20 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels(first):
     load = f"import ctypes; ctypes.CDLL({path!r})\n" if first != "torch" else "import torch\n"
     done = subprocess.run([sys.executable, "-c", load + CHILD + script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_few_tasks_leave_the_threads_of_torch_alive():
+    done = run_python(
+        "torch.set_num_threads(4)\n"
+        "query, key, value = torch.randn(3, 3, 1, 100, 64).unbind(0)\n"
+        "(torch.randn(1000, 1000) + 1).sum()\n"
+        "tlk.attention(query, key, value, backend='cpu')\n"  # of each image one task
+        "before = set(os.listdir('/proc/self/task'))\n"
+        "(torch.randn(1000, 1000) + 1).sum()\n"
+        "sys.exit(not set(os.listdir('/proc/self/task')) <= before)"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # Memory
