@@ -175,6 +175,7 @@ class Tasks {
       : images_(p.batch, image_parts), heads_(p.heads, head_parts), chunks_(chunks), threads_(threads) {}
 
   int64_t count() const { return images_.count * heads_.count * chunks_; }
+  int64_t chunks() const { return chunks_; }
   int64_t image_parts() const { return images_.count; }
   int64_t image_part(int64_t task) const { return task / chunks_ / heads_.count; }
 
@@ -186,6 +187,7 @@ class Tasks {
             images_.begin(image),
             images_.size(image),
             task % chunks_,
+            chunks_,
             ends ? -1 : heads_.begin(next / chunks_ % heads_.count),
             ends ? -1 : images_.begin(image_part(next))};
   }
@@ -195,13 +197,14 @@ class Tasks {
   int64_t chunks_, threads_;
 };
 
-// Heads of an image are dealt out only where there are few images for so many threads.
-Tasks tasks_of_images(const Problem& p, int64_t chunks, int threads) {
-  constexpr int64_t PER_THREAD = 4;  // tasks, so that threads end at about the same time
-  return {p, p.batch, std::clamp<int64_t>(PER_THREAD * threads / (p.batch * chunks), 1, p.heads), chunks, threads};
-}
+constexpr int64_t PER_THREAD = 4;  // tasks, so that threads end at about the same time
 
 int64_t divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Heads of an image are dealt out only where there are few images for so many threads.
+Tasks tasks_of_images(const Problem& p, int64_t chunks, int threads) {
+  return {p, p.batch, std::clamp<int64_t>(PER_THREAD * threads / (p.batch * chunks), 1, p.heads), chunks, threads};
+}
 
 // With a bias that images share, a task has several images, for which the bias of its heads, at most `heads`, is
 // transposed once: about `images`, or less, since there are to be `fewest` tasks, for which images are divided first,
@@ -217,11 +220,17 @@ Tasks tasks_of_shared_bias(const Problem& p, int64_t heads, int64_t images, int6
   return {p, image_parts, head_parts, chunks, threads};
 }
 
-Tasks forward_tasks(const Forward& f, int64_t chunks, int64_t lanes, int threads) {
-  if (!shares_bias(f)) return tasks_of_images(f, chunks, threads);
-  constexpr int64_t IMAGES = 8, FEWEST_PER_THREAD = 4, MOST_PER_THREAD = 16;
-  return tasks_of_shared_bias(f, heads_together(f, lanes), IMAGES, FEWEST_PER_THREAD * threads,
-                              MOST_PER_THREAD * threads, chunks, threads);
+// Queries of a head are divided further, which costs a little, where threads would wait for one another since heads are
+// few; not beside a shared bias, of which each task arranges that of all queries.
+Tasks forward_tasks(const Forward& f, const Kernels& kernels, int threads) {
+  if (!shares_bias(f)) {
+    const int64_t heads = f.batch * f.heads;
+    const int64_t fewest = threads > 1 && heads < 2 * threads ? divide(PER_THREAD * threads, heads) : 1;
+    return tasks_of_images(f, kernels.forward_chunks(f, fewest), threads);
+  }
+  constexpr int64_t IMAGES = 8, MOST_PER_THREAD = 16;
+  return tasks_of_shared_bias(f, heads_together(f, kernels.lanes), IMAGES, PER_THREAD * threads,
+                              MOST_PER_THREAD * threads, kernels.forward_chunks(f, 1), threads);
 }
 
 // The gradient of such a bias is summed over the images of a task, in parts that follow from the shape alone.
@@ -241,9 +250,8 @@ void forward(const Forward& f, const std::string& isa, int threads) {
   threads = threads_worth(f, threads);
   const Kernels& kernels = kernels_for(f.dtype, isa);
   const Floats head_share = allocate(f.batch * f.heads * head_sums(f) * f.queries + 1);
-  const int64_t chunks = kernels.forward_chunks(f);
-  const Tasks tasks = forward_tasks(f, chunks, kernels.lanes, threads);
-  std::vector<int64_t> heads_left(static_cast<size_t>(f.batch), f.heads * chunks);
+  const Tasks tasks = forward_tasks(f, kernels, threads);
+  std::vector<int64_t> heads_left(static_cast<size_t>(f.batch), f.heads * tasks.chunks());
   run(tasks.count(), threads, kernels.forward_scratch(f), [&](int64_t task, float* scratch) {
     kernels.forward(f, tasks[task], heads_left.data(), head_share.get(), scratch);
   });

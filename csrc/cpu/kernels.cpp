@@ -46,7 +46,7 @@ constexpr bool ONLY_BFLOAT16 = false;
 
 // Keys of a block at head dimension 64: N up to 272, that is all of ViT at 224 pixels, is one block.
 constexpr int64_t KEY_BLOCK = 272;
-constexpr int64_t QUERY_CHUNK = 272;  // of the forward
+constexpr int64_t QUERY_CHUNK = 272;  // of the forward, at most
 // Of the backward: whole panels, 64 or a little more; of bfloat16, whose products are half as deep, twice as many.
 constexpr int64_t PANEL = MAX_VECTORS * LANES;
 constexpr int64_t QUERY_BLOCK = ((ONLY_BFLOAT16 ? 128 : 64) + PANEL - 1) / PANEL * PANEL;
@@ -1093,7 +1093,8 @@ template <class T>
 void forward_of(const Forward& f, const Task& task, int64_t* heads_left, float* head_share, float* scratch) {
   const Plan plan(f);
   const ForwardScratch at(f, plan, scratch);
-  const Split chunks = chunks_of(f, QUERY_CHUNK), panels(chunks.size(task.chunk), MAX_VECTORS);
+  const int64_t vectors = padded_queries(f, LANES) / LANES;
+  const Split chunks(vectors, (vectors + task.chunks - 1) / task.chunks), panels(chunks.size(task.chunk), MAX_VECTORS);
   constexpr bool PAIRS = PAIRED<T>;
   const int64_t chunk_query = chunks.begin(task.chunk) * LANES, chunk_lanes = chunks.size(task.chunk) * LANES;
   const int64_t queries = smaller(f.queries - chunk_query, chunk_lanes);
@@ -1652,7 +1653,10 @@ void sum_grad_padding(const Backward& b, const float* parts, int64_t image_parts
   });
 }
 
-int64_t forward_chunks(const Problem& p) { return chunks_of(p, QUERY_CHUNK).count; }
+int64_t forward_chunks(const Problem& p, int64_t fewest) {
+  const int64_t of_each = (padded_queries(p, LANES) + fewest - 1) / fewest;
+  return chunks_of(p, smaller(larger(of_each, PANEL), QUERY_CHUNK)).count;
+}
 int64_t dense_share_chunks(const Problem& p) { return chunks_of(p, QUERY_BLOCK).count; }
 
 template <class Scratch>

@@ -18,7 +18,7 @@ constexpr int64_t MAX_FUSED_SOURCES = 8;
 // What one call of a kernel is to do: some heads of some images, head after head within an image; in the forward one
 // chunk of the queries.
 struct Task {
-  int64_t first_head, heads, first_image, images, chunk;
+  int64_t first_head, heads, first_image, images, chunk, chunks;
   // Where the thread will probably go on, so that the first rows can be fetched ahead; image -1 if nowhere.
   int64_t next_head, next_image;
 };
@@ -26,8 +26,9 @@ struct Task {
 struct Kernels {
   int64_t lanes;
   bool only_bfloat16;  // for other tokens the kernels of the next instruction set are to be taken
-  // Parts that the queries are divided into by the forward, and by the pass over dense labels.
-  int64_t (*forward_chunks)(const Problem&);
+  // Parts that the queries are divided into by the forward, `fewest` if they are large enough, and by the pass over
+  // dense labels.
+  int64_t (*forward_chunks)(const Problem&, int64_t fewest);
   int64_t (*dense_share_chunks)(const Problem&);
   // Floats that one call needs as scratch.
   int64_t (*forward_scratch)(const Problem&);
