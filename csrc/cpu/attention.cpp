@@ -154,8 +154,8 @@ void run(int64_t count, int threads, int64_t scratch_floats, Work work) {
 // One where there is so little to do that to wake the others, and to wait for them, took longer: a core may be busy
 // with something else.
 int threads_worth(const Problem& p, int threads) {
-  constexpr int64_t LEAST = 1 << 19;  // multiplications of queries and keys, some ten microseconds
-  return p.batch * p.heads * p.queries * p.keys < LEAST / p.head_dim ? 1 : threads;
+  constexpr int64_t LEAST = 1 << 19;  // multiplications by keys and labels, some ten microseconds
+  return p.batch * p.queries * p.keys * (p.heads * p.head_dim + p.sources) < LEAST ? 1 : threads;
 }
 
 // Tasks

@@ -22,7 +22,7 @@ inline void check(cudaError_t status, const char* kernel, const Problem& p) {
                            cudaGetErrorString(status));
 }
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__)  // what is compiled in place of Hopper's kernels launches none
 // Launches the kernel that `Kernel` is the struct of; `name` is for the error.
 template <class Kernel, class Arguments>
 void launch(void (*kernel)(Arguments), const char* name, int64_t blocks, const Arguments& p, cudaStream_t stream) {

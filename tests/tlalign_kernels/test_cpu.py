@@ -351,6 +351,18 @@ def test_few_tasks_leave_the_threads_of_torch_alive():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_little_work_wakes_no_threads():
+    done = run_python(
+        "torch.set_num_threads(4)\n"
+        "before = os.listdir('/proc/self/task')\n"
+        "for batch, starts in ((8, False), (512, True)):\n"
+        "    tlk.attention(*torch.zeros(3, batch, 1, 8, 16).unbind(0), backend='cpu')\n"
+        "    if (os.listdir('/proc/self/task') != before) != starts: sys.exit(f'{batch} images')"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # Memory
 
 
