@@ -228,7 +228,7 @@ def test_only_train_is_for_several_processes(run, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "error", [UnreadableImagesError("data: 3.png"), UsageError("num_classes: 2"), NonFiniteLossError("the loss is nan")]
 )
-def test_what_one_process_of_several_meets_it_says_by_itself(error, capsys, monkeypatch):
+def test_what_one_process_of_several_meets_it_says_by_itself(error, capsys):
     trainer = mock.Mock(processes=Processes(torch.device("cpu"), rank=1, world_size=2), steps_per_epoch=1, step=0)
     trainer.config.epochs, trainer.fit.side_effect = 1, error
     assert _train(trainer, None, resume=False) == 1
