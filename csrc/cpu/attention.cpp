@@ -154,7 +154,7 @@ void run(int64_t count, int threads, int64_t scratch_floats, Work work) {
 // One where there is so little to do that to wake the others, and to wait for them, took longer: a core may be busy
 // with something else.
 int threads_worth(const Problem& p, int threads) {
-  constexpr int64_t LEAST = 1 << 19;  // multiplications by keys and labels, some ten microseconds
+  constexpr int64_t LEAST = 1 << 18;  // multiplications by keys and labels, some five microseconds
   return p.batch * p.queries * p.keys * (p.heads * p.head_dim + p.sources) < LEAST ? 1 : threads;
 }
 
