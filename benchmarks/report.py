@@ -27,12 +27,14 @@ PAPER = (
     "The paper's Table 2 has 1.24 times the training time of CutMix for TL-Align, on its GPUs and with its code: "
     "quoted, not compared."
 )
+STEP, ONEDNN_STEP = "training step", "training step, oneDNN"
 LEVELS = {
     "operator, forward": "Operator, forward",
     "operator, forward and backward": "Operator, forward and backward",
     "goals": "Goals of the CPU kernels",
     "block": "Block, forward and backward",
-    "training step": "Training step",
+    STEP: "Training step",
+    ONEDNN_STEP: "Training step, products by oneDNN",
     "peak memory": "Peak memory of a training step",
     "mixing and loss": "From pixels to the loss, without a network",
     **{f"growth with {axis}": f"Growth with {name}" for axis, name in (
@@ -50,8 +52,9 @@ HOW = """Each row is one race: in every round all run once, one after another, i
 one of them over that of ours, labels on: the median over rounds of the ratio within a round, ± half the distance of its
 quartiles. Above 1 ours is faster, below 1, marked {faster}, the peer; the best peer is bold. Times of ours are medians
 with quartiles. Peak memory is measured once, over two steps: on a GPU with model and batch, on a CPU what comes on top.
-A training step is forward, loss and backward of a mixed batch, without mixing and without the optimiser. On a GPU, rows
-of some tens of microseconds with wide quartiles are limited by the host that launches kernels.
+A training step is forward, loss and backward of a mixed batch, without mixing and without the optimiser, its products
+PyTorch's default ones; where `tlalign train` has PyTorch take oneDNN's, steps with these follow. On a GPU, rows of some
+tens of microseconds with wide quartiles are limited by the host that launches kernels.
 
 Before they are timed, operators are held against a float64 reference (output, labels, all gradients), blocks too (of
 gradients that of the tokens), training steps in float32 on two images (logits, loss, labels, gradient of the first
@@ -248,15 +251,16 @@ def headline(rows: list[Row]) -> str:
     ]
     if blamed:
         lines.append(f"- **Not timed, as it is wrong or fails**: {'; '.join(blamed)}.")
-    steps = [row for row in rows if row.level == "training step"]
-    for peer, title in ((OFFICIAL, "the official way"), (PLAIN, PLAIN), (FUSED, FUSED)):
-        found = [
-            "{0} **{2:.2f}** ({1:.2f} to {3:.2f})".format(row.name, *row.ratio(row.ours, peer))
-            for row in steps
-            if peer in row.values
-        ]
-        if found:
-            lines.append(f"- **A training step of ours over {title}**, in time: {'; '.join(found)}.")
+    steps = [row for row in rows if row.level in (STEP, ONEDNN_STEP)]
+    for level, products in ((STEP, ""), (ONEDNN_STEP, ", products by oneDNN")):
+        for peer, title in ((OFFICIAL, "the official way"), (PLAIN, PLAIN), (FUSED, FUSED)):
+            found = [
+                "{0} **{2:.2f}** ({1:.2f} to {3:.2f})".format(row.name, *row.ratio(row.ours, peer))
+                for row in steps
+                if row.level == level and peer in row.values
+            ]
+            if found:
+                lines.append(f"- **A training step of ours over {title}**{products}, in time: {'; '.join(found)}.")
     if steps:
         lines.append(f"- {PAPER}")
     return "".join(f"{line}\n" for line in lines)
@@ -344,7 +348,7 @@ def draw(rows: list[Row], output: Path) -> dict[str, Path]:
     pictures = (
         ("Time of each peer over ours", ("operator, ", "block"), draw_ratios),
         ("How cost grows", ("growth",), draw_growth),
-        ("Time and memory of a training step", ("training step", "peak memory"), draw_steps),
+        ("Time and memory of a training step", (STEP, "peak memory"), draw_steps),
     )
     for name, (title, of_levels, draw_them) in zip(PICTURES, pictures, strict=True):
         of_picture = [row for row in rows if row.level.startswith(of_levels)]
@@ -421,7 +425,7 @@ def draw_growth(rows: list[Row]) -> Figure:
 def draw_steps(rows: list[Row]) -> Figure:
     """Bars over plain CutMix, which is 1."""
     levels = list(dict.fromkeys(row.level for row in rows))
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(max(11, 5 * len(levels)), 4), layout="constrained")
     axes = figure.subplots(1, len(levels), squeeze=False)[0]
     for axis, level in zip(axes, levels, strict=True):
         of_level = [row for row in rows if row.level == level and PLAIN in row.values]

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from tlalign.checkpoints import Checkpoints
 from tlalign.config import BOX_MIXING, MAY_CHANGE, MAY_MOVE, PATCH_MIXING, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config, sample_images
-from tlalign.evaluation import autocast, choose_device, evaluate
+from tlalign.evaluation import autocast, evaluate, prepare_device
 from tlalign.log import RunLog
 from tlalign.mixing import AttentiveCutMix, MixingStrategy
 from tlalign.mixing.puzzle import GRIDS
@@ -149,7 +149,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, initialises: bool = True) -> None:
         self.config = config
-        self.processes = Processes.start(choose_device(config))
+        self.processes = Processes.start(prepare_device(config))
         self.device = self.processes.device
         random_seed(config.seed)
         with self.processes.first_before_others():

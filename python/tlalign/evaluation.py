@@ -64,7 +64,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
         UsageError: If the checkpoint can't be read or is not of this model, the configuration can't be run, or an
             image can't be read.
     """
-    device = choose_device(config)
+    device = prepare_device(config)
     weights = load_all_weights(path)
     classes = folder_classes_of(path)
     data = load_data_sets(config, trains=False, folder_classes=classes)
@@ -89,20 +89,43 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
     return results
 
 
-def choose_device(config: EvalConfig) -> torch.device:
+def prepare_device(config: EvalConfig) -> torch.device:
     """The device of a configuration, by default the accelerator if there is one.
+
+    On the CPU `take_fast_products` comes with it.
 
     Raises:
         UsageError: If there is no such device.
     """
     if config.device is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        number = torch.zeros((), device=config.device)
-        number.item()  # of the device meta there is none
-        return number.device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device: cannot use {config.device!r}: {str(error).splitlines()[0]}") from error
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    else:
+        try:
+            number = torch.zeros((), device=config.device)
+            number.item()  # of the device meta there is none
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"device: cannot use {config.device!r}: {str(error).splitlines()[0]}") from error
+        device = number.device
+    if device.type == "cpu":
+        take_fast_products()
+    return device
+
+
+def take_fast_products() -> bool:
+    """Has PyTorch multiply float32 on the CPU by oneDNN instead of MKL, where that is faster and as precise.
+
+    So it is on processors of AMD with AVX-512: on a Zen 5 oneDNN is twice as fast. PyTorch takes it for a precision of
+    "medium"; it rounds to bfloat16 only where a processor has AMX.
+
+    Returns:
+        Whether PyTorch does so now, for the rest of the process.
+    """
+    processor = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.9 can't tell
+    is_faster = "AMD" in processor.get("cpu_name", "") and processor.get("avx512_f", False)
+    if not is_faster or processor.get("amx_bf16", False):
+        return False
+    torch.set_float32_matmul_precision("medium")
+    return True
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

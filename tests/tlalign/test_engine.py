@@ -16,6 +16,7 @@ from training import TINY, FewDigits, fit, quiet, resume, tiny
 from tlalign.checkpoints import load_checkpoint
 from tlalign.config import TrainConfig, UsageError, load_recipe, save_config
 from tlalign.engine import NonFiniteLossError, Trainer, _Stopwatch
+from tlalign.evaluation import prepare_device
 from tlalign.progress import ComparisonProgress, TrainingProgress
 from tlalign.runs import RunFolder
 from tlalign_kernels import LabelFollower, mixed_binary_cross_entropy, mixed_cross_entropy
@@ -33,6 +34,34 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
     first, second, other = (weights(trainer) for trainer in runs)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+AMD = dict(cpu_name="AMD EPYC", avx512_f=True, amx_bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        (AMD, ["medium"]),
+        ({**AMD, "cpu_name": "Intel(R) Xeon(R)"}, []),
+        ({**AMD, "avx512_f": False}, []),
+        ({**AMD, "amx_bf16": True}, []),
+        ({"cpu_name": "Neoverse V2", "architecture": "aarch64"}, []),
+    ],
+)
+def test_products_are_onednns_where_these_are_faster_and_as_precise(tmp_path, monkeypatch, cpu, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    precisions = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    assert prepare_device(tiny(tmp_path, device="cpu")).type == "cpu"
+    assert precisions == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_products_of_float32_are_not_rounded(tmp_path, device):
+    prepare_device(tiny(tmp_path, device=device))
+    factor = torch.full((256, 256), 1 + 2**-12)  # bfloat16 and TF32 know no number between 1 and this
+    assert factor.matmul(factor)[0, 0] == 256 * (1 + 2**-12) ** 2
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tlalign.analysis.blocks import blocks_of, following
 from tlalign.analysis.ratios import MixedBatch, mix_batches
 from tlalign.config import AnalyzeConfig, UsageError
 from tlalign.data import DataSets, create_eval_loader, resolve_image_config, sampled
-from tlalign.evaluation import choose_device
+from tlalign.evaluation import prepare_device
 from tlalign.networks import check_image_size, create_model, load_weights, set_weights
 from tlalign.pictures import pixels
 
@@ -99,7 +99,7 @@ def create_subject(config: AnalyzeConfig, data: DataSets, checkpoint: Path | Non
     model = create_model(config, data.num_classes)
     if checkpoint is not None:
         set_weights("checkpoint", checkpoint, load_weights("checkpoint", checkpoint), model, config.model)
-    weights, model = checkpoint.name if checkpoint else RANDOM, model.to(choose_device(config))
+    weights, model = checkpoint.name if checkpoint else RANDOM, model.to(prepare_device(config))
     return Subject(config, data, model, weights, layers=config.layers, residual=config.residual)
 
 
@@ -118,7 +118,7 @@ def create_subject_of_table_1(name: str, config: AnalyzeConfig, data: DataSets) 
     weights = None if file is None else load_weights("table1_weights", file)
     overrides = {} if file is None else {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
     model = create_model(config, 1000, **overrides)
-    return Subject(config, data, model.to(choose_device(config)), RANDOM if file is None else file.name)
+    return Subject(config, data, model.to(prepare_device(config)), RANDOM if file is None else file.name)
 
 
 def _weight_file(folder: str | None, name: str) -> Path | None:
