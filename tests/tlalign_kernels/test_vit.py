@@ -14,6 +14,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from following import assert_same, gradients, randomised, step
 from following import small_plain as small
+from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import checkpoint
 
 import tlalign_kernels as tlk
@@ -340,14 +341,30 @@ def test_heads_that_no_backend_has_are_refused():
         assert not any(isinstance(module, tlk.LabelFollower) for module in model.modules())
 
 
-def test_a_stem_that_was_made_for_a_size_it_does_not_divide_is_refused_at_others():
-    # Its stride is 32, and timm takes 100 pixels in 4 tokens for one of 25.
-    model = timm.create_model("vit_small_r26_s32_224", depth=1, img_size=100, dynamic_img_size=True)
+@pytest.mark.parametrize(("made_for", "pixels"), [(100, 100), (70, 64), (100, 320), (250, 250)])
+def test_patches_of_a_convolving_stem_are_its_stride_apart(made_for, pixels):
+    # 32, but timm takes 100 pixels in 4 tokens for one of 25.
+    model = timm.create_model("vit_small_r26_s32_224", depth=1, img_size=made_for, dynamic_img_size=True)
+    box = torch.tensor([[[32, 0, pixels - 4, 40]]])
+    target = MixedTarget.from_boxes(torch.tensor([[0, 1]]), box, (pixels, pixels))
+    _, aligned = tlk.patch_model(model.eval(), layers=[])(
+        torch.zeros(1, 3, pixels, pixels), target=target, collect_layers=True
+    )
+    inside = torch.zeros(pixels, pixels)
+    inside[32 : pixels - 4, :40] = 1
+    cells = [[part.mean() for part in rows.split(32, dim=1)] for rows in inside.split(32)]
+    share = aligned.layer_shares[0][0, 1:, 0]
+    torch.testing.assert_close(share, torch.tensor(cells).flatten())
+
+
+def test_a_stem_of_another_stride_is_refused_where_it_pads():
+    model = timm.create_model("vit_small_r26_s32_224", depth=1, img_size=96)
+    backbone = torch.nn.Conv2d(3, 8, 3, stride=3, padding=1)
+    model.patch_embed = HybridEmbed(backbone, img_size=100, embed_dim=model.embed_dim, output_fmt="NHWC")
+    model.pos_embed = None
     target = MixedTarget.from_ratio(torch.tensor([[0, 1]]), torch.tensor([[0.5]]))
-    model = tlk.patch_model(model.eval())
-    model(torch.zeros(1, 3, 100, 100), target=target)
-    with pytest.raises(NotImplementedError, match=r"patch_embed: expected tokens \(25, 25\) .*got \(10, 10\)"):
-        model(torch.zeros(1, 3, 320, 320), target=target)
+    with pytest.raises(NotImplementedError, match=r"patch_embed: expected tokens \(2, 2\) .*got \(34, 34\)"):
+        tlk.patch_model(model.eval())(torch.zeros(1, 3, 100, 100), target=target)
 
 
 def test_layers_choose_the_blocks_that_align():

@@ -118,8 +118,7 @@ class PlainFollower(ModelFollower):
                 f"patch_embed: expected {grid_size[0]} x {grid_size[1]} patches of an image of {image_size} pixels, "
                 f"got {x.shape[1]}"
             )
-        step = self.patch_embed.feat_ratio(as_scalar=False)
-        # Of a stem that pads, timm's step is too small where it was made for a size that it doesn't divide.
+        step = _patch_step(self.patch_embed)
         if any(
             tokens not in (size // pixels, -(-size // pixels))
             for tokens, size, pixels in zip(grid_size, image_size, step, strict=True)
@@ -311,6 +310,21 @@ def check_patch_embed(patch_embed: nn.Module, classes: tuple[type[nn.Module], ..
     for child_name, module in patch_embed.named_modules():
         if "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower():
             raise NotImplementedError(f"{name}.{child_name}: can't follow labels through {type(module).__name__}")
+
+
+def _patch_step(patch_embed: nn.Module) -> tuple[int, int]:
+    """Pixels from one patch to the next, along each axis."""
+    if not isinstance(patch_embed, HybridEmbed):
+        return patch_embed.feat_ratio(as_scalar=False)
+    # timm's ratio is the image's size over the map's, rounded down: less than the stride, a power of two, of a backbone
+    # that pads, where it was made for a size that this doesn't divide.
+    steps = []
+    for pixels, cells, ratio, patch in zip(
+        patch_embed.img_size, patch_embed.feature_size, patch_embed.feature_ratio, patch_embed.patch_size, strict=True
+    ):
+        stride = 1 << (ratio - 1).bit_length()
+        steps.append(patch * (stride if -(-pixels // stride) == cells else ratio))
+    return tuple(steps)
 
 
 def check_image_size(patch_embed: nn.Module, image_size: tuple[int, int]) -> None:
