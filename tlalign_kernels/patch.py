@@ -129,6 +129,8 @@ class ModelFollower(LabelFollower):
 
     def check_target(self, images: Tensor, target: MixedTarget) -> None:
         """Raises TypeError or ValueError unless `target` belongs to `images` (B, channels, Hi, Wi)."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
         if not isinstance(target, MixedTarget):
             raise TypeError(f"target: expected a MixedTarget, got {type(target).__name__}")
         if images.dim() != 4:
@@ -156,7 +158,7 @@ class ImageModelFollower(ModelFollower):
             x: Images, (B, channels, Hi, Wi).
             target: What the images are mixed of; None runs the model's own forward.
             collect_layers: Keep the share after each block in `aligned.layer_shares`: (B, Ht, Wt, S), or (B, N, S)
-                where a class token comes first.
+                where tokens are no map: those of the prefix come first.
 
         Returns:
             Logits (B, C), with a target also the aligned target.
@@ -346,11 +348,14 @@ def patch_model(
     Raises:
         NotImplementedError: If a module can't be followed, naming it, or its forward is not the one that was read; for
             "transmix" also if the logits are not those of a class token.
-        TypeError: If `model` is no module, or `layers` not iterable.
+        TypeError: If `model` is no module, `layers` not iterable, or a flag no bool.
         ValueError: If `model` is compiled or wrapped already, or an option is out of range.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    for name, flag in (("residual", residual), ("stochastic_depth", stochastic_depth)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if method == "transmix":

@@ -127,9 +127,10 @@ class Teacher:
     def _features(self, images: Tensor) -> Tensor:
         """The last feature map, (B, h, w, channels)."""
         features = self.model.forward_features(images)
-        if self._has_tokens:
+        # NaFlexViT's name, and all others'.
+        stem = getattr(self.model, "embeds", None) or getattr(self.model, "patch_embed", None)
+        if self._has_tokens and hasattr(stem, "dynamic_feat_size"):
             features = features[:, self.model.num_prefix_tokens :]
-            stem = self.model.embeds if hasattr(self.model, "embeds") else self.model.patch_embed  # NaFlexVit's name
             return features.unflatten(1, stem.dynamic_feat_size(tuple(images.shape[-2:])))
         if features.dim() != 4:
             raise ValueError(

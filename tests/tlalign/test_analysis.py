@@ -22,7 +22,7 @@ from tlalign.analysis import (
 )
 from tlalign.analysis.blocks import image_value, map_size
 from tlalign.analysis.presence import PresenceOfLayer
-from tlalign.analysis.ratios import collect_ratios, token_paths
+from tlalign.analysis.ratios import LayerRatios, collect_ratios, token_paths
 from tlalign_kernels import MixedTarget, patch_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -360,6 +360,26 @@ def test_tokens_are_those_at_their_places_in_the_image_mixed_most_evenly():
         maps = [share[1, 1:, 0].view(5, 5) for share in layers]
         expected = torch.stack([each[[3, 2, 0], [4, 3, 0]] for each in maps], dim=1)
         torch.testing.assert_close(values, expected.double())
+
+
+@pytest.mark.parametrize(
+    ("grids", "places", "expected"),
+    [
+        ([(27, 27), (14, 14), (7, 7)], (13, 26), [(13, 26), (6, 13), (3, 6)]),
+        ([(28, 14), (14, 7), (7, 4), (4, 2)], (27, 13), [(27, 13), (13, 6), (6, 3), (3, 1)]),
+    ],
+)
+def test_a_path_goes_on_with_the_token_that_one_is_merged_into(grids, places, expected):
+    size = (8 * grids[0][0], 8 * grids[0][1])
+    centre = [8 * place + 4 for place in places]
+    box = torch.tensor([[[centre[0] - 1, centre[1] - 1, centre[0] + 1, centre[1] + 1]]])
+    batch = MixedBatch(*[torch.zeros(1, 3, *size)] * 2, MixedTarget.from_boxes(torch.tensor([[0, 1]]), box, size))
+    # Each token's number in the place of its label.
+    layers = [torch.arange(rows * columns).view(1, rows, columns, 1) for rows, columns in grids]
+    _, paths = token_paths(torch.nn.Identity(), batch, LayerRatios(layers, layers, layers, None, None))
+    assert paths.aligned[0].tolist() == [
+        row * columns + column for (row, column), (_, columns) in zip(expected, grids, strict=True)
+    ]
 
 
 def test_gathered_ratios_and_errors_are_those_of_their_column():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 
-import tlalign.models  # noqa: F401 (makes timm know them)
+import tlalign.models
 import tlalign_kernels as tlk
 from tlalign.cli import main
 
@@ -188,6 +188,30 @@ def test_checkpoints_load_also_for_other_sizes_and_classes(tmp_path):
     plain.head.load_state_dict(model.head.state_dict())
     images = torch.randn(2, 1, *SIZE)
     torch.testing.assert_close(model.eval()(images), plain.eval()(images))
+
+
+@pytest.mark.parametrize("size", [(32, 128), (64, 96)])  # 8 x 32 embeddings would be 16 x 16
+def test_checkpoints_of_images_that_are_not_square_load_for_their_own_size_only(tmp_path, size):
+    weights = small(img_size=size).state_dict()
+    torch.save(weights, tmp_path / "pvt.pth")
+
+    def load(**options):
+        source = {"file": str(tmp_path / "pvt.pth"), "num_classes": following.CLASSES}
+        arguments = {"embed_dims": (8, 16, 40, 64), "depths": (1, 2, 1, 1), "num_classes": following.CLASSES, **options}
+        return timm.create_model("pvt_tiny", pretrained=True, pretrained_cfg_overlay=source, **arguments).state_dict()
+
+    same = load(img_size=size)
+    assert all(torch.equal(same[key], value) for key, value in weights.items())
+    if size == (64, 96):
+        with pytest.raises(
+            ValueError, match=r"pos_embed1: expected \(1, 1024, 8\) or that of square images, got \(1, 384"
+        ):
+            load(img_size=128)
+
+
+def test_a_checkpoint_without_position_embeddings_is_refused():
+    with pytest.raises(ValueError, match="pos_embed1: expected it in the checkpoint of a PVT, got none"):
+        tlalign.models.pvt.checkpoint_filter_fn({"head.bias": torch.zeros(3)}, small())
 
 
 def test_timm_finds_the_parts():

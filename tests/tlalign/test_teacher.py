@@ -5,6 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+import tlalign.models  # noqa: F401 (timm learns of PVT)
 from tlalign.mixing import BlockWise, CutMix, FMix, MixUp, PuzzleMix, RandomPatches, ResizeMix, TokenMix
 from tlalign.teacher import Teacher
 
@@ -174,9 +175,10 @@ def test_models_and_classes_that_do_not_fit_are_refused():
         Teacher(timm.create_model("test_resnet", num_classes=5)).class_activation(
             torch.randn(1, 3, 32, 32), torch.tensor([5])
         )
-    mixer = timm.create_model("mixer_s32_224", img_size=64)
-    with pytest.raises(ValueError, match=r"model: expected features of shape .* of MlpMixer"):
-        Teacher(mixer).activation(torch.randn(1, 3, 64, 64))
+    for name in ("mixer_s32_224", "xcit_nano_12_p16_224", "pvt_tiny"):
+        model = timm.create_model(name, img_size=64)
+        with pytest.raises(ValueError, match=rf"model: expected features of shape .* of {type(model).__name__}"):
+            Teacher(model).activation(torch.randn(1, 3, 64, 64))
 
 
 def test_a_class_that_the_teacher_sees_nowhere_is_spread_evenly():

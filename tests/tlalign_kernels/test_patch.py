@@ -358,6 +358,9 @@ def test_bad_arguments_are_refused():
         tlk.patch_model(vit_tiny(), method="cutmix")
     with pytest.raises(TypeError, match="layers: expected an iterable of block indices, got 1"):
         tlk.patch_model(vit_tiny(), layers=1)
+    for name, flag in (("residual", "no"), ("residual", None), ("stochastic_depth", 1)):
+        with pytest.raises(TypeError, match=f"{name}: expected True or False, got {flag!r}"):
+            tlk.patch_model(vit_tiny(), **{name: flag})
     for options in ({"layers": [1]}, {"residual": False}, {"stochastic_depth": True}):
         with pytest.raises(ValueError, match="layers, residual, stochastic_depth: expected none of them"):
             tlk.patch_model(vit_tiny(), method="transmix", **options)

@@ -187,6 +187,8 @@ def test_naflexvit_takes_patches_without_a_target_and_images_with_one():
             NotImplementedError, match=r"x: expected images \(B, channels, Hi, Wi\) alone beside a target"
         ):
             model(given, **options, target=target)
+    with pytest.raises(TypeError, match="patch_coord: expected a tensor, got a MixedTarget; give it by its name"):
+        model(images, target)
     images = torch.randn(1, 3, 40, 56, dtype=torch.float64)
     target = MixedTarget.from_boxes(torch.tensor([[0, 1]]), torch.tensor([[[5, 0, 32, 20]]]), (40, 56))
     ours, aligned = model(images, target=target, collect_layers=True)

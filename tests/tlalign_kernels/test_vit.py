@@ -691,6 +691,8 @@ def test_bad_targets_are_refused():
     ]:
         with pytest.raises(error, match=message):
             model(images, target=wrong)
+    with pytest.raises(TypeError, match="images: expected a tensor, got list"):
+        model([images], target=target)
     with pytest.raises(ValueError, match="images: expected 4 dimensions"):
         model(images[0], target=target)
     with pytest.raises(TypeError, match="attn_mask: expected a tensor, got a MixedTarget; give it by its name"):

@@ -1,7 +1,8 @@
 """How labels pass through timm's MaxViT and CoAtNet (maxxvit), which convolve and attend by turns.
 
 Tokens are a map (B, channels, Ht, Wt), and their labels one of (B, Ht, Wt, S). A convolution, whatever its kernel,
-counts as mixing of channels; where it makes one token of a cell of 2 x 2, that has the mean of their labels.
+counts as mixing of channels; where it or a pooling, by maximum too (coatnet_rmlp_1_rw), makes one token of a cell of
+2 x 2, that has the mean of their labels.
 """
 
 from __future__ import annotations

@@ -59,12 +59,14 @@ class AlignedNaFlexVit(PrefixPoolingFollower, naflexvit.NaFlexVit):
             Logits (B, C), with a target also the aligned target.
 
         Raises:
-            TypeError: If `target` is no MixedTarget.
+            TypeError: If `target` is no MixedTarget, or is not given by its name.
             ValueError: If `target` does not belong to the images, patches do not fit them, `collect_layers` is set
                 without a target, or TransMix's last block was taken out (timm's `prune_intermediate_layers`).
             NotImplementedError: If there is a target of patches in the place of images, or the model was changed since
                 it was patched to what its labels can't follow.
         """
+        if isinstance(patch_coord, MixedTarget):
+            raise TypeError("patch_coord: expected a tensor, got a MixedTarget; give it by its name, target=...")
         if target is None:
             if collect_layers:
                 raise ValueError("collect_layers: expected False without a target, got True")

@@ -217,12 +217,14 @@ def token_paths(model: nn.Module, batch: MixedBatch, ratios: LayerRatios) -> tup
     places = torch.stack((centre, border, outside)) / size
     paths = []
     for layers in (ratios.aligned, ratios.kept, ratios.reference):
-        values = []
+        values, at, before = [], None, None
         for share in layers:
-            rows, columns = grid = map_size(model, share, tuple(batch.images.shape[-2:]))
+            grid = torch.tensor(map_size(model, share, tuple(batch.images.shape[-2:])))
+            # Cells of a map that doesn't divide it are no whole part of the image.
+            at = (places * grid).long() if at is None else at // (before / grid).round().long()
+            at, before = at.minimum(grid - 1), grid
             shares = share[index].flatten()[prefix_of(model, share) :]
-            at = (places * torch.tensor(grid)).long().clamp(min=0)
-            values.append(shares[at[:, 0].clamp(max=rows - 1) * columns + at[:, 1].clamp(max=columns - 1)])
+            values.append(shares[at[:, 0] * grid[1] + at[:, 1]])
         paths.append(torch.stack(values, dim=1).cpu().double())
     return index, TokenPaths(("inside the box", "on its border", "far from it"), places, *paths)
 

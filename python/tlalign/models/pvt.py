@@ -6,6 +6,7 @@ that Twins took over from PVT: attention to a map that a strided convolution has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -256,14 +257,24 @@ tlk.register(PyramidVisionTransformer, AlignedPyramidVisionTransformer)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Interpolates the position embeddings of a checkpoint to the size of the model, as timm does when loading one."""
+    """Interpolates the position embeddings of a checkpoint to the size of the model, as timm does when loading one.
+
+    Raises:
+        ValueError: If embeddings of another size are not those of square images, or are missing.
+    """
     state_dict = state_dict.get("model", state_dict)
     for stage, size in enumerate(model.map_sizes):
         name = f"pos_embed{stage + 1}"
+        if name not in state_dict:
+            raise ValueError(f"{name}: expected it in the checkpoint of a PVT, got none")
+        position, expected = state_dict[name], tuple(getattr(model, name).shape)
+        if position.shape == expected:
+            continue
         prefix = model.num_prefix_tokens if stage == model.num_stages - 1 else 0
-        side = round((state_dict[name].shape[1] - prefix) ** 0.5)  # published are those of square images
-        if (side, side) != size:
-            state_dict = state_dict | {name: _resize_position(state_dict[name], (side, side), size)}
+        side = math.isqrt(position.shape[1] - prefix)
+        if side**2 != position.shape[1] - prefix:
+            raise ValueError(f"{name}: expected {expected} or that of square images, got {tuple(position.shape)}")
+        state_dict = state_dict | {name: _resize_position(position, (side, side), size)}
     return state_dict
 
 
