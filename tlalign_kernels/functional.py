@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -312,6 +314,8 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p, wind
     check_number("dropout_p", dropout_p)
     if scale is not None:
         check_number("scale", scale)
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"scale: expected a finite number, got {scale}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}")
     scores = sizes[:4]

@@ -92,7 +92,7 @@ class MixedTarget:
             ValueError: If a shape is wrong or, for CPU tensors, a value out of range.
         """
         sources = _check_classes(classes)
-        _check_tensor("masks", masks, None, (classes.shape[0], sources, None, None))
+        _check_tensor("masks", masks, None, (classes.shape[0], sources, "Hi", "Wi"))
         target = cls(classes=classes, masks=masks, image_size=(masks.shape[2], masks.shape[3]))
         return target._checked()
 
@@ -124,7 +124,7 @@ class MixedTarget:
             TypeError: If the dtype is wrong.
             ValueError: If the shape is wrong or, for CPU tensors, a value out of range.
         """
-        _check_tensor("token_labels", token_labels, None, (None, None, None, None))
+        _check_tensor("token_labels", token_labels, None, ("B", "C", "h", "w"))
         return cls(token_labels=token_labels)._checked()
 
     @property
@@ -146,6 +146,8 @@ class MixedTarget:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedTarget:
         """Returns the target with its tensors on `device`; dtypes stay."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device: expected a device, for labels keep their dtype, got {device}")
         return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MixedTarget:
@@ -298,7 +300,13 @@ class MixedTarget:
         Returns:
             A target without a place in space, whose `ratio` is `share`; for dense labels one whose `token_labels` are
             `share`, (B, C, 1, 1).
+
+        Raises:
+            TypeError: If `share` is no tensor of a floating dtype.
+            ValueError: If its shape is wrong.
         """
+        labels = self.token_labels if self.classes is None else self.ratio
+        _check_tensor("share", share, None, tuple(labels.shape[:2]))
         layers = None if layer_shares is None else tuple(layer_shares)
         if self.classes is None:
             return MixedTarget(token_labels=share[:, :, None, None], layer_shares=layers)
@@ -450,7 +458,7 @@ def _widest(device: torch.device) -> torch.dtype:
 
 def _check_classes(classes: Tensor) -> int:
     """Checks dtype and shape of class ids and returns the number S of extra sources."""
-    _check_tensor("classes", classes, torch.int64, (None, None))
+    _check_tensor("classes", classes, torch.int64, ("B", "S + 1"))
     if classes.shape[1] < 2:
         raise ValueError(f"classes: expected (B, S + 1) with S of at least 1, got {tuple(classes.shape)}")
     return classes.shape[1] - 1
@@ -466,17 +474,18 @@ def _check_image_size(image_size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int | None, ...]) -> None:
-    """Checks type, dtype (None: any floating one) and shape (None: any size)."""
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int | str, ...]) -> None:
+    """Checks type, dtype (None: any floating one) and shape (a name: any size)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if dtype is None and not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if dtype is not None and tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-    if tensor.dim() != len(shape) or any(w is not None and g != w for g, w in zip(tensor.shape, shape, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
+    if tensor.dim() != len(shape) or any(
+        not isinstance(wanted, str) and size != wanted for size, wanted in zip(tensor.shape, shape, strict=True)
+    ):
+        raise ValueError(f"{name}: expected shape ({', '.join(map(str, shape))}), got {tuple(tensor.shape)}")
     if 0 in tensor.shape[2:]:
         raise ValueError(f"{name}: expected at least one pixel or token, got shape {tuple(tensor.shape)}")
 

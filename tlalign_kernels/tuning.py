@@ -66,10 +66,13 @@ def tune(step: Callable[[], object], cache: str | os.PathLike | None = None) -> 
         The choice for each class of problems, in the order of their first appearance.
 
     Raises:
+        TypeError: If `step` can't be called.
         ValueError: If `step` asks for nothing, or the cache is no such file.
         RuntimeError: If a problem can be run by no candidate, with the reasons; on other ranks whatever rank 0 raised.
         OSError: If the cache can't be read, or choices can't be added to it.
     """
+    if not callable(step):
+        raise TypeError(f"step: expected a function, got {type(step).__name__}")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     is_first = not distributed or torch.distributed.get_rank() == 0
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

@@ -844,6 +844,8 @@ BAD_CALLS = [
     ({"scale": "0.5"}, TypeError, "scale: expected a number, got str"),
     ({"dropout_p": np.array([0.1])}, TypeError, "dropout_p: expected a number, got ndarray"),
     ({"backend": ["cpu"]}, ValueError, r"backend: expected 'auto' or one of .*, got \['cpu'\]"),
+    ({"scale": torch.nan}, ValueError, "scale: expected a finite number, got nan"),
+    ({"scale": -torch.inf}, ValueError, "scale: expected a finite number, got -inf"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a value in"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a value in"),
 ]

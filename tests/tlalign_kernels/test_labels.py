@@ -201,7 +201,12 @@ def pair(**changes):
 BAD_TARGETS = [
     ("from_ratio", pair(classes=[[0, 1]], ratio=torch.rand(1, 1)), TypeError, "classes: expected a tensor, got list"),
     ("from_ratio", pair(classes=torch.rand(2, 2), ratio=torch.rand(2, 1)), TypeError, "classes: expected torch.int64"),
-    ("from_ratio", pair(classes=torch.tensor([0, 1]), ratio=torch.rand(2, 1)), ValueError, "classes: expected shape"),
+    (
+        "from_ratio",
+        pair(classes=torch.tensor([0, 1]), ratio=torch.rand(2, 1)),
+        ValueError,
+        r"classes: .* \(B, S \+ 1\)",
+    ),
     ("from_ratio", pair(classes=torch.tensor([[0], [1]]), ratio=torch.rand(2, 1)), ValueError, "S of at least 1"),
     ("from_ratio", pair(classes=torch.tensor([[0, -1], [0, 1]]), ratio=torch.rand(2, 1)), ValueError, "classes: .* -1"),
     ("from_ratio", pair(ratio=torch.tensor([[0], [1]])), TypeError, "ratio: expected a floating dtype"),
@@ -217,7 +222,7 @@ BAD_TARGETS = [
     ("from_boxes", pair(boxes=torch.zeros(2, 1, 4).long(), image_size=(8, 0)), ValueError, "image_size: expected two"),
     ("from_boxes", pair(boxes=torch.zeros(2, 1, 4).long(), image_size=8), ValueError, "image_size: .*two.*got 8"),
     ("from_masks", pair(masks=torch.ones(2, 1, 4).long()), TypeError, "masks: expected a floating dtype"),
-    ("from_masks", pair(masks=torch.ones(2, 2, 4, 4)), ValueError, "masks: expected shape"),
+    ("from_masks", pair(masks=torch.ones(2, 2, 4, 4)), ValueError, r"masks: expected shape \(2, 1, Hi, Wi\)"),
     ("from_masks", pair(masks=torch.full((2, 1, 4, 4), 2.0)), ValueError, "masks: expected sums of at most 1"),
     ("from_masks", pair(masks=torch.full((2, 1, 4, 4), torch.inf)), ValueError, "masks: expected finite values"),
     ("from_masks", pair(masks=torch.ones(2, 1, 0, 4)), ValueError, "masks: expected at least one pixel or token"),
@@ -231,6 +236,29 @@ BAD_TARGETS = [
 def test_bad_targets_are_refused(constructor, arguments, error, message):
     with pytest.raises(error, match=message):
         getattr(MixedTarget, constructor)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("share", "error", "message"),
+    [
+        (0.5, TypeError, "share: expected a tensor, got float"),
+        (torch.ones(2, 1, dtype=torch.int64), TypeError, "share: expected a floating dtype"),
+        (torch.rand(2, 3), ValueError, r"share: expected shape \(2, 1\), got \(2, 3\)"),
+        (torch.rand(3, 1), ValueError, r"share: expected shape \(2, 1\), got \(3, 1\)"),
+    ],
+)
+def test_a_share_that_is_not_of_the_target_is_refused(share, error, message):
+    target = MixedTarget.from_ratio(**pair(ratio=torch.rand(2, 1)))
+    with pytest.raises(error, match=message):
+        target.with_share(share)
+    dense = MixedTarget.from_dense(torch.full((2, 5, 1, 1), 0.2))
+    with pytest.raises(error, match=message.replace("1", "5", 1) if error is ValueError else message):
+        dense.with_share(share)
+
+
+def test_a_target_is_moved_to_devices_only():
+    with pytest.raises(TypeError, match=r"device: expected a device, for labels keep their dtype, got torch\.float64"):
+        MixedTarget.from_ratio(**pair(ratio=torch.rand(2, 1))).to(torch.float64)
 
 
 def test_class_ids_are_checked_against_the_number_of_classes():

@@ -222,6 +222,8 @@ def test_a_candidate_that_fails_is_reported_and_not_taken(monkeypatch, failing):
 
 
 def test_a_step_without_attention_is_refused():
+    with pytest.raises(TypeError, match="step: expected a function, got int"):
+        tlk.tune(5)
     with pytest.raises(ValueError, match="step: expected calls of attention with backend='auto', got none"):
         tlk.tune(lambda: step(backend="cpu"))
 
