@@ -103,7 +103,9 @@ def draw_token_labels(
     ratios = torch.cat((target.ratio, aligned.ratio), dim=1).tolist()
     for axis, (ratio, new_ratio) in zip(axes[-1], ratios, strict=True):
         axis.set_xlabel(f"mixing ratio {ratio:.2f}\n$\\rightarrow$ aligned {new_ratio:.2f}", fontsize=10)
-    bar = figure.colorbar(colours, ax=axes[3:, :], ticks=(0, 0.5, 1), aspect=25, pad=0.02)
+    # Of all rows, though beside those of labels only: else these would be narrower than the others.
+    beside = dict(shrink=(len(rows) - 3) / len(rows), anchor=(0.0, 0.0))
+    bar = figure.colorbar(colours, ax=axes, ticks=(0, 0.5, 1), aspect=25, pad=0.02, **beside)
     bar.set_label("share of the partner (dots: over a half)")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     return maps
