@@ -132,6 +132,7 @@ def resolve_image_config(config: ModelConfig, model: nn.Module) -> dict[str, Any
         "input_size": (channels, config.img_size or height, config.img_size or width),
         "interpolation": config.interpolation or own["interpolation"],
         "crop_pct": config.crop_pct or own["crop_pct"],
+        "crop_mode": own["crop_mode"],
     }
     for name in ("mean", "std"):
         values = getattr(config, name)
@@ -222,7 +223,8 @@ def create_eval_loader(
     if image_config["interpolation"] == "random":
         # Evaluation draws nothing; timm takes bilinear where it can't draw one.
         image_config = image_config | {"interpolation": "bilinear"}
-    transform = _create_transform(image_config, crop_pct=image_config["crop_pct"], use_prefetcher=True)
+    crop = {name: image_config[name] for name in ("crop_pct", "crop_mode")}
+    transform = _create_transform(image_config, **crop, use_prefetcher=True)
     sampler = None
     if isinstance(data, ImageStream):
         images = EvalStream(data, transform, config.workers)

@@ -74,7 +74,7 @@ class CheckedLoader(DataLoader):
 
     Args:
         dataset: Gives an image and its class id.
-        num_classes: Number of classes; None: as many as the data set has.
+        num_classes: Number of classes; None: any.
         options: Further arguments of the DataLoader.
     """
 
@@ -90,8 +90,8 @@ class CheckedLoader(DataLoader):
                 wrong = classes[(classes < 0) | (classes >= self.num_classes)]
                 if len(wrong):
                     raise UsageError(
-                        f"num_classes: expected more than the greatest class id of the images, got {self.num_classes} "
-                        f"and an image of class {wrong[0]}"
+                        f"data: expected classes from 0 to {self.num_classes - 1} (num_classes {self.num_classes}), "
+                        f"got an image of class {wrong[0]}"
                     )
             yield images, classes
 

@@ -290,6 +290,8 @@ class ImageStream(IterableDataset):
                 yield to_rgb(image) if isinstance(image, Image.Image) else _decode_column(image), target
             except UnreadableImage as error:
                 self.unreadable.add(error)
+            except ValueError as error:
+                self.unreadable.add(UnreadableImage("an image of the stream", error))
 
 
 class ShardReader(ReaderWds):

@@ -110,7 +110,13 @@ def open_image(file: str | IO[bytes]) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB; grey of 16 bits by its upper 8, as Pillow does colours, where it would cut grey off."""
+    """Converts an image to RGB; grey of 16 bits by its upper 8, as Pillow does colours, where it would cut grey off.
+
+    Raises:
+        ValueError: If it has grey of 32 bits, which may mean anything.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"expected colours or grey of at most 16 bits, got Pillow's mode {image.mode}")
     return image.convert("RGB")

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 from tlalign.config import EvalConfig, ModelConfig, TrainConfig, UsageError, load_recipe
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
@@ -72,6 +73,22 @@ def test_channels_and_size_follow_the_options_then_the_model(image_folder):
     assert other["input_size"] == (1, 48, 48) and other["mean"] == (0.5,) and other["std"] == (0.3,)
     with pytest.raises(UsageError, match=r"mean: expected one value, or one for each of 3 channels"):
         resolve_image_config(folder_config(image_folder, mean=(0.1, 0.2)), model)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_held_out_images_are_cropped_as_the_model_s_own_configuration_says(tmp_path, crop_mode):
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 60, 3), dtype=np.uint8))
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            wide.save(tmp_path / part / name / "wide.png")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=6)
+    model.pretrained_cfg = {**model.pretrained_cfg, "crop_mode": crop_mode, "crop_pct": 0.8, "input_size": (3, 32, 32)}
+    config = folder_config(tmp_path)
+    loader = create_eval_loader(load_data_sets(config).held_out, config, resolve_image_config(config, model), CPU)
+    expected = create_transform(**resolve_data_config(model=model))(wide)
+    for image in next(iter(loader))[0]:
+        torch.testing.assert_close(image, expected)
 
 
 def test_a_missing_folder_says_which_layout_is_expected(tmp_path, image_folder):

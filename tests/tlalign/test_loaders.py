@@ -29,6 +29,7 @@ IMAGE_CONFIG = {
     "input_size": (3, 16, 16),
     "interpolation": "bicubic",
     "crop_pct": 1.0,
+    "crop_mode": "center",
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
 }

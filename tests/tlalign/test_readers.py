@@ -25,13 +25,14 @@ from tlalign.config import EvalConfig, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, sample_images
 from tlalign.loaders import Augmentation
 from tlalign.readers import Mnist5k
-from tlalign.unreadable import UnreadableImagesError, open_image
+from tlalign.unreadable import UnreadableImage, UnreadableImagesError, open_image
 
 CPU = torch.device("cpu")
 IMAGE_CONFIG = {
     "input_size": (3, 8, 8),
     "interpolation": "nearest",
     "crop_pct": 1.0,
+    "crop_mode": "center",
     "mean": (0.0, 0.0, 0.0),
     "std": (1.0, 1.0, 1.0),
 }
@@ -107,6 +108,15 @@ def test_a_missing_package_says_what_to_install(monkeypatch, data, package, extr
     message = rf"data: {package} is not installed; pip install 'tlalign-kernels\[{extra}\]'"
     with pytest.raises(UsageError, match=message):
         load_data_sets(EvalConfig(data=data, model=""))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_grey_images_of_32_bits_are_not_guessed_at(dtype):
+    file = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1000, 64, dtype=dtype).reshape(8, 8)).save(file, "tiff")
+    file.seek(0)
+    with pytest.raises(UnreadableImage, match=r"expected colours or grey of at most 16 bits, got Pillow's mode [FI]"):
+        open_image(file)
 
 
 @pytest.mark.parametrize("end", ["png", "tiff", "pgm"])
@@ -281,7 +291,7 @@ def test_a_run_on_patterns_of_shards_says_nothing_that_may_be_wrong(shards, caps
     flags += ["--train_split=train-{0000..0003}.tar|24", "--eval_split=validation-{0000..0001}.tar|3"]
     flags += ["--epochs=1", "--warmup_epochs=0"]
     assert main(["train", *flags, f"--output={shards / 'run'}"]) == 0
-    assert re.search(r"1 epochs in [0-9:]+, on the held-out images:\n", capsys.readouterr().out)
+    assert re.search(r"1 epoch in [0-9:]+, on the held-out images:\n", capsys.readouterr().out)
     assert "info file" not in caplog.text
 
 
@@ -351,7 +361,7 @@ def test_shards_need_a_folder_a_number_of_classes_and_no_repeats(shards):
 def test_a_class_that_num_classes_leaves_no_room_for_is_refused(shards, workers):
     given = config(data="wds/", data_dir=str(shards), num_classes=1, workers=workers)
     for read in (lambda: epoch(train_loader(given), 0), lambda: evaluated(given)):
-        with pytest.raises(UsageError, match=r"^num_classes: expected more than .*, got 1 and an image of class 1$"):
+        with pytest.raises(UsageError, match=r"^data: expected classes from 0 to 0 .*, got an image of class 1$"):
             read()
 
 
