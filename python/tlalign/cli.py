@@ -38,10 +38,11 @@ try:
         load_config_file,
         load_recipe,
         recipe_names,
+        started_processes,
         suggestion,
         type_checker,
     )
-    from tlalign.runs import EpochRecord, RunFolder, config_beside
+    from tlalign.runs import EpochRecord, RunFolder, config_beside, newest_in
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"tlalign: error: {missing.name} is not installed; pip install 'tlalign-kernels[train]'"
@@ -110,10 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in commands:
             raise UsageError(f"expected one of {', '.join(commands)}, got {name}{suggestion(name, list(commands))}")
-        if name != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+        if name != "train" and started_processes() != 1:
             raise UsageError(
-                f"expected one process, for only train is for several, got {name} with WORLD_SIZE="
-                f"{os.environ['WORLD_SIZE']}"
+                f"expected one process, for only train is for several, got {name} with {started_processes()}"
             )
         return commands[name](_spelled_out(options))
     except (UsageError, OSError) as error:
@@ -258,9 +258,8 @@ def list_runs(options: Sequence[str]) -> int:
     parser.add_argument("--plot", help="PNG file to draw top-1 and loss of the runs to, over each other.")
     parser.add_argument("--csv", help="CSV file to write the table to.")
     given = _parse_flags(parser, options)
-    from rich.console import Console
-
     from tlalign.listing import RunTable, find_runs
+    from tlalign.progress import OutputConsole
 
     runs = find_runs([Path(path) for path in given.paths])
     table = RunTable(runs, given.sort)
@@ -268,14 +267,14 @@ def list_runs(options: Sequence[str]) -> int:
         table.save(Path(given.csv))
     if given.plot is not None:
         table.plot(Path(given.plot))
-    console = Console()
+    console = OutputConsole()
     if not runs:
         print(f"no runs in {', '.join(given.paths)}")
     elif console.is_terminal:
         table.print(console)
     else:
         # A file or a pipe has no width to keep to.
-        table.print(Console(width=1000))
+        table.print(OutputConsole(width=1000))
     return 0
 
 
@@ -424,7 +423,12 @@ def _parse_over_checkpoint(
     parser.add_class_arguments(config_class, None)
     names = set(field_names(config_class))
     required = names & {"data", "model"}
-    if "-h" not in flags and "--help" not in flags:
+    if "-h" in flags or "--help" in flags:
+        for action in parser._actions:
+            if action.dest in required:
+                action.required = False
+                action.help = f"{action.help} By default what the {CONFIG_FILE} beside the checkpoint says."
+    else:
         # At first only to learn which checkpoint: what its configuration may give is not missing yet.
         parser.set_defaults(dict.fromkeys(required, ""))
     given = _parse_flags(parser, flags)
@@ -433,7 +437,9 @@ def _parse_over_checkpoint(
     if given.checkpoint is not None:
         if not Path(given.checkpoint).is_file():
             # Before what its configuration would have said is found missing.
-            raise UsageError(f"checkpoint: expected a file, got {given.checkpoint}, which is none")
+            raise UsageError(
+                f"checkpoint: expected a file, got {given.checkpoint}, which is none{newest_in(Path(given.checkpoint))}"
+            )
         beside = config_beside(Path(given.checkpoint))
         of_run = load_config_file(beside) if beside.is_file() else {}
         model = _text_of("model", flags)
@@ -579,7 +585,10 @@ def _is_to_resume(config: TrainConfig) -> bool:
     for name in field_names(TrainConfig):
         before, now = getattr(saved, name), getattr(config, name)
         if before != now and name not in MAY_CHANGE and not _has_moved(name, str(before), str(now)):
-            raise UsageError(f"resume: {name} of the run in {config.output} is {before}, got {now}")
+            raise UsageError(
+                f"resume: {name} of the run in {config.output} is {before}, got {now}; with other options its weights "
+                "can start another run (--initial_checkpoint)"
+            )
     if saved.workers != config.workers and config.data.partition("/")[0] in STREAMS:
         raise UsageError(
             f"resume: expected the {saved.workers} workers of the run in {config.output}, for they decide the order of "
@@ -617,16 +626,23 @@ def _try(config: TrainConfig) -> int:
     return 0
 
 
+def _say(line: str) -> None:
+    """Prints a line; that its reader has gone away (`| head`) is no reason to stop."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _describe(trainer: Trainer) -> None:
     config = trainer.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     images = len(trainer.train_loader.dataset), len(trainer.eval_loader.dataset)
     processes = f"{trainer.processes.world_size} processes, " if trainer.processes.several else ""
-    print(
+    _say(
         f"{config.method} trains {config.model} ({parameters:,} parameters) on {config.data} "
         f"({images[0]} images, {images[1]} held out, {trainer.num_classes} classes), {processes}device "
-        f"{trainer.device}",
-        flush=True,
+        f"{trainer.device}"
     )
 
 
@@ -661,7 +677,7 @@ def _train(trainer: Trainer, folder: RunFolder | None, resume: bool) -> int:
         _resume(trainer, Path(config.output))
     if first:
         _describe(trainer)
-        print(f"  run folder  {folder.path}" + (f", continued after step {trainer.step}" if resume else ""), flush=True)
+        _say(f"  run folder  {folder.path}" + (f", continued after step {trainer.step}" if resume else ""))
     start, first_step = time.monotonic(), trainer.step
     try:
         console = None if first else Console(quiet=True)
@@ -742,18 +758,19 @@ def _summarise(trainer: Trainer, folder: RunFolder, records: Sequence[EpochRecor
     held_out = "the" if isinstance(data, ImageStream) else len(data)
     last, best = records[-1], max(records, key=lambda record: record.metric)
     # Of a run that continued the time is that of its last steps.
+    epochs = "epoch" if config.epochs == 1 else "epochs"
     part = "" if steps == trainer.total_steps else f", the last {steps} of {trainer.total_steps} steps"
-    print(f"{config.epochs} epochs{part} in {timedelta(seconds=round(seconds))}, on {held_out} held-out images:")
-    print(f"  top-1 of the model         {last.top1:.2f} %")
+    _say(f"{config.epochs} {epochs}{part} in {timedelta(seconds=round(seconds))}, on {held_out} held-out images:")
+    _say(f"  top-1 of the model         {last.top1:.2f} %")
     if last.top1_ema is not None:
-        print(f"  top-1 of its average (EMA) {last.top1_ema:.2f} %")
+        _say(f"  top-1 of its average (EMA) {last.top1_ema:.2f} %")
     if last.ratio_change is not None:
-        print(f"  mean |aligned - original| mixing ratio in the last epoch {last.ratio_change:.4f}")
+        _say(f"  mean |aligned - original| mixing ratio in the last epoch {last.ratio_change:.4f}")
     if unreadable := len(trainer.train_loader.unreadable):
-        print(f"  {unreadable} training images that can't be read were left out")
-    print(f"  checkpoint  {folder.last_checkpoint} (the best, of epoch {best.epoch}: {folder.best_checkpoint.name})")
-    print(f"  log         {folder.log}, curves in {folder.curves.name}, more by tensorboard --logdir {folder.path}")
-    print(f"  picture     {_draw_picture(trainer, folder)}")
+        _say(f"  {unreadable} training images that can't be read were left out")
+    _say(f"  checkpoint  {folder.last_checkpoint} (the best, of epoch {best.epoch}: {folder.best_checkpoint.name})")
+    _say(f"  log         {folder.log}, curves in {folder.curves.name}, more by tensorboard --logdir {folder.path}")
+    _say(f"  picture     {_draw_picture(trainer, folder)}")
 
 
 def _draw_picture(trainer: Trainer, folder: RunFolder) -> Path | str:
@@ -761,7 +778,7 @@ def _draw_picture(trainer: Trainer, folder: RunFolder) -> Path | str:
     from tlalign.pictures import draw_token_labels
 
     if trainer.config.fsdp:
-        return "none: the weights are in parts"
+        return "none: with fsdp the weights are in parts"
     mean, std = trainer.image_config["mean"], trainer.image_config["std"]
     alignment = {"layers": trainer.config.layers, "residual": trainer.config.residual}
     try:

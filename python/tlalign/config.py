@@ -72,8 +72,8 @@ class ModelConfig:
         std: Standard deviation of each channel that images are normalised by; null: the model's own.
         interpolation: How images are resized: nearest, bilinear, bicubic, or random, which is one of the last two for
             each training image and bilinear in evaluation; null: the model's own.
-        crop_pct: Side of the central crop that is evaluated, as a part of the resized image, 0.1 to 1; null: the
-            model's own.
+        crop_pct: Side of the crop that is evaluated, as a part of the resized image, 0.1 to 1; null: the model's own.
+            How it is cut (the centre, squashed, or with a border) is the model's own.
     """
 
     model: str
@@ -234,7 +234,7 @@ class TrainConfig(EvalConfig):
             (repeated augmentation).
         epochs: Passes over the training images.
         opt: Name of a timm optimiser.
-        opt_betas: Decays of the optimiser's averages; null: its own.
+        opt_betas: Decays of the optimiser's averages, as many as it has; null: its own.
         opt_eps: Epsilon of the optimiser; null: its own.
         momentum: Momentum, of optimisers that have one.
         lr: Learning rate that the schedule begins with, for this batch_size.
@@ -287,7 +287,7 @@ class TrainConfig(EvalConfig):
     aug_repeats: int = 1
     epochs: int = 300
     opt: str = "adamw"
-    opt_betas: tuple[float, float] | None = None
+    opt_betas: tuple[float, ...] | None = None
     opt_eps: float | None = None
     momentum: float = 0.9
     lr: float = 5e-4
@@ -315,8 +315,12 @@ class TrainConfig(EvalConfig):
         self._check("batch_size", "at least 2 images to mix", lambda value: value >= 2 or self.mixing == "none")
         warmup = f"0 to epochs - 1 = {self.epochs - 1} (give it beside fewer epochs than a recipe's)"
         self._check("warmup_epochs", warmup, lambda value: 0 <= value < self.epochs)
-        self._check("smoothing", "0 to less than 1", lambda value: 0 <= value < 1)
-        for name in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay", "momentum"):
+        for name in ("smoothing", "momentum"):
+            self._check(name, "0 to less than 1", lambda value: 0 <= value < 1)
+        self._check(
+            "opt_betas", "numbers from 0 to less than 1", lambda values: all(0 <= value < 1 for value in values)
+        )
+        for name in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay"):
             self._check(name, "0 to 1", lambda value: 0 <= value <= 1)
         for name in ("color_jitter", "weight_decay", "warmup_lr", "min_lr"):
             self._check(name, "at least 0", lambda value: value >= 0)
@@ -440,6 +444,14 @@ def type_checker(config_class: type[ModelConfig]) -> jsonargparse.ArgumentParser
     checker = jsonargparse.ArgumentParser(exit_on_error=False)
     checker.add_class_arguments(config_class, None)
     return checker
+
+
+def started_processes() -> int:
+    """How many processes torchrun, or srun of Slurm, started for this command.
+
+    In a Slurm job that srun has not started it in, a command is one process, whatever the job has.
+    """
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def suggestion(word: str, known: list[str]) -> str:

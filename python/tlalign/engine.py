@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import itertools
 import math
 import resource
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.optim import OptimInfo, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad, distribute_bn, random_seed
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.fsdp import fully_shard
 
 from tlalign.checkpoints import Checkpoints
-from tlalign.config import BOX_MIXING, MAY_CHANGE, MAY_MOVE, PATCH_MIXING, TrainConfig, UsageError
+from tlalign.config import BOX_MIXING, MAY_CHANGE, MAY_MOVE, PATCH_MIXING, TrainConfig, UsageError, suggestion
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config, sample_images
 from tlalign.evaluation import autocast, evaluate, prepare_device
 from tlalign.log import RunLog
@@ -75,12 +76,17 @@ def create_optimizer(
         UsageError: If timm has none of the names, or they don't take the values.
     """
     options = {"betas": config.opt_betas, "eps": config.opt_eps}
+    name = config.opt.lower().removeprefix("lookahead_")
+    if name not in (known := list_optimizers()):
+        raise UsageError(f"opt: timm has no {config.opt}{suggestion(name, known)}")
     try:
-        info = get_optimizer_info(config.opt.lower().removeprefix("lookahead_"))
+        info = get_optimizer_info(name)
         for name, value in options.items():
             # timm would leave it out.
             if value is not None and not getattr(info, f"has_{name}"):
                 raise UsageError(f"opt_{name}: expected null, for {config.opt} has none, got {value}")
+        if config.opt_betas is not None and len(config.opt_betas) != (count := _count_betas(info)):
+            raise UsageError(f"opt_betas: expected {count} numbers for {config.opt}, got {list(config.opt_betas)}")
         if config.momentum != TrainConfig.momentum and not info.has_momentum:
             raise UsageError(f"momentum: expected none, for {config.opt} has none, got {config.momentum}")
         optimizer = create_optimizer_v2(
@@ -104,6 +110,8 @@ def create_optimizer(
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
         )
+    except UsageError:
+        raise
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"opt, sched: {error}") from error
     if scheduler is None and config.warmup_epochs:
@@ -114,6 +122,13 @@ def create_optimizer(
     if getattr(optimizer, "is_second_order", False):
         raise UsageError(f"opt: expected one that needs no second derivatives, got {config.opt}")
     return optimizer, scheduler
+
+
+def _count_betas(info: OptimInfo) -> int:
+    """How many decays of averages an optimiser takes: two, but for a few that say so."""
+    parameters = {} if isinstance(info.opt_class, str) else inspect.signature(info.opt_class).parameters
+    default = parameters["betas"].default if "betas" in parameters else None
+    return len(default) if isinstance(default, tuple) else 2
 
 
 class Trainer:
@@ -138,6 +153,7 @@ class Trainer:
         eval_loader: Loader of the held-out images.
         image_config: Size and normalisation of the images.
         num_classes: Number of classes.
+        images: Number of training and of held-out images.
         class_names: Their names, where the data set has any.
         steps_per_epoch: Steps of an epoch.
         step: Steps done since the start of the run.
@@ -157,12 +173,14 @@ class Trainer:
             create = create_initial_model if initialises else create_model
             self.model = create(config, data.num_classes).to(self.device)
         self.num_classes, self.class_names = data.num_classes, data.class_names
+        self.images = [len(data.train), len(data.held_out)]
         self.image_config = resolve_image_config(config, self.model)
         check_image_size(self.model, self.image_config["input_size"])
         self._check_mixing()
         members = self.processes.rank, self.processes.world_size
-        self.train_loader = create_train_loader(data.train, config, self.image_config, self.device, *members)
-        self.eval_loader = create_eval_loader(data.held_out, config, self.image_config, self.device, *members)
+        known = dataclasses.replace(config, num_classes=data.num_classes)  # images of others are refused
+        self.train_loader = create_train_loader(data.train, known, self.image_config, self.device, *members)
+        self.eval_loader = create_eval_loader(data.held_out, known, self.image_config, self.device, *members)
         self.steps_per_epoch = len(self.train_loader) // config.accumulate
         if config.aligns:
             align_targets(self.model, config)
@@ -250,6 +268,7 @@ class Trainer:
             "step": self.step,
             "processes": self.processes.world_size,
             "steps_per_epoch": self.steps_per_epoch,
+            "images": self.images,
             "class_names": self.class_names,
             "records": [dataclasses.asdict(record) for record in self.records],
             "totals": vars(self._totals).copy(),
@@ -273,6 +292,12 @@ class Trainer:
             raise UsageError(
                 f"resume: the run has epochs of {steps} steps, but with the images that are there now they have "
                 f"{self.steps_per_epoch}"
+            )
+        images = state.get("images")
+        if images is not None and images != self.images:
+            raise UsageError(
+                f"resume: the run has {images[0]} training and {images[1]} held-out images, but there are "
+                f"{self.images[0]} and {self.images[1]} now"
             )
         try:
             self.task.load_checkpoint_state(state["state_dict"])
@@ -365,7 +390,9 @@ class Trainer:
     def _create_task(self) -> AlignedClassificationTask:
         """The model with what mixes its images, what labels them and the loss."""
         config = self.config
-        teacher = create_teacher(config, self.num_classes, self.device) if config.needs_teacher else None
+        teacher = None
+        if config.needs_teacher:
+            teacher = create_teacher(config, self.num_classes, self.device, self.class_names)
         mixing = create_mixing(config, self.model, teacher)
         if teacher is not None:
             self._check_teacher(teacher, mixing)
@@ -479,7 +506,7 @@ class Trainer:
             unread = []
             rate = self.config.batch_size * totals.steps / totals.seconds
             if log is not None:
-                log.step(self.step, {"loss": loss, "lr": self._learning_rate(), "images_per_second": rate})
+                log.step(self.step, {"loss": loss, "lr": totals.lr, "images_per_second": rate})
             # After an epoch too, so that an evaluation that fails, or is killed, costs nothing that was trained.
             if index == steps or save_now or stop:
                 self._save(checkpoints, best=False)
@@ -522,6 +549,7 @@ class Trainer:
             dispatch_clip_grad(self.task.get_clip_parameters(), self.config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self._totals.lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.step += 1
         self.task.update_ema(step=self.step)
         if self.scheduler is not None:
@@ -567,7 +595,7 @@ class Trainer:
             step=self.step,
             loss=totals.loss / totals.steps,
             eval_loss=result["loss"],
-            lr=self._learning_rate(),
+            lr=totals.lr,
             top1=result["top1"],
             top5=result["top5"],
             top1_ema=averaged.get("top1"),
@@ -594,9 +622,6 @@ class Trainer:
         if self.processes.mean(told).item() > 0:
             raise TrainingInterrupted(signals.number or signal.SIGTERM)
 
-    def _learning_rate(self) -> float:
-        return max(group["lr"] for group in self.optimizer.param_groups)
-
 
 @dataclass(frozen=True)
 class DryRun:
@@ -619,9 +644,13 @@ class DryRun:
 
 @dataclass
 class _Totals:
-    """Sums over the steps of an epoch so far; means over the processes, but for times and the last."""
+    """Sums over the steps of an epoch so far; means over the processes, but for times and the last.
+
+    `lr` is no sum, but the learning rate of the last step.
+    """
 
     steps: int = 0
+    lr: float = 0.0
     loss: float = 0.0
     ratio_change: float = 0.0
     ratio_square: float = 0.0

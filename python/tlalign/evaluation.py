@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from tlalign.checkpoints import folder_classes_of
 from tlalign.config import EvalConfig, UsageError
 from tlalign.data import create_eval_loader, load_data_sets, resolve_image_config
-from tlalign.networks import check_image_size, create_model, load_all_weights, set_weights
+from tlalign.networks import check_image_size, count_classes, create_model, load_all_weights, set_weights
 from tlalign.unreadable import UnreadableImagesError
 
 
@@ -75,10 +76,14 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
             f"data: {config.data} has {len(data.class_names)} of {data.num_classes} classes, and nothing says which; "
             "expected a folder with all of them"
         )
+    of_weights = count_classes(weights["model"], config)
+    if of_weights not in (None, data.num_classes):
+        raise UsageError(f"num_classes: expected {of_weights}, of which {path} is, got {data.num_classes}")
     model = create_model(config, data.num_classes)
     image_config = resolve_image_config(config, model)
     check_image_size(model, image_config["input_size"])
-    loader = create_eval_loader(data.held_out, config, image_config, device)
+    known = dataclasses.replace(config, num_classes=data.num_classes)  # images of others are refused
+    loader = create_eval_loader(data.held_out, known, image_config, device)
     results = {}
     for name, state in weights.items():
         set_weights("checkpoint", path, state, model, config.model)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 import tlalign.models  # noqa: F401 (timm knows them from here on)
+from tlalign.checkpoints import folder_classes_of
 from tlalign.config import (
     CONFIG_FILE,
     ModelConfig,
@@ -23,9 +27,11 @@ from tlalign.config import (
     load_config_file,
     suggestion,
 )
-from tlalign.runs import config_beside
+from tlalign.runs import config_beside, newest_in
 from tlalign.teacher import Teacher
 from tlalign_kernels import patch_model
+
+_logger = logging.getLogger(__name__)
 
 
 def create_model(config: ModelConfig, num_classes: int, **overrides: Any) -> nn.Module:
@@ -72,7 +78,12 @@ def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
         model = create_model(config, num_classes)
         for name in _classifiers(model):
             # timm would load the rest without looking whether it is all there. A new head is taken along instead.
-            if f"{name}.weight" in weights and len(weights[f"{name}.weight"]) != num_classes:
+            known = len(weights.get(f"{name}.weight", ()))
+            if known not in (0, num_classes):
+                _logger.warning(
+                    "initial_checkpoint: %s of %d classes is left out, a new one of %d is trained",
+                    name, known, num_classes,
+                )  # fmt: skip
                 weights |= {key: value for key, value in model.state_dict().items() if key.startswith(f"{name}.")}
         source = {"state_dict": weights, "num_classes": num_classes}
         first, input_size = (model.default_cfg.get(key) for key in ("first_conv", "input_size"))
@@ -95,16 +106,19 @@ def create_initial_model(config: TrainConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) -> Teacher:
+def create_teacher(
+    config: TrainConfig, num_classes: int, device: torch.device, class_names: Sequence[str] = ()
+) -> Teacher:
     """The trained network of a configuration, with its averaged weights if its checkpoint has any.
 
     Args:
         config: Names the checkpoint, and its model if no configuration lies beside it.
         num_classes: Number of classes that it knows, if it is to label images.
         device: Device to run it on.
+        class_names: Their names, which those of its own images have to be, where both are of folders.
 
     Raises:
-        UsageError: If the checkpoint can't be read or is not of this model.
+        UsageError: If the checkpoint can't be read, is not of this model, or not of these classes.
     """
     path = Path(config.teacher_checkpoint)
     beside = config_beside(path)
@@ -118,6 +132,9 @@ def create_teacher(config: TrainConfig, num_classes: int, device: torch.device) 
     teacher, weights = ModelConfig(**values), load_weights("teacher_checkpoint", path)
     if not config.teacher_labels:  # only its features are asked for
         num_classes = count_classes(weights, teacher) or 0
+    elif config.data.startswith("folder:") and (known := folder_classes_of(path)) and known != list(class_names):
+        own, other = next(pair for pair in itertools.zip_longest(class_names, known) if pair[0] != pair[1])
+        raise UsageError(f"teacher_checkpoint: expected the classes of {config.data}, got {other} for its {own}")
     model = create_model(teacher, num_classes)
     set_weights("teacher_checkpoint", path, weights, model, teacher.model)
     return Teacher(model.to(device), config.mix_patch_size)
@@ -142,6 +159,8 @@ def load_weights(name: str, path: Path, use_ema: bool = True) -> dict[str, Tenso
     Raises:
         UsageError: If it can't be read, or holds something else.
     """
+    if path.is_dir():
+        raise UsageError(f"{name}: expected a file, got the folder {path}{newest_in(path)}")
     try:
         # weights_only, so that a checkpoint from anywhere runs no code.
         weights = load_state_dict(str(path), use_ema=use_ema)

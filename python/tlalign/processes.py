@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+from timm.utils.distributed import init_distributed_device_so
+
+from tlalign.config import UsageError, started_processes
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,15 @@ class Processes:
 
     @classmethod
     def start(cls, device: torch.device) -> Processes:
-        """Joins the processes that torchrun or Slurm started, if it did; of accelerators each takes its own.
+        """Joins the processes that torchrun or Slurm's srun started, if it did; of accelerators each takes its own.
 
         Args:
             device: Device that a process alone would run on.
+
+        Raises:
+            UsageError: If they can't be joined as the environment says.
         """
-        if not is_distributed_env():
+        if started_processes() == 1:
             return cls(device)
         if dist.is_initialized():
             return cls(device, dist.get_rank(), dist.get_world_size())
@@ -49,7 +54,10 @@ class Processes:
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment",
                 stacklevel=2,
             )
-        joined = init_distributed_device_so(device.type)
+        try:
+            joined = init_distributed_device_so(device.type)
+        except ValueError as error:  # what the environment lacks
+            raise UsageError(f"expected to be started by torchrun, for there are several processes: {error}") from error
         return cls(torch.device(joined["device"]), joined["global_rank"], joined["world_size"])
 
     @property

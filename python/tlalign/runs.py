@@ -35,7 +35,7 @@ class EpochRecord:
         step: Steps done since the start of the run.
         loss: Mean training loss.
         eval_loss: Cross entropy of the held-out images.
-        lr: Learning rate at its end.
+        lr: Learning rate of its last step, the greatest of all groups of parameters.
         top1: Per cent of the held-out images whose class the model gets right.
         top5: Per cent of the held-out images whose class is among the model's first five.
         top1_ema: As `top1`, of the averaged weights.
@@ -184,6 +184,12 @@ def _places(config: TrainConfig) -> dict[str, str]:
     return places
 
 
+def newest_in(folder: Path) -> str:
+    """What to say of a folder that was given in the place of a checkpoint."""
+    newest = folder / LAST_CHECKPOINT
+    return f"; the newest checkpoint of this run is {newest}" if newest.is_file() else ""
+
+
 def config_beside(checkpoint: Path) -> Path:
     """Where the configuration of a run lies, one of whose checkpoints this may be: it need not be there."""
     folder = checkpoint.parent
@@ -230,7 +236,10 @@ def read_log(path: Path) -> list[EpochRecord]:
         lines = [line for line in file if line.endswith("\n")]
     fields = {field.name: field for field in dataclasses.fields(EpochRecord)}
     rows = csv.DictReader(lines)
-    if not lines or lines[0].rstrip("\r\n") != ",".join(fields):
+    # Older versions had fewer columns.
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    columns = lines[0].rstrip("\r\n").split(",") if lines else []
+    if columns != list(fields)[: len(columns)] or len(columns) < len(required):
         raise ValueError(f"expected the columns {', '.join(fields)} in {path}")
     records, row = [], None
     try:

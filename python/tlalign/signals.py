@@ -12,6 +12,8 @@ from typing import Any
 class StopSignals:
     """Context in which the first SIGINT or SIGTERM is noted, so that a step can end; a second acts as it would.
 
+    One that the process ignores (of a shell's background, or by `trap`) it goes on to ignore.
+
     Attributes:
         number: The signal, or None.
     """
@@ -23,7 +25,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import yaml
 from PIL import Image
 
 from tlalign.cli import _draw_picture, _train, main
-from tlalign.config import CONFIG_FILE, UsageError
+from tlalign.config import CONFIG_FILE, UsageError, started_processes
 from tlalign.engine import NonFiniteLossError, Trainer
 from tlalign.processes import Processes
 from tlalign.unreadable import UnreadableImagesError
@@ -222,7 +223,67 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(run, tmp_path
 def test_only_train_is_for_several_processes(run, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["eval", "--checkpoint", str(run / "last.pth.tar")]) == 2
-    assert "for only train is for several, got eval with WORLD_SIZE=2" in capsys.readouterr().err
+    assert "for only train is for several, got eval with 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "3"}, 3),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, 1),  # of a job's script, which srun has not started
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, 2),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "1"}, 1),
+    ],
+)
+def test_processes_are_those_that_were_started_for_the_command(monkeypatch, environment, count):
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert started_processes() == count
+    if count == 1:
+        assert Processes.start(torch.device("cpu")) == Processes(torch.device("cpu"))
+
+
+def test_processes_that_do_not_know_one_another_are_an_error(tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", f"--output={tmp_path / 'run'}", "--device=cpu"]) == 2
+    assert "expected to be started by torchrun, for there are several processes: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_has_gone_away_stops_nothing():
+    code = "from tlalign.cli import _say\nfor line in ('first', 'second'): _say(line)\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as nowhere:
+        done = subprocess.run([sys.executable, "-c", code], stdout=nowhere, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_asks_for_nothing_that_lies_beside_a_checkpoint(capsys):
+    for command in ("export", "eval"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "By default what the config.yaml beside the checkpoint says." in text
+        assert "(required, type: str)" not in text.partition("--model MODEL")[2].partition("--num_classes")[0]
+
+
+def test_a_run_s_folder_in_the_place_of_its_checkpoint_is_pointed_out(run, capsys):
+    assert main(["eval", "--checkpoint", str(run)]) == 2
+    assert f"the newest checkpoint of this run is {run / 'last.pth.tar'}" in capsys.readouterr().err
+    assert main(["train", "--dry_run", "--initial_checkpoint", str(run)]) == 2
+    assert f"initial_checkpoint: expected a file, got the folder {run}; the newest" in capsys.readouterr().err
+
+
+def test_weights_of_other_classes_are_told_from_those_of_the_images(run, tmp_path, capsys):
+    checkpoint = str(run / "last.pth.tar")
+    assert main(["eval", "--checkpoint", checkpoint, "--num_classes=12"]) == 2
+    assert f"num_classes: expected 10, of which {checkpoint} is, got 12" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,20 @@ def test_to_write_checkpoints_is_not_to_wait_for_images(tmp_path, monkeypatch):
     assert (record.data_seconds, record.forward_seconds, record.backward_seconds) == (1.0, 1.0, 2.0)
 
 
+@pytest.mark.parametrize("part", [True, False], ids=["train", "held-out"])
+def test_images_of_no_class_are_refused_though_the_data_set_says_how_many_it_has(tmp_path, monkeypatch, part):
+    class Unlabelled(FewDigits):
+        def __init__(self, train: bool) -> None:
+            super().__init__(train)
+            if train == part:
+                self.targets = self.targets.copy()
+                self.targets[3] = -1
+
+    monkeypatch.setattr("tlalign.readers.Digits", Unlabelled)
+    with pytest.raises(UsageError, match=r"data: expected classes from 0 to 9 .*, got an image of class -1"):
+        fit(tiny(tmp_path / "run", batch_size=20))
+
+
 def test_what_takes_long_once_is_not_multiplied_in_the_estimate_of_a_dry_run(tmp_path):
     trainer = Trainer(tiny(tmp_path / "run", epochs=100))
     slow_once = iter((2.0,))
@@ -233,8 +247,30 @@ def test_options_of_the_optimizer_and_its_schedule_reach_them(tmp_path):
     ):
         with pytest.raises(UsageError, match=rf"{next(iter(unused))}: expected (null|none), for {opt} has none, got"):
             Trainer(tiny(tmp_path, opt=opt, **unused))
+    with pytest.raises(UsageError, match=r"^opt: timm has no adamww; did you mean adamw\?$"):
+        Trainer(tiny(tmp_path, opt="adamww"))
     with pytest.raises(UsageError, match=r"opt, sched: .*nope"):
-        Trainer(tiny(tmp_path, opt="nope"))
+        Trainer(tiny(tmp_path, sched="nope"))
+    with pytest.raises(UsageError, match=r"opt_betas: expected 3 numbers for adan, got \[0.9, 0.99\]"):
+        Trainer(tiny(tmp_path, opt="adan", opt_betas=[0.9, 0.99]))
+    trainer = Trainer(tiny(tmp_path, opt="adan", opt_betas=[0.5, 0.75, 0.875]))
+    assert all(group["betas"] == [0.5, 0.75, 0.875] for group in trainer.optimizer.param_groups)
+
+
+def test_the_learning_rate_that_is_logged_is_that_of_the_step(tmp_path, monkeypatch):
+    trainer = Trainer(tiny(tmp_path / "run", epochs=2, warmup_epochs=1, warmup_lr=0.001, lr=0.01))
+    used, logged, step = [], [], trainer.optimizer.step
+
+    def recorded(*arguments, **options):
+        used.append(trainer.optimizer.param_groups[0]["lr"])
+        return step(*arguments, **options)
+
+    trainer.optimizer.step = recorded
+    monkeypatch.setattr("tlalign.log.RunLog.step", lambda self, number, values: logged.append(values["lr"]))
+    folder = RunFolder(trainer.config)
+    records = trainer.fit(folder, quiet(trainer))
+    assert logged == used and used[0] == 0.001
+    assert [record.lr for record in records] == [used[trainer.steps_per_epoch - 1], used[-1]]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])

@@ -1,5 +1,8 @@
 """Where a run's weights come from: random, published, or a checkpoint."""
 
+import argparse
+import dataclasses
+
 import pytest
 import torch
 from training import tiny
@@ -27,9 +30,12 @@ def test_training_starts_from_the_averaged_weights_of_a_checkpoint(checkpoint, t
     assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
 
 
-def test_for_other_classes_the_head_is_new_and_the_rest_that_of_the_checkpoint(checkpoint, tmp_path):
+def test_for_other_classes_the_head_is_new_and_the_rest_that_of_the_checkpoint(checkpoint, tmp_path, caplog):
     path, averaged = checkpoint
+    create_initial_model(tiny(tmp_path, initial_checkpoint=str(path)), 10)
+    assert caplog.messages == []
     state = create_initial_model(tiny(tmp_path, initial_checkpoint=str(path)), 7).state_dict()
+    assert caplog.messages == ["initial_checkpoint: head of 10 classes is left out, a new one of 7 is trained"]
     assert state["head.weight"].shape == (7, 16)
     same = [name for name, value in state.items() if torch.equal(value, averaged.get(name)[: len(value)])]
     assert set(state) - set(same) == {"head.weight"}  # the bias starts at zero in both
@@ -157,6 +163,21 @@ def test_a_teacher_may_be_named_as_its_configuration_does(checkpoint, tmp_path):
     named = {"teacher_checkpoint": str(path), "teacher_model": "vit_tiny_patch16_224"}
     state = create_teacher(tiny(tmp_path, target="teacher", **named), 10, torch.device("cpu")).model.state_dict()
     assert all(torch.equal(value, averaged[name]) for name, value in state.items())
+
+
+def test_a_teacher_of_a_folder_knows_the_classes_of_another_by_name(tmp_path):
+    model = tiny(tmp_path, model_kwargs=MODEL, data="folder:images")
+    save_config(model, tmp_path / CONFIG_FILE)
+    known = {"args": argparse.Namespace(data="folder:images"), "class_names": ["ape", "bee", "cat"]}
+    torch.save({"state_dict": create_model(model, 3).state_dict(), **known}, tmp_path / "last.pth.tar")
+    path = str(tmp_path / "last.pth.tar")
+    config = dataclasses.replace(model, target="teacher", teacher_checkpoint=path, data="folder:others")
+    create_teacher(config, 3, torch.device("cpu"), ["ape", "bee", "cat"])
+    message = "teacher_checkpoint: expected the classes of folder:others, got bee for its cat"
+    with pytest.raises(UsageError, match=message):
+        create_teacher(config, 3, torch.device("cpu"), ["ape", "cat", "bee"])
+    # What names a data set gives its classes says nothing.
+    create_teacher(dataclasses.replace(config, data="torch/cifar10"), 3, torch.device("cpu"), ["ape", "cat", "bee"])
 
 
 @pytest.mark.parametrize("classes", [7, 0])

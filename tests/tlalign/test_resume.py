@@ -230,6 +230,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert resume(config)[0].step == 2
 
 
+def test_a_signal_that_the_process_ignores_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = small(tmp_path / "run")
+    trainer, folder = Trainer(config), RunFolder(config)
+    stop_after(trainer, 1, signal.SIGINT)
+    try:
+        assert len(trainer.fit(folder, quiet(trainer))) == config.epochs
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_second_signal_acts_at_once(tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     config = small(tmp_path / "run")
@@ -255,6 +266,24 @@ def test_a_run_whose_images_are_others_is_refused(tmp_path, monkeypatch):
     fit(config)
     monkeypatch.setattr("tlalign.readers.Digits", Digits)
     with pytest.raises(UsageError, match=r"resume: the run has epochs of 5 steps, but with the images .* have 71"):
+        resume(config)
+
+
+@pytest.mark.parametrize("part", ["images", "held"])
+def test_a_run_goes_on_with_as_many_images_only(tmp_path, monkeypatch, part):
+    config = small(tmp_path / "run", batch_size=24)  # one image less makes no step less
+    fit(config)
+
+    class Fewer(FewDigits):
+        def __init__(self, train: bool) -> None:
+            super().__init__(train)
+            if train == (part == "images"):
+                self.images, self.targets = self.images[:-1], self.targets[:-1]
+
+    monkeypatch.setattr("tlalign.readers.Digits", Fewer)
+    now = "99 and 21" if part == "images" else "100 and 20"
+    message = f"resume: the run has 100 training and 21 held-out images, but there are {now} now"
+    with pytest.raises(UsageError, match=message):
         resume(config)
 
 
@@ -327,7 +356,7 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
     printed = capsys.readouterr()
     assert f"{newest} is damaged" in printed.err
     assert "continued after step 3" in printed.out
-    assert re.search(r"^1 epochs, the last 2 of 5 steps in 0:\d\d:\d\d, on ", printed.out, re.MULTILINE)
+    assert re.search(r"^1 epoch, the last 2 of 5 steps in 0:\d\d:\d\d, on ", printed.out, re.MULTILINE)
     assert main(["train", *options(folder, checkpoint_steps=3), "--resume=auto"]) == 0
     printed = capsys.readouterr()
     assert "continued after step 5" in printed.out

@@ -107,6 +107,20 @@ def test_a_log_that_is_none_hides_no_other_run(runs):
     assert rows["aligned"]["state"] == "finished"
 
 
+def test_a_log_of_an_older_version_has_the_columns_of_its_time(runs):
+    log = runs / "plain" / LOG_FILE
+    lines = [line.split(",") for line in log.read_text().splitlines()]
+    before = read_log(log)
+    for columns, readable in ((-1, True), (-2, True), (-3, False)):
+        log.write_text("".join(f"{','.join(line[:columns])}\n" for line in lines))
+        if readable:
+            left_out = dict.fromkeys(("ratio_shift", "ratio_rmse")[:-columns])
+            assert read_log(log) == [dataclasses.replace(record, **left_out) for record in before]
+        else:
+            with pytest.raises(ValueError, match="expected the columns epoch, "):
+                read_log(log)
+
+
 def test_configuration_values_are_shown_where_they_differ_only(runs):
     columns = RunTable(find_runs([runs])).columns
     assert list(columns)[-2:] == ["smoothing", "lr"]
