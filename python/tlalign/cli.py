@@ -23,6 +23,7 @@ try:
     from tlalign.config import (
         ALIGNED_TARGETS,
         CONFIG_FILE,
+        HUGGING_FACE,
         MAY_CHANGE,
         MAY_MOVE,
         OPTIONS_OF_MIXING,
@@ -598,9 +599,12 @@ def _is_to_resume(config: TrainConfig) -> bool:
 
 
 def _has_moved(name: str, before: str, now: str) -> bool:
-    """Whether what an option names may be the same in another place: a folder of images, or a checkpoint."""
-    if name == "data":
-        return before.startswith("folder:") and now.startswith("folder:")
+    """Whether what an option names may be the same in another place: a folder of images, a set or a checkpoint."""
+    if name == "data" and before.startswith("folder:"):
+        return now.startswith("folder:")
+    families = before.partition("/")[0], now.partition("/")[0]
+    if name == "data" and not (families[0] == families[1] and families[0] in HUGGING_FACE):
+        return False
     return name in MAY_MOVE and Path(before).name == Path(now).name
 
 

@@ -47,6 +47,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 MAY_MOVE = ("data", "teacher_checkpoint", "initial_checkpoint")
 # Families of data sets that are read as streams, in an order that depends on the number of workers.
 STREAMS = ("wds", "hfids")
+# Families whose sets are folders, or have a name on the hub.
+HUGGING_FACE = ("hfds", "hfids")
 # What may be another when a run continues: it decides where and how it runs, but not what it learns.
 MAY_CHANGE = ("data_dir", "download", "workers", "max_unreadable", "device", "checkpoint_steps", "output")
 

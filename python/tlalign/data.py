@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, DistributedSampler, Subset
 from torchvision.transforms import Compose
 
-from tlalign.config import EvalConfig, ModelConfig, TrainConfig, UsageError
+from tlalign.config import HUGGING_FACE, EvalConfig, ModelConfig, TrainConfig, UsageError
 from tlalign.loaders import (
     Augmentation,
     CheckedLoader,
@@ -84,7 +84,7 @@ def load_data_sets(config: EvalConfig, trains: bool = True, folder_classes: Sequ
         train, held_out, names = open_torchvision(config)
     elif family == "wds":
         train, held_out, names = open_shards(config)
-    elif family in ("hfds", "hfids"):
+    elif family in HUGGING_FACE:
         train, held_out, names = open_hugging_face(config)
     else:
         raise UsageError(

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tlalign.config import CHECKPOINTS_FOLDER, CONFIG_FILE, TrainConfig, UsageError, load_config_file, save_config
+from tlalign.config import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    HUGGING_FACE,
+    TrainConfig,
+    UsageError,
+    load_config_file,
+    save_config,
+)
 
 LAST_CHECKPOINT = "last.pth.tar"
 BEST_CHECKPOINT = "model_best.pth.tar"
@@ -177,7 +185,10 @@ def _places(config: TrainConfig) -> dict[str, str]:
         return str(Path(path).expanduser().absolute())
 
     kind, _, place = config.data.partition(":")
+    family, _, name = config.data.partition("/")
     places = {"data": f"folder:{absolute(place)}" if kind == "folder" else config.data}
+    if family in HUGGING_FACE and Path(name).is_dir():
+        places["data"] = f"{family}/{absolute(name)}"
     for name in ("data_dir", "teacher_checkpoint", "initial_checkpoint"):
         if (place := getattr(config, name)) is not None:
             places[name] = absolute(place)

@@ -17,7 +17,7 @@ from training import PYTHONPATH, FewDigits, became, differences, fit, options, q
 
 from tlalign import checkpoints
 from tlalign.checkpoints import CheckpointError, Checkpoints
-from tlalign.cli import _kept, main
+from tlalign.cli import _has_moved, _kept, main
 from tlalign.config import CONFIG_FILE, UsageError
 from tlalign.engine import NonFiniteLossError, Trainer, TrainingInterrupted
 from tlalign.listing import read_run
@@ -418,6 +418,21 @@ def test_a_folder_of_images_may_move(tmp_path, capsys):
     arguments = ["train", "--resume", str(tmp_path / "run"), f"--data=folder:{tmp_path / 'now'}"]
     assert main(arguments) == 2
     assert f"data: no folder {tmp_path / 'now'}; expected PATH/train/CLASS/IMAGE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "moved"),
+    [
+        ("folder:a/b", "folder:c/d", True),
+        ("folder:a/b", "hfds/a/b", False),
+        ("hfds/a/b", "hfds//c/b", True),
+        ("hfds/a/b", "hfds//c/d", False),
+        ("hfds/a/b", "hfids/a/b", False),
+        ("torch/a", "torch/b/a", False),
+    ],
+)
+def test_images_may_have_moved_but_are_no_others(before, now, moved):
+    assert _has_moved("data", before, now) == moved
 
 
 def test_a_teacher_may_move_but_not_become_another(tmp_path, capsys):

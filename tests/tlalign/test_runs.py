@@ -262,6 +262,16 @@ def test_the_folder_says_where_a_run_reads_from_wherever_it_is_asked(tmp_path, m
     assert places == [f"{tmp_path}/{place}" for place in ("sets", "a/best.pth", "b/last.pth")]
 
 
+@pytest.mark.parametrize("family", ["hfds", "hfids"])
+def test_a_set_of_hugging_face_is_a_folder_where_there_is_one_of_its_name(tmp_path, monkeypatch, family):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets" / "known").mkdir(parents=True)
+    for name, place in {"sets/known": f"{tmp_path}/sets/known", "hub/other": "hub/other"}.items():
+        config = TrainConfig(**load_recipe("digits") | {"data": f"{family}/{name}", "output": name.replace("/", "-")})
+        written = yaml.safe_load((RunFolder(config).path / CONFIG_FILE).read_text())
+        assert written["data"] == f"{family}/{place}"
+
+
 def test_the_configuration_lies_above_the_folder_of_checkpoints(tmp_path):
     for place in ("last.pth.tar", "checkpoints/epoch-1.pth.tar"):
         assert config_beside(tmp_path / place) == tmp_path / CONFIG_FILE
