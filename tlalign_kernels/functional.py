@@ -38,8 +38,8 @@ def attention(
     gives output 0 and keeps the label `residual`.
 
     Args:
-        query: floating (B, H, Nq, D). Any strides, read in place if the last dimension is contiguous and copied
-            once if not, as for key and value.
+        query: floating (B, H, Nq, D), none of them 0 and D of 8 to 256. Any strides, read in place if the last
+            dimension is contiguous and copied once if not, as for key and value.
         key: (B, H, Nk, D), dtype and device of `query`.
         value: (B, H, Nk, D), dtype and device of `query`.
         share: float32 (B, Nk, S), labels of the keys: shares of S sources or any S classes; float64 is accepted
@@ -253,6 +253,9 @@ def explain(
     """Says which backend `attention` would take for these arguments, and why not the others; computes nothing.
 
     Args and exceptions are those of `attention`, but a backend that can't do it does not raise.
+
+    Returns:
+        The name of the backend, its kernels, and why others don't take the call; as text, all of it.
     """
     query, key, value, bias = _autocast(query, key, value, bias)
     sizes = _check_views(query, key, value)
