@@ -25,6 +25,12 @@ def pytest_itemcollected(item):
         item.add_marker(pytest.mark.benchmark(timer=racing.CLOCK.read))
 
 
+@pytest.fixture(autouse=True)
+def default_products():
+    """PyTorch multiplies as it does by default, whatever `tlalign train` told it in a benchmark before."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def race(benchmark, request):
     return functools.partial(racing.race, benchmark, request.config.getoption("race_seconds"))

@@ -6,7 +6,6 @@ official way and the patched models are compared with the float64 reference firs
 """
 
 import pytest
-import torch
 
 from benchmarks import models
 from benchmarks.racing import DEVICE
@@ -15,12 +14,11 @@ from tlalign.evaluation import take_fast_products
 
 
 @pytest.fixture(params=[STEP, ONEDNN_STEP], ids=["default", "onednn"])
-def level(request):
+def level(request, default_products):
     """The table of the report, with PyTorch set as it says."""
     if request.param == ONEDNN_STEP and (DEVICE != "cpu" or not take_fast_products()):
         pytest.skip("PyTorch multiplies as `tlalign train` has it do")
-    yield request.param
-    torch.set_float32_matmul_precision("highest")
+    return request.param
 
 
 @pytest.mark.parametrize("name", models.MODELS)

@@ -117,7 +117,7 @@ def prepare_device(config: EvalConfig) -> torch.device:
 
 
 def take_fast_products() -> bool:
-    """Has PyTorch multiply float32 on the CPU by oneDNN instead of MKL, where that is faster and as precise.
+    """Has PyTorch multiply float32 on the CPU by oneDNN instead of MKL, where that is faster and float32 still.
 
     So it is on processors of AMD with AVX-512: on a Zen 5 oneDNN is twice as fast. PyTorch takes it for a precision of
     "medium"; it rounds to bfloat16 only where a processor has AMX.

@@ -49,7 +49,7 @@ AMD = dict(cpu_name="AMD EPYC", avx512_f=True, amx_bf16=False)
         ({"cpu_name": "Neoverse V2", "architecture": "aarch64"}, []),
     ],
 )
-def test_products_are_onednns_where_these_are_faster_and_as_precise(tmp_path, monkeypatch, cpu, expected):
+def test_products_are_onednns_where_these_are_faster_and_float32_still(tmp_path, monkeypatch, cpu, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
     precisions = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
