@@ -28,7 +28,7 @@ def pytest_itemcollected(item):
 @pytest.fixture(autouse=True)
 def default_products():
     """PyTorch multiplies as it does by default, whatever `tlalign train` told it in a benchmark before."""
-    torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
 @pytest.fixture

@@ -602,8 +602,8 @@ def _has_moved(name: str, before: str, now: str) -> bool:
     """Whether what an option names may be the same in another place: a folder of images, a set or a checkpoint."""
     if name == "data" and before.startswith("folder:"):
         return now.startswith("folder:")
-    families = before.partition("/")[0], now.partition("/")[0]
-    if name == "data" and not (families[0] == families[1] and families[0] in HUGGING_FACE):
+    family = before.partition("/")[0]
+    if name == "data" and (family not in HUGGING_FACE or now.partition("/")[0] != family):
         return False
     return name in MAY_MOVE and Path(before).name == Path(now).name
 
@@ -622,10 +622,10 @@ def _try(config: TrainConfig) -> int:
     if trainer.processes.first:
         _describe(trainer)
         parts = ", ".join(f"{part} {1000 * seconds:.1f} ms" for part, seconds in result.step_seconds.items())
-        print(f"  rate        {result.images_per_second:.1f} images/s ({parts} a step of {config.batch_size} images)")
-        print(f"  memory      {result.memory / 2**30:.2f} GiB at most, of this process")
+        _say(f"  rate        {result.images_per_second:.1f} images/s ({parts} a step of {config.batch_size} images)")
+        _say(f"  memory      {result.memory / 2**30:.2f} GiB at most, of this process")
         whole = timedelta(seconds=round(result.total_seconds))
-        print(f"  whole run   {whole} for {config.epochs} epochs, {result.steps} steps, at this rate")
+        _say(f"  whole run   {whole} for {config.epochs} epochs, {result.steps} steps, at this rate")
     trainer.processes.leave()
     return 0
 

@@ -119,8 +119,8 @@ def prepare_device(config: EvalConfig) -> torch.device:
 def take_fast_products() -> bool:
     """Has PyTorch multiply float32 on the CPU by oneDNN instead of MKL, where that is faster and float32 still.
 
-    So it is on processors of AMD with AVX-512: on a Zen 5 oneDNN is twice as fast. PyTorch takes it for a precision of
-    "medium"; it rounds to bfloat16 only where a processor has AMX.
+    So it is on processors of AMD with AVX-512: on a Zen 5 oneDNN is twice as fast. PyTorch takes it where it may round
+    to bfloat16, which it does only on processors with AMX.
 
     Returns:
         Whether PyTorch does so now, for the rest of the process.
@@ -129,7 +129,8 @@ def take_fast_products() -> bool:
     is_faster = "AMD" in processor.get("cpu_name", "") and processor.get("avx512_f", False)
     if not is_faster or processor.get("amx_bf16", False):
         return False
-    torch.set_float32_matmul_precision("medium")
+    # Not torch.set_float32_matmul_precision, which is for GPUs, too.
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     return True
 
 

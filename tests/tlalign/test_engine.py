@@ -42,19 +42,20 @@ AMD = dict(cpu_name="AMD EPYC", avx512_f=True, amx_bf16=False)
 @pytest.mark.parametrize(
     ("cpu", "expected"),
     [
-        (AMD, ["medium"]),
-        ({**AMD, "cpu_name": "Intel(R) Xeon(R)"}, []),
-        ({**AMD, "avx512_f": False}, []),
-        ({**AMD, "amx_bf16": True}, []),
-        ({"cpu_name": "Neoverse V2", "architecture": "aarch64"}, []),
+        (AMD, "bf16"),
+        ({**AMD, "cpu_name": "Intel(R) Xeon(R)"}, "ieee"),
+        ({**AMD, "avx512_f": False}, "ieee"),
+        ({**AMD, "amx_bf16": True}, "ieee"),
+        ({"cpu_name": "Neoverse V2", "architecture": "aarch64"}, "ieee"),
     ],
 )
 def test_products_are_onednns_where_these_are_faster_and_float32_still(tmp_path, monkeypatch, cpu, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
-    precisions = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "ieee")
+    of_gpus = torch.backends.cuda.matmul.fp32_precision
     assert prepare_device(tiny(tmp_path, device="cpu")).type == "cpu"
-    assert precisions == expected
+    assert torch.backends.mkldnn.matmul.fp32_precision == expected
+    assert torch.backends.cuda.matmul.fp32_precision == of_gpus
 
 
 @pytest.mark.parametrize("device", ["cpu", None])

@@ -59,6 +59,14 @@ def stop_after(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> Non
     trainer._update = interrupted
 
 
+@pytest.fixture
+def heeds_sigint():
+    """A process in a shell's background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -230,19 +238,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert resume(config)[0].step == 2
 
 
+@pytest.mark.usefixtures("heeds_sigint")
 def test_a_signal_that_the_process_ignores_stays_ignored(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = small(tmp_path / "run")
     trainer, folder = Trainer(config), RunFolder(config)
     stop_after(trainer, 1, signal.SIGINT)
-    try:
-        assert len(trainer.fit(folder, quiet(trainer))) == config.epochs
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert len(trainer.fit(folder, quiet(trainer))) == config.epochs
 
 
+@pytest.mark.usefixtures("heeds_sigint")
 def test_a_second_signal_acts_at_once(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     config = small(tmp_path / "run")
     trainer, folder = Trainer(config), RunFolder(config)
     forward = trainer.task.forward
@@ -253,12 +259,9 @@ def test_a_second_signal_acts_at_once(tmp_path):
         return forward(images, classes)
 
     trainer.task.forward = twice
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            trainer.fit(folder, quiet(trainer))
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(folder, quiet(trainer))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_whose_images_are_others_is_refused(tmp_path, monkeypatch):
@@ -337,6 +340,7 @@ def test_a_stream_continues_with_as_many_workers_only(tmp_path, capsys):
     assert f"resume: expected the 1 workers of the run in {folder}, for they decide the" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("heeds_sigint")
 def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "a run"
     original = Trainer._update
