@@ -641,7 +641,7 @@ def _say(line: str) -> None:
 def _describe(trainer: Trainer) -> None:
     config = trainer.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    images = len(trainer.train_loader.dataset), len(trainer.eval_loader.dataset)
+    images = trainer.images
     processes = f"{trainer.processes.world_size} processes, " if trainer.processes.several else ""
     _say(
         f"{config.method} trains {config.model} ({parameters:,} parameters) on {config.data} "

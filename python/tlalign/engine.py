@@ -153,7 +153,6 @@ class Trainer:
         eval_loader: Loader of the held-out images.
         image_config: Size and normalisation of the images.
         num_classes: Number of classes.
-        images: Number of training and of held-out images.
         class_names: Their names, where the data set has any.
         steps_per_epoch: Steps of an epoch.
         step: Steps done since the start of the run.
@@ -173,7 +172,6 @@ class Trainer:
             create = create_initial_model if initialises else create_model
             self.model = create(config, data.num_classes).to(self.device)
         self.num_classes, self.class_names = data.num_classes, data.class_names
-        self.images = [len(data.train), len(data.held_out)]
         self.image_config = resolve_image_config(config, self.model)
         check_image_size(self.model, self.image_config["input_size"])
         self._check_mixing()
@@ -252,6 +250,11 @@ class Trainer:
                 if self.step < self.total_steps:
                     self._stop_if_told(signals)
         return self.records
+
+    @property
+    def images(self) -> list[int]:
+        """Numbers of training and of held-out images; of a stream what was claimed."""
+        return [len(self.train_loader.dataset), len(self.eval_loader.dataset)]
 
     def state(self) -> dict[str, Any]:
         """All that the run has become: a checkpoint as timm's, and what `resume` needs. Of use in every process."""

@@ -31,6 +31,7 @@ def usable(isa):
             return False
 
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 isas = pytest.mark.parametrize(
     "isa",
     [
@@ -320,7 +321,7 @@ def test_a_forked_child_computes_the_same_and_does_not_hang():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@needs_proc
 @pytest.mark.parametrize("first", ["torch", "tlalign_kernels._C"])
 def test_one_openmp_runtime_serves_torch_and_the_kernels(first):
     # Two in one process would each keep threads spinning against the other's.
@@ -337,7 +338,7 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels(first):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@needs_proc
 def test_few_tasks_leave_the_threads_of_torch_alive():
     done = run_python(
         "torch.set_num_threads(4)\n"
@@ -351,7 +352,7 @@ def test_few_tasks_leave_the_threads_of_torch_alive():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@needs_proc
 def test_little_work_wakes_no_threads():
     done = run_python(
         "torch.set_num_threads(4)\n"
