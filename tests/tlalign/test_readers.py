@@ -130,16 +130,21 @@ def test_grey_images_of_16_bits_keep_their_shades(end):
     assert np.array_equal(np.asarray(image), np.repeat(shades[..., None], 3, axis=2))
 
 
-def test_shards_keep_the_shades_of_grey_images_of_16_bits(tmp_path):
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_shards_keep_the_shades_of_grey_images_of_16_bits_only(tmp_path, dtype):
     content = io.BytesIO()
-    Image.fromarray(np.full((8, 8), 257 * 80, dtype=np.uint16)).save(content, "png")
+    Image.fromarray(np.full((8, 8), 257 * 80, dtype=dtype)).save(content, "png" if dtype == np.uint16 else "tiff")
     with tarfile.open(tmp_path / "train.tar", "w") as archive:
         for end, part in (("png", content.getvalue()), ("cls", b"0")):
             member = tarfile.TarInfo(f"0.{end}")
             member.size = len(part)
             archive.addfile(member, io.BytesIO(part))
     given = {"data": "wds/", "data_dir": str(tmp_path), "train_split": "train.tar|1", "eval_split": "train.tar|1"}
-    assert evaluated(config(**given)) == [10]
+    if dtype == np.uint16:
+        assert evaluated(config(**given)) == [10]
+    else:
+        with pytest.raises(UnreadableImagesError, match=r"an image of the stream \(ValueError: expected colours"):
+            evaluated(config(**given))
 
 
 def test_archives_of_an_image_folder_are_read_like_the_folder(tmp_path):
