@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tlalign_kernels as tlk
 from tlalign_kernels import extension, selftest
-from tlalign_kernels.backends import Problem, cuda
+from tlalign_kernels.backends import Problem, cuda, triton
 from tlalign_kernels.selftest import Case, draw_inputs, make_inputs
 from tlalign_kernels.windows import Windows
 
@@ -418,6 +419,24 @@ def test_a_driver_that_can_not_run_the_kernels_is_a_reason_against_them(monkeypa
     monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
     (reason,) = cuda.unsupported_reasons(problem)
     assert re.match("device: expected one whose driver can run the kernels, which says: .*(driver|device)", reason)
+
+
+@pytest.mark.skipif(not HAS_KERNELS or torch.cuda.is_available(), reason="needs the kernels, and no GPU")
+def test_steps_compile_where_a_driver_is_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton, "_capability", lambda device: 90)
+
+    def step(qkv, share):
+        return tlk.attention_qkv(qkv * 2, share, share)
+
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        qkv = torch.empty(2, 50, 3, 2, 32, device="cuda", dtype=torch.float16)
+        share = torch.empty(2, 50, 1, device="cuda")
+        output, _ = torch.compile(step, fullgraph=True, backend="eager")(qkv, share)
+    assert output.shape == (2, 50, 2, 32)
 
 
 def test_images_further_apart_than_kernels_count_are_copied():

@@ -283,6 +283,7 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 
 
 @functools.cache
+@torch.compiler.assume_constant_result  # in this order: the compiler looks through the cache, and can't trace a binding
 def _launch_error(current_device: int) -> str:
     """Why a device, which must be the current one, can't run the kernels: its driver may be older than they are."""
     return _native.cuda_launch_error()
