@@ -413,12 +413,15 @@ def call(name: str, *arguments) -> tuple[Tensor, ...]:
     two to three times as long as on the kernel's own work, and small models wait for the host.
     """
     operator, kernel, function = _OPERATORS[name]
-    is_plain = type(arguments[0]) in (Tensor, torch.nn.Parameter) and not arguments[0].is_meta
+    first = arguments[0]
+    is_plain = type(first) in (Tensor, torch.nn.Parameter) and not first.is_meta
     is_watched = (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        # Batched gradients (is_grads_batched, vectorized Jacobians) are of the usual class, without storage.
+        or torch._C._functorch.is_legacy_batchedtensor(first)
     )
     is_transformed = torch._C._are_functorch_transforms_active()
     has_tangents = torch.autograd.forward_ad._current_level >= 0

@@ -489,6 +489,21 @@ def test_transforms_that_differentiate_are_refused_and_others_computed():
         torch.testing.assert_close(torch.vmap(attended)(qkv, share), expected)
 
 
+def test_batched_gradients_are_those_of_each():
+    qkv, share = torch.randn(2, 16, 3, 2, 8, requires_grad=True), torch.rand(2, 16, 1)
+    query, key, value = qkv.unbind(2)
+    maps = qkv.unflatten(1, (4, 4)), share.unflatten(1, (4, 4))
+    for output, _ in (
+        tlk.attention_qkv(qkv, share),
+        tlk.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), share),
+        tlk.window_attention(*maps, window_size=(2, 2), shift=(1, 1)),
+    ):
+        gradients = torch.randn(3, *output.shape)
+        (batched,) = torch.autograd.grad(output, qkv, gradients, retain_graph=True, is_grads_batched=True)
+        each = [torch.autograd.grad(output, qkv, gradient, retain_graph=True)[0] for gradient in gradients]
+        torch.testing.assert_close(batched, torch.stack(each))
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_forward_mode_derivative_raises(gradients):
     qkv = torch.randn(1, 5, 3, 2, 8)
