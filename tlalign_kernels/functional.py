@@ -46,8 +46,9 @@ def attention(
             with a float64 query. Beside a float16 query on a GPU of less than 65520. None: no labels.
         residual: Dtype of `share`, (B, Nq, S), labels of the queries; the result is the average with them. None:
             no average.
-        bias: floating, broadcastable to (B, H, Nq, Nk), added to the scores; differentiable. For the gradient of one
-            that images do not share, the CPU takes B x H x Nq x Nk numbers of float32 meanwhile.
+        bias: floating, broadcastable to (B, H, Nq, Nk), added to the scores; differentiable. The kernels for GPUs take
+            finite numbers beyond 65504 as that. For the gradient of one that images do not share, the CPU takes
+            B x H x Nq x Nk numbers of float32 meanwhile.
         mask: bool (True: the query sees the key) or floating (added to the scores), broadcastable to
             (B, H, Nq, Nk); constant. Finite numbers beyond 65504 count as that, but in float64.
         scale: Factor of the products of queries and keys; None: 1 / sqrt(D).
@@ -148,7 +149,7 @@ def window_attention(
         shift: Tokens by which the map is rolled towards its start along each axis, less than a window.
         bias: floating, relative position bias, broadcastable to (H, N, N) or as a table
             ((2 * window_size[0] - 1) * (2 * window_size[1] - 1), H) of what belongs to the differences of positions;
-            differentiable.
+            differentiable. Large numbers: as for `attention`.
         pad_qkv: floating (3, H, D), dtype of `qkv`, what the projection is in the padding: its bias. Differentiable.
             None: zeros, a projection without a bias. Of no account where windows fit the map.
         scale: As for `attention`.

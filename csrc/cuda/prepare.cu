@@ -36,13 +36,21 @@ __device__ float offset_of(__nv_bfloat16 number) { return __bfloat162float(numbe
 __device__ float offset_of(__half number) { return __half2float(number); }
 __device__ float offset_of(uint8_t is_seen) { return is_seen != 0 ? 0.0f : -INFINITY; }
 
+// Finite numbers are brought to the greatest of float16, as those of masks: were all keys of a query at -1e9, rounding
+// would tell them apart. A number that is none stays so.
+__device__ float within_reach(float number) {
+  const float size = fabsf(number);
+  return size > 65504.0f && size < INFINITY ? copysignf(65504.0f, number) : number;
+}
+
 // Of two queries, 8 apart, and two keys, those that are there.
 template <class T>
 __device__ void read_offsets(float (&words)[4], const Offsets& o, int64_t from, int queries, int keys) {
   const T* data = reinterpret_cast<const T*>(o.data) + from;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (i / 2 * 8 < queries && i % 2 < keys) words[i] = offset_of(data[i / 2 * 8 * o.query + i % 2 * o.key]);
+    if (i / 2 * 8 < queries && i % 2 < keys)
+      words[i] = within_reach(offset_of(data[i / 2 * 8 * o.query + i % 2 * o.key]));
   }
 }
 

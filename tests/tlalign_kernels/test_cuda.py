@@ -383,6 +383,21 @@ def test_gradients_in_bfloat16_are_as_small_and_large_as_those_of_the_output(mon
 
 
 @executed
+def test_finite_numbers_of_a_bias_count_as_65504_at_most(monkeypatch):
+    case = Case("far", batch=1, heads=2, queries=20, keys=24, head_dim=32)
+    inputs = make_inputs(case, DEVICE, BFLOAT16)
+    bias = torch.zeros(1, 1, 20, 24, device=DEVICE)
+    bias[..., 3, :], bias[..., 4, :], bias[..., 5, 2:] = -1e9, 1e10, torch.finfo(torch.float32).min
+    record(monkeypatch)
+    far, near = (
+        selftest.run_operator(case, {**inputs, "bias": each}, "cuda") for each in (bias, bias.clamp(-65504, 65504))
+    )
+    for name, tensor in far.items():
+        assert tensor.isfinite().all()
+        assert torch.equal(tensor, near[name])
+
+
+@executed
 @pytest.mark.parametrize("keys", [20, 70])
 def test_a_bias_of_minus_infinity_hides_keys_as_a_mask_does(monkeypatch, keys):
     inputs = make_inputs(Case("hidden", 1, 3, 6, keys, 32), DEVICE, BFLOAT16)

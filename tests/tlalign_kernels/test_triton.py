@@ -128,6 +128,20 @@ def test_compiled_code_is_within_the_bound(monkeypatch, case, dtype):
     check_executed(monkeypatch, case, dtype)
 
 
+@needs_ptxvm
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # of which the first has its bias arranged
+def test_finite_numbers_of_a_bias_count_as_65504_at_most(monkeypatch, dtype):
+    case = Case("far", batch=1, heads=2, queries=20, keys=24, head_dim=16)
+    inputs = make_inputs(case, "cpu", dtype)
+    bias = torch.zeros(1, 1, 20, 24)
+    bias[..., 3, :], bias[..., 4, :], bias[..., 5, 2:] = -1e9, 1e10, torch.finfo(torch.float32).min
+    offline.record(monkeypatch, offline.execute)
+    far, near = (run_operator(case, {**inputs, "bias": each}, "triton") for each in (bias, bias.clamp(-65504, 65504)))
+    for name, tensor in far.items():
+        assert tensor.isfinite().all()
+        assert torch.equal(tensor, near[name])
+
+
 EXECUTED_IN_WINDOWS = (
     Case("shifted windows", batch=1, heads=1, head_dim=32, bias_scale=1.0, windows=Windows((14, 14), (7, 7), (3, 3))),
     Case("padded windows", heads=2, head_dim=40, bias_scale=1.0, sources=2, windows=Windows((5, 9), (4, 4), (1, 2))),

@@ -25,6 +25,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # What is added to the scores of tokens of different regions, as the reference has it.
 REGION_BIAS = tl.constexpr(-100.0)
+# What finite numbers of a bias are brought to, as those of masks: all keys of a query at -1e9 would differ by rounding.
+GREATEST_BIAS = tl.constexpr(65504.0)
 
 
 @triton.constexpr_function
@@ -191,6 +193,11 @@ def _region(row, kind, WINDOWS: tl.constexpr):
 
 
 @triton.jit
+def _within_reach(bias):
+    return tl.where(tl.abs(bias) < float("inf"), tl.clamp(bias, -GREATEST_BIAS, GREATEST_BIAS), bias)
+
+
+@triton.jit
 def arrange_bias(
     bias, arranged, bias_head, bias_query, bias_key, heads, queries, keys, row,
     HAS_BIAS: tl.constexpr, WINDOWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -207,7 +214,7 @@ def arrange_bias(
         value = tl.where(key < keys, 0.0, float("-inf"))
         if HAS_BIAS:
             at = bias + head * bias_head + query * bias_query + key * bias_key
-            value = tl.load(at, mask=key < keys, other=float("-inf")).to(tl.float32)
+            value = _within_reach(tl.load(at, mask=key < keys, other=float("-inf")).to(tl.float32))
         if WINDOWS is not None:
             differ = _region(query, kind, WINDOWS) != _region(key, kind, WINDOWS)
             value = tl.where(differ, value + REGION_BIAS, value)
@@ -437,8 +444,12 @@ def _add_bias(scores, row, rows, row_stride, column, columns, column_stride, dat
     if KIND == ARRANGED:
         inside = (row < rows) & _in_octets(column, columns)
         return scores + tl.load(data + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    elif KIND == 1:
+        inside = (row < rows) & (column < columns)
+        at = data + row * row_stride + column * column_stride
+        return scores + _within_reach(tl.load(at, mask=inside, other=0.0).to(tl.float32))
     else:
-        return _add_offsets(scores, row, rows, row_stride, column, columns, column_stride, data, KIND)
+        return scores
 
 
 @triton.jit
