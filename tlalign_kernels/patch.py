@@ -224,6 +224,21 @@ def follow(module: nn.Module, *arguments: object, **options: object) -> tuple[Te
     return _with_labels(module, module(*arguments, **options))
 
 
+def run_stages(
+    stages: Iterable[nn.Module], x: object, share: Tensor, layer_shares: list[Tensor] | None
+) -> tuple[object, Tensor]:
+    """Runs the stages of a patched model; the share after each of their blocks is appended, unless there is no list.
+
+    Returns:
+        Tokens, as the stages take and return them, and labels.
+    """
+    for stage in stages:
+        x, share, *of_blocks = follow(stage, x, share, layer_shares is not None)
+        if layer_shares is not None:
+            layer_shares.extend(*of_blocks)
+    return x, share
+
+
 def _with_labels(module: nn.Module, result: object) -> tuple[Tensor, ...]:
     if not isinstance(result, tuple):
         raise TypeError(
@@ -239,6 +254,14 @@ def check_head_dim(head_dim: int, name: str) -> None:
         raise NotImplementedError(
             f"{name}: expected a head dimension of {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
         )
+
+
+def check_pooling(pooling: str, *defined: str) -> None:
+    """Raises NotImplementedError for a pooling of a model's tokens for which labels are not defined."""
+    if pooling not in defined:
+        *others, last = map(repr, defined)
+        wanted = f"{', '.join(others)} and {last}" if others else last
+        raise NotImplementedError(f"global_pool: labels are defined for {wanted} pooling, got {pooling!r}")
 
 
 def attention_dropout(attention: nn.Module) -> float:

@@ -19,6 +19,7 @@ from tlalign_kernels.patch import (
     projected_padding,
     register,
     run_block,
+    run_stages,
 )
 from tlalign_kernels.windows import Windows
 
@@ -191,10 +192,7 @@ class AlignedDaVit(ImageModelFollower, davit.DaVit):
         x = self.stem(x)
         size = tuple(x.shape[2:])
         share = target.token_share(size, stride_of(self.stem.conv), x.dtype).unflatten(1, size)
-        for stage in self.stages:
-            x, share, *of_blocks = follow(stage, x, share, layer_shares is not None)
-            if layer_shares is not None:
-                layer_shares.extend(*of_blocks)
+        x, share = run_stages(self.stages, x, share, layer_shares)
         return self.forward_head(self.norm_pre(x)), share.mean(dim=(1, 2))
 
 

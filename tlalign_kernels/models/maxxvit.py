@@ -27,6 +27,7 @@ from tlalign_kernels.patch import (
     follow,
     register,
     run_block,
+    run_stages,
 )
 
 _HEADS = (tl.ClassifierHead, tl.NormMlpClassifierHead)
@@ -388,10 +389,7 @@ class AlignedMaxxVit(ImageModelFollower, maxxvit.MaxxVit):
         x = self.stem(x)
         size = tuple(x.shape[2:])
         share = target.token_share(size, (2, 2), x.dtype).unflatten(1, size)
-        for stage in self.stages:
-            x, share, *of_blocks = follow(stage, x, share, layer_shares is not None)
-            if layer_shares is not None:
-                layer_shares.extend(*of_blocks)
+        x, share = run_stages(self.stages, x, share, layer_shares)
         return self.forward_head(self.norm(x)), share.mean(dim=(1, 2))
 
 

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.pvt_v2 import check_convolution, stride_of
-from tlalign_kernels.patch import ImageModelFollower, LabelFollower, follow, register, run_block
+from tlalign_kernels.patch import (
+    ImageModelFollower,
+    LabelFollower,
+    check_pooling,
+    follow,
+    register,
+    run_block,
+    run_stages,
+)
 
 # A class token, and a distillation token where there is one, that run beside the map (B, channels, Ht, Wt).
 Tokens = tuple[Tensor, Tensor]
@@ -122,10 +130,7 @@ class AlignedPoolingVisionTransformer(ImageModelFollower, pit.PoolingVisionTrans
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
         """Raises NotImplementedError for a model without a head."""
-        if module.global_pool != "token":
-            raise NotImplementedError(
-                f"global_pool: labels are defined for 'token' pooling, got {module.global_pool!r}"
-            )
+        check_pooling(module.global_pool, "token")
 
     @classmethod
     def check_transmix(cls, model: nn.Module) -> None:
@@ -142,10 +147,7 @@ class AlignedPoolingVisionTransformer(ImageModelFollower, pit.PoolingVisionTrans
         share = self._first_share(target, tuple(x.shape[2:]), x.dtype)
         x = self.pos_drop(self.patch_embed(x) + self.pos_embed)
         tokens = x, self.cls_token.expand(len(x), -1, -1)
-        for stage in self.transformers:
-            tokens, share, *of_blocks = follow(stage, tokens, share, layer_shares is not None)
-            if layer_shares is not None:
-                layer_shares.extend(*of_blocks)
+        tokens, share = run_stages(self.transformers, tokens, share, layer_shares)
         logits = self.forward_head(self.norm(tokens[1]))
         if isinstance(logits, tuple):
             return logits, (share[:, 0], share[:, 1])

@@ -19,6 +19,7 @@ from tlalign_kernels.patch import (
     ModelFollower,
     attention_options,
     check_head_dim,
+    check_pooling,
     follow,
     follows_labels,
     is_bare,
@@ -52,11 +53,7 @@ class PlainFollower(ModelFollower):
     @classmethod
     def check_pooling(cls, model: nn.Module) -> None:
         """Raises NotImplementedError for poolings without a label."""
-        if model.global_pool not in cls.label_poolings:
-            *others, last = map(repr, cls.label_poolings)
-            raise NotImplementedError(
-                f"global_pool: labels are defined for {', '.join(others)} and {last} pooling, got {model.global_pool!r}"
-            )
+        check_pooling(model.global_pool, *cls.label_poolings)
 
     @classmethod
     def check_transmix(cls, model: nn.Module) -> None:

@@ -15,9 +15,11 @@ from tlalign_kernels.patch import (
     LabelFollower,
     attention_options,
     check_head_dim,
+    check_pooling,
     follow,
     register,
     run_block,
+    run_stages,
 )
 
 
@@ -189,18 +191,15 @@ class AlignedPyramidVisionTransformerV2(ImageModelFollower, pvt_v2.PyramidVision
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
         """Raises NotImplementedError for a model that does not pool its tokens."""
-        check_average_pooling(module)
+        check_pooling(module.global_pool, "avg")
 
     def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """As for `ModelFollower`."""
-        check_average_pooling(self)
+        self.check(self, "model")
         x = self.patch_embed(x)
         grid_size = tuple(x.shape[1:3])
         share = target.token_share(grid_size, stride_of(self.patch_embed.proj), x.dtype).unflatten(1, grid_size)
-        for stage in self.stages:
-            x, share, *of_blocks = follow(stage, x, share, layer_shares is not None)
-            if layer_shares is not None:
-                layer_shares.extend(*of_blocks)
+        x, share = run_stages(self.stages, x, share, layer_shares)
         return self.forward_head(x), share.mean(dim=(1, 2))
 
 
@@ -231,12 +230,6 @@ def check_convolution(conv: nn.Module, name: str, overlap: bool) -> None:
 def stride_of(conv: nn.Module) -> tuple[int, int]:
     """Stride of a convolution, or of the one that an adapter holds."""
     return next(module for module in conv.modules() if isinstance(module, nn.Conv2d)).stride
-
-
-def check_average_pooling(model: nn.Module) -> None:
-    """Raises NotImplementedError unless the model averages its tokens."""
-    if model.global_pool != "avg":
-        raise NotImplementedError(f"global_pool: labels are defined for 'avg' pooling, got {model.global_pool!r}")
 
 
 register(pvt_v2.Attention, AlignedAttention)

@@ -29,10 +29,12 @@ from tlalign_kernels.patch import (
     LabelFollower,
     attention_dropout,
     check_head_dim,
+    check_pooling,
     follow,
     projected_padding,
     register,
     run_block,
+    run_stages,
 )
 from tlalign_kernels.windows import Windows
 
@@ -334,10 +336,7 @@ class SwinFollower(ImageModelFollower):
         x = self.patch_embed(x)
         grid_size = self._grid_size(x)
         share = target.token_share(grid_size, self.patch_embed.patch_size, x.dtype).unflatten(1, grid_size)
-        for stage in self._stages(self):
-            x, share, *of_blocks = follow(stage, x, share=share, collect_layers=layer_shares is not None)
-            if layer_shares is not None:
-                layer_shares.extend(*of_blocks)
+        x, share = run_stages(self._stages(self), x, share, layer_shares)
         logits = self.forward_head(self._after_stages(x))
         return logits, share.mean(dim=(1, 2))
 
@@ -403,9 +402,7 @@ def check_head(model: nn.Module, *classes: type[nn.Module]) -> None:
     """Raises NotImplementedError unless a model's head is of timm's `classes`, and averages the tokens of a map."""
     if type(model.head) not in classes:
         raise NotImplementedError(f"head: can't follow labels through {type(model.head).__name__}")
-    pooling = model.head.global_pool.pool_type
-    if pooling != "avg":
-        raise NotImplementedError(f"global_pool: labels are defined for 'avg' pooling, got {pooling!r}")
+    check_pooling(model.head.global_pool.pool_type, "avg")
 
 
 for _module_class, _follower in (

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from tlalign_kernels.functional import window_attention
 from tlalign_kernels.labels import MixedTarget, pool_share
 from tlalign_kernels.models.plain import UnscaledBlockFollower
-from tlalign_kernels.models.pvt_v2 import attend_to_reduced, check_average_pooling, check_convolution, stride_of
+from tlalign_kernels.models.pvt_v2 import attend_to_reduced, check_convolution, stride_of
 from tlalign_kernels.patch import (
     ImageModelFollower,
     LabelFollower,
     attention_options,
     check_head_dim,
+    check_pooling,
     projected_padding,
     register,
     run_block,
@@ -166,11 +167,11 @@ class AlignedTwins(ImageModelFollower, twins.Twins):
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
         """Raises NotImplementedError for a model that does not pool its tokens."""
-        check_average_pooling(module)
+        check_pooling(module.global_pool, "avg")
 
     def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """As for `ModelFollower`."""
-        check_average_pooling(self)
+        self.check(self, "model")
         share = None
         for embed, drop, blocks, encode in zip(
             self.patch_embeds, self.pos_drops, self.blocks, self.pos_block, strict=False

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import tlalign_kernels as tlk
 from tlalign_kernels.labels import pool_share
-from tlalign_kernels.patch import ImageModelFollower, run_block
+from tlalign_kernels.patch import ImageModelFollower, check_pooling, run_block
 
 # Of the blocks and before the classifier; the others have PyTorch's own epsilon.
 _LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -48,6 +48,10 @@ class PyramidVisionTransformer(nn.Module):
         drop_path_rate: Stochastic depth of the last block; it grows linearly over all blocks.
         device: Of the parameters.
         dtype: Of the parameters.
+
+    Raises:
+        ValueError: If keys are reduced in the last stage, an image has no patch in some stage, or there is no such
+            pooling.
     """
 
     num_prefix_tokens = 1
@@ -227,8 +231,7 @@ class AlignedPyramidVisionTransformer(ImageModelFollower, PyramidVisionTransform
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
         """Raises NotImplementedError for a model that does not pool its tokens."""
-        if not module.global_pool:
-            raise NotImplementedError("global_pool: labels are defined for 'token' and 'avg' pooling, got ''")
+        check_pooling(module.global_pool, "token", "avg")
 
     def align(self, x: Tensor, target: tlk.MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """As for `ModelFollower`."""
