@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from benchmarks.report import table
+
 PAGE = Path(__file__).parent / "results" / "roofline.md"
 BACKENDS = {"CUDA": "full", "Triton": "left"}  # and how their marks are filled
 
@@ -162,25 +164,22 @@ def count_code():
     return {which: (issue, busiest, pipe) for which, (issue, busiest, (_, pipe)) in needed.items()}
 
 
-def table(*rows):
-    head, *body = [f"| {' | '.join(map(str, row))} |\n" for row in rows]
-    return "".join([head, "|---" * len(rows[0]) + "|\n", *body])
-
-
 def table_of_work():
-    rows = [["call", "", "MB", "labels", "GFLOP", "labels", "FLOP a byte", "a matrix would add"]]
+    head = ["call", "", "MB", "labels", "GFLOP", "labels", "FLOP a byte", "a matrix would add"]
+    rows = []
     for shape, direction in CALLS:
         done, matrix = work(shape, direction), matrix_bytes(shape)
         moved = [f"{done.bytes / 1e6:.1f}", f"{100 * done.label_bytes / done.bytes:.1f} %"]
         computed = [f"{done.flops / 1e9:.2f}", f"{100 * done.label_flops / done.flops:.1f} %"]
         more = f"{matrix / 1e6:.0f} MB, {100 * matrix / done.bytes:+.0f} %"
         rows.append([shape.name, direction, *moved, *computed, f"{done.flops / done.bytes:.0f}", more])
-    return table(*rows)
+    return table(head, rows)
 
 
 def table_of_times(device, code):
-    rows = [["call", "", "memory", "tensor cores", "exponentials", "bound by"]]
-    rows[0] += [f"{backend}: {what}" for backend in BACKENDS for what in ("issue", "busiest", "over floor")]
+    head = ["call", "", "memory", "tensor cores", "exponentials", "bound by"]
+    head += [f"{backend}: {what}" for backend in BACKENDS for what in ("issue", "busiest", "over floor")]
+    rows = []
     for shape, direction in CALLS:
         times = floors(work(shape, direction), device)
         row = [shape.name, direction, *(f"{time:.1f}" for time in times.values()), max(times, key=times.get)]
@@ -189,7 +188,7 @@ def table_of_times(device, code):
             over = issue and busiest / max(times.values())
             row += [f"{issue:.1f}", f"{busiest:.1f} {pipe}", f"{over:.2f}"] if issue else ["-"] * 3
         rows.append(row)
-    return table(*rows)
+    return table(head, rows)
 
 
 def draw(code, path):
