@@ -1,6 +1,6 @@
 """Fused attention with token-label alignment for vision transformers."""
 
-from tlalign_kernels import extension, models
+from tlalign_kernels import models
 from tlalign_kernels.extension import VERSION as __version__
 from tlalign_kernels.functional import attention, attention_qkv, explain, window_attention
 from tlalign_kernels.labels import MixedTarget
@@ -17,7 +17,6 @@ __all__ = [
     "attention",
     "attention_qkv",
     "explain",
-    "extension",
     "mixed_binary_cross_entropy",
     "mixed_cross_entropy",
     "models",

@@ -187,7 +187,10 @@ def window_problem(
     scale: float | None,
     dropout_p: float,
 ) -> tuple[Tensor | None, Tensor | None, float, Problem]:
-    """Checks the arguments of `window_attention`; returns bias, padding and scale of the operator, and the problem."""
+    """Checks the arguments of `window_attention`; returns bias, padding and scale of the operator, and the problem.
+
+    Raises what `window_attention` does, but for what is wrong with the backend.
+    """
     _check_is_tensor("qkv", qkv)
     _check_dtype("qkv", qkv.dtype)
     if qkv.dim() != 6 or qkv.shape[3] != 3:

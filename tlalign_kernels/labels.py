@@ -145,7 +145,11 @@ class MixedTarget:
         return f"MixedTarget(images={batch}, extra_sources={sources - 1}, from={kind}, device={self.device})"
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedTarget:
-        """Returns the target with its tensors on `device`; dtypes stay."""
+        """Returns the target with its tensors on `device`; dtypes stay.
+
+        Raises:
+            TypeError: If `device` is a dtype.
+        """
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: expected a device, for labels keep their dtype, got {device}")
         return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -262,6 +262,9 @@ def compare(
 
     Returns:
         A check for each tensor.
+
+    Raises:
+        ValueError: If there is dropout and the device is not the CPU.
     """
     rounded = make_inputs(case, "cpu", dtype, seed)
     # The oracle starts from the rounded inputs: what is measured is the error of the computation alone.

@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *options = arguments
     try:
         if name not in commands:
-            raise UsageError(f"expected one of {', '.join(commands)}, got {name}{suggestion(name, list(commands))}")
+            raise UsageError(f"expected one of {', '.join(commands)}, got {name}{suggestion(name, commands)}")
         if name != "train" and started_processes() != 1:
             raise UsageError(
                 f"expected one process, for only train is for several, got {name} with {started_processes()}"
@@ -174,8 +174,7 @@ def train(options: Sequence[str]) -> int:
 
 def compare(options: Sequence[str]) -> int:
     """`tlalign compare`: trains methods with several seeds, and prints and writes a table of what they gave."""
-    from tlalign.compare import METHODS, PLOT_FILE, TABLE_FILE, Comparison, plan_runs
-    from tlalign.progress import ComparisonProgress
+    from tlalign.compare import METHODS, plan_runs
 
     given, flags = _parse_sources(options, "recipe", "config")
     values = _with_config_file(load_recipe(given.recipe or _DEFAULT_RECIPE), given.config, flags)
@@ -218,21 +217,7 @@ def compare(options: Sequence[str]) -> int:
     for each in configs:
         # Before anything is trained: whether a folder holds a run of another configuration.
         _is_to_resume(each)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output: cannot make the folder {output}: {error}") from error
-    comparison = Comparison(configs, output)
-    with ComparisonProgress() as progress:
-        interrupted_by = comparison.train(given.jobs, progress)
-    comparison.save_table()
-    plot = f", plot {output / PLOT_FILE}" if comparison.save_plot() else ""
-    print(comparison.table())
-    print(f"table {output / TABLE_FILE}{plot}, runs: tlalign runs {shlex.quote(str(output))}")
-    if interrupted_by is not None:
-        print("tlalign: interrupted; the same command goes on", file=sys.stderr)
-        return 128 + interrupted_by
-    return 1 if comparison.errors else 0
+    return _compare(configs, output, given.jobs)
 
 
 def evaluate(options: Sequence[str]) -> int:
@@ -406,7 +391,7 @@ def _unused(config: TrainConfig) -> dict[str, str]:
         unused |= dict.fromkeys(("teacher_checkpoint", "teacher_model"), trained)
     if config.mixing == "none" or config.target not in ALIGNED_TARGETS:
         unused |= dict.fromkeys(("layers", "residual", "stochastic_depth"), trained)
-    if config.data in ("digits", "mnist-5k") or config.data.startswith("folder:"):
+    if config.data in ("digits", "mnist-5k") or config.folder is not None:
         unused |= dict.fromkeys(("data_dir", "download", "train_split", "eval_split"), f"data {config.data}")
     if config.data.startswith("wds/"):
         unused["download"] = f"data {config.data}"
@@ -608,6 +593,28 @@ def _has_moved(name: str, before: str, now: str) -> bool:
     return name in MAY_MOVE and Path(before).name == Path(now).name
 
 
+def _compare(configs: Sequence[TrainConfig], output: Path, jobs: int) -> int:
+    """Trains the runs of a comparison, and prints and writes what they gave."""
+    from tlalign.compare import PLOT_FILE, TABLE_FILE, Comparison
+    from tlalign.progress import ComparisonProgress
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output: cannot make the folder {output}: {error}") from error
+    comparison = Comparison(configs, output)
+    with ComparisonProgress() as progress:
+        interrupted_by = comparison.train(jobs, progress)
+    comparison.save_table()
+    plot = f", plot {output / PLOT_FILE}" if comparison.save_plot() else ""
+    print(comparison.table())
+    print(f"table {output / TABLE_FILE}{plot}, runs: tlalign runs {shlex.quote(str(output))}")
+    if interrupted_by is not None:
+        print("tlalign: interrupted; the same command goes on", file=sys.stderr)
+        return 128 + interrupted_by
+    return 1 if comparison.errors else 0
+
+
 def _try(config: TrainConfig) -> int:
     """Runs two steps, and prints what the run would take."""
     from tlalign.engine import NonFiniteLossError, Trainer
@@ -779,14 +786,16 @@ def _summarise(trainer: Trainer, folder: RunFolder, records: Sequence[EpochRecor
 
 def _draw_picture(trainer: Trainer, folder: RunFolder) -> Path | str:
     """Draws mixed held-out images and their token labels; returns where, or why not."""
+    from tlalign.data import sample_images
     from tlalign.pictures import draw_token_labels
 
-    if trainer.config.fsdp:
+    config, image_config = trainer.config, trainer.image_config
+    if config.fsdp:
         return "none: with fsdp the weights are in parts"
-    mean, std = trainer.image_config["mean"], trainer.image_config["std"]
-    alignment = {"layers": trainer.config.layers, "residual": trainer.config.residual}
+    mean, std = image_config["mean"], image_config["std"]
+    alignment = {"layers": config.layers, "residual": config.residual}
     try:
-        images, classes = trainer.sample_held_out(20)
+        images, classes = sample_images(trainer.eval_loader.dataset, 20, config, image_config, trainer.device)
         draw_token_labels(
             trainer.model, images, classes, folder.picture, mean, std, trainer.class_names, alignment=alignment
         )

@@ -330,7 +330,7 @@ def _with_method(config: TrainConfig, name: str) -> TrainConfig:
     ]
     for word, expected in choices:
         if word not in expected:
-            near = suggestion(word, list(expected))
+            near = suggestion(word, expected)
             raise UsageError(f"methods: expected one of {', '.join(expected)} in {name}, got {word}{near}")
     values: dict[str, Any] = {"mixing": mixing, "target": target}
     if target not in ALIGNED_TARGETS:

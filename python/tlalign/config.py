@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.resources
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -76,6 +77,9 @@ class ModelConfig:
             each training image and bilinear in evaluation; null: the model's own.
         crop_pct: Side of the crop that is evaluated, as a part of the resized image, 0.1 to 1; null: the model's own.
             How it is cut (the centre, squashed, or with a border) is the model's own.
+
+    Raises:
+        UsageError: If a value is out of range, or doesn't go with the others; as in the configurations that add to it.
     """
 
     model: str
@@ -141,6 +145,12 @@ class EvalConfig(ModelConfig):
         self._check("batch_size", "at least 1", lambda value: value >= 1)
         for name in ("workers", "max_unreadable"):
             self._check(name, "at least 0", lambda value: value >= 0)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of images, if `data` is one."""
+        kind, _, place = self.data.partition(":")
+        return Path(place).expanduser() if kind == "folder" and place else None
 
     def _expand(self, *names: str) -> None:
         """Takes ~ for the home folder, as a shell does, but not in a file nor after --NAME=; refuses an empty path."""
@@ -456,7 +466,7 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
-def suggestion(word: str, known: list[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
     """Returns '; did you mean X?' if a known word is near, else nothing."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""

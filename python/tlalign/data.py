@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,12 +73,11 @@ def load_data_sets(config: EvalConfig, trains: bool = True, folder_classes: Sequ
     Raises:
         UsageError: If there is no such data set, or it isn't where it should be.
     """
-    kind, _, place = config.data.partition(":")
     family = config.data.partition("/")[0]
     if config.data in ("digits", "mnist-5k"):
         train, held_out, names = open_small(config)
-    elif kind == "folder" and place:
-        train, held_out, names = open_folder(Path(place).expanduser(), trains, folder_classes)
+    elif config.folder is not None:
+        train, held_out, names = open_folder(config.folder, trains, folder_classes)
     elif family == "torch":
         train, held_out, names = open_torchvision(config)
     elif family == "wds":
@@ -112,9 +110,8 @@ def load_images(config: EvalConfig, folder_classes: Sequence[str] | None = None)
     Raises:
         UsageError: As for `load_data_sets`.
     """
-    kind, _, place = config.data.partition(":")
-    root = Path(place).expanduser()
-    if kind != "folder" or not place or not root.is_dir() or any(parts_of_folder(root)):
+    root = config.folder
+    if root is None or not root.is_dir() or any(parts_of_folder(root)):
         return load_data_sets(config, trains=False, folder_classes=folder_classes)
     num_classes = config.num_classes or len(folder_classes or ())
     if not num_classes:
@@ -124,7 +121,11 @@ def load_images(config: EvalConfig, folder_classes: Sequence[str] | None = None)
 
 
 def resolve_image_config(config: ModelConfig, model: nn.Module) -> dict[str, Any]:
-    """Size, normalisation, interpolation and crop of the images: those configured, else the model's own."""
+    """Size, normalisation, interpolation and crop of the images: those configured, else the model's own.
+
+    Raises:
+        UsageError: If there are not as many means or standard deviations as channels.
+    """
     own = resolve_data_config(model=model)
     channels, height, width = own["input_size"]
     channels = config.in_chans or channels
@@ -219,6 +220,9 @@ def create_eval_loader(
         device: Device to put batches on.
         rank: Number of this process.
         world_size: Number of processes.
+
+    Raises:
+        UsageError: If the batch of a run can't be divided, or images have neither 1 nor 3 channels.
     """
     if image_config["interpolation"] == "random":
         # Evaluation draws nothing; timm takes bilinear where it can't draw one.

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tlalign.checkpoints import Checkpoints
 from tlalign.config import BOX_MIXING, MAY_CHANGE, MAY_MOVE, PATCH_MIXING, TrainConfig, UsageError, suggestion
-from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config, sample_images
+from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
 from tlalign.evaluation import autocast, evaluate, prepare_device
 from tlalign.log import RunLog
 from tlalign.mixing import AttentiveCutMix, MixingStrategy
@@ -329,17 +329,6 @@ class Trainer:
             # Statistics of batch norms are each process's own; checkpoints have those of the first.
             distribute_bn(model, self.processes.world_size)
         return evaluate(model, self.eval_loader, self.device, self.config.precision, several, after_batch)
-
-    def sample_held_out(self, count: int) -> tuple[Tensor, Tensor]:
-        """Takes images from all over the held-out ones, always the same.
-
-        Args:
-            count: Number of images B; a batch at most.
-
-        Returns:
-            Images (B, channels, Hi, Wi) and class ids (B,), as evaluation sees them.
-        """
-        return sample_images(self.eval_loader.dataset, count, self.config, self.image_config, self.device)
 
     def dry_run(self) -> DryRun:
         """Runs two steps and evaluates two batches, without writing anything."""

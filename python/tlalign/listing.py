@@ -138,7 +138,7 @@ class RunTable:
         differing = _differing_fields(runs)
         self.columns = _COLUMNS | {name: name for name in differing}
         if sort not in self.columns:
-            near = suggestion(sort, list(self.columns))
+            near = suggestion(sort, self.columns)
             raise UsageError(f"sort: expected one of {', '.join(self.columns)}, got {sort}{near}")
         rows = [(run, run.columns() | {name: run.values.get(name) for name in differing}) for run in runs]
         rows.sort(key=lambda row: _sort_key(row[1][sort]))

@@ -101,16 +101,31 @@ class TrainLoader:
 
     Args:
         dataset: The images, as they were opened.
+        size: Images in a micro-batch.
         length: Micro-batches of this process in an epoch.
-        device: Device to put them on.
+        augment: Augments an image; its seed is that of the order as well.
+        device: Device to put micro-batches on.
         unreadable: Counts the images that can't be read.
+        options: Further arguments of the DataLoader.
     """
 
-    def __init__(self, dataset: Dataset, length: int, device: torch.device, unreadable: UnreadableImages) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        size: int,
+        length: int,
+        augment: Augmentation,
+        device: torch.device,
+        unreadable: UnreadableImages,
+        **options: Any,
+    ) -> None:
         self.dataset = dataset
         self.unreadable = unreadable
+        self._size = size
         self._length = length
+        self._augment = augment
         self._device = device
+        self._options = options
 
     def __len__(self) -> int:
         return self._length
@@ -147,32 +162,16 @@ class TrainSetLoader(TrainLoader):
         dataset: Images to train on.
         sampler: Order of this process, with `rank`, `num_replicas` and `set_epoch`.
         repeats: How often the order has each image, one after the other over all processes.
-        size: Images in a micro-batch.
-        length: Micro-batches of this process in an epoch.
-        augment: Augments an image; its seed is that of the order as well.
-        device: Device to put batches on.
-        unreadable: Counts the images that can't be read.
-        options: Further arguments of the DataLoader.
+        arguments: Further ones of `TrainLoader`.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        sampler: DistributedSampler,
-        repeats: int,
-        size: int,
-        length: int,
-        augment: Augmentation,
-        device: torch.device,
-        unreadable: UnreadableImages,
-        **options: Any,
-    ) -> None:
-        super().__init__(dataset, length, device, unreadable)
-        self._keys = _MicroBatchKeys(sampler, repeats, size, length, augment.seed)
-        images = _AugmentedImages(dataset, augment, unreadable)
+    def __init__(self, dataset: Dataset, sampler: DistributedSampler, repeats: int, **arguments: Any) -> None:
+        super().__init__(dataset, **arguments)
+        self._keys = _MicroBatchKeys(sampler, repeats, self._size, self._length, self._augment.seed)
+        images = _AugmentedImages(dataset, self._augment, self.unreadable)
         # Workers stay: an epoch is in the keys that they are given.
-        persistent = options["num_workers"] > 0
-        self._loader = CheckedLoader(images, batch_sampler=self._keys, persistent_workers=persistent, **options)
+        options = self._options | {"persistent_workers": self._options["num_workers"] > 0}
+        self._loader = CheckedLoader(images, batch_sampler=self._keys, **options)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._keys.epoch, self._keys.start = epoch, start
@@ -186,30 +185,12 @@ class TrainStreamLoader(TrainLoader):
         dataset: Images to train on.
         rank: Number of this process.
         world_size: Number of processes.
-        size: Images in a micro-batch.
-        length: Micro-batches of this process in an epoch.
-        augment: Augments an image; its seed is that of the order as well.
-        device: Device to put batches on.
-        unreadable: Counts the images that can't be read.
-        options: Further arguments of the DataLoader.
+        arguments: Further ones of `TrainLoader`.
     """
 
-    def __init__(
-        self,
-        dataset: ImageStream,
-        rank: int,
-        world_size: int,
-        size: int,
-        length: int,
-        augment: Augmentation,
-        device: torch.device,
-        unreadable: UnreadableImages,
-        **options: Any,
-    ) -> None:
-        super().__init__(dataset, length, device, unreadable)
-        self._place = {"dist_rank": rank, "dist_num_replicas": world_size, "batch_size": size}
-        self._augment = augment
-        self._options = options
+    def __init__(self, dataset: ImageStream, rank: int, world_size: int, **arguments: Any) -> None:
+        super().__init__(dataset, **arguments)
+        self._place = {"dist_rank": rank, "dist_num_replicas": world_size, "batch_size": self._size}
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         seed, rank = self._augment.seed, self._place["dist_rank"]
@@ -221,7 +202,7 @@ class TrainStreamLoader(TrainLoader):
         # Workers are new in each epoch, and with them the shuffle buffers that they keep.
         loader = CheckedLoader(
             _AugmentedStream(stream, self._augment, epoch, rank),
-            batch_size=self._place["batch_size"],
+            batch_size=self._size,
             drop_last=True,
             **options,
         )
@@ -319,9 +300,7 @@ class _MicroBatchKeys(Sampler):
         self.epoch = self.start = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        return self._of(self.epoch, self.start)
-
-    def _of(self, epoch: int, start: int) -> Iterator[list[tuple[int, int, int]]]:
+        epoch, start = self.epoch, self.start
         self.sampler.set_epoch(self.order_seed + epoch)
         indices = list(self.sampler)
         rank, world_size = self.sampler.rank, self.sampler.num_replicas

@@ -132,7 +132,7 @@ def create_teacher(
     teacher, weights = ModelConfig(**values), load_weights("teacher_checkpoint", path)
     if not config.teacher_labels:  # only its features are asked for
         num_classes = count_classes(weights, teacher) or 0
-    elif config.data.startswith("folder:") and (known := folder_classes_of(path)) and known != list(class_names):
+    elif config.folder is not None and (known := folder_classes_of(path)) and known != list(class_names):
         own, other = next(pair for pair in itertools.zip_longest(class_names, known) if pair[0] != pair[1])
         raise UsageError(f"teacher_checkpoint: expected the classes of {config.data}, got {other} for its {own}")
     model = create_model(teacher, num_classes)
@@ -241,7 +241,11 @@ def _first_reason(error: BaseException) -> str:
 
 
 def align_targets(model: nn.Module, config: TrainConfig) -> None:
-    """Makes a model align targets as its configuration says."""
+    """Makes a model align targets as its configuration says.
+
+    Raises:
+        UsageError: If labels can't be followed through the model, or it has no such layers.
+    """
     try:
         patch_model(
             model,

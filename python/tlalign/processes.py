@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import init_distributed_device_so, reduce_tensor
 
 from tlalign.config import UsageError, started_processes
 
@@ -72,11 +72,7 @@ class Processes:
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of a floating tensor over the processes; the same bits in all of them."""
-        if self.several:
-            values = values.clone()
-            dist.all_reduce(values)
-            values /= self.world_size
-        return values
+        return reduce_tensor(values, self.world_size) if self.several else values
 
     def share(self, value: Any) -> Any:
         """The value that the first process gives, in all of them."""

@@ -114,22 +114,27 @@ class ReaderImages(Dataset):
 
     Args:
         reader: Gives file and class id of an index.
+
+    Attributes:
+        indices: Those of the reader that are taken; all of them, unless a subclass says otherwise.
     """
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
+        self.indices: Sequence[int] = range(len(reader))
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        number = self.indices[index]
         try:
-            file, target = self.reader[index]
+            file, target = self.reader[number]
             with file:
                 return open_image(file), target
         except Exception as error:
             cause = error.error if isinstance(error, UnreadableImage) else error
-            raise UnreadableImage(self._name(index), cause) from error
+            raise UnreadableImage(self._name(number), cause) from error
 
     def _name(self, index: int) -> str:
         path = self.reader.filename(index, absolute=True) or ""
@@ -179,12 +184,8 @@ class FolderImages(ReaderImages):
         self.indices = np.flatnonzero(targets >= 0)
         self.targets = targets[self.indices]
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, _ = super().__getitem__(self.indices[index])
-        return image, int(self.targets[index])
+        return super().__getitem__(index)[0], int(self.targets[index])
 
     def _folders(self, place: Path) -> dict[str, list[int]]:
         """The folders of the classes, and which images of the reader lie in each."""
@@ -239,11 +240,8 @@ class LooseImages(ReaderImages):
             raise UsageError(f"data: no images in {root} but hidden ones")
         self.classes = [paths[index].stem for index in self.indices]
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return super().__getitem__(self.indices[index])[0], index
+        return super().__getitem__(index)[0], index
 
 
 class ImageStream(IterableDataset):

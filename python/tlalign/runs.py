@@ -120,7 +120,11 @@ class RunFolder:
             raise UsageError(f"output: cannot make a run in {where}: {error}") from error
 
     def update_places(self, config: TrainConfig) -> None:
-        """Has the configuration in the folder say where images and teacher are now: others read it, too."""
+        """Has the configuration in the folder say where images and teacher are now: others read it, too.
+
+        Raises:
+            UsageError: If the configuration can't be read or written.
+        """
         path = self.path / CONFIG_FILE
         values = load_config_file(path)
         if values == values | _places(config):
@@ -184,9 +188,8 @@ def _places(config: TrainConfig) -> dict[str, str]:
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().absolute())
 
-    kind, _, place = config.data.partition(":")
     family, _, name = config.data.partition("/")
-    places = {"data": f"folder:{absolute(place)}" if kind == "folder" else config.data}
+    places = {"data": config.data if config.folder is None else f"folder:{config.folder.absolute()}"}
     if family in HUGGING_FACE and Path(name).is_dir():
         places["data"] = f"{family}/{absolute(name)}"
     for name in ("data_dir", "teacher_checkpoint", "initial_checkpoint"):

@@ -25,9 +25,11 @@ from tlalign.config import TrainConfig, UsageError
 from tlalign.mixing import (
     AttentiveCutMix,
     BlockWise,
+    CutMix,
     FMix,
     GradientSaliency,
     MixingStrategy,
+    MixUp,
     MixUpCutMix,
     PuzzleMix,
     RandomPatches,
@@ -61,6 +63,9 @@ class AlignedClassificationTask(ClassificationTask):
         rank: Rank of this process; each mixes differently.
         seed: Seed of the mixing, see `start_step`.
         options: Further arguments of timm's `TrainingTask`: device, dtype, verbose.
+
+    Raises:
+        ValueError: If there is no such loss, or `smoothing` is out of range.
     """
 
     def __init__(
@@ -238,6 +243,14 @@ def create_mixing(
     match config.mixing:
         case "none":
             return None
+        case "cutmix":
+            return CutMix(alpha, box_grid=config.box_grid, **options)
+        case "mixup":
+            return MixUp(config.mixup_alpha, **options)
+        case "mixup-cutmix":
+            return MixUpCutMix(
+                config.mixup_alpha, alpha, switch_prob=config.mix_switch_prob, box_grid=config.box_grid, **options
+            )
         case "random":
             return RandomPatches(patch_size, alpha, **options)
         case "block":
@@ -257,13 +270,6 @@ def create_mixing(
             return PuzzleMix(None if model is None else GradientSaliency(model), alpha, **options)
         case "attentive-cutmix":
             return AttentiveCutMix(None if teacher is None else teacher.activation, **options)
-    return MixUpCutMix(
-        mixup_alpha=config.mixup_alpha if config.mixing in ("mixup", "mixup-cutmix") else 0.0,
-        cutmix_alpha=0.0 if config.mixing == "mixup" else alpha,
-        switch_prob=config.mix_switch_prob,
-        box_grid=config.box_grid,
-        **options,
-    )
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -18,7 +18,8 @@ class Teacher:
 
     Args:
         model: A trained timm model, which is set to evaluation and frozen. Its features must form a map: a
-            convolutional network, a vision transformer with its tokens on a grid, or a hierarchical one.
+            convolutional network, a vision transformer with its tokens on a grid, or a hierarchical one; others raise
+            a ValueError when they see images.
         patch_size: Side in pixels of the patches that `token_labels` labels: that of the tokens of the model that
             learns from them, or a divisor of it.
     """
@@ -69,6 +70,9 @@ class Teacher:
 
         Returns:
             (B, h, w) float32, each map of sum 1.
+
+        Raises:
+            ValueError: If the teacher knows fewer classes.
         """
         scores = self.class_scores(images)
         if int(classes.max()) >= scores.shape[3]:
@@ -109,6 +113,9 @@ class Teacher:
 
         Returns:
             A dense target.
+
+        Raises:
+            ValueError: If patches don't fill the images, or are fewer than two.
         """
         scores, image_size = self.class_scores(images), tuple(images.shape[-2:])
         patches = patch_grid(image_size, self.patch_size)

@@ -90,9 +90,9 @@ def of_windows(attention, block, size):
     return dense
 
 
-def merging(size, cell=2):
-    """Matrix by which labels of a map are merged cell by cell; incomplete cells are means over what they have."""
-    rows, columns = (torch.arange(length) // cell for length in size)
+def merging(size):
+    """Matrix by which labels of a map are merged 2 x 2; incomplete cells are means over what they have."""
+    rows, columns = (torch.arange(length) // 2 for length in size)
     cells = (rows[:, None] * (columns.max() + 1) + columns).flatten()
     matrix = F.one_hot(cells).T.double()
     return matrix / matrix.sum(dim=1, keepdim=True)
@@ -243,8 +243,8 @@ def uniform(model):
     return model.eval()
 
 
-def mixed_batches(count=8, seed=0):
-    return list(mix_batches([(images(count, seed), torch.arange(count) % 5)], seed))
+def mixed_batches():
+    return list(mix_batches([(images(8, seed=0), torch.arange(8) % 5)]))
 
 
 def test_uniform_attention_halves_how_far_tokens_are_from_the_ratio_and_leaves_the_target():

@@ -72,7 +72,8 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_a_finished_run(monkeypatch
         raise error
 
     monkeypatch.setattr("tlalign.pictures.draw_token_labels", fail)
-    trainer = mock.MagicMock(**{"config.fsdp": False, "sample_held_out.return_value": (None, None)})
+    monkeypatch.setattr("tlalign.data.sample_images", lambda *arguments: (None, None))
+    trainer = mock.MagicMock(**{"config.fsdp": False})
     assert _draw_picture(trainer, mock.MagicMock()) == f"none: {error}"
 
 

@@ -20,10 +20,9 @@ from tlalign.mixing.patches import BlockWise, RandomPatches, TokenMix
 from tlalign.mixing.puzzle import GradientSaliency, PuzzleMix
 from tlalign.mixing.resize import ResizeMix
 from tlalign.mixing.saliency import SaliencyMix
-from tlalign.mixing.strategy import MODES, MixingStrategy, Mode, draw_ratios
+from tlalign.mixing.strategy import MixingStrategy
 
 __all__ = [
-    "MODES",
     "AttentiveCutMix",
     "BlockWise",
     "BoxStrategy",
@@ -34,12 +33,10 @@ __all__ = [
     "MixUp",
     "MixUpCutMix",
     "MixingStrategy",
-    "Mode",
     "PuzzleMix",
     "RandomPatches",
     "ResizeMix",
     "SaliencyMix",
     "TokenMix",
     "draw_boxes",
-    "draw_ratios",
 ]

@@ -208,6 +208,9 @@ def draw_boxes(
 
     Returns:
         (n, 4) int64: y0, x0, y1, x1, half open, within the image; a box may be empty.
+
+    Raises:
+        ValueError: If the grid does not divide the image, or `minmax` leaves no length for a side.
     """
     cell = box_grid or 1
     if any(length % cell for length in image_size):

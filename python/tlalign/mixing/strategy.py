@@ -15,7 +15,6 @@ from torch.utils.data import get_worker_info
 from tlalign_kernels.labels import MixedTarget
 
 Mode = Literal["batch", "pair", "elem"]
-MODES = get_args(Mode)
 
 # Added to the seed, so that another generator made of the same seed, step and rank (augmentation, say) is independent.
 _STREAM = int.from_bytes(b"mix", "big")
@@ -31,14 +30,18 @@ class MixingStrategy(ABC):
         mode: What one draw is for: the whole `batch`, a `pair` (image i and its mirror image B - 1 - i, which swap
             the same region), or one image (`elem`).
         seed: Seed of the generator, see `reseed`.
+
+    Raises:
+        TypeError: If an argument is of a wrong type, as in all strategies.
+        ValueError: If one is out of range, likewise.
     """
 
     averages_pixels = False  # whether it needs images of a floating dtype
 
     def __init__(self, prob: float = 1.0, mode: Mode = "batch", seed: int = 0) -> None:
         self.prob = check_probability("prob", prob)
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
         self.mode = mode
         self.reseed(seed)
 
@@ -76,6 +79,11 @@ class MixingStrategy(ABC):
         Returns:
             The mixed images, of the same shape and dtype, and their target with classes (B, 2), own class first, and
             ratio (B, 1), the part of the partner in each mixed image.
+
+        Raises:
+            TypeError: If an argument is no tensor or has a wrong dtype.
+            ValueError: If shapes or devices disagree, there is no other image to mix with, or the strategy can't mix
+                images of this size.
         """
         check_batch(images, classes, type(self).__name__ if self.averages_pixels else None)
         worker_seed = _worker_seed()
