@@ -202,15 +202,15 @@ def test_every_spatial_mixing_combines_with_every_target(mixing, target):
         model, strategy, align=config.aligns, teacher=teacher if config.teacher_labels else None, seed=7
     )
     task.start_step(3)
-    loss = task(images, classes)["loss"]
+    result = task(images, classes)
     strategy.reseed(7, 3, 0)
     mixed, mixed_target = strategy(images, classes)
     plain = tlk.mixed_cross_entropy(model(mixed), mixed_target)
     assert mixed_target.ratio.max() > 0
     if target == "ratio":
-        torch.testing.assert_close(loss, plain)
+        torch.testing.assert_close(result["loss"], plain)
     else:
-        assert (loss - plain).abs() > 1e-6
+        assert result["ratio_change"].abs().max() > 1e-3
 
 
 def test_options_of_the_configuration_reach_the_strategy():
