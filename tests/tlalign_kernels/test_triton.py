@@ -129,11 +129,11 @@ def test_compiled_code_is_within_the_bound(monkeypatch, case, dtype):
 
 
 @needs_ptxvm
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # of which the first has its bias arranged
-def test_finite_numbers_of_a_bias_count_as_65504_at_most(monkeypatch, dtype):
-    case = Case("far", batch=1, heads=2, queries=20, keys=24, head_dim=16)
+@pytest.mark.parametrize(("images", "dtype"), [(1, torch.bfloat16), (1, torch.float32), (2, torch.bfloat16)])
+def test_finite_numbers_of_a_bias_count_as_65504_at_most(monkeypatch, images, dtype):
+    case = Case("far", batch=2, heads=1, queries=20, keys=24, head_dim=16)
     inputs = make_inputs(case, "cpu", dtype)
-    bias = torch.zeros(1, 1, 20, 24)
+    bias = torch.zeros(images, 1, 20, 24)
     bias[..., 3, :], bias[..., 4, :], bias[..., 5, 2:] = -1e9, 1e10, torch.finfo(torch.float32).min
     offline.record(monkeypatch, offline.execute)
     far, near = (run_operator(case, {**inputs, "bias": each}, "triton") for each in (bias, bias.clamp(-65504, 65504)))
@@ -494,22 +494,23 @@ def test_what_32_bits_do_not_count_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "mask", "is_laid_out"),
+    ("shape", "dtype", "mask", "is_laid_out", "kind"),
     [
-        ((1, 2, 20, 20), torch.bfloat16, None, True),
-        ((1, 20, 20), torch.float16, None, True),
-        ((1, 2, 20, 20), torch.bfloat16, torch.ones(20, dtype=torch.bool), False),
-        ((3, 2, 20, 20), torch.bfloat16, None, False),
-        ((1, 2, 1, 20), torch.bfloat16, None, False),
-        ((1, 2, 20, 20), torch.float32, None, False),
+        ((1, 2, 20, 20), torch.bfloat16, None, True, backend._ARRANGED),
+        ((1, 20, 20), torch.float16, None, True, backend._ARRANGED),
+        ((1, 2, 20, 20), torch.bfloat16, torch.ones(20, dtype=torch.bool), True, 1),
+        ((3, 2, 20, 20), torch.bfloat16, None, False, backend._UNBOUNDED),
+        ((1, 2, 1, 20), torch.bfloat16, None, False, backend._UNBOUNDED),
+        ((1, 2, 20, 20), torch.float32, None, True, 1),
     ],
 )
-def test_a_bias_that_all_images_share_is_laid_out(monkeypatch, shape, dtype, mask, is_laid_out):
-    names = []
-    offline.record(monkeypatch, lambda launch: names.append(launch.name))
+def test_a_bias_that_all_images_share_is_laid_out(monkeypatch, shape, dtype, mask, is_laid_out, kind):
+    launches = []
+    offline.record(monkeypatch, launches.append)
     qkv = torch.zeros(3, 20, 3, 2, 16, dtype=dtype)
     tlk.attention_qkv(qkv, bias=torch.zeros(shape, dtype=dtype), mask=mask, backend="triton")
-    assert ("arrange_bias" in names) == is_laid_out
+    assert ("arrange_bias" in [launch.name for launch in launches]) == is_laid_out
+    assert launches[-1].constants["BIAS"] == kind
 
 
 def test_what_tune_prefers_is_for_one_class_of_problems(monkeypatch):

@@ -25,7 +25,7 @@ try:
 
     # Decided where the kernels are decorated: at import.
     _interpreted = triton.knobs.runtime.interpret
-    _ARRANGED, _LOG2_E = kernels.ARRANGED.value, kernels.LOG2_E.value
+    _ARRANGED, _UNBOUNDED, _LOG2_E = kernels.ARRANGED.value, kernels.UNBOUNDED.value, kernels.LOG2_E.value
 except Exception as error:  # an older Triton, or a broken one, has errors of many classes
     triton, _interpreted, _missing = None, False, f"{type(error).__name__}: {error}"
 
@@ -786,14 +786,14 @@ def _readable(inputs: Inputs, windows: Windows | None) -> tuple[Inputs, dict[str
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     bias, mask = _readable_offsets(bias), _readable_offsets(mask)
     _, _, queries, keys, _ = _sizes(query, key, windows)
-    # One that all images share, and queries don't; beside a mask, or in float32, it would take too many registers.
-    is_crowded = mask is not None or query.dtype == torch.float32
-    is_shared = bias is not None and bias.shape[0] == 1 and bias.stride(2) > 0
-    is_arranged = windows is not None or (is_shared and not is_crowded)
+    # One that all images share, and queries don't. To read it as it is arranged takes too many registers beside a mask,
+    # or in float32; so does it to bound it on the way.
+    is_arranged = windows is not None or (bias is not None and bias.shape[0] == 1 and bias.stride(2) > 0)
+    is_crowded = windows is None and (mask is not None or query.dtype == torch.float32)
     if is_arranged:
         bias = _arranged(bias, query, queries, keys, windows)
     kinds = {
-        "BIAS": 0 if bias is None else _ARRANGED if is_arranged else 1,
+        "BIAS": 0 if bias is None else _UNBOUNDED if not is_arranged else 1 if is_crowded else _ARRANGED,
         "MASK": 0 if mask is None else 2 if mask.dtype == torch.uint8 else 1,
     }
     return Inputs(query, key, value, bias, mask, dropout_seed, scale, dropout_p), kinds

@@ -415,21 +415,23 @@ def _offset_base(data, image, head, image_stride, head_stride):
         return data + image * image_stride + head * head_stride
 
 
+# Kinds of a bias beside those of `_add_offsets`: as `arrange_bias` wrote it, and with finite numbers of any size.
+ARRANGED = tl.constexpr(3)
+UNBOUNDED = tl.constexpr(4)
+
+
 @triton.jit
 def _add_offsets(scores, row, row_end, row_stride, column, column_end, column_stride, data, KIND: tl.constexpr):
-    """Scores plus a bias or mask there; KIND 0: none, 1: additive, 2: bool, True where a key is seen."""
+    """Scores plus a bias or mask there; KIND 0: none, 1: additive, 2: bool, True where a key is seen, or UNBOUNDED."""
     if KIND != 0:
         inside = (row < row_end) & (column < column_end)
         at = data + row * row_stride + column * column_stride
-        if KIND == 1:
-            scores += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        else:
+        if KIND == 2:
             scores = tl.where(tl.load(at, mask=inside, other=1) != 0, scores, float("-inf"))
+        else:
+            offsets = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            scores += _within_reach(offsets) if KIND == UNBOUNDED else offsets
     return scores
-
-
-# Kind of a bias that `arrange_bias` wrote.
-ARRANGED = tl.constexpr(3)
 
 
 @triton.jit
@@ -444,12 +446,8 @@ def _add_bias(scores, row, rows, row_stride, column, columns, column_stride, dat
     if KIND == ARRANGED:
         inside = (row < rows) & _in_octets(column, columns)
         return scores + tl.load(data + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
-    elif KIND == 1:
-        inside = (row < rows) & (column < columns)
-        at = data + row * row_stride + column * column_stride
-        return scores + _within_reach(tl.load(at, mask=inside, other=0.0).to(tl.float32))
     else:
-        return scores
+        return _add_offsets(scores, row, rows, row_stride, column, columns, column_stride, data, KIND)
 
 
 @triton.jit
