@@ -714,15 +714,14 @@ def _sizes(query: Tensor, key: Tensor, windows: Windows | None) -> tuple[int, in
     return batch * windows.count(), heads, windows.tokens(), windows.tokens(), head_dim
 
 
-def _arranged(bias: Tensor | None, query: Tensor, queries: int, keys: int, windows: Windows | None) -> Tensor | None:
-    """A bias that all images share, as the kernels read it, for each kind of window; regions also if there is none.
-
-    Rows of a multiple of 16 numbers begin at addresses from which a thread reads several at once.
-    """
+def _arranged(
+    bias: Tensor | None, query: Tensor, queries: int, keys: int, row: int, windows: Windows | None
+) -> Tensor | None:
+    """A bias that all images share, as the kernels read it, for each kind of window; regions also if there is none."""
     has_regions = windows is not None and windows.has_regions()
     if bias is None and not has_regions:
         return None
-    heads, row = 1 if bias is None else bias.shape[1], -(-keys // 16) * 16
+    heads = 1 if bias is None else bias.shape[1]
     dtype = query.dtype if bias is None else bias.dtype
     arranged = query.new_empty((4 if has_regions else 1, heads, queries, row), dtype=dtype)
     block = min(1024, _power_of_two(row))
@@ -786,12 +785,12 @@ def _readable(inputs: Inputs, windows: Windows | None) -> tuple[Inputs, dict[str
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     bias, mask = _readable_offsets(bias), _readable_offsets(mask)
     _, _, queries, keys, _ = _sizes(query, key, windows)
-    # One that all images share, and queries don't. To read it as it is arranged takes too many registers beside a mask,
-    # or in float32; so does it to bound it on the way.
+    # One that all images share, and queries don't. Rows of a multiple of 16 numbers begin at addresses from which a
+    # thread reads several at once; beside a mask, or in float32, that takes too many registers.
     is_arranged = windows is not None or (bias is not None and bias.shape[0] == 1 and bias.stride(2) > 0)
     is_crowded = windows is None and (mask is not None or query.dtype == torch.float32)
     if is_arranged:
-        bias = _arranged(bias, query, queries, keys, windows)
+        bias = _arranged(bias, query, queries, keys, keys if is_crowded else -(-keys // 16) * 16, windows)
     kinds = {
         "BIAS": 0 if bias is None else _UNBOUNDED if not is_arranged else 1 if is_crowded else _ARRANGED,
         "MASK": 0 if mask is None else 2 if mask.dtype == torch.uint8 else 1,
