@@ -187,7 +187,8 @@ def follows_labels(module: nn.Module) -> bool:
     follows = getattr(module, "label_follows", None)
     if follows is None:
         raise TypeError(
-            f"model: expected modules that were there when it was patched, got {type(module).__name__}; patch it again"
+            f"model: expected modules that were there when it was patched, got {type(module).__name__}; patch it "
+            "again, or make a block of your own with aligned modules, as AlignedBlock with attn_layer=AlignedAttention"
         )
     return follows
 

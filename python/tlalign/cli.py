@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 import typing
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +44,7 @@ try:
         suggestion,
         type_checker,
     )
-    from tlalign.runs import EpochRecord, RunFolder, config_beside, newest_in
+    from tlalign.runs import EpochRecord, RunFolder, check_is_new, config_beside, newest_in
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"tlalign: error: {missing.name} is not installed; pip install 'tlalign-kernels[train]'"
@@ -97,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal lacks, such as the ± of a table, is no reason to stop.
         sys.stdout.reconfigure(errors="replace")
+    # Nor is one that the font of the pictures lacks.
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2
@@ -565,16 +568,18 @@ def _is_to_resume(config: TrainConfig) -> bool:
         raise UsageError("output: expected the folder of the run with --resume auto, got null")
     if not (Path(config.output) / CONFIG_FILE).is_file():
         return False
+    from tlalign.checkpoints import Checkpoints
+
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig, None)
     saved = _parse(parser, TrainConfig, _saved(Path(config.output)), ())
     for name in field_names(TrainConfig):
         before, now = getattr(saved, name), getattr(config, name)
         if before != now and name not in MAY_CHANGE and not _has_moved(name, str(before), str(now)):
-            raise UsageError(
-                f"resume: {name} of the run in {config.output} is {before}, got {now}; with other options its weights "
-                "can start another run (--initial_checkpoint)"
-            )
+            advice = "with other options its weights can start another run (--initial_checkpoint)"
+            if not Checkpoints(Path(config.output)).traces():
+                advice = "it has no checkpoint: remove the folder, or give another one (--output)"
+            raise UsageError(f"resume: {name} of the run in {config.output} is {before}, got {now}; {advice}")
     if saved.workers != config.workers and config.data.partition("/")[0] in STREAMS:
         raise UsageError(
             f"resume: expected the {saved.workers} workers of the run in {config.output}, for they decide the order of "
@@ -662,6 +667,8 @@ def _run(config: TrainConfig, resume: bool) -> int:
     from tlalign.checkpoints import Checkpoints
     from tlalign.engine import Trainer
 
+    if not resume and config.output is not None:
+        check_is_new(Path(config.output))  # before the data are read, which may take minutes
     # Weights to start from that a checkpoint replaces need not be there any more.
     has_trained = resume and bool(Checkpoints(Path(config.output)).traces())
     trainer = Trainer(config, initialises=not has_trained)
@@ -778,7 +785,8 @@ def _summarise(trainer: Trainer, folder: RunFolder, records: Sequence[EpochRecor
     if last.ratio_change is not None:
         _say(f"  mean |aligned - original| mixing ratio in the last epoch {last.ratio_change:.4f}")
     if unreadable := len(trainer.train_loader.unreadable):
-        _say(f"  {unreadable} training images that can't be read were left out")
+        whose = " by this process, of those that it was to read" if trainer.processes.several else ""
+        _say(f"  {unreadable} training images that can't be read were left out{whose}")
     _say(f"  checkpoint  {folder.last_checkpoint} (the best, of epoch {best.epoch}: {folder.best_checkpoint.name})")
     _say(f"  log         {folder.log}, curves in {folder.curves.name}, more by tensorboard --logdir {folder.path}")
     _say(f"  picture     {_draw_picture(trainer, folder)}")

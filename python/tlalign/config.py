@@ -123,7 +123,8 @@ class EvalConfig(ModelConfig):
         max_unreadable: Training images that may turn out to be unreadable, in each process, before the run stops; each
             is counted, and the next one of the set taken instead. Of held-out images none may.
         batch_size: Images in a batch; in training those of a step, over all processes and accumulated parts.
-        workers: Processes that load images; 0 loads them in the training process.
+        workers: Processes that load images, by default 4 or, if those are fewer, as many as there are processors; 0
+            loads them in the training process.
         precision: What the forward pass computes in; but for float32 by autocast.
         device: Device to run on, such as cpu or cuda:0; null: the accelerator if there is one.
     """
@@ -135,7 +136,7 @@ class EvalConfig(ModelConfig):
     eval_split: str = "validation"
     max_unreadable: int = 100
     batch_size: int = 256
-    workers: int = 4
+    workers: int = min(4, os.cpu_count() or 1)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
 
@@ -430,7 +431,9 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"config: expected {path} to hold `name: value` lines, got a {type(values).__name__}")
     for key in values:
         if key not in field_names(TrainConfig):
-            raise UsageError(f"config: unknown key {key!r} in {path}{suggestion(str(key), field_names(TrainConfig))}")
+            near = suggestion(str(key), field_names(TrainConfig))
+            advice = "; a recipe is chosen by --recipe" if key == "recipe" else near
+            raise UsageError(f"config: unknown key {key!r} in {path}{advice}")
     arguments = values.get("model_kwargs", {})
     if not isinstance(arguments, dict):  # which a flag of one of them would hide
         given = "null" if arguments is None else arguments
@@ -467,8 +470,10 @@ def started_processes() -> int:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Returns '; did you mean X?' if a known word is near, else nothing."""
-    near = difflib.get_close_matches(word, known, n=1)
+    """Returns '; did you mean X?' if a known word begins so or is near, else nothing."""
+    known = list(known)
+    longer = [each for each in known if word and each.startswith(word)]
+    near = difflib.get_close_matches(word, longer, n=1, cutoff=0.0) or difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

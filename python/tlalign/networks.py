@@ -56,7 +56,9 @@ def create_model(config: ModelConfig, num_classes: int, **overrides: Any) -> nn.
     try:
         return timm.create_model(**model_arguments(config, num_classes, **overrides))
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise UsageError(f"model_kwargs: timm can't make {config.model} with {config.model_kwargs}: {error}") from error
+        given = {name: getattr(config, name) for name in ("img_size", "in_chans") if getattr(config, name) is not None}
+        given |= config.model_kwargs
+        raise UsageError(f"model: timm can't make {config.model} with {given}: {error}") from error
 
 
 def model_arguments(config: ModelConfig, num_classes: int, **overrides: Any) -> dict[str, Any]:

@@ -90,6 +90,16 @@ class EpochRecord:
         return self.top1 if self.top1_ema is None else self.top1_ema
 
 
+def check_is_new(folder: Path) -> None:
+    """Raises a UsageError unless a folder is empty or not there, but for files that a killed run did not write out."""
+    try:
+        is_new = not folder.exists() or all(file.name.startswith(_UNFINISHED) for file in folder.iterdir())
+    except OSError as error:
+        raise UsageError(f"output: cannot make a run in {folder}: {error}") from error
+    if not is_new:
+        raise UsageError(f"output: expected a new or empty folder, but {folder} holds files")
+
+
 class RunFolder:
     """A folder of its own for a new run; an existing run is never written over.
 
@@ -112,8 +122,7 @@ class RunFolder:
         try:
             self.path = _new_folder(config) if config.output is None else Path(config.output)
             self.path.mkdir(parents=True, exist_ok=True)
-            if not all(file.name.startswith(_UNFINISHED) for file in self.path.iterdir()):
-                raise UsageError(f"output: expected a new or empty folder, but {self.path} holds files")
+            check_is_new(self.path)
             with written_whole(self.path / CONFIG_FILE) as unfinished:
                 save_config(dataclasses.replace(config, **_places(config)), unfinished)
         except OSError as error:

@@ -234,6 +234,14 @@ def test_distribution_of_presence_is_that_of_all_tokens():
         assert layer.quantile(part) == pytest.approx(values.quantile(part).item(), rel=0.02)
 
 
+def test_tokens_that_nothing_attends_to_have_no_presence():
+    values = torch.tensor([[0.0] * 36 + [1.5625] * 64])
+    layer = PresenceOfLayer()
+    layer.add(values, has_class_token=False)
+    quantiles = [layer.quantile(part) for part in (0.05, 0.25, 0.5)]
+    assert quantiles == pytest.approx([0.0, 0.0, 1.5625], rel=0.005)
+
+
 def uniform(model):
     """A model whose attention is uniform: all scores are zero."""
     with torch.no_grad():

@@ -198,6 +198,7 @@ def test_a_model_that_labels_cannot_be_followed_through_trains_without_alignment
         (["analyze", "--checkpoint=no.pth"], "checkpoint: expected a file, got no.pth, which is none"),
         (["train", "--data", "folder:/nowhere", "--recipe=none", "--model=vit_tiny_patch16_224"], "PATH/train/CLASS"),
         (["train", "--model", "vit_tinny_patch16_224"], "did you mean vit_tiny_patch16_224?"),
+        (["train", "--model", "deit_small"], "did you mean deit_small_patch16_224?"),
         (["train", "--model", "resnet18", "--model_kwargs", "{}"], "target: tl-align can't train resnet18"),
     ],
 )

@@ -222,6 +222,9 @@ def test_an_unknown_key_in_a_file_gets_a_suggestion(tmp_path):
     file.write_text("epohcs: 3\n")
     with pytest.raises(UsageError, match="did you mean epochs"):
         load_config_file(file)
+    file.write_text("recipe: deit_tiny\n")
+    with pytest.raises(UsageError, match="a recipe is chosen by --recipe"):
+        load_config_file(file)
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "a: [", "just words"])

@@ -84,6 +84,17 @@ def test_boxes_of_presence_are_the_quantiles_that_the_caption_names(drawn):
     assert ends == pytest.approx([0.55, 0.75, 1.25, 1.45], rel=0.01)
 
 
+@pytest.mark.parametrize("highest", [1.05, 1.9, 4.0, 30.0])
+@pytest.mark.parametrize("lowest", [0.0, 0.03, 0.6, 0.97])
+def test_an_axis_of_presence_has_ticks(drawn, lowest, highest):
+    layer = PresenceOfLayer()
+    layer.add(torch.linspace(lowest, highest, 101)[None], has_class_token=False)
+    (axis,) = drawn(figures.draw_presence, [layer], torch.ones(3, 3))
+    least, greatest = axis.get_ylim()
+    assert least >= figures.LEAST_PRESENCE
+    assert sum(least <= tick <= greatest for tick in axis.yaxis.get_majorticklocs()) > 1
+
+
 def test_the_log_and_the_checkpoints_are_told_apart_over_training(drawn):
     (axis,) = drawn(figures.draw_training, [(1, 0.1), (2, 0.2)], [(0, 0.3), (2, 0.4)])
     log, checkpoints = axis.lines

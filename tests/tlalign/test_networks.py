@@ -69,6 +69,14 @@ def test_a_size_of_images_that_the_model_cannot_take_is_told(tmp_path):
         Trainer(tiny(tmp_path, **flexible, img_size=33))
 
 
+def test_arguments_that_timm_refuses_are_named(tmp_path):
+    of_patches = {"model": "xcit_nano_12_p16_224", "model_kwargs": {"depth": 1}, "img_size": 49}
+    with pytest.raises(
+        UsageError, match=r"model: timm can't make xcit_nano.* with {'img_size': 49, 'in_chans': 1, 'depth': 1}: "
+    ):
+        create_model(tiny(tmp_path, **of_patches), 10)
+
+
 @pytest.mark.parametrize("model", ["local-dir:nowhere", "hf_hub:a/b/c"])
 def test_a_model_that_is_not_where_its_name_says_is_told(tmp_path, model):
     with pytest.raises(UsageError, match=f"timm can't make {model} with"):

@@ -371,6 +371,9 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
     assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
 
 
+NOWHERE = ("--recipe=none", "--model=vit_tiny_patch16_224", "--data=folder:/nowhere")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -385,6 +388,11 @@ def test_the_command_continues_a_stopped_run_and_reports_a_damaged_checkpoint(tm
         ),
         (["--resume=RUN", "--output=null"], "output: expected none"),
         (["--output=RUN", "--resume=auto"], "resume: model_kwargs of the run in RUN is"),
+        (
+            ["--output=RUN", "--resume=auto"],
+            "; it has no checkpoint: remove the folder, or give another one (--output)",
+        ),
+        (["--output=RUN", *NOWHERE], "output: expected a new or empty folder, but RUN holds"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(tmp_path, capsys, arguments, message):

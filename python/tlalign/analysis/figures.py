@@ -25,6 +25,8 @@ _REFERENCE = {"color": "black", "linestyle": "-.", "marker": "s", "markerfacecol
 _STYLES = {style["label"]: style for style in (_CUTMIX, _TRANSMIX, _ALIGNED, _REFERENCE)}
 _KEPT = {"color": "#7f7f7f", "linestyle": "--", "label": "as before"}
 # What matplotlib calls these quantiles of a box.
+# Where the axis of presence begins at the lowest: tokens that nothing attends to have none.
+LEAST_PRESENCE = 0.01
 _BOX = ("whislo", "q1", "med", "q3", "whishi")
 _TRAINED, _RANDOM = "#0072b2", "#c8c8c8"
 
@@ -125,7 +127,12 @@ def draw_presence(layers: Sequence[PresenceOfLayer], convolution: Tensor, path: 
         axis.plot(*zip(*class_tokens, strict=True), "D", color="#d55e00", markersize=6, label="class token, mean")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":", label="1: as much as it had")
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(FixedLocator([digit * 10.0**power for power in range(-4, 4) for digit in (1, 2, 5)]))
+    lowest, highest = axis.get_ylim()
+    lowest, highest = min(max(lowest, LEAST_PRESENCE), 0.8), max(highest, 1.25)
+    axis.set_ylim(lowest, highest)
+    # Several, whatever the range.
+    digits = (1, 2, 5) if highest > 5 * lowest else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    axis.yaxis.set_major_locator(FixedLocator([digit * 10.0**power for power in range(-4, 4) for digit in digits]))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_locator(NullLocator())
     step = max(1, len(layers) // 8)
