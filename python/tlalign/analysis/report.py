@@ -383,7 +383,7 @@ def _presence(subject: Subject, first: FirstBatch, presence: list[PresenceOfLaye
                 f"Boxes of token presence by block. Root mean square of p - 1 by block: {distances}; of the "
                 f"convolution {spread:.2f}.",
                 "Box: the middle half of the tokens; whiskers: 5 to 95 %; diamonds: the class token. Quantiles are "
-                f"good to half a per cent; the axis begins at {figures.LEAST_PRESENCE:g} at the lowest.",
+                "good to half a per cent; tokens that nothing attends to lie below the axis.",
             )
         ],
         [Table("presence.csv: presence of tokens in unmixed images", head, rows)],
