@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import re
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tlalign_kernels as tlk
 from tlalign_kernels import extension, selftest
 from tlalign_kernels.backends import Problem, cuda, triton
+from tlalign_kernels.backends.devices import asked_once
 from tlalign_kernels.selftest import Case, draw_inputs, make_inputs
 from tlalign_kernels.windows import Windows
 
@@ -440,14 +442,15 @@ def test_a_driver_that_can_not_run_the_kernels_is_a_reason_against_them(monkeypa
 def test_steps_compile_where_a_driver_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(triton, "_capability", lambda device: 90)
+    monkeypatch.setattr(cuda, "_capability", asked_once(lambda device: (9, 0)))
+    monkeypatch.setattr(triton, "_capability", asked_once(lambda device: 90))
 
     def step(qkv, share):
         return tlk.attention_qkv(qkv * 2, share, share)
 
     torch._dynamo.reset()
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
         qkv = torch.empty(2, 50, 3, 2, 32, device="cuda", dtype=torch.float16)
         share = torch.empty(2, 50, 1, device="cuda")
         output, _ = torch.compile(step, fullgraph=True, backend="eager")(qkv, share)

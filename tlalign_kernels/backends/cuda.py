@@ -12,6 +12,7 @@ from torch import Tensor
 from tlalign_kernels import extension
 from tlalign_kernels.backends.addresses import DTYPES, address, float_or_smaller, offsets, rows, whole
 from tlalign_kernels.backends.bias_sums import images_of_sum
+from tlalign_kernels.backends.devices import asked_once
 from tlalign_kernels.ops import Inputs, WindowInputs, unpack_qkv
 
 if TYPE_CHECKING:
@@ -279,11 +280,10 @@ def _starts(
     return [query.new_empty(count, dtype=torch.float32) if count else None for count in numbers]
 
 
-_capability = functools.cache(torch.cuda.get_device_capability)
+_capability = asked_once(torch.cuda.get_device_capability)
 
 
-@functools.cache
-@torch.compiler.assume_constant_result  # in this order: the compiler looks through the cache, and can't trace a binding
+@asked_once
 def _launch_error(current_device: int) -> str:
     """Why a device, which must be the current one, can't run the kernels: its driver may be older than they are."""
     return _native.cuda_launch_error()

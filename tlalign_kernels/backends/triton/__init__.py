@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tlalign_kernels.backends.bias_sums import images_of_sum
+from tlalign_kernels.backends.devices import asked_once
 from tlalign_kernels.ops import Inputs, WindowInputs, unit_last_stride, unpack_qkv
 
 try:
@@ -765,7 +766,7 @@ def _shape_of(query: Tensor, key: Tensor, has_offsets: bool, has_mask: bool, win
     return Shape(capability, query.dtype, batch, queries, keys, head_dim, has_offsets, has_mask, windows is not None)
 
 
-@functools.cache
+@asked_once
 def _capability(device: torch.device) -> int:
     """Compute capability such as 90, 100 for all that have its tensor cores; what is interpreted has large tiles."""
     if torch.version.hip:
