@@ -553,6 +553,13 @@ struct OffsetColumns {
   OffsetColumns from(int64_t lane) const { return {data == nullptr ? nullptr : data + lane, row}; }
 };
 
+// Finite numbers are brought to the greatest of float16, as masks are before: beside -1e9 float32 rounds scores away.
+TLALIGN_INLINE Vector within_reach(Vector number) {
+  constexpr float GREATEST = 65504;
+  number = ((number > GREATEST) & (number < INFINITE)) ? broadcast(GREATEST) : number;
+  return ((number < -GREATEST) & (number > -INFINITE)) ? broadcast(-GREATEST) : number;
+}
+
 // Writes the offsets of some queries and keys as columns, or adds them to what is there.
 void pack_offsets(const Offsets& offsets, bool adds, int64_t image, int64_t head, int64_t query, int64_t queries,
                   int64_t key, int64_t keys, float* columns, int64_t row, int64_t vectors) {
@@ -570,7 +577,7 @@ void pack_offsets(const Offsets& offsets, bool adds, int64_t image, int64_t head
         transpose(square);
         for (int i = 0; i < present; ++i) {
           float* at = columns + (j + i) * row + lane;
-          store(at, square[i] * LOG2_E + (adds ? load(at) : Vector{}));
+          store(at, within_reach(square[i]) * LOG2_E + (adds ? load(at) : Vector{}));
         }
       }
   };
@@ -1323,18 +1330,17 @@ void load_log_sum_exp(const Problem& p, const float* log_sum_exp, int64_t image,
   for (int64_t i = present; i < lanes; ++i) target[i] = INFINITE;
 }
 
-// Divides `inverse` by the sums over all keys of exp(score - log_sum_exp): 1 but for the rounding of the log-sum-exp,
-// which matters where that is large. Needs the product of queries and keys once more, so it is done for such queries
-// only.
-template <class T>
-void divide_by_sums(const Problem& p, const Plan& plan, const QueryKeyValue<T>& rows, const OffsetReader& offsets,
-                    int64_t image, int64_t head, int64_t query, int64_t vectors, const float* log_sum_exp,
-                    float* inverse, float* key_rows, float* columns, float* scores) {
+// Where a log-sum-exp is so large that its rounding matters, puts the greatest score in its place and the reciprocal of
+// the sum over all keys of exp(score - greatest) in that of `inverse`. Needs the product of queries and keys once more,
+// in the very arithmetic of those that follow: `key_rows(key, keys)` is its left factor.
+template <bool PAIRS, class T, class KeyRows>
+void normalise(const Problem& p, const Plan& plan, const TokenRows<T>& queries, const OffsetReader& offsets,
+               int64_t image, int64_t head, int64_t query, int64_t vectors, float* log_sum_exp, float* inverse,
+               float* columns, float* scores, KeyRows key_rows) {
+  constexpr float LIMIT = PRECISE_LOG_SUM_EXP * LOG2_E;
   bool precise = true;
-  for (int64_t i = 0; i < vectors * LANES; ++i) {
-    constexpr float LIMIT = PRECISE_LOG_SUM_EXP * LOG2_E;
+  for (int64_t i = 0; i < vectors * LANES; ++i)
     precise = precise && !(log_sum_exp[i] > LIMIT && log_sum_exp[i] < INFINITE) && !(log_sum_exp[i] < -LIMIT);
-  }
   if (precise) return;
   const Split panels(vectors, MAX_VECTORS);
   for (int64_t panel = 0; panel < panels.count; ++panel)
@@ -1342,22 +1348,33 @@ void divide_by_sums(const Problem& p, const Plan& plan, const QueryKeyValue<T>& 
       constexpr int V = decltype(width)::count;
       constexpr int64_t ROW = V * LANES;
       const int64_t lane = panels.begin(panel) * LANES;
+      float greatest[ROW];
+      for (float& score : greatest) score = -__FLT_MAX__;  // not infinite: of queries that see no key yet, too
       Vector sum[V] = {};
       for (int64_t block = 0; block < plan.keys.count; ++block) {
         const int64_t key = plan.keys.begin(block), keys = plan.keys.size(block);
-        pack_rows(rows.key.from(key), keys, p.head_dim, key_rows, plan.row);
-        multiply_scores<V, false>(p, rows.query, query + lane, {key_rows, plan.row}, keys,
+        Vector shift[V];
+        TLALIGN_UNROLL
+        for (int v = 0; v < V; ++v) shift[v] = load(greatest + v * LANES);
+        multiply_scores<V, PAIRS>(p, queries, query + lane, key_rows(key, keys), keys,
                                   offsets.panel(image, head, query + lane, V, key, keys), columns, scores, ROW,
-                                  nullptr);
-        const Probabilities<V> probabilities(log_sum_exp + lane, inverse + lane);
+                                  greatest);
+        TLALIGN_UNROLL
+        for (int v = 0; v < V; ++v) {
+          const Vector before = shift[v];
+          shift[v] = load(greatest + v * LANES);
+          sum[v] *= power_of_two(before - shift[v]);
+        }
         for (int64_t j = 0; j < keys; ++j) TLALIGN_UNROLL
-        for (int v = 0; v < V; ++v)
-          sum[v] += Probabilities<V>::of(probabilities, load(scores + j * ROW + v * LANES), v);
+        for (int v = 0; v < V; ++v) sum[v] += power_of_two(load(scores + j * ROW + v * LANES) - shift[v]);
       }
       TLALIGN_UNROLL
       for (int v = 0; v < V; ++v) {
-        float* at = inverse + lane + v * LANES;
-        store(at, sum[v] == 0.0f ? Vector{} : load(at) / sum[v]);
+        float *known = log_sum_exp + lane + v * LANES, *factor = inverse + lane + v * LANES;
+        const Vector size = load(known);
+        const auto rounds = ((size > LIMIT) & (size < INFINITE)) | (size < -LIMIT);
+        store(known, rounds ? load(greatest + v * LANES) : size);
+        store(factor, rounds ? 1.0f / sum[v] : load(factor));
       }
     });
 }
@@ -1421,14 +1438,17 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
       const TokenRows<T> grad_output_rows = rows_of<T>(b, b.grad_output, image, head, ZEROS);
       load_log_sum_exp(b, b.log_sum_exp, image, head, 0, padded, at.log_sum_exp, at.inverse);
       sum_row_terms(b, grad_output_rows, rows_of<T>(b, b.output, image, head, ZEROS), at.row_terms);
-      divide_by_sums(b, plan, rows, offsets, image, head, 0, padded / LANES, at.log_sum_exp, at.inverse, at.key,
-                     at.columns, at.scores);
+      const int64_t reuse = padded / LANES / MAX_VECTORS;
+      const auto left_keys = [&](int64_t key, int64_t keys) {
+        return left_factor(b, rows.key.from(key), keys, reuse, at.key, plan.row);
+      };
+      normalise<PAIRS>(b, plan, rows.query, offsets, image, head, 0, padded / LANES, at.log_sum_exp, at.inverse,
+                       at.columns, at.scores, left_keys);
       const Dropout dropout(b, image, head);
       for (int64_t key_block = 0; key_block < plan.keys.count; ++key_block) {
         const int64_t key = plan.keys.begin(key_block), keys = plan.keys.size(key_block);
         const bool last_keys = key_block == plan.keys.count - 1;
-        const int64_t reuse = padded / LANES / MAX_VECTORS;
-        const Factor key_rows = left_factor(b, rows.key.from(key), keys, reuse, at.key, plan.row);
+        const Factor key_rows = left_keys(key, keys);
         const Factor value_rows = left_factor(b, rows.value.from(key), keys, reuse, at.value, plan.row);
         const Factor key_factor =
             PAIRS ? right_factor(b, true, rows.key.from(key), keys, reuse, at.key_pairs, plan.row) : key_rows;
@@ -1540,8 +1560,13 @@ void dense_share_of(const Forward& f, const float* head_share, int64_t image, in
   for (int64_t head = 0; head < f.heads; ++head) {
     float *log_sum_exp = at.log_sum_exp + head * QUERY_BLOCK, *inverse = at.inverse + head * QUERY_BLOCK;
     load_log_sum_exp(f, f.log_sum_exp, image, head, query, lanes, log_sum_exp, inverse);
-    divide_by_sums(f, plan, QueryKeyValue<T>(f, image, head, padded), offsets, image, head, query, vectors, log_sum_exp,
-                   inverse, at.key, at.columns, at.scores);
+    const QueryKeyValue<T> rows(f, image, head, padded);
+    const auto packed_keys = [&](int64_t key, int64_t keys) {
+      pack_rows(rows.key.from(key), keys, f.head_dim, at.key, plan.row);
+      return Factor{at.key, plan.row};
+    };
+    normalise<false>(f, plan, rows.query, offsets, image, head, query, vectors, log_sum_exp, inverse, at.columns,
+                     at.scores, packed_keys);
     const float* real = head_share + (image * f.heads + head) * f.queries + query;
     for (int64_t i = 0; i < lanes; ++i) at.weight[i] += padded && i < queries ? real[i] : log_sum_exp[i] != INFINITE;
   }
