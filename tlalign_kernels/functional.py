@@ -9,14 +9,12 @@ from torch import Tensor
 
 from tlalign_kernels import ops
 from tlalign_kernels.backends import Explanation, Problem, choose, explain_choice
+from tlalign_kernels.backends.reference import within_reach
 from tlalign_kernels.labels import check_number
 from tlalign_kernels.windows import Windows
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What finite values of a mask are brought to, the greatest of float16. Keys that are masked by it have no weight beside
-# others, and a query all of whose keys are can still tell their scores apart: added to 1e9, float32 rounds them away.
-_GREATEST_MASK = 65504.0
 
 
 def attention(
@@ -46,11 +44,12 @@ def attention(
             with a float64 query. Beside a float16 query on a GPU of less than 65520. None: no labels.
         residual: Dtype of `share`, (B, Nq, S), labels of the queries; the result is the average with them. None:
             no average.
-        bias: floating, broadcastable to (B, H, Nq, Nk), added to the scores; differentiable. The kernels for GPUs take
-            finite numbers beyond 65504 as that. For the gradient of one that images do not share, the CPU takes
+        bias: floating, broadcastable to (B, H, Nq, Nk), added to the scores; differentiable. Finite numbers beyond
+            65504 count as that, but in float64. For the gradient of one that images do not share, the CPU takes
             B x H x Nq x Nk numbers of float32 meanwhile.
         mask: bool (True: the query sees the key) or floating (added to the scores), broadcastable to
-            (B, H, Nq, Nk); constant. Finite numbers beyond 65504 count as that, but in float64.
+            (B, H, Nq, Nk); constant. Finite numbers beyond 65504 count as that, but in float64. Keys that are
+            hidden must be finite all the same.
         scale: Factor of the products of queries and keys; None: 1 / sqrt(D).
         dropout_p: Probability with which attention weights are dropped from A.V; labels take part undropped.
         backend: Name of a backend, or "auto".
@@ -340,7 +339,10 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p, wind
             raise TypeError(f"mask: expected torch.bool or one of {list(_DTYPES)}, got {mask.dtype}")
         if mask.requires_grad:
             raise ValueError("mask: expected a constant, got one that requires a gradient; pass it as bias")
-        mask = _over_scores("mask", _without_rounding(mask, query.dtype), scores, query.device)
+        mask = within_reach(mask, query.dtype)
+        if mask.dtype == torch.float64 and query.dtype != torch.float64:
+            mask = mask.float()
+        mask = _over_scores("mask", mask, scores, query.device)
     problem = Problem(
         device_type=query.device.type,
         dtype=query.dtype,
@@ -359,14 +361,6 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p, wind
         windows=windows,
     )
     return bias, mask, head_dim**-0.5 if scale is None else float(scale), problem
-
-
-def _without_rounding(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask beside whose finite values scores keep their differences: all of a query's keys at -1e9 are as at 0."""
-    if mask.dtype in (torch.bool, torch.float16) or dtype == torch.float64:
-        return mask
-    mask = torch.where(mask.isinf(), mask, mask.clamp(-_GREATEST_MASK, _GREATEST_MASK))
-    return mask.float() if mask.dtype == torch.float64 else mask
 
 
 def _check_labels(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -74,16 +75,16 @@ class Windows(NamedTuple):
         numbers = self.token_numbers(tokens.device)
         flat = tokens.flatten(1, 2)[:, numbers.clamp(min=0).flatten()].unflatten(1, numbers.shape)
         is_padding = (numbers < 0).view(1, *numbers.shape, *(1,) * (tokens.dim() - 3))
-        filling = torch.as_tensor(padding, dtype=tokens.dtype, device=tokens.device)
+        filling = padding.to(tokens.dtype) if isinstance(padding, Tensor) else tokens.new_full((), padding)
         return torch.where(is_padding, filling, flat).flatten(0, 1)
 
     def scatter(self, windows: Tensor, tokens: Tensor) -> None:
         """Copies windows (B * W, N, ...) to a map (B, Ht, Wt, ...); what lies in the padding is dropped."""
         numbers = self.token_numbers(tokens.device).flatten()
-        real = numbers >= 0
-        flat = windows.reshape(tokens.shape[0], numbers.numel(), *windows.shape[2:])[:, real].to(tokens.dtype)
-        order = numbers[real].argsort()
-        tokens.copy_(flat[:, order].view(tokens.shape))
+        # Numbers of the padding are negative. To select by them would have the host wait for a GPU.
+        order = numbers.argsort()[numbers.numel() - math.prod(self.map_size) :]
+        flat = windows.reshape(tokens.shape[0], numbers.numel(), *windows.shape[2:])[:, order]
+        tokens.copy_(flat.view(tokens.shape))
 
     def _positions(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Positions in the rolled and padded map along each axis."""

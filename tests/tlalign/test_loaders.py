@@ -21,7 +21,7 @@ from torchvision.transforms import functional as TF
 from tlalign.config import EvalConfig, TrainConfig, UsageError
 from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, sample_images
 from tlalign.engine import evaluate
-from tlalign.loaders import Augmentation, CheckedLoader
+from tlalign.loaders import Augmentation, CheckedLoader, _AugmentedImages
 from tlalign.unreadable import UnreadableImage, UnreadableImages, UnreadableImagesError
 
 CPU = torch.device("cpu")
@@ -428,3 +428,17 @@ def test_there_may_be_more_classes_than_the_data_set_has(folder):
 def test_a_negative_class_is_refused():
     with pytest.raises(UsageError, match="an image of class -1"):
         list(CheckedLoader([(torch.zeros(1), -1)], num_classes=2))
+
+
+def test_the_first_image_stands_for_a_last_one_that_can_not_be_read():
+    class LastUnreadable:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 2:
+                raise UnreadableImage("c.png", OSError("damaged"))
+            return f"image {index}", index
+
+    images = _AugmentedImages(LastUnreadable(), lambda image, *key: image, UnreadableImages(1))
+    assert images[0, 2, 0] == ("image 0", 0)

@@ -261,6 +261,13 @@ def test_dtype_layout_and_input_are_kept(make, mode, dtype):
     assert torch.equal(images, before)
 
 
+def test_half_precision_images_are_blended_by_unrounded_ratios_of_their_own():
+    images = torch.stack((torch.zeros(1, 8, 8), torch.ones(1, 8, 8))).repeat(4, 1, 1, 1).bfloat16()
+    mixed, target = MixUp(alpha=1.0, mode="elem", seed=1)(images, torch.arange(8))
+    assert torch.equal(mixed[1::2, 0, 0, 0], (1 - target.ratio[1::2, 0]).bfloat16())
+    assert torch.equal(mixed[::2, 0, 0, 0], target.ratio[::2, 0].bfloat16())
+
+
 def test_half_precision_images_are_blended_by_the_unrounded_ratio():
     images, classes = torch.stack((torch.zeros(1, 8, 8), torch.ones(1, 8, 8))).bfloat16(), torch.tensor([0, 1])
     ratios = []

@@ -150,6 +150,13 @@ def test_labels_of_a_resized_partner_are_those_of_where_its_pixels_came_from():
     torch.testing.assert_close(labels, expected, rtol=0, atol=1e-6)
 
 
+def test_activation_of_features_in_half_precision_is_averaged_in_float32():
+    features = torch.rand(2, 3, 3, 50).bfloat16()
+    teacher = Teacher(torch.nn.Identity())
+    teacher._features = lambda images: features
+    assert torch.equal(teacher.activation(torch.zeros(2, 3, 9, 9)), features.float().mean(dim=-1))
+
+
 def test_labels_of_tokens_are_distributions_under_autocast():
     images, strategy = torch.randn(4, 3, 16, 16), CutMix(seed=2)
     target = strategy(images, torch.arange(4))[1]

@@ -155,6 +155,22 @@ def test_each_instruction_set_is_within_the_bound(monkeypatch, isa, dtype, case)
 
 
 @isas
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keys", [40, 700])  # in a block and in several
+@pytest.mark.parametrize("size", [30, 300, 3e4, 1e5])
+def test_weights_sum_to_one_however_large_the_scores(monkeypatch, isa, dtype, keys, size):
+    monkeypatch.setenv("TLALIGN_CPU_ISA", isa)
+    query, key, value = torch.randn(3, 1, 2, keys, 64, generator=torch.Generator().manual_seed(0))
+    leaves = [part.to(dtype).requires_grad_() for part in (query * size, key * size, value)]
+    output, share = tlk.attention(*leaves, torch.ones(1, keys, 12), backend="cpu")
+    gradients = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    torch.testing.assert_close(share, torch.ones_like(share), rtol=0, atol=1e-5)
+    sums = gradients[2].float().sum(dim=2)  # over keys, of what queries gave them
+    torch.testing.assert_close(sums, torch.full_like(sums, keys), rtol=1e-3, atol=0)
+
+
+@isas
 @pytest.mark.parametrize("queries", [1, 7, 16, 49, 196, 197, 198, 257, 577])
 def test_each_instruction_set_at_odd_lengths(monkeypatch, isa, queries):
     monkeypatch.setenv("TLALIGN_CPU_ISA", isa)

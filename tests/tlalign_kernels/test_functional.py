@@ -194,10 +194,17 @@ def test_queries_that_see_no_key_give_zero_and_keep_their_label(backend):
 
 
 @backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("mask", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+        *(("bias", dtype) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("lowest", [None, -1e9])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_a_large_finite_number_masks_but_for_queries_that_have_it_for_all_keys(backend, dtype, lowest, sign):
+def test_a_large_finite_number_masks_but_for_queries_that_have_it_for_all_keys(backend, name, dtype, lowest, sign):
     case = Case("rows", queries=5, keys=7)
     inputs = make_inputs(case, "cpu", torch.float32)
     lowest = torch.finfo(dtype).min if lowest is None else lowest
@@ -205,7 +212,8 @@ def test_a_large_finite_number_masks_but_for_queries_that_have_it_for_all_keys(b
     mask[1] = -sign * lowest
     mask[2, 1:] = mask[4, 3:] = lowest
     mask[3] = float("-inf")
-    results = run_operator(case, {**inputs, "mask": mask}, backend)
+    results = run_operator(case, {**inputs, name: mask[None, None]}, backend)
+    results.pop("gradient of bias", None)
     as_bool = torch.ones(5, 7, dtype=torch.bool)
     as_bool[2, 1:] = as_bool[4, 3:] = as_bool[3] = False
     expected = run_operator(case, {**inputs, "mask": as_bool}, backend)

@@ -128,6 +128,17 @@ def test_distributions_may_be_rounded_to_16_bits(dtype):
         MixedTarget.from_dense(labels.to(dtype) * 1.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_labels_of_16_bits_are_averaged_in_float32(dtype):
+    masks = torch.tensor([1.0, 0.0, 0.0], dtype=dtype).expand(1, 1, 3, 3)
+    assert MixedTarget.from_masks(torch.tensor([[0, 1]]), masks).ratio.item() == torch.tensor(1 / 3).item()
+    target = MixedTarget.from_dense(torch.cat((masks, 1 - masks), dim=1))
+    parts = torch.tensor([[1 / 3, 2 / 3]])
+    torch.testing.assert_close(target.image_share(), parts)
+    torch.testing.assert_close(target.token_share((1, 1), (16, 16)), parts[:, None])
+    assert target.token_share((3, 3), (16, 16)).dtype == torch.float32
+
+
 def test_dense_labels_have_no_sources():
     with pytest.raises(ValueError, match="target: expected one of sources, got dense labels"):
         MixedTarget.from_dense(torch.full((1, 4, 2, 2), 0.25)).source_weights()
@@ -156,6 +167,11 @@ def test_a_ratio_has_the_precision_of_its_masks():
     assert torch.equal(ratio, masks.mean(dim=(2, 3)))
 
 
+def test_dense_labels_in_float64_stay_in_it():
+    labels = torch.rand(2, 5, 2, 2, dtype=torch.float64).softmax(dim=1)
+    torch.testing.assert_close(MixedTarget.from_dense(labels).to_dense(5), labels.mean(dim=(2, 3)), rtol=0, atol=1e-15)
+
+
 def test_dense_labels_are_pooled_over_cells_that_are_no_squares():
     labels = torch.rand(1, 3, 4, 6, dtype=torch.float64).softmax(dim=1)
     share = MixedTarget.from_dense(labels).token_share((2, 2), (8, 8), torch.float64)
@@ -172,6 +188,11 @@ def test_a_grid_may_leave_out_the_last_cells_of_an_image():
 def test_last_cells_of_images_that_are_no_squares_count_their_real_pixels():
     target = MixedTarget.from_boxes(torch.tensor([[0, 1]]), torch.tensor([[[0, 0, 18, 17]]]), (20, 24))
     assert target.token_share((3, 3), (8, 8)).view(3, 3)[2].tolist() == [0.5, 0.5, 0.0625]
+
+
+def test_cells_of_other_sides_may_be_as_many_along_both_axes():
+    target = MixedTarget.from_boxes(torch.tensor([[0, 1]]), torch.tensor([[[0, 0, 8, 6]]]), (16, 16))
+    assert target.token_share((2, 2), (8, 12)).view(2, 2).tolist() == [[0.5, 0.0], [0.0, 0.0]]
 
 
 def test_moving_keeps_dtypes():
@@ -274,6 +295,12 @@ def test_grid_must_lie_on_the_image():
     target = MixedTarget.from_boxes(torch.tensor([[3, 7]]), torch.tensor([[[0, 0, 8, 12]]]), (16, 16))
     with pytest.raises(ValueError, match="grid_size"):
         target.token_share((4, 2), (8, 8))
+
+
+def test_a_cell_has_a_pixel_at_least():
+    target = MixedTarget.from_boxes(torch.tensor([[3, 7]]), torch.tensor([[[0, 0, 8, 12]]]), (16, 16))
+    with pytest.raises(ValueError, match="grid_size"):
+        target.token_share((3, 2), (8, 8))
 
 
 def test_smoothing_is_checked():

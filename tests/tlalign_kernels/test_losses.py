@@ -65,6 +65,12 @@ def test_loss_of_half_precision_logits_is_computed_in_float32(loss):
 
 
 @pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_loss_of_half_precision_logits_against_dense_labels_is_computed_in_float32(loss):
+    logits, target = (10 * torch.randn(8, 100)).bfloat16(), MixedTarget.from_dense(torch.full((8, 100, 2, 2), 0.01))
+    torch.testing.assert_close(loss(logits, target), loss(logits.float(), target), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_second_derivative_is_that_of_the_dense_loss(loss, smoothing):
     logits, target = torch.randn(4, 7, dtype=torch.float64, requires_grad=True), random_target(4, 7, 2)
@@ -117,6 +123,13 @@ def test_transforms_of_torch_func_see_the_gradient(loss):
     torch.testing.assert_close(jacobian, torch.stack((expected, torch.ones_like(expected))))
 
 
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_losses_of_several_models_are_computed_at_once(loss):
+    logits, target = torch.randn(3, 4, 7), random_target(4, 7)
+    losses = torch.func.vmap(lambda logits: loss(logits, target, 0.1))(logits)
+    torch.testing.assert_close(losses, torch.stack([loss(each, target, 0.1) for each in logits]))
+
+
 def test_cross_entropy_makes_one_tensor_of_the_size_of_the_logits_each_way():
     class Sizes(TorchDispatchMode):
         def __init__(self):
@@ -139,6 +152,12 @@ def test_cross_entropy_makes_one_tensor_of_the_size_of_the_logits_each_way():
         (gradient,) = torch.autograd.grad(loss, logits)
     assert len(forward.tensors() - {logits.data_ptr()}) == 1
     assert backward.tensors() == {gradient.data_ptr()}
+
+
+@pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)
+def test_the_mean_over_no_images_is_no_number(loss):
+    target = MixedTarget.from_ratio(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 1))
+    assert loss(torch.zeros(0, 5), target).isnan()
 
 
 BAD_CALLS = [

@@ -1,5 +1,6 @@
 """`tune`: what it times, what "auto" does afterwards, and the file it keeps."""
 
+import contextlib
 import json
 import sys
 import time
@@ -117,6 +118,61 @@ def test_bias_mask_and_autocast_are_timed_as_they_are():
     assert choice.failures == {}
     assert "dtype=torch.bfloat16" in choice.problem
     assert "has_bias=True has_mask=True" in choice.problem
+
+
+def test_each_configuration_is_timed_and_only_the_choice_is_left(monkeypatch):
+    preferred, forward = [], cpu.forward
+
+    @contextlib.contextmanager
+    def preferences_kept():
+        before = preferred.copy()
+        yield
+        preferred[:] = before
+
+    def configured(*args):
+        time.sleep(0.1 if preferred[-1:] == [("slow",)] else 0)
+        forward(*args)
+
+    monkeypatch.setattr(cpu, "configurations", lambda problem: [("slow",), ("fast",)], raising=False)
+    monkeypatch.setattr(cpu, "prefer", lambda problem, configuration: preferred.append(configuration), raising=False)
+    monkeypatch.setattr(cpu, "preferences_kept", preferences_kept, raising=False)
+    monkeypatch.setattr(cpu, "forward", configured)
+    slow(monkeypatch, reference)
+    (choice,) = tlk.tune(step)
+    assert (choice.backend, choice.configuration) == ("cpu", ("fast",))
+    assert choice.milliseconds["cpu, slow"] > 100
+    assert preferred == [("fast",)]
+
+
+def test_modes_around_the_call_of_tune_are_not_those_of_the_step(monkeypatch):
+    dtypes, forward = set(), cpu.forward
+
+    def recorded(inputs, *args):
+        dtypes.add(inputs.query.dtype)
+        forward(inputs, *args)
+
+    def in_modes_of_its_own():
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            step()
+
+    monkeypatch.setattr(cpu, "forward", recorded)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (choice,) = tlk.tune(in_modes_of_its_own)
+    assert choice.failures == {}
+    assert dtypes == {torch.float32}
+
+
+def test_windows_are_timed_on_the_maps_of_the_step(monkeypatch):
+    shapes, forward = set(), cpu.window_forward
+
+    def recorded(inputs, *args):
+        shapes.add(tuple(inputs.qkv.shape))
+        forward(inputs, *args)
+
+    monkeypatch.setattr(cpu, "window_forward", recorded)
+    qkv = torch.randn(2, 6, 9, 3, 2, 16)
+    tlk.tune(lambda: tlk.window_attention(qkv, torch.rand(2, 6, 9, 1), window_size=(3, 3), shift=(1, 1)))
+    assert shapes == {tuple(qkv.shape)}
 
 
 def test_the_random_state_stays():

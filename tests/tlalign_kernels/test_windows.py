@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.models import swin_transformer
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tlalign_kernels as tlk
 from tlalign_kernels.backends import BACKENDS
@@ -71,6 +72,13 @@ def test_scattering_undoes_gathering(windows):
     found = torch.empty_like(tokens)
     windows.scatter(windows.gather(tokens, padding=7.0), found)
     assert torch.equal(found, tokens)
+
+
+def test_maps_and_windows_are_copied_without_waiting_for_a_gpu():
+    windows = Windows((5, 9), (4, 4), (1, 2))
+    with FakeTensorMode():  # which refuses what depends on values
+        tokens = torch.empty(2, 5, 9, 3, device="cuda")
+        windows.scatter(windows.gather(tokens), tokens)
 
 
 @given(windows=geometries(), batch=st.integers(1, 2))

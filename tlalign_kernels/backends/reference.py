@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from tlalign_kernels.backends import Problem
     from tlalign_kernels.windows import Windows
 
+# What finite values of a bias or mask are brought to, the greatest of float16. Keys masked by it have no weight beside
+# others, and a query all of whose keys are can still tell their scores apart: added to 1e9, float32 rounds them away.
+_GREATEST_OFFSET = 65504.0
+
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Why the reference can't do `problem`: never, it does all that the operator's contract allows."""
@@ -217,10 +221,17 @@ def _computing(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def within_reach(offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias or mask beside whose finite values scores of a dtype keep their differences, all keys at -1e9 as at 0."""
+    if offsets.dtype in (torch.bool, torch.float16) or dtype == torch.float64:
+        return offsets
+    return torch.where(offsets.isinf(), offsets, offsets.clamp(-_GREATEST_OFFSET, _GREATEST_OFFSET))
+
+
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     scores = _computing(query) @ _computing(key).transpose(-2, -1) * scale
     if bias is not None:
-        scores = scores + bias
+        scores = scores + within_reach(bias, scores.dtype)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores
