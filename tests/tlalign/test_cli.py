@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tlalign.cli import _draw_picture, _train, main
+from tlalign.cli import _draw_picture, _summarise, _train, main
 from tlalign.config import CONFIG_FILE, UsageError, started_processes
 from tlalign.engine import NonFiniteLossError, Trainer
 from tlalign.processes import Processes
@@ -75,6 +75,15 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_a_finished_run(monkeypatch
     monkeypatch.setattr("tlalign.data.sample_images", lambda *arguments: (None, None))
     trainer = mock.MagicMock(**{"config.fsdp": False})
     assert _draw_picture(trainer, mock.MagicMock()) == f"none: {error}"
+
+
+@pytest.mark.parametrize(("several", "ending"), [(False, "were left out\n"), (True, "were left out by this process, ")])
+def test_the_last_lines_say_whose_images_were_left_out(monkeypatch, capsys, several, ending):
+    monkeypatch.setattr("tlalign.cli._draw_picture", lambda *arguments: "none")
+    trainer = mock.MagicMock(**{"processes.several": several, "train_loader.unreadable": range(3)})
+    record = mock.MagicMock(top1=50.0, top1_ema=None, ratio_change=None, metric=50.0)
+    _summarise(trainer, mock.MagicMock(), [record], steps=1, seconds=1.0)
+    assert f"  3 training images that can't be read {ending}" in capsys.readouterr().out
 
 
 def test_eval_repeats_the_top1_that_training_printed(finished, capsys):

@@ -25,8 +25,6 @@ _REFERENCE = {"color": "black", "linestyle": "-.", "marker": "s", "markerfacecol
 _STYLES = {style["label"]: style for style in (_CUTMIX, _TRANSMIX, _ALIGNED, _REFERENCE)}
 _KEPT = {"color": "#7f7f7f", "linestyle": "--", "label": "as before"}
 # What matplotlib calls these quantiles of a box.
-# Where the axis of presence begins at the lowest: tokens that nothing attends to have none.
-_LEAST_PRESENCE = 0.01
 _BOX = ("whislo", "q1", "med", "q3", "whishi")
 _TRAINED, _RANDOM = "#0072b2", "#c8c8c8"
 
@@ -128,7 +126,7 @@ def draw_presence(layers: Sequence[PresenceOfLayer], convolution: Tensor, path: 
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":", label="1: as much as it had")
     axis.set_yscale("log")
     lowest, highest = axis.get_ylim()
-    lowest, highest = min(max(lowest, _LEAST_PRESENCE), 0.8), max(highest, 1.25)
+    lowest, highest = min(lowest, 0.8), max(highest, 1.25)
     axis.set_ylim(lowest, highest)
     # Several, whatever the range.
     digits = (1, 2, 5) if highest > 5 * lowest else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)

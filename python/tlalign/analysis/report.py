@@ -131,7 +131,7 @@ def _label_maps(subject: Subject, first: FirstBatch, folder: Path) -> Section:
         ],
     )
     layers = _map_layers(subject.config, first.ratios.aligned)
-    images, classes = _images_of_maps(subject)
+    images, classes = _first_images(subject, _IMAGES_OF_MAPS)
     path, table = folder / "label_maps.png", folder / "label_maps.csv"
     try:
         maps = draw_token_labels(
@@ -450,10 +450,15 @@ def _deviations(config: AnalyzeConfig) -> Iterator[str]:
         yield "Labels are not averaged over residual connections."
 
 
-def _images_of_maps(subject: Subject) -> list[Tensor]:
-    """Images and class ids of the pictures of maps, or all of the sample."""
-    batches = itertools.islice(subject.batches(), math.ceil(_IMAGES_OF_MAPS / subject.config.batch_size))
-    return [torch.cat(parts)[:_IMAGES_OF_MAPS] for parts in zip(*batches, strict=True)]
+def _first_images(subject: Subject, count: int) -> tuple[Tensor, Tensor]:
+    """So many images and class ids, or all of the sample; batches of a stream may be smaller than others."""
+    images, classes = [], []
+    for batch in subject.batches():
+        images.append(batch[0])
+        classes.append(batch[1])
+        if sum(map(len, classes)) >= count:
+            break
+    return torch.cat(images)[:count], torch.cat(classes)[:count]
 
 
 def _name_of_image(model: nn.Module) -> str:
