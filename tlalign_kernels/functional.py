@@ -237,7 +237,8 @@ def _relative_position_bias(table: Tensor, windows: Windows, heads: int) -> Tens
     )
     row, column = row.flatten(), column.flatten()
     rows, columns = row[:, None] - row + height - 1, column[:, None] - column + width - 1
-    # The gradient of an embedding is summed in a fixed order, that of indexing is not.
+    # The gradient of an embedding is summed in a fixed order (but where `torch.compile` makes its own kernel of it, for
+    # a GPU and without deterministic algorithms); that of indexing is not.
     return torch.nn.functional.embedding(rows * (2 * width - 1) + columns, table).permute(2, 0, 1)
 
 
@@ -359,6 +360,7 @@ def _prepare(tensors, sizes, share, residual, bias, mask, scale, dropout_p, wind
         needs_gradient=torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, bias)),
         windows=windows,
+        device_index=query.device.index,
     )
     return bias, mask, head_dim**-0.5 if scale is None else float(scale), problem
 

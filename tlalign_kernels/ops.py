@@ -8,6 +8,7 @@ handed to the backward. `call` runs them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -69,31 +70,32 @@ class WindowInputs(NamedTuple):
 
 
 _library = torch.library.Library("tlalign_kernels", "DEF")
+_define = functools.partial(_library.define, tags=torch.Tag.pt2_compliant_tag)
 
 _OPTIONS = "Tensor? bias, Tensor? mask, Tensor? dropout_seed, float scale, float dropout_p"
-_library.define(
+_define(
     f"attention(Tensor query, Tensor key, Tensor value, Tensor? share, Tensor? residual, {_OPTIONS}, str backend)"
     " -> (Tensor output, Tensor share, Tensor log_sum_exp)"
 )
-_library.define(
+_define(
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor log_sum_exp,"
     f" {_OPTIONS}, bool needs_grad_bias, str backend)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)"
 )
-_library.define(
+_define(
     f"attention_qkv(Tensor qkv, Tensor? share, Tensor? residual, {_OPTIONS}, str backend)"
     " -> (Tensor output, Tensor share, Tensor log_sum_exp)"
 )
-_library.define(
+_define(
     f"attention_qkv_backward(Tensor grad_output, Tensor qkv, Tensor output, Tensor log_sum_exp, {_OPTIONS},"
     " bool needs_grad_bias, str backend) -> (Tensor grad_qkv, Tensor grad_bias)"
 )
 _WINDOW_OPTIONS = "Tensor? bias, Tensor? dropout_seed, int[] window_size, int[] shift, float scale, float dropout_p"
-_library.define(
+_define(
     f"window_attention(Tensor qkv, Tensor? pad_qkv, Tensor? share, Tensor? residual, {_WINDOW_OPTIONS}, str backend)"
     " -> (Tensor output, Tensor share, Tensor log_sum_exp)"
 )
-_library.define(
+_define(
     "window_attention_backward(Tensor grad_output, Tensor qkv, Tensor? pad_qkv, Tensor output, Tensor log_sum_exp,"
     f" {_WINDOW_OPTIONS}, bool needs_grad_bias, str backend)"
     " -> (Tensor grad_qkv, Tensor grad_pad_qkv, Tensor grad_bias)"

@@ -120,7 +120,7 @@ def _problems_of(step: Callable[[], object]) -> list[Problem]:
 
 def _find(problems: list[Problem], cache: Path | None) -> list[Choice]:
     """Takes the choices from the cache, or makes them and adds each to it as soon as it is made."""
-    environment = _environment(problems[0].device_type)
+    environment = _environment(problems[0])
     known = {} if cache is None else _read(cache).get(environment, {})
     choices = [known.get(_text(problem)) for problem in problems]
     missing = [i for i, choice in enumerate(choices) if choice is None or _candidate(problems[i], choice) is None]
@@ -136,20 +136,20 @@ def _find(problems: list[Problem], cache: Path | None) -> list[Choice]:
 def _text(problem: Problem) -> str:
     """The class of a problem; what it is timed for, a gradient or none, makes a difference to the cache."""
     fields = problem_class(problem)._asdict() | {"needs_gradient": problem.needs_gradient}
-    return " ".join(f"{name}={value}" for name, value in fields.items() if name != "batch")
+    return " ".join(f"{name}={value}" for name, value in fields.items() if name not in ("batch", "device_index"))
 
 
-def _environment(device_type: str) -> str:
+def _environment(problem: Problem) -> str:
     """What a choice is good for: versions and the kind of device."""
     versions = [f"tlalign-kernels {VERSION}", f"torch {torch.__version__}"]
     try:
         versions.append(f"triton {importlib.metadata.version('triton')}")
     except importlib.metadata.PackageNotFoundError:
         versions.append("no triton")
-    if device_type == "cuda":
+    if problem.device_type == "cuda":
         versions.append(f"float32 as {torch.backends.cuda.matmul.fp32_precision}")
-        return ", ".join([torch.cuda.get_device_name(), *versions])
-    processor = f"{device_type} {platform.machine()} {BACKENDS['cpu'].instruction_set() or 'without kernels'}"
+        return ", ".join([torch.cuda.get_device_name(problem.device_index), *versions])
+    processor = f"{problem.device_type} {platform.machine()} {BACKENDS['cpu'].instruction_set() or 'without kernels'}"
     return ", ".join([f"{processor}, {torch.get_num_threads()} threads", *versions])
 
 
@@ -191,6 +191,8 @@ def _time_all(problem: Problem) -> Choice:
         for module in BACKENDS.values():
             if hasattr(module, "preferences_kept"):
                 stack.enter_context(module.preferences_kept())
+        if problem.device_type == "cuda":
+            stack.enter_context(torch.cuda.device(problem.device_index))
         times, failures = _time_in_turn(problem, candidates)
     if not times:
         raise RuntimeError(f"no candidate can run {_text(problem)}: {failures}")

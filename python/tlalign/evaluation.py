@@ -95,7 +95,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
 
 
 def prepare_device(config: EvalConfig) -> torch.device:
-    """The device of a configuration, by default the accelerator if there is one.
+    """The device of a configuration, by default the accelerator if there is one; of several it becomes the current one.
 
     On the CPU `take_fast_products` comes with it.
 
@@ -113,6 +113,9 @@ def prepare_device(config: EvalConfig) -> torch.device:
         device = number.device
     if device.type == "cpu":
         take_fast_products()
+    elif device.index is not None:
+        # Random numbers are seeded, and times taken, on the current one.
+        torch.accelerator.set_device_index(device.index)
     return device
 
 

@@ -161,13 +161,17 @@ class AlignedClassificationTask(ClassificationTask):
             param_dtype=getattr(torch, precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         for model in (self.model, *([self.trainable_module_ema.module] if self.has_ema() else [])):
-            for name, module in model.named_modules():
-                if name.rpartition(".")[-1] == "blocks":
-                    for block in module.children():
-                        if compile and model is self.model:
-                            block.compile()
-                        fully_shard(block, mp_policy=policy)
-            fully_shard(model, mp_policy=policy)
+            holders = [module for name, module in model.named_modules() if name.rpartition(".")[-1] == "blocks"]
+            blocks = [block for module in holders for block in module.children()]
+            if compile and model is self.model:
+                # They share code, of which PyTorch compiles 8 variants and no more. Each drops paths at a rate of its
+                # own, and is compiled once more for evaluation.
+                config = torch._dynamo.config
+                config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
+                for block in blocks:
+                    block.compile()
+            for module in (*blocks, model):
+                fully_shard(module, mp_policy=policy)
         self.sharded = True
 
     def synchronised(self, last: bool) -> AbstractContextManager[None]:

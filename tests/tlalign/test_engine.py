@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -56,6 +57,15 @@ def test_products_are_onednns_where_these_are_faster_and_float32_still(tmp_path,
     assert prepare_device(tiny(tmp_path, device="cpu")).type == "cpu"
     assert torch.backends.mkldnn.matmul.fp32_precision == expected
     assert torch.backends.cuda.matmul.fp32_precision == of_gpus
+
+
+def test_a_gpu_that_is_chosen_is_the_current_one(tmp_path, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(item=float, device=torch.device(device)))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    for name in ("cuda:1", "cpu"):
+        assert str(prepare_device(tiny(tmp_path, device=name))) == name
+    assert current == [1]
 
 
 def test_products_of_float32_are_not_rounded(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
 
 import tlalign_kernels as tlk
 from tlalign.config import PATCH_MIXING, TrainConfig, UsageError, load_recipe
@@ -41,6 +42,22 @@ def digits(**values):
 
 def mix(images, classes, seed=0):
     return CutMix(mode="elem", seed=seed)(images, classes)
+
+
+def test_all_blocks_that_are_sharded_are_compiled(monkeypatch):
+    model = tlk.patch_model(
+        timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=16, depth=10, num_heads=2, drop_path_rate=0.5)
+    )
+    task = AlignedClassificationTask(model)
+    monkeypatch.setattr("tlalign.task.fully_shard", lambda module, **_: module)
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile(module, backend="eager"))
+    images, target = mix(torch.randn(4, 3, 32, 32), torch.arange(4))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        task.shard("float32", compile=True)
+        task(images, target)
+        model.eval()(images)
 
 
 def test_without_alignment_the_loss_is_timms_on_the_dense_target():

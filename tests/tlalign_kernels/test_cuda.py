@@ -1,5 +1,6 @@
 """The CUDA kernels on a GPU; without one their code for sm_80, launched as a call would, executed by ptxvm."""
 
+import contextlib
 import ctypes
 import mmap
 import re
@@ -432,17 +433,23 @@ def test_a_driver_that_can_not_run_the_kernels_is_a_reason_against_them(monkeypa
     problem = Problem("cuda", BFLOAT16, 1, 1, 4, 4, 32, 1, torch.float32, False, False, 0.0, True)
     assert cuda.unsupported_reasons(problem) == []  # without a GPU tensors are fake
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)
-    monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: entered.append(index) or contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "_capability", lambda index: {0: (7, 5), 99: (9, 0)}[index])
+    problem = problem._replace(device_index=99)
     (reason,) = cuda.unsupported_reasons(problem)
     assert re.match("device: expected one whose driver can run the kernels, which says: .*(driver|device)", reason)
+    assert entered == [99]
+    (reason,) = cuda.unsupported_reasons(problem._replace(device_index=0))
+    assert reason == "device: expected compute capability 8.0 or newer, got (7, 5)"
 
 
 @pytest.mark.skipif(not HAS_KERNELS or torch.cuda.is_available(), reason="needs the kernels, and no GPU")
 def test_steps_compile_where_a_driver_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(cuda, "_capability", asked_once(lambda device: (9, 0)))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "_capability", asked_once(lambda index: (9, 0)))
     monkeypatch.setattr(triton, "_capability", asked_once(lambda device: 90))
 
     def step(qkv, share):

@@ -10,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import call, check_heads_may_be_permuted, check_labels_never_influence_others
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tlalign_kernels as tlk
 from tlalign_kernels import ops, selftest
-from tlalign_kernels.backends import AUTO_ORDER, BACKENDS, reference
+from tlalign_kernels.backends import AUTO_ORDER, BACKENDS, problem_class, reference
 from tlalign_kernels.backends.bias_sums import images_of_sum
 from tlalign_kernels.selftest import CASES, Case, cast_inputs, compare, make_inputs, run_operator, run_plain
 
@@ -548,6 +549,17 @@ def test_a_problem_needs_a_gradient_if_anything_asks_for_one(monkeypatch):
     pad_qkv = torch.zeros(3, 2, 8, requires_grad=True)
     tlk.window_attention(torch.randn(1, 3, 3, 3, 2, 8), window_size=(2, 2), pad_qkv=pad_qkv)
     assert [problem.needs_gradient for problem in problems] == [False, True, False, True]
+
+
+def test_a_problem_is_of_the_gpu_of_its_tensors(monkeypatch):
+    problems = []
+    monkeypatch.setattr("tlalign_kernels.functional.choose", lambda problem, _: problems.append(problem) or "reference")
+    with FakeTensorMode():
+        tlk.attention_qkv(torch.empty(1, 9, 3, 2, 8, device="cuda:1"))
+        tlk.window_attention(torch.empty(1, 4, 4, 3, 2, 8, device="cuda:2"), window_size=(2, 2))
+    tlk.attention_qkv(torch.randn(1, 9, 3, 2, 8))
+    assert [problem.device_index for problem in problems] == [1, 2, None]
+    assert problem_class(problems[0]).device_index is None
 
 
 def test_a_second_derivative_raises():

@@ -474,9 +474,10 @@ def test_what_has_the_tensor_cores_of_a_gpu_is_configured_as_that(monkeypatch):
 def test_gpus_before_ampere_are_refused(monkeypatch):
     problem = Problem("cuda", torch.float16, 2, 3, 49, 49, 32, 1, torch.float32, True, False, 0.0, True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(backend, "_capability", lambda device: 80)
+    monkeypatch.setattr(backend, "_capability", lambda device: {None: 80, 1: 75}[device.index])
     assert backend.unsupported_reasons(problem) == []
-    monkeypatch.setattr(backend, "_capability", lambda device: 75)
+    problem = problem._replace(device_index=1)
+    assert {shape.capability for _, shape, *_ in backend._directions(problem)} == {75}
     (reason,) = backend.unsupported_reasons(problem)
     assert reason == "device: expected compute capability 8.0 or newer, got 7.5"
 

@@ -14,10 +14,8 @@ from tlalign_kernels.backends import cpu, reference
 
 tuning = sys.modules["tlalign_kernels.tuning"]
 
-CPU = cpu.unsupported_reasons(
-    backends.Problem("cpu", torch.float32, 1, 1, 1, 1, 8, 0, None, False, False, 0.0, False)
-)  # fmt: skip
-pytestmark = pytest.mark.skipif(bool(CPU), reason="needs two backends on the CPU")
+PROBLEM = backends.Problem("cpu", torch.float32, 1, 1, 1, 1, 8, 0, None, False, False, 0.0, False)
+pytestmark = pytest.mark.skipif(bool(cpu.unsupported_reasons(PROBLEM)), reason="needs two backends on the CPU")
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +191,7 @@ def test_what_is_in_the_cache_is_not_timed_again(monkeypatch, tmp_path):
     assert explain().is_tuned
     assert [path.name for path in cache.parent.iterdir()] == ["tuned.json"]
     # Elsewhere they are worth nothing.
-    monkeypatch.setattr(tuning, "_environment", lambda device_type: "another machine")
+    monkeypatch.setattr(tuning, "_environment", lambda problem: "another machine")
     with pytest.raises(TypeError, match="not callable"):
         tlk.tune(step, cache=cache)
 
@@ -285,18 +283,36 @@ def test_a_step_without_attention_is_refused():
 
 
 def test_threads_and_the_version_of_torch_are_part_of_the_environment(monkeypatch):
-    told = {tuning._environment("cpu")}
+    told = {tuning._environment(PROBLEM)}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    told.add(tuning._environment("cpu"))
+    told.add(tuning._environment(PROBLEM))
     monkeypatch.setattr(torch, "__version__", "0.0")
-    told.add(tuning._environment("cpu"))
+    told.add(tuning._environment(PROBLEM))
     assert len(told) == 3
 
 
 def test_how_float32_is_multiplied_is_part_of_the_environment_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    problem = PROBLEM._replace(device_type="cuda", device_index=1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     told = []
     for precision in ("ieee", "tf32"):
         monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
-        told.append(tuning._environment("cuda"))
-    assert told[0] != told[1]
+        told.append(tuning._environment(problem))
+    assert told[0] != told[1] and told[0].startswith("GPU 1, ")
+
+
+def test_what_runs_on_a_gpu_is_timed_on_that(monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(tuning, "_candidates", lambda problem: {"cuda": ("cuda", None)})
+    monkeypatch.setattr(tuning, "_time_in_turn", lambda problem, candidates: ({"cuda": [float(*current)]}, {}))
+    choices = [tuning._time_all(PROBLEM._replace(device_type="cuda", device_index=index)) for index in (1, 3)]
+    assert [choice.milliseconds["cuda"] for choice in choices] == [1000, 3000]
+    assert choices[0].problem == choices[1].problem and not current

@@ -45,6 +45,7 @@ class Problem(NamedTuple):
     dropout_p: float
     needs_gradient: bool
     windows: Windows | None = None
+    device_index: int | None = None  # of a GPU; None: the current one
 
 
 # What `tune` found, by the class of a problem: the name of a backend.
@@ -54,8 +55,8 @@ _listening: list[Problem] | None = None
 
 
 def problem_class(problem: Problem) -> Problem:
-    """Problems of one class take the same choice of `tune`: they differ in the batch and in what is differentiated."""
-    return problem._replace(batch=0, needs_gradient=False)
+    """Problems of one class take one choice of `tune`: the batch, the GPU and what is differentiated may differ."""
+    return problem._replace(batch=0, needs_gradient=False, device_index=None)
 
 
 @contextlib.contextmanager

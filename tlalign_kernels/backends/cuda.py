@@ -33,9 +33,9 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     if problem.device_type != "cuda":
         reasons.append(f"device: expected cuda, got {problem.device_type}")
     elif torch.cuda.is_initialized():  # else the tensors are fake
-        if (capability := _capability(torch.cuda.current_device())) < (8, 0):
+        if (capability := _capability(problem.device_index)) < (8, 0):
             reasons.append(f"device: expected compute capability 8.0 or newer, got {capability}")
-        elif error := _launch_error(torch.cuda.current_device()):
+        elif error := _launch_error(problem.device_index):
             reasons.append(f"device: expected one whose driver can run the kernels, which says: {error}")
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype: expected one of {list(_DTYPES)}, got {problem.dtype}")
@@ -284,9 +284,10 @@ _capability = asked_once(torch.cuda.get_device_capability)
 
 
 @asked_once
-def _launch_error(current_device: int) -> str:
-    """Why a device, which must be the current one, can't run the kernels: its driver may be older than they are."""
-    return _native.cuda_launch_error()
+def _launch_error(device_index: int | None) -> str:
+    """Why a device can't run the kernels: its driver may be older than they are."""
+    with torch.cuda.device(device_index):
+        return _native.cuda_launch_error()
 
 
 def _current(device: torch.device) -> torch.cuda.device:

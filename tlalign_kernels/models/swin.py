@@ -394,7 +394,7 @@ class AlignedSwinTransformerV2Cr(SwinFollower, swin_transformer_v2_cr.SwinTransf
 
 
 def _gathered(table: Tensor, index: Tensor) -> Tensor:
-    """Bias (H, N, N) from a table of relative positions; the gradient of an embedding is summed in a fixed order."""
+    """Bias (H, N, N) from a table of relative positions; for its gradient see `functional._relative_position_bias`."""
     return F.embedding(index, table).permute(2, 0, 1)
 
 

@@ -61,7 +61,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     if problem.device_type != "cuda" and not (_interpreted and problem.device_type == "cpu"):
         reasons.append(f"device: expected cuda, or cpu under TRITON_INTERPRET=1, got {problem.device_type}")
     elif problem.device_type == "cuda" and torch.cuda.is_initialized():
-        capability = _capability(torch.device("cuda"))
+        capability = _capability(torch.device("cuda", problem.device_index))
         if capability < 80:
             # Without the tensor cores that tiles are made for, the compiler takes minutes.
             reasons.append(f"device: expected compute capability 8.0 or newer, got {capability / 10}")
@@ -421,8 +421,8 @@ def _class_of(
 
 def _directions(problem: Problem) -> list[tuple]:
     """What `_chosen` is asked in the forward and, if needed, the backward of a problem."""
-    _, dtype, batch, heads, queries, keys, head_dim, sources, _, has_bias, has_mask, dropout_p, _, windows = problem
-    capability = _capability(torch.device(problem.device_type))
+    _, dtype, batch, heads, queries, keys, head_dim, sources, _, has_bias, has_mask, dropout_p, _, windows, _ = problem
+    capability = _capability(torch.device(problem.device_type, problem.device_index))
     in_windows = windows is not None
     shape = Shape(
         capability, dtype, batch, queries, keys, head_dim, has_bias or has_mask, has_mask and not in_windows, in_windows
