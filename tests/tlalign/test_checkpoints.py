@@ -1,13 +1,16 @@
 """Checkpoints: written whole or not at all, and recognised when damaged."""
 
+import errno
+import pickle
 import random
 import resource
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 
-from tlalign.checkpoints import CheckpointError, Checkpoints, folder_classes_of, load_checkpoint
+from tlalign.checkpoints import CheckpointError, Checkpoints, folder_classes_of, load_checkpoint, load_metadata
 
 
 def state(number: int) -> dict:
@@ -130,6 +133,23 @@ def test_links_are_copies_where_the_file_system_has_none(tmp_path, monkeypatch):
         assert (tmp_path / name).stat().st_nlink == 1
 
 
+def test_names_are_no_copies_where_the_disk_is_full(tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot name .*last.pth.tar: .*No space left"):
+        Checkpoints(tmp_path).save(state(1), epoch=0, step=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_name_that_a_kill_left_half_given_is_given_anew(checkpoints, tmp_path):
+    (tmp_path / "last.pth.tar.unfinished").hardlink_to(max(checkpoints.path.iterdir()))
+    checkpoints.save(state(4), epoch=0, step=4)
+    assert [load_checkpoint(path)["step"] for path in sorted(checkpoints.path.iterdir())] == [3, 4]
+    assert load_checkpoint(tmp_path / "last.pth.tar")["step"] == 4
+
+
 @pytest.mark.parametrize("places", [[(9, 99), (10, 100), (11, 110)], [(0, 9), (0, 10), (0, 11)]])
 def test_the_checkpoint_before_is_kept_where_numbers_get_a_digit_more(tmp_path, places):
     saved, steps = Checkpoints(tmp_path), []
@@ -153,6 +173,30 @@ def test_a_log_without_rows_is_no_trace_of_training(tmp_path):
     assert checkpoints.traces() == []
     checkpoints.log.write_text("epoch,step\n1,2\n")
     assert checkpoints.traces() == [checkpoints.log]
+
+
+class Code:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    torch.save({"args": Code(tmp_path / "it ran")}, tmp_path / "x.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(tmp_path / "x.pth")
+    assert load_metadata(tmp_path / "x.pth") == {}
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_file_that_is_something_else_says_nothing_beside_its_tensors(tmp_path):
+    (tmp_path / "text").write_text("none")
+    torch.save(torch.zeros(1), tmp_path / "tensor")
+    assert [load_metadata(tmp_path / name) for name in ("nowhere", "text", "tensor")] == [{}] * 3
 
 
 def test_only_a_run_on_a_folder_has_classes_of_a_folder(tmp_path):

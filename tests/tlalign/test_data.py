@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from tlalign.config import EvalConfig, ModelConfig, TrainConfig, UsageError, load_recipe
-from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, resolve_image_config
+from tlalign.data import create_eval_loader, create_train_loader, load_data_sets, load_images, resolve_image_config
 from tlalign.readers import Digits
 
 CPU = torch.device("cpu")
@@ -71,6 +71,8 @@ def test_channels_and_size_follow_the_options_then_the_model(image_folder):
     assert own["input_size"] == (3, 224, 224) and own["mean"] == (0.5, 0.5, 0.5)
     other = resolve_image_config(folder_config(image_folder, img_size=48, in_chans=1, std=(0.3,)), model)
     assert other["input_size"] == (1, 48, 48) and other["mean"] == (0.5,) and other["std"] == (0.3,)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 48)}
+    assert resolve_image_config(folder_config(image_folder), model)["input_size"] == (3, 32, 48)
     with pytest.raises(UsageError, match=r"mean: expected one value, or one for each of 3 channels"):
         resolve_image_config(folder_config(image_folder, mean=(0.1, 0.2)), model)
 
@@ -221,6 +223,17 @@ def test_classes_are_numbered_in_natural_order_always_the_same(image_folder):
     for name in ("10", "9", "09", "B"):
         shutil.copytree(image_folder / "train" / "a", image_folder / "train" / name)
     assert load_data_sets(folder_config(image_folder)).class_names == ["09", "9", "10", "a", "B", "b", "c"]
+
+
+def test_loose_images_are_of_the_classes_that_the_model_knows(tmp_path):
+    for place in ("one.png", "more/two.png", "more/.two.png", ".cache/three.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    data = load_images(folder_config(tmp_path), ["a", "b", "c"])
+    assert (data.num_classes, sorted(data.class_names)) == (3, ["one", "two"])
+    assert load_images(folder_config(tmp_path, num_classes=5), ["a", "b", "c"]).num_classes == 5
+    with pytest.raises(UsageError, match=r"num_classes: expected that of the model, since folder:.* has no classes"):
+        load_images(folder_config(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ import pytest
 import timm
 import torch
 from rich.console import Console
-from training import TINY, FewDigits, fit, quiet, resume, tiny
+from training import TINY, FewDigits, fit, quiet, record, resume, tiny
 
 from tlalign.checkpoints import load_checkpoint
 from tlalign.config import TrainConfig, UsageError, load_recipe, save_config
 from tlalign.engine import NonFiniteLossError, Trainer, _Stopwatch
-from tlalign.evaluation import prepare_device
+from tlalign.evaluation import evaluate_checkpoint, prepare_device
+from tlalign.networks import create_model
 from tlalign.progress import ComparisonProgress, TrainingProgress
 from tlalign.runs import RunFolder
 from tlalign_kernels import LabelFollower, mixed_binary_cross_entropy, mixed_cross_entropy
@@ -35,6 +36,28 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
     first, second, other = (weights(trainer) for trainer in runs)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_what_a_step_draws_depends_on_seed_step_part_and_process(tmp_path):
+    dropout = {**TINY["model_kwargs"], "proj_drop_rate": 0.5}
+    # So small a rate that no weight changes.
+    still = {"lr": 1e-30, "sched": "none", "ema_decay": None}
+    trainer = Trainer(tiny(tmp_path, model_kwargs=dropout, mixing="none", accumulate=2, **still))
+    batch, found = next(trainer.train_loader.epoch(1)), []
+    trainer.task.train().register_forward_hook(lambda module, inputs, result: found.append(result["loss"].item()))
+
+    def losses(seed=0, step=0, rank=0):
+        trainer.config = dataclasses.replace(trainer.config, seed=seed)
+        trainer.processes, trainer.step = dataclasses.replace(trainer.processes, rank=rank), step
+        trainer._train_step(itertools.repeat(batch), _Stopwatch(trainer.device))
+        return found[-2:]
+
+    mixed = []
+    trainer.task.start_step = mixed.append
+    assert losses() == losses()
+    drawn = [*losses(), *losses(seed=1), *losses(step=1), *losses(rank=1)]
+    assert len(set(drawn)) == 8
+    assert mixed == [0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 0, 1]
 
 
 AMD = dict(cpu_name="AMD EPYC", avx512_f=True, amx_bf16=False)
@@ -133,6 +156,7 @@ def test_to_write_checkpoints_is_not_to_wait_for_images(tmp_path, monkeypatch):
     _, _, (record,) = fit(tiny(tmp_path / "run", checkpoint_steps=1))
     # A tick each; the update after the backward is one more of it.
     assert (record.data_seconds, record.forward_seconds, record.backward_seconds) == (1.0, 1.0, 2.0)
+    assert record.images_per_second == 128 / 4
 
 
 @pytest.mark.parametrize("part", [True, False], ids=["train", "held-out"])
@@ -149,6 +173,19 @@ def test_images_of_no_class_are_refused_though_the_data_set_says_how_many_it_has
         fit(tiny(tmp_path / "run", batch_size=20))
 
 
+def test_a_checkpoint_is_not_evaluated_on_images_of_no_class(tmp_path, monkeypatch):
+    class Unlabelled(FewDigits):
+        def __init__(self, train: bool) -> None:
+            super().__init__(train)
+            self.targets = [-1, *self.targets[1:]]
+
+    config = tiny(tmp_path)
+    torch.save(create_model(config, 10).state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr("tlalign.readers.Digits", Unlabelled)
+    with pytest.raises(UsageError, match=r"data: expected classes from 0 to 9 .*, got an image of class -1"):
+        evaluate_checkpoint(tmp_path / "weights.pth", config)
+
+
 def test_what_takes_long_once_is_not_multiplied_in_the_estimate_of_a_dry_run(tmp_path):
     trainer = Trainer(tiny(tmp_path / "run", epochs=100))
     slow_once = iter((2.0,))
@@ -161,6 +198,17 @@ def test_what_takes_long_once_is_not_multiplied_in_the_estimate_of_a_dry_run(tmp
     result = trainer.dry_run()
     assert next(slow_once, None) is None and len(trainer.eval_loader) > 1
     assert result.total_seconds - result.steps * sum(result.step_seconds.values()) < 2 * 100
+
+
+@pytest.mark.parametrize(("ema_decay", "evaluations"), [(None, 1), (0.5, 2)])
+def test_the_estimate_of_a_dry_run_has_the_evaluation_of_the_average(tmp_path, monkeypatch, ema_decay, evaluations):
+    trainer = Trainer(tiny(tmp_path / "run", epochs=3, ema_decay=ema_decay, accumulate=2))
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    result = trainer.dry_run()
+    step = sum(result.step_seconds.values())
+    assert result.images_per_second == pytest.approx(128 / step)
+    assert result.total_seconds - result.steps * step == pytest.approx(3 * len(trainer.eval_loader) * evaluations)
 
 
 def test_options_of_the_alignment_are_those_of_the_model(tmp_path):
@@ -223,6 +271,13 @@ def test_without_an_average_none_is_kept(tmp_path):
     _, folder, (record,) = fit(tiny(tmp_path / "run", ema_decay=None))
     assert record.top1_ema is None
     assert "state_dict_ema" not in torch.load(folder.last_checkpoint, weights_only=False)
+
+
+@pytest.mark.parametrize(("averaged", "metric"), [(20.0, 20.0), (None, 10.0)])
+def test_checkpoints_are_ranked_by_the_average_where_there_is_one(tmp_path, averaged, metric):
+    trainer = Trainer(tiny(tmp_path))
+    trainer.records = [record(1, top1=10.0, top1_ema=averaged)]
+    assert trainer.state()["metric"] == metric
 
 
 def step_of(trainer: Trainer) -> float:
@@ -423,6 +478,10 @@ def test_weights_broken_by_the_last_step_are_not_kept(tmp_path, monkeypatch, val
         ({"mixing": "random", "mix_patch_size": 5}, "mix_patch_size: expected a divisor of the 16 pixels"),
         ({"mixing": "block", "mix_patch_size": 16}, "mix_patch_size: expected a divisor of the 16 pixels"),
         (
+            {"target": "token-labels", "teacher_checkpoint": "nowhere.pth", "mix_patch_size": 6},
+            "mix_patch_size: expected a divisor of the 16 pixels",
+        ),
+        (
             {
                 "target": "token-labels",
                 "teacher_checkpoint": "nowhere.pth",
@@ -439,6 +498,15 @@ def test_weights_broken_by_the_last_step_are_not_kept(tmp_path, monkeypatch, val
         (
             {"mixing": "puzzlemix", "img_size": 25, "model_kwargs": {**TINY["model_kwargs"], "patch_size": 5}},
             "img_size: expected a multiple of 2 for puzzlemix, got 25",
+        ),
+        (
+            {
+                "model": "pit_ti_224",
+                "model_kwargs": {"base_dims": (8, 8, 8), "depth": (1, 1, 1), "heads": (2, 4, 8)},
+                "img_size": 32,
+                "grad_checkpointing": True,
+            },
+            "grad_checkpointing: pit_ti_224 has none",
         ),
         ({"opt": "adamm"}, "adamm"),
         ({"opt": "adahessian"}, "opt: expected one that needs no second derivatives, got adahessian"),
@@ -471,7 +539,7 @@ def test_schedules_by_steps_are_of_the_length_of_the_run(tmp_path, sched):
 
 
 def test_without_mixing_patches_need_not_fit(tmp_path):
-    trainer = Trainer(tiny(tmp_path, mixing="none", target="token-labels", mix_patch_size=5))
+    trainer = Trainer(tiny(tmp_path, mixing="none", target="token-labels", mix_patch_size=5, box_grid=5))
     assert trainer.task.teacher is None
 
 

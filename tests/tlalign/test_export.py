@@ -164,6 +164,14 @@ def test_what_cannot_be_exported_ends_with_a_message_and_code_2(
     assert not (tmp_path / "x.pth").exists()
 
 
+def test_weights_that_layers_share_are_written_for_each(tmp_path):
+    layer = torch.nn.Linear(3, 3)
+    model = torch.nn.Sequential(layer, layer)
+    export._save(model, tmp_path / "shared.safetensors", {})
+    with safe_open(tmp_path / "shared.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in model.state_dict().items())
+
+
 def test_safetensors_takes_no_path_that_is_no_text(checkpoint, tmp_path):
     output = tmp_path / os.fsdecode(b"\xfc.safetensors")
     config = ModelConfig(model="vit_tiny_patch16_224", model_kwargs=MODEL, img_size=16, in_chans=1)

@@ -190,8 +190,13 @@ def test_methods_are_drawn_with_the_times_that_are_known(tmp_path, times):
 def test_runs_of_any_name_number_and_length_are_drawn_over_each_other(tmp_path, monkeypatch):
     runs = {f"run {number}": [record(epoch) for epoch in range(1, number + 2)] for number in range(9)}
     runs |= {name: [record(1)] for name in ("$a_{$", os.fsdecode(b"\xfc"), "a $ b", "_hidden")}
-    legends = []
-    monkeypatch.setattr(Figure, "legend", lambda self, handles, labels, **_: legends.append([*labels]))
+    legends, legend = [], Figure.legend
+
+    def shown(self, handles, labels, **options):
+        legends.append([*labels])
+        return legend(self, handles, labels, **options)
+
+    monkeypatch.setattr(Figure, "legend", shown)
     draw_comparison(runs, tmp_path / "runs.png")
     assert [len(legend) for legend in legends] == [13] and "_hidden" in legends[0]
     with Image.open(tmp_path / "runs.png") as picture:

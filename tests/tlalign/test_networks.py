@@ -9,7 +9,16 @@ from training import tiny
 
 from tlalign.config import CONFIG_FILE, UsageError, save_config
 from tlalign.engine import Trainer
-from tlalign.networks import check_image_size, create_initial_model, create_model, create_teacher, load_weights
+from tlalign.evaluation import evaluate_checkpoint
+from tlalign.export import export_checkpoint
+from tlalign.networks import (
+    check_image_size,
+    create_initial_model,
+    create_model,
+    create_teacher,
+    load_all_weights,
+    load_weights,
+)
 
 MODEL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -41,6 +50,17 @@ def test_for_other_classes_the_head_is_new_and_the_rest_that_of_the_checkpoint(c
     assert set(state) - set(same) == {"head.weight"}  # the bias starts at zero in both
 
 
+def test_for_other_classes_both_heads_of_a_distilled_model_are_new(tmp_path, caplog):
+    config = tiny(tmp_path, model="deit_tiny_distilled_patch16_224", model_kwargs=MODEL)
+    weights = create_model(config, 10).state_dict()
+    torch.save(weights, tmp_path / "last.pth.tar")
+    config = dataclasses.replace(config, initial_checkpoint=str(tmp_path / "last.pth.tar"))
+    state = create_initial_model(config, 7).state_dict()
+    assert [message.split()[1] for message in caplog.messages] == ["head", "head_dist"]
+    assert state["head.weight"].shape == state["head_dist.weight"].shape == (7, 16)
+    assert torch.equal(state["blocks.0.attn.qkv.weight"], weights["blocks.0.attn.qkv.weight"])
+
+
 @pytest.mark.parametrize("lost", ["blocks.0.attn.qkv.weight", "head.weight"])
 def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path, lost):
     path, averaged = checkpoint
@@ -65,8 +85,15 @@ def test_a_size_of_images_that_the_model_cannot_take_is_told(tmp_path):
     with pytest.raises(UsageError, match="img_size: the model can't take images of 33 x 48 pixels: "):
         check_image_size(model, (1, 33, 48))
     assert model.training
-    with pytest.raises(UsageError, match="img_size: the model can't take images of 33 x 33 pixels: "):
-        Trainer(tiny(tmp_path, **flexible, img_size=33))
+    path, other = tmp_path / "weights.pth", tiny(tmp_path, **flexible, img_size=33)
+    torch.save(model.state_dict(), path)
+    for use in (
+        lambda: Trainer(other),
+        lambda: evaluate_checkpoint(path, other),
+        lambda: export_checkpoint(path, tmp_path / "out.pth", other),
+    ):
+        with pytest.raises(UsageError, match="img_size: the model can't take images of 33 x 33 pixels: "):
+            use()
 
 
 def test_arguments_that_timm_refuses_are_named(tmp_path):
@@ -144,6 +171,13 @@ def test_what_holds_no_weights_is_refused(tmp_path, content):
     torch.save(content, path)
     with pytest.raises(UsageError, match=rf"^checkpoint: .*{path}"):
         load_weights("checkpoint", path, use_ema=True)
+
+
+def test_averaged_weights_may_be_fewer(tmp_path):
+    weight, path = torch.ones(1), tmp_path / "weights.pth"
+    for averaged in ({"a": weight}, {"a": weight, "b": 2 * weight}):
+        torch.save({"state_dict": {"a": weight, "b": weight}, "state_dict_ema": averaged}, path)
+        assert load_all_weights(path) == {"model": {"a": weight, "b": weight}, "EMA": averaged}
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "pvt_tiny"])

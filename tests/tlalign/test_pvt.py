@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
+from torch import nn
 
 import tlalign.models
 import tlalign_kernels as tlk
@@ -118,6 +119,17 @@ def test_attention_dropout_acts_in_training_alone():
     following.check_attention_dropout(small(attn_drop_rate=0.5), *following.images_and_target(SIZE))
 
 
+def test_each_rate_of_dropout_is_of_its_own_layers():
+    model = small((1, 1, 1, 1), drop_rate=0.1, pos_drop_rate=0.2, proj_drop_rate=0.3, attn_drop_rate=0.4)
+    parts = {"head_drop": 0.1, "pos_drop": 0.2, "proj_drop": 0.3, "mlp.drop": 0.3, "attn_drop": 0.4}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            (rate,) = {rate for part, rate in parts.items() if part in name}
+            assert module.p == rate, name
+    model.head_drop.p = 1.0
+    torch.testing.assert_close(model.train()(torch.randn(2, 3, *SIZE)), model.head.bias.expand(2, -1))
+
+
 def test_labels_may_stay_where_an_attention_is_dropped():
     following.check_stochastic_depth(small(depths=(1, 1, 1, 2), drop_path_rate=0.5), SIZE)
 
@@ -138,9 +150,14 @@ def test_what_does_not_belong_together_is_refused():
         small(features_only=True)
 
 
+DEPTHS = {
+    "pvt_tiny": (2, 2, 2, 2), "pvt_small": (3, 4, 6, 3), "pvt_medium": (3, 4, 18, 3), "pvt_large": (3, 8, 27, 3)
+}  # fmt: skip
+
+
 def published_shapes(name):
     """Names and shapes in the published checkpoints, as the authors' classification/pvt.py has them."""
-    depths = {"pvt_tiny": (2, 2, 2, 2), "pvt_large": (3, 8, 27, 3)}[name]
+    depths = DEPTHS[name]
     shapes = {"cls_token": (1, 1, 512), "norm.weight": (512,), "norm.bias": (512,)}
     shapes |= {"head.weight": (1000, 512), "head.bias": (1000,)}
     stages = zip(
@@ -161,11 +178,18 @@ def published_shapes(name):
     return shapes
 
 
-@pytest.mark.parametrize("name", ["pvt_tiny", "pvt_large"])
+@pytest.mark.parametrize("name", DEPTHS)
 def test_parameters_are_those_of_the_published_checkpoints(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == published_shapes(name)
+
+
+def test_weights_begin_as_those_of_the_authors():
+    model = timm.create_model("pvt_tiny", embed_dims=(32, 64, 160, 256), depths=(1, 1, 1, 1), num_classes=100)
+    for name, value in model.named_parameters():
+        if value.dim() in (2, 3):  # of linear layers, and embeddings
+            assert value.std().item() == pytest.approx(0.02, rel=0.2), name
 
 
 def test_checkpoints_load_also_for_other_sizes_and_classes(tmp_path):

@@ -204,11 +204,12 @@ def test_stanford_cars_are_read_and_their_files_told(tmp_path):
         rows = np.array([(f"{n}.jpg", n) for n in (1, 2)], dtype=[("fname", object), ("class", np.uint8)])
         scipy.io.savemat(annotations, {"annotations": rows})
         for number in (1, 2):
-            Image.new("RGB", (8, 8), (8 * number,) * 3).save(base / folder / f"{number}.jpg")
+            shade = 8 * number + 80 * (folder == "cars_test")
+            Image.new("RGB", (8, 8), (shade,) * 3).save(base / folder / f"{number}.jpg")
     data = load_data_sets(config(**given))
     assert data.class_names == ["Audi", "BMW"] and len(data.train) == len(data.held_out) == 2
     images, classes = sample_images(data.held_out, 2, config(**given), IMAGE_CONFIG, CPU)
-    assert [number - 1 for number in numbers(images)] == classes.tolist()
+    assert [number - 11 for number in numbers(images)] == classes.tolist()
 
 
 def test_a_part_that_torchvision_would_take_for_the_held_out_one_is_refused(tmp_path):
@@ -347,6 +348,13 @@ def test_shards_can_be_given_by_pattern_and_number(tmp_path):
             load_data_sets(config(**given, train_split=split))
 
 
+@pytest.mark.parametrize("place", ["pipe:cat nowhere", "file://nowhere"])
+def test_only_shards_in_a_folder_are_looked_for(place):
+    given = {"train_split": "train-{0000..0001}.tar|8", "eval_split": "test.tar|4"}
+    data = load_data_sets(config(data="wds/", data_dir=place, **given))
+    assert (len(data.train), len(data.held_out)) == (8, 4)
+
+
 def test_batches_of_held_out_shards_are_counted(shards):
     given = config(data="wds/", data_dir=str(shards), batch_size=4)
     assert len(create_eval_loader(load_data_sets(given).held_out, given, IMAGE_CONFIG, CPU)) == 3  # of ten images
@@ -430,6 +438,15 @@ def test_a_hugging_face_stream(hub):
         train_loader(config(**given | {"workers": 5}))
 
 
+def test_images_of_a_stream_may_be_files(tmp_path):
+    for name, content in (("good.png", encoded(3)), ("bad.png", b"no image")):
+        (tmp_path / name).write_bytes(content)
+    columns = [{"bytes": None, "path": str(tmp_path / name)} for name in ("good.png", "bad.png")]
+    assert readers._decode_column(columns[0]).getpixel((0, 0)) == (24, 24, 24)
+    with pytest.raises(UnreadableImage, match=r"bad\.png of 0 bytes, CRC-32 00000000 \(Unidentified"):
+        readers._decode_column(columns[1])
+
+
 @pytest.mark.parametrize("kind", ["hfds", "hfids"])
 def test_unreadable_images_of_a_hugging_face_set_are_counted_and_an_error_in_evaluation(hub, kind):
     write_arrow(hub / "data" / "train-00001-of-00004.arrow", range(6, 12), broken=8)
@@ -447,8 +464,10 @@ def test_unreadable_images_of_a_hugging_face_set_are_counted_and_an_error_in_eva
 
 
 def test_what_is_missing_of_a_hugging_face_set_is_told(hub, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     with pytest.raises(UsageError, match=r"data: cats is no folder and not in the cache.*; --download true fetches it"):
         load_data_sets(config(data="hfds/cats"))
+    assert not datasets.config.HF_HUB_OFFLINE  # only while the set was opened
     with pytest.raises(UsageError, match='eval_split: Unknown split "validation"'):
         load_data_sets(config(data=f"hfds/{hub}"))
     with pytest.raises(UsageError, match=r"train_split: .*instruction format"):
@@ -505,6 +524,17 @@ def test_a_process_without_a_shard_is_refused_without_workers_too(shards):
         readers.check_workers(stream, 0, 5)
 
 
+def test_a_hugging_face_stream_is_dealt_out_by_shards_or_by_images():
+    builder = types.SimpleNamespace(as_streaming_dataset=lambda split: types.SimpleNamespace(num_shards=3))
+    reader = types.SimpleNamespace(download=False, split="train", builder=builder)
+    stream = types.SimpleNamespace(reader=reader)
+    readers.check_workers(stream, 3, 2)  # each process reads all three
+    with pytest.raises(UsageError, match="workers: expected at most the 1 shards that a process trains on, got 2"):
+        readers.check_workers(stream, 2, 3)
+    reader.download = True  # cut as workers need it
+    readers.check_workers(stream, 8, 2)
+
+
 def test_val_is_another_name_of_validation(flowers):
     given = {"data": "torch/flowers102", "data_dir": str(flowers), "num_classes": None, "batch_size": 2}
     files = [
@@ -527,6 +557,14 @@ def test_download_and_the_held_out_part_are_asked_of_torchvision(tmp_path, monke
     assert [(each["split"], each["download"], each["root"]) for each in asked] == [
         (split, download, str(tmp_path)) for download in (False, True) for split in ("train", "validation")
     ]
+
+
+@pytest.mark.parametrize("name", ["imagenet", "places365", "inaturalist", "cifar10"])
+def test_files_of_torchvision_are_read_as_other_files(tmp_path, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(readers, "create_dataset", lambda *arguments, **options: asked.append(options) or [])
+    load_data_sets(config(data=f"torch/{name}", data_dir=str(tmp_path)))
+    assert [each.get("loader") for each in asked] == [None if name == "cifar10" else open_image] * 2
 
 
 @pytest.mark.parametrize("kind", ["hfds", "hfids"])

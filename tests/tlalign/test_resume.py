@@ -131,6 +131,7 @@ def test_an_evaluation_that_failed_is_done_again_and_no_step(tmp_path):
     assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3"]
 
 
+@pytest.mark.usefixtures("heeds_sigint")
 @pytest.mark.parametrize("batch", [1, 2, 4], ids=["first batch", "second batch", "of the average"])
 def test_an_evaluation_stops_after_a_batch_and_is_done_again(tmp_path, batch):
     config = small(tmp_path / "run", epochs=1)
@@ -142,11 +143,11 @@ def test_an_evaluation_stops_after_a_batch_and_is_done_again(tmp_path, batch):
         if not module.training:
             batches.append(inputs)
             if len(batches) == batch:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGINT)
 
     for model in (stopped.model, stopped.task.get_eval_model(ema=True)):
         model.register_forward_pre_hook(interrupt)
-    with pytest.raises(TrainingInterrupted, match="SIGTERM"):
+    with pytest.raises(TrainingInterrupted, match="SIGINT"):
         stopped.fit(folder, quiet(stopped))
     assert len(batches) == batch
     continued, _ = resume(config)

@@ -1,5 +1,6 @@
 """The list of runs: what it shows of good, half-written and unreadable runs, and where they differ."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -240,6 +241,37 @@ def test_a_disk_that_cannot_be_written_is_an_error_that_names_the_folder(output,
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"output: cannot make a run in file/x: .*Not a directory"):
         make_run("file/x", [10])
+
+
+@pytest.mark.parametrize(
+    ("code", "is_held"), [(errno.EAGAIN, True), (errno.EACCES, True), (errno.ENOLCK, False), (errno.EOPNOTSUPP, False)]
+)
+def test_a_run_is_locked_where_the_file_system_can(tmp_path, monkeypatch, code, is_held):
+    def refuse(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    make_run(tmp_path / "run", [10])
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    folder = RunFolder(TrainConfig(**load_recipe("digits"), output=str(tmp_path / "run")), resume=True)
+    held = pytest.raises(UsageError, match="is being trained by another process")
+    with held if is_held else contextlib.nullcontext(), folder.locked():
+        pass
+
+
+def test_a_run_that_cannot_be_written_to_is_an_error_that_names_it(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    make_run(tmp_path / "run", [10])
+    config = TrainConfig(**load_recipe("digits"), output=str(tmp_path / "run"))
+    folder = RunFolder(config, resume=True)
+    (tmp_path / "run" / "lock").mkdir()
+    with pytest.raises(UsageError, match=r"output: cannot write to .*run: .*Is a directory"), folder.locked():
+        pass
+    monkeypatch.setattr("os.fsync", full)
+    folder.update_places(config)
+    with pytest.raises(UsageError, match=r"output: cannot write to .*run: .*No space left"):
+        folder.update_places(dataclasses.replace(config, data="folder:images"))
 
 
 def test_a_log_with_an_overlong_field_is_no_log(tmp_path):

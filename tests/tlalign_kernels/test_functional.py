@@ -225,6 +225,14 @@ def test_a_large_finite_number_masks_but_for_queries_that_have_it_for_all_keys(b
     assert not results["output"][:, :, 3].any()
 
 
+@pytest.mark.parametrize("name", ["bias", "mask"])
+def test_large_numbers_differ_in_float64(name):
+    query, share = torch.zeros(1, 1, 2, 8, dtype=torch.float64), torch.tensor([[[1.0], [0.0]]])
+    offsets = torch.tensor([1e5 + 1, 1e5], dtype=torch.float64)
+    _, mixed = tlk.attention(query, query, query, share, **{name: offsets})
+    torch.testing.assert_close(mixed, torch.tensor([1.0, 0.0]).softmax(dim=0)[0].expand(1, 2, 1))
+
+
 @backends
 def test_a_bias_in_float64_counts_as_float32(backend):
     inputs = make_inputs(Case("bias", queries=5, keys=7), "cpu", torch.float32)
@@ -533,6 +541,17 @@ def test_autocast_leaves_what_goes_with_float64_alone():
         assert torch.equal(tlk.attention_qkv(qkv, bias=bias)[0], expected)
 
 
+def test_autocast_of_another_device_changes_nothing():
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert tlk.attention_qkv(torch.randn(1, 7, 3, 2, 8))[0].dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tlk.attention_qkv(torch.randn(1, 7, 3, 2, 8, device="meta"))[0].dtype == torch.float32
+
+
 def test_a_problem_needs_a_gradient_if_anything_asks_for_one(monkeypatch):
     problems = []
 
@@ -560,6 +579,14 @@ def test_a_problem_is_of_the_gpu_of_its_tensors(monkeypatch):
     tlk.attention_qkv(torch.randn(1, 9, 3, 2, 8))
     assert [problem.device_index for problem in problems] == [1, 2, None]
     assert problem_class(problems[0]).device_index is None
+
+
+def test_regions_of_shifted_windows_count_as_a_mask(monkeypatch):
+    problems = []
+    monkeypatch.setattr("tlalign_kernels.functional.choose", lambda problem, _: problems.append(problem) or "reference")
+    for shift in ((0, 0), (0, 1)):
+        tlk.window_attention(torch.randn(1, 4, 4, 3, 2, 8), window_size=(2, 2), shift=shift)
+    assert [problem.has_mask for problem in problems] == [False, True]
 
 
 def test_a_second_derivative_raises():
@@ -793,7 +820,9 @@ def test_autocast_casts_tokens_and_never_labels(backend):
     inputs = make_inputs(Case("autocast", queries=9, keys=9, bias_scale=1.0), "cpu", torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         output, share = call(inputs, backend=backend)
-        packed, _ = tlk.attention_qkv(torch.randn(1, 9, 3, 2, 16), backend=backend)
+        qkv, bias = torch.randn(1, 9, 3, 2, 16), torch.randn(9, 9)
+        packed, _ = tlk.attention_qkv(qkv, bias=bias, backend=backend)
+    assert torch.equal(packed, tlk.attention_qkv(qkv.to(dtype), bias=bias.to(dtype), backend=backend)[0])
     assert (output.dtype, packed.dtype, share.dtype) == (dtype, dtype, torch.float32)
     expected, expected_share = call(cast_inputs(inputs, dtype), backend=backend)
     assert torch.equal(output, expected)
@@ -821,6 +850,13 @@ def test_explain_names_the_choice_and_all_reasons(another_backend):
     assert tlk.explain(*tensors, backend="another").backend is None
 
 
+def test_explain_tells_of_the_dtype_that_autocast_gives(another_backend):
+    another_backend(unsupported_reasons=only_float16)
+    tensors = torch.randn(3, 1, 2, 5, 8).unbind(0)
+    with torch.autocast("cpu", torch.float16):
+        assert tlk.explain(*tensors, backend="another").backend == "another"
+
+
 def test_unknown_backends_are_refused():
     tensors = torch.randn(3, 1, 2, 5, 8).unbind(0)
     for function in (tlk.attention, tlk.explain):
@@ -844,6 +880,7 @@ BAD_CALLS = [
     ({"key": torch.randn(2, 2, 7, 8)}, ValueError, "key: expected shape"),
     ({"value": torch.randn(2, 3, 6, 8)}, ValueError, "value: expected shape"),
     ({"value": torch.randn(2, 3, 7, 8, device="meta")}, ValueError, "value: expected on cpu as the other tensors"),
+    ({name: torch.randn(0, 3, 7, 8) for name in ("query", "key", "value")}, ValueError, "expected no empty dimension"),
     ({"query": torch.randn(2, 3, 0, 8)}, ValueError, "expected no empty dimension"),
     ({name: torch.randn(2, 3, 7, 4) for name in ("query", "key", "value")}, ValueError, "head dimension D of 8 to 256"),
     ({name: torch.randn(1, 1, 2, 257) for name in ("query", "key", "value")}, ValueError, "8 to 256, got 257"),
@@ -857,6 +894,15 @@ BAD_CALLS = [
     ({"share": torch.rand(2, 7, 1), "residual": torch.rand(2, 5, 2)}, ValueError, "residual: expected shape"),
     ({"share": torch.rand(2, 7, 1), "residual": torch.rand(2, 7, 1)}, ValueError, "residual: expected shape"),
     ({"share": torch.rand(2, 7, 1), "residual": torch.rand(2, 5, 1).half()}, TypeError, "residual: .* torch.float32"),
+    ({"share": torch.rand(2, 7, 1), "residual": [1.0]}, TypeError, "residual: expected a tensor, got list"),
+    (
+        {"share": torch.rand(2, 7, 1), "residual": torch.rand(2, 5, 1, device="meta")},
+        ValueError,
+        "residual: expected on cpu as the other tensors",
+    ),
+    ({"bias": [1.0]}, TypeError, "bias: expected a tensor, got list"),
+    ({"bias": torch.randn(5, 7, device="meta")}, ValueError, "bias: expected on cpu as the other tensors, got meta"),
+    ({"mask": torch.ones(5, 7, device="meta").bool()}, ValueError, "mask: expected on cpu as the other tensors"),
     ({"bias": torch.randn(3, 7, 5)}, ValueError, "bias: expected a shape broadcastable"),
     ({"bias": torch.randn(1, 2, 3, 5, 7)}, ValueError, "bias: expected a shape broadcastable"),
     ({"bias": torch.ones(5, 7).bool()}, TypeError, r"bias: expected one of \[torch.float32, .*got torch.bool"),
@@ -896,6 +942,12 @@ def test_bad_arguments_are_refused(changes, error, message):
 def test_bad_projections_are_refused(shape):
     with pytest.raises(ValueError, match=r"qkv: expected shape \(B, N, 3, H, D\), got"):
         tlk.attention_qkv(torch.randn(shape))
+
+
+def test_projections_that_are_no_tensors_are_refused():
+    for enabled in (False, True):
+        with torch.autocast("cpu", enabled=enabled), pytest.raises(TypeError, match="qkv: expected a tensor, got list"):
+            tlk.attention_qkv([1.0])
 
 
 @pytest.mark.parametrize(("shape", "message"), [((2, 0, 3, 2, 8), "no empty dim"), ((2, 5, 3, 2, 4), "a head dim")])

@@ -105,8 +105,9 @@ def test_dense_labels_are_pooled_to_the_grid():
     expected = labels.view(2, 5, 2, 2, 3, 2).mean(dim=(3, 5)).flatten(2).transpose(1, 2)
     torch.testing.assert_close(target.token_share((2, 3), (8, 8), torch.float64), expected)
     torch.testing.assert_close(target.image_share(torch.float64), labels.mean(dim=(2, 3)))
-    with pytest.raises(ValueError, match="token_labels: expected a map of"):
-        target.token_share((3, 3), (8, 8))
+    for grid_size in ((3, 3), (2, 4)):
+        with pytest.raises(ValueError, match="token_labels: expected a map of"):
+            target.token_share(grid_size, (8, 8))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -131,6 +132,7 @@ def test_distributions_may_be_rounded_to_16_bits(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_labels_of_16_bits_are_averaged_in_float32(dtype):
     masks = torch.tensor([1.0, 0.0, 0.0], dtype=dtype).expand(1, 1, 3, 3)
+    assert MixedTarget.from_ratio(torch.tensor([[0, 1]]), masks[:, :, 0, 0]).ratio.dtype == torch.float32
     assert MixedTarget.from_masks(torch.tensor([[0, 1]]), masks).ratio.item() == torch.tensor(1 / 3).item()
     target = MixedTarget.from_dense(torch.cat((masks, 1 - masks), dim=1))
     parts = torch.tensor([[1 / 3, 2 / 3]])
@@ -167,9 +169,26 @@ def test_a_ratio_has_the_precision_of_its_masks():
     assert torch.equal(ratio, masks.mean(dim=(2, 3)))
 
 
+def test_dense_labels_of_no_images_are_accepted():
+    assert MixedTarget.from_dense(torch.zeros(0, 5, 2, 2)).to_dense(5).shape == (0, 5)
+
+
 def test_dense_labels_in_float64_stay_in_it():
     labels = torch.rand(2, 5, 2, 2, dtype=torch.float64).softmax(dim=1)
     torch.testing.assert_close(MixedTarget.from_dense(labels).to_dense(5), labels.mean(dim=(2, 3)), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64], ids=str)
+def test_labels_are_float32_beside_fewer_bits_and_float64_where_it_is_asked_for(given):
+    classes, ratio = torch.tensor([[0, 1]]), torch.full((1, 1), 0.25, dtype=given)
+    for target in (
+        MixedTarget.from_ratio(classes, ratio),
+        MixedTarget.from_masks(classes, ratio.expand(1, 1, 4, 4)),
+        MixedTarget.from_dense(torch.full((1, 4, 2, 2), 0.25, dtype=given)),
+    ):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            wanted = torch.promote_types(dtype, torch.float32)
+            assert target.image_share(dtype).dtype == target.token_share((2, 2), (2, 2), dtype).dtype == wanted
 
 
 def test_dense_labels_are_pooled_over_cells_that_are_no_squares():
@@ -193,6 +212,18 @@ def test_last_cells_of_images_that_are_no_squares_count_their_real_pixels():
 def test_cells_of_other_sides_may_be_as_many_along_both_axes():
     target = MixedTarget.from_boxes(torch.tensor([[0, 1]]), torch.tensor([[[0, 0, 8, 6]]]), (16, 16))
     assert target.token_share((2, 2), (8, 12)).view(2, 2).tolist() == [[0.5, 0.0], [0.0, 0.0]]
+
+
+def test_values_are_not_looked_at_on_an_accelerator():
+    with torch.device("meta"):
+        classes = torch.zeros(2, 2, dtype=torch.int64)
+        targets = (
+            MixedTarget.from_boxes(classes, torch.zeros(2, 1, 4, dtype=torch.int64), (16, 16)),
+            MixedTarget.from_masks(classes, torch.zeros(2, 1, 16, 16)),
+            MixedTarget.from_ratio(classes, torch.zeros(2, 1)),
+            MixedTarget.from_dense(torch.zeros(2, 5, 2, 2)),
+        )
+    assert all(target.to_dense(5).shape == (2, 5) for target in targets)
 
 
 def test_moving_keeps_dtypes():
@@ -234,17 +265,27 @@ BAD_TARGETS = [
     ("from_ratio", pair(ratio=torch.rand(2, 2)), ValueError, r"ratio: expected shape \(2, 1\), got \(2, 2\)"),
     ("from_ratio", pair(ratio=torch.tensor([[0.5], [1.5]])), ValueError, "ratio: expected sums of at most 1"),
     ("from_ratio", pair(ratio=torch.tensor([[0.5], [-0.5]])), ValueError, "ratio: expected values of at least 0"),
+    ("from_ratio", pair(ratio=torch.rand(2, 1, device="meta")), ValueError, "ratio: expected on the device of classes"),
     ("from_ratio", pair(ratio=torch.tensor([[0.5], [torch.nan]])), ValueError, "ratio: expected finite values"),
     ("from_boxes", pair(boxes=torch.zeros(2, 1, 4), image_size=(8, 8)), TypeError, "boxes: expected torch.int64"),
     ("from_boxes", pair(boxes=torch.zeros(2, 4).long(), image_size=(8, 8)), ValueError, "boxes: expected shape"),
     ("from_boxes", pair(boxes=torch.tensor([[[0, 0, 9, 4]]] * 2), image_size=(8, 8)), ValueError, "boxes: .*9, 4"),
     ("from_boxes", pair(boxes=torch.tensor([[[5, 0, 4, 4]]] * 2), image_size=(8, 8)), ValueError, "boxes: .*5, 0"),
+    ("from_boxes", pair(boxes=torch.tensor([[[-1, 0, 4, 4]]] * 2), image_size=(8, 8)), ValueError, "boxes: .*-1, 0"),
+    (
+        "from_boxes",
+        pair(boxes=torch.zeros(2, 1, 4, device="meta").long(), image_size=(8, 8)),
+        ValueError,
+        r"boxes: expected on the device of classes \(cpu\), got meta",
+    ),
     ("from_boxes", pair(boxes=torch.zeros(2, 1, 4).long(), image_size=(8,)), ValueError, "image_size: expected two"),
     ("from_boxes", pair(boxes=torch.zeros(2, 1, 4).long(), image_size=(8, 0)), ValueError, "image_size: expected two"),
     ("from_boxes", pair(boxes=torch.zeros(2, 1, 4).long(), image_size=8), ValueError, "image_size: .*two.*got 8"),
     ("from_masks", pair(masks=torch.ones(2, 1, 4).long()), TypeError, "masks: expected a floating dtype"),
     ("from_masks", pair(masks=torch.ones(2, 2, 4, 4)), ValueError, r"masks: expected shape \(2, 1, Hi, Wi\)"),
     ("from_masks", pair(masks=torch.full((2, 1, 4, 4), 2.0)), ValueError, "masks: expected sums of at most 1"),
+    ("from_masks", pair(masks=2 * torch.eye(4).expand(2, 1, 4, 4)), ValueError, "masks: expected sums of at most 1"),
+    ("from_masks", pair(masks=torch.ones(2, 1, 4, 4, device="meta")), ValueError, "masks: expected on the device of"),
     ("from_masks", pair(masks=torch.full((2, 1, 4, 4), torch.inf)), ValueError, "masks: expected finite values"),
     ("from_masks", pair(masks=torch.ones(2, 1, 0, 4)), ValueError, "masks: expected at least one pixel or token"),
     ("from_dense", {"token_labels": torch.ones(2, 5, 3, 0)}, ValueError, "token_labels: expected at least one pixel"),
@@ -289,6 +330,8 @@ def test_class_ids_are_checked_against_the_number_of_classes():
         target.validate(9)
     with pytest.raises(ValueError, match="below 9"):
         target.to_dense(9)
+    with pytest.raises(ValueError, match="token_labels: expected 9 classes, got 5"):
+        MixedTarget.from_dense(torch.full((1, 5, 2, 2), 0.2)).to_dense(9)
 
 
 def test_grid_must_lie_on_the_image():

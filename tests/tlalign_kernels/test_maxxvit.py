@@ -128,14 +128,15 @@ def test_shares_equal_thousand_class_labels_in_float64(name, options, residual):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "sizes"),
+    ("name", "options", "size", "sizes"),
     [
-        ("maxvit_tiny_tf_224", {"block_type": "CCMC", "transformer_window_size": (5, 3)}, [(5, 6), (5, 6)]),
-        ("coatnet_rmlp_0_rw_224", {"transformer_rel_pos_type": ""}, [(4, 5), (2, 2)]),
+        ("maxvit_tiny_tf_224", {"block_type": "CCMC", "transformer_window_size": (5, 3)}, (72, 88), [(5, 6), (5, 6)]),
+        ("maxvit_tiny_tf_224", {"block_type": "CCMC", "transformer_window_size": (5, 3)}, (72, 96), [(5, 6), (5, 6)]),
+        ("coatnet_rmlp_0_rw_224", {"transformer_rel_pos_type": ""}, (72, 88), [(4, 5), (2, 2)]),
     ],
 )
-def test_maps_may_be_rounded_up_or_down(name, options, sizes):
-    images, target = following.images_and_target((72, 88))
+def test_maps_may_be_rounded_up_or_down(name, options, size, sizes):
+    images, target = following.images_and_target(size)
     model = tlk.patch_model(small(name, depths=(1, 1, 1, 1), **options))
     logits, aligned = model(images, target=target, collect_layers=True)
     torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-5)
@@ -237,8 +238,10 @@ def test_images_of_another_size_are_refused(name, size, message):
         ("maxvit_tiny_tf_224", "stages.0.blocks.0.conv", nn.Conv2d(8, 8, 3, 2, 1)),
         ("maxvit_tiny_tf_224", "head", nn.Flatten()),
         ("maxvit_tiny_tf_224", "stages.0.blocks.0.attn_grid.norm2", nn.BatchNorm2d(16)),
+        ("coatnet_rmlp_0_rw_224", "stages.2.blocks.1.norm1", nn.LayerNorm(6)),
         ("coatnet_rmlp_0_rw_224", "stages.2.blocks.1.norm2", nn.LayerNorm(6)),
         ("coatnet_rmlp_0_rw_224", "stages.2.blocks.1.mlp", nn.Conv2d(32, 32, 3, padding=1)),
+        ("coatnet_rmlp_0_rw_224", "stages.2.blocks.1.attn.qkv", nn.Conv2d(32, 96, 3, padding=1)),
         ("coatnet_rmlp_0_rw_224", "stages.2.blocks.1.attn.proj", nn.Conv2d(32, 32, 3, padding=1)),
     ],
 )

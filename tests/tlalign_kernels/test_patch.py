@@ -13,6 +13,9 @@ import torch
 from timm.models import vision_transformer
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import tlalign_kernels as tlk
@@ -60,6 +63,21 @@ def test_patching_is_idempotent_and_replaces_options():
     assert snapshot(tlk.patch_model(model)) == once
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 1, "img_size": 32}),
+        ("vit_base_patch16_siglip_224", {"depth": 0, "img_size": 32}),  # attention pooling
+        ("swin_tiny_patch4_window7_224", {"depths": (1,), "img_size": 32}),
+        ("davit_tiny", {"depths": (1,), "embed_dims": (32,), "num_heads": (1,)}),
+    ],
+)
+def test_each_attention_takes_the_backend_that_is_asked_for(name, options, images, target):
+    model = tlk.patch_model(timm.create_model(name, num_classes=10, **options), backend="cuda")
+    with pytest.raises(NotImplementedError, match="backend 'cuda' does not support this call"):
+        model(images, target=target)
+
+
 def test_unpatching_restores_everything():
     model = vit_tiny()
     before = snapshot(model)
@@ -81,9 +99,17 @@ def test_a_refused_model_is_left_as_it_was():
     with pytest.raises(NotImplementedError, match=r"blocks\.1\.attn: can't follow labels through .*MultiheadAttention"):
         tlk.patch_model(model)
     assert snapshot(model) == before
-    with pytest.raises(ValueError, match="layers"):
-        tlk.patch_model(vit_tiny(), layers=[2])
     tlk.patch_model(model, layers=[0])
+
+
+def test_a_patched_model_is_left_as_it_was_by_options_that_are_refused():
+    model = tlk.patch_model(vit_tiny(global_pool="avg", class_token=False))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layers"):
+        tlk.patch_model(model, layers=[2])
+    with pytest.raises(NotImplementedError, match="method: TransMix"):
+        tlk.patch_model(model, method="transmix")
+    assert snapshot(model) == before
 
 
 def test_saved_models_follow_labels(images, target):
@@ -159,6 +185,12 @@ def test_a_changed_forward_is_noticed(monkeypatch):
         tlk.patch_model(vit_tiny())
 
 
+def test_a_forward_without_source_has_no_digest():
+    names = {}
+    exec("def forward(self, x): return x", names)
+    assert patch.source_digest(names["forward"]) == "no source"
+
+
 def set_forward(module):
     """As wrappers do."""
     module.forward = functools.partial(module.forward)
@@ -169,6 +201,16 @@ def test_a_forward_set_on_a_module_is_noticed(where):
     model = vit_tiny()
     set_forward(model.get_submodule(where))
     with pytest.raises(NotImplementedError, match=rf"{where or 'model'}\.forward: .* before it is wrapped"):
+        tlk.patch_model(model)
+    model.get_submodule(where).forward = vit_tiny().get_submodule(where).forward
+    with pytest.raises(NotImplementedError, match=rf"{where or 'model'}\.forward: .* before it is wrapped"):
+        tlk.patch_model(model)
+
+
+def test_another_method_set_on_a_module_is_noticed():
+    model = vit_tiny()
+    model.forward_features = functools.partial(model.forward_features)
+    with pytest.raises(NotImplementedError, match=r"model\.forward_features: .* before it is wrapped"):
         tlk.patch_model(model)
 
 
@@ -270,6 +312,22 @@ def test_hooks_of_leaves_act_as_in_timms_model(name, images, target):
     )
 
 
+def test_a_module_is_not_bare_where_something_else_takes_part_in_a_call():
+    linear = nn.Linear(2, 2)
+    assert patch.is_bare(linear, nn.Linear)
+    for register in (
+        linear.register_forward_hook,
+        linear.register_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        hook = register(lambda *_: None)
+        assert not patch.is_bare(linear, nn.Linear)
+        hook.remove()
+    set_forward(linear)
+    assert not patch.is_bare(linear, nn.Linear)
+
+
 @pytest.mark.parametrize("part", ["attention", "block", "checkpointed block"])
 def test_hooks_that_take_labels_away_are_told_of_them(part, images, target):
     model = tlk.patch_model(vit_tiny())
@@ -310,11 +368,30 @@ def test_all_that_drops_drops_as_in_timms_model(name, images, target):
     following.assert_drops_alike(tlk.patch_model(model.train()), images, target)
 
 
+def test_tokens_of_16_bits_stay_so_where_labels_do_not_pass_dropped_attention(images, target):
+    model = tlk.patch_model(vit_tiny(drop_path_rate=0.5).bfloat16().train(), stochastic_depth=True)
+    logits, aligned = model(images.bfloat16(), target=target)
+    assert (logits.dtype, aligned.ratio.dtype) == (torch.bfloat16, torch.float32)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_defaults_may_be_given_by_position_as_exporters_do(name, images):
     model = tlk.patch_model(timm.create_model(name, **SMALL[name]).eval())
     parameters = list(inspect.signature(model.forward).parameters.values())[1:]
     assert torch.equal(model(images, *(parameter.default for parameter in parameters)), model(images))
+
+
+@pytest.mark.parametrize("wrap", [fully_shard, DistributedDataParallel])
+def test_distributed_models_are_refused(wrap, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        options = {"mesh": init_device_mesh("cpu", (1,))} if wrap is fully_shard else {}
+        wrapped = wrap(tlk.patch_model(vit_tiny()), **options)
+        for change in (tlk.patch_model, tlk.unpatch_model):
+            with pytest.raises(ValueError, match="expected a model that is not compiled or wrapped"):
+                change(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -336,6 +413,7 @@ def test_wrapped_models_are_refused(wrap):
     for change in (tlk.patch_model, tlk.unpatch_model):
         with pytest.raises(ValueError, match="expected a model that is not compiled or wrapped"):
             change(wrapped)
+    assert "not compiled or wrapped" in patch.unfollowable_reason(wrapped)
 
 
 def test_a_block_that_is_run_twice_is_chosen_as_a_whole(images, target):
@@ -352,6 +430,8 @@ def test_a_block_that_is_run_twice_is_chosen_as_a_whole(images, target):
 def test_bad_arguments_are_refused():
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
         tlk.patch_model("vit_tiny_patch16_224")
+    with pytest.raises(NotImplementedError, match=r"model: can't follow labels through timm\.\S+\.Block; models that"):
+        tlk.patch_model(vit_tiny().blocks[0])
     with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
         tlk.patch_model(vit_tiny(), backend="fast")
     with pytest.raises(ValueError, match="method: expected one of tl-align, transmix, got 'cutmix'"):

@@ -23,7 +23,7 @@ SAMPLE = {
     "eva02_enormous_patch14_clip_224": {},  # norm after the attention
     "vit_medium_patch16_rope_reg1_gap_256": {},  # register tokens
     "vit_small_patch16_rope_mixed_224": {},  # rotations of each block, which are learned
-    "vit_pe_core_tiny_patch16_384": {},  # attention pooling
+    "vit_pe_core_tiny_patch16_384": {"use_fc_norm": True},  # attention pooling
     "vit_small_patch16_dinov3": {},  # layer scale
     "vit_5b_patch16_sapiens2": {"num_kv_heads": 2},  # keys that heads share, norm of queries and keys
     "beit_base_patch16_224": {},
@@ -35,7 +35,7 @@ SAMPLE = {
     "naflexvit_base_patch16_gap": {},  # register tokens
     "naflexvit_base_patch16_par_gap": {"rope_type": "axial", "pool_include_prefix": True, "embed_proj_type": "conv"},
     "naflexvit_base_patch16_parfac_gap": {"rope_type": "mixed"},  # rotations of each block
-    "naflexvit_base_patch16_map": {},  # attention pooling
+    "naflexvit_base_patch16_map": {"fc_norm": True},  # attention pooling
     "naflexvit_base_patch16_radio_v3": {},  # class token
     "vit_base_patch16_rope_224": {"use_naflex": True},  # of another name
 }
@@ -160,6 +160,7 @@ def test_labels_and_rotations_of_dropped_patches_go_with_them(name):
     torch.testing.assert_close(aligned.layer_shares[-1], labels)
     torch._dynamo.reset()
     torch.compile(model, fullgraph=True, backend="aot_eager")(images, target=target)
+    torch.testing.assert_close(model.eval()(images, target=target)[0], model(images))
 
 
 def test_any_image_size_is_followed_where_the_model_allows_it():
@@ -182,7 +183,10 @@ def test_naflexvit_takes_patches_without_a_target_and_images_with_one():
     torch.testing.assert_close(model(images), logits)
     tlk.patch_model(model)
     assert torch.equal(model(batch), logits)
-    for given, options in ((batch, {}), (patches, {"patch_coord": coordinates}), (images, {"attn_mask": images})):
+    for given, options in (
+        (batch, {}), (patches, {"patch_coord": coordinates}), (images, {"attn_mask": images}),
+        (images, {"patch_valid": batch["patch_valid"]}),
+    ):  # fmt: skip
         with pytest.raises(
             NotImplementedError, match=r"x: expected images \(B, channels, Hi, Wi\) alone beside a target"
         ):

@@ -593,6 +593,12 @@ def test_what_has_no_label_is_refused(name):
         ("head", nn.Flatten(), "head: can't follow labels through Flatten"),
         ("patch_embed", nn.Conv2d(3, 16, 4, 4), "patch_embed: can't follow labels through Conv2d"),
         ("patch_embed.norm", timm.layers.Attention(16, 2), r"patch_embed\.norm: can't follow labels through Attention"),
+        (
+            "patch_embed.norm",
+            timm.layers.NonLocalAttn(16),
+            r"patch_embed\.norm: can't follow labels through NonLocalAttn",
+        ),
+        ("patch_embed", timm.layers.PatchEmbedWithSize(36, 4), "patch_embed: can't follow labels through PatchEmbedWi"),
         ("{blocks}.0.attn.softmax", nn.Softmax(dim=-2), r"attn\.softmax: can't follow labels through Softmax"),
         ("{blocks}.0.mlp", nn.Softmax(dim=1), r"blocks\.0\.mlp: can't follow labels through"),
         ("{blocks}.1.norm1", nn.BatchNorm2d(9), r"blocks\.1\.norm1: can't follow labels through"),

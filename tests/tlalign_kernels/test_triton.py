@@ -488,9 +488,13 @@ def test_what_32_bits_do_not_count_is_refused(monkeypatch):
     problem = Problem("cuda", torch.float16, 1, 2**8, 2**16, 49, 2**7, 1, torch.float32, False, False, 0.0, True)
     assert ["2**31" in reason for reason in backend.unsupported_reasons(problem)] == [True]
     assert backend.unsupported_reasons(problem._replace(queries=2**16 - 1)) == []
+    of_map = problem._replace(queries=49, windows=Windows((2**8, 2**8), (7, 7), (0, 0)))
+    assert ["2**31" in reason for reason in backend.unsupported_reasons(of_map)] == [True]
     far = torch.empty_strided((1, 1, 3, 16), (0, 0, 2**30, 1), device="meta")
     with pytest.raises(NotImplementedError, match=r"query: expected less than 2\*\*31 elements from the first"):
         backend._rows(query=far)
+    with pytest.raises(NotImplementedError, match=r"bias, mask: expected less than 2\*\*31 elements from the first"):
+        backend._offset_strides(far)
     backend._rows(query=far[:, :, :2])
 
 
@@ -555,6 +559,30 @@ def test_what_tune_prefers_is_launched(monkeypatch):
         query = torch.zeros(1, 3, 50, 32, dtype=torch.bfloat16, requires_grad=True)
         explained = tlk.explain(query, query, query, torch.zeros(1, 50, 1), backend="triton")
         assert explained.configuration == tuple(map(str, configuration))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": torch.zeros(9, 9)},
+        {"bias": torch.zeros(9, 9)},
+        {"window_size": (3, 3), "shift": (1, 0)},
+        {"window_size": (2, 2), "shift": (1, 1), "bias": torch.zeros(4, 4)},
+    ],
+    ids=["mask", "bias", "regions", "regions and bias"],
+)
+def test_launches_are_of_the_class_that_tune_prefers_for(monkeypatch, options):
+    problems, classes, chosen = [], set(), backend._chosen
+    offline.record(monkeypatch, lambda launch: None)
+    monkeypatch.setattr(backend, "unsupported_reasons", lambda problem: problems.append(problem) or [])
+    monkeypatch.setattr(backend, "_chosen", lambda *asked: classes.add(backend._class_of(*asked)) or chosen(*asked))
+    qkv = torch.zeros(1, 9, 3, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+    if "window_size" in options:
+        output, _ = tlk.window_attention(qkv.unflatten(1, (3, 3)), backend="triton", **options)
+    else:
+        output, _ = tlk.attention_qkv(qkv, backend="triton", **options)
+    output.sum().backward()
+    assert classes == {backend._class_of(*direction) for direction in backend._directions(problems[-1])}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,6 +14,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from following import assert_same, gradients, randomised, step
 from following import small_plain as small
+from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import checkpoint
 
@@ -328,6 +329,37 @@ def test_attention_pooling_takes_the_labels_that_it_attends_to():
     assert not torch.allclose(aligned.ratio, aligned.layer_shares[-1].mean(dim=1))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"latent_len": 2, "pool_type": "avg", "qk_norm": True},
+        {"feat_size": 6, "pos_embed": "abs", "out_features": 0},
+    ],
+    ids=["several latents, norms", "positions, no MLP"],
+)
+def test_options_of_attention_pooling_are_followed(options):
+    pool = randomised(AttentionPoolLatent(32, num_heads=4, **options).double())
+    tokens, mask = torch.randn(3, 6, 32, dtype=torch.float64), torch.arange(6) != 4
+    allowed = mask.expand(3, 1, pool.latent_len, 6)
+    expected = pool(tokens, attn_mask=allowed)
+    x = tokens if pool.pos_embed is None else tokens + pool.pos_embed
+    query = pool.q_norm(pool.q(pool.latent).unflatten(2, (4, 8)).transpose(1, 2))
+    key = pool.k_norm(pool.kv(x).unflatten(2, (2, 4, 8))[:, :, 0].transpose(1, 2))
+    scores = (query @ key.mT / 8**0.5).masked_fill(~mask, -torch.inf)
+    pool.__class__ = tlk.models.vit.AlignedAttentionPoolLatent
+    # Of tokens that are sources of their own, the label is what is attended to.
+    ours, share = pool(tokens, attn_mask=allowed, share=torch.eye(6, dtype=torch.float64).expand(3, -1, -1))
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(share, scores.softmax(dim=-1).mean(dim=(1, 2)))
+
+
+def test_latents_that_are_not_pooled_are_refused():
+    model = small("vit_base_patch16_siglip_224")
+    model.attn_pool.pool = ""
+    with pytest.raises(NotImplementedError, match="attn_pool: can't follow labels through pool_type ''"):
+        tlk.patch_model(model)
+
+
 def test_heads_that_no_backend_has_are_refused():
     for model, name in (
         (small("vit_tiny_patch16_224", num_heads=24), "blocks.0.attn"),
@@ -453,6 +485,8 @@ def test_labels_of_dropped_patches_go_with_them():
             assert distance[came_from] == 0
             expected = marks.mean() if came_from == 0 else marks[0, came_from - 1]
             torch.testing.assert_close(share[0][image, position, 0], expected, rtol=0, atol=1e-6)
+    model.eval()(images, target=target)
+    assert (seen[-1].shape[1], share[-1].shape[1]) == (7, 7)
 
 
 @pytest.mark.parametrize("size", [(48, 32), (40, 56), (33, 47)])
@@ -466,9 +500,10 @@ def test_any_image_size_is_followed_where_the_model_allows_it(size):
     assert aligned.layer_shares[0].shape[1] == 1 + -(-size[0] // 16) * -(-size[1] // 16)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"])
 @pytest.mark.parametrize("kind", ["bool", "additive", "causal"])
-def test_attention_masks_are_passed_on(kind):
-    model = small("vit_tiny_patch16_224").double()
+def test_attention_masks_are_passed_on(kind, name):
+    model = small(name).double()
     images, target = images_and_target(model)
     allowed = (torch.rand(1, 1, 7, 7) > 0.4) | torch.eye(7, dtype=torch.bool)
     additive = torch.randn(1, 4, 7, 7, dtype=torch.float64, requires_grad=True)
@@ -502,6 +537,14 @@ def test_options_of_the_attention_are_followed(options):
     if "attn_drop_rate" in options:
         model.train()
         assert relative(model(images, target=target)[0], logits) > 1e-2
+
+
+def test_what_acts_on_keys_alone_is_followed():
+    model = small("vit_tiny_patch16_224")
+    images, target = images_and_target(model)
+    model.blocks[0].attn.k_norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    logits = model(images)
+    torch.testing.assert_close(tlk.patch_model(model)(images, target=target)[0], logits, rtol=1e-4, atol=1e-5)
 
 
 def test_gated_attention_is_followed():
@@ -695,6 +738,8 @@ def test_bad_targets_are_refused():
         model([images], target=target)
     with pytest.raises(ValueError, match="images: expected 4 dimensions"):
         model(images[0], target=target)
+    with pytest.raises(ValueError, match="images: expected at least one with a target, got none"):
+        model(images[:0], target=MixedTarget.from_ratio(target.classes[:0], torch.zeros(0, 1)))
     with pytest.raises(TypeError, match="attn_mask: expected a tensor, got a MixedTarget; give it by its name"):
         model(images, target)
     with pytest.raises(ValueError, match="collect_layers: expected False without a target"):

@@ -194,6 +194,19 @@ def test_a_gradient_of_any_strides_is_handled(backend):
 
 
 @backends
+def test_maps_that_are_cut_from_larger_ones_have_their_gradients(backend):
+    def gradients(qkv, grad_output):
+        qkv = qkv.detach().requires_grad_()
+        output, _ = tlk.window_attention(qkv, window_size=(3, 4), shift=(1, 2), backend=backend)
+        return torch.autograd.grad(output, qkv, grad_output)[0]
+
+    qkv, grad_output = torch.randn(2, 7, 10, 3, 2, 8)[:, :6, :8], torch.randn(2, 7, 10, 2, 8)[:, :6, :8]
+    expected = gradients(qkv.contiguous(), grad_output.contiguous())
+    torch.testing.assert_close(gradients(qkv, grad_output.contiguous()), expected)
+    torch.testing.assert_close(gradients(qkv.contiguous(), grad_output), expected)
+
+
+@backends
 def test_no_padding_given_is_padding_with_zeros(backend):
     inputs = inputs_of(PADDED)
     zeros = torch.zeros(3, 2, 8)
@@ -348,13 +361,18 @@ def test_autocast_casts_tokens_and_never_labels():
 
 BAD_CALLS = [
     ({"qkv": torch.randn(2, 7, 9, 3, 8)}, ValueError, r"qkv: expected shape \(B, Ht, Wt, 3, H, D\), got"),
+    ({"qkv": torch.randn(2, 7, 9, 2, 2, 8)}, ValueError, r"qkv: expected shape \(B, Ht, Wt, 3, H, D\), got"),
     ({"qkv": [1.0]}, TypeError, "qkv: expected a tensor, got list"),
     ({"window_size": (4,)}, ValueError, r"window_size: expected two integers of at least 1, got \(4,\)"),
     ({"window_size": 4}, ValueError, "window_size: expected two integers of at least 1, got 4"),
     ({"window_size": (4.0, 4.0)}, ValueError, r"window_size: expected two integers of at least 1, got \(4.0, 4.0\)"),
+    ({"window_size": (4, 4.5)}, ValueError, r"window_size: expected two integers of at least 1, got \(4, 4.5\)"),
     ({"window_size": (0, 4)}, ValueError, "window_size: expected two integers of at least 1"),
+    ({"window_size": (4, 0)}, ValueError, "window_size: expected two integers of at least 1"),
     ({"shift": (-1, 0)}, ValueError, "shift: expected two integers of at least 0"),
+    ({"shift": (0, -1)}, ValueError, "shift: expected two integers of at least 0"),
     ({"shift": (4, 0)}, ValueError, r"shift: expected less than the window of \(4, 4\), got \(4, 0\)"),
+    ({"shift": (0, 4)}, ValueError, r"shift: expected less than the window of \(4, 4\), got \(0, 4\)"),
     ({"share": torch.rand(2, 63, 2)}, ValueError, r"share: expected shape \(2, 7, 9, S\), got \(2, 63, 2\)"),
     ({"share": torch.rand(2, 7, 9, 2).half()}, TypeError, "share: expected torch.float32, got torch.float16"),
     ({"residual": torch.rand(2, 7, 9, 1)}, ValueError, "residual: expected shape"),
@@ -364,6 +382,7 @@ BAD_CALLS = [
     ({"bias": torch.randn(3, 16, 16)}, ValueError, "bias: expected a shape broadcastable"),
     ({"bias": torch.randn(2, 2, 16, 16)}, ValueError, "bias: expected a table or a shape broadcastable"),
     ({"bias": torch.ones(2, 16, 16).long()}, TypeError, "bias: expected one of "),
+    ({"pad_qkv": [1.0]}, TypeError, "pad_qkv: expected a tensor, got list"),
     ({"pad_qkv": torch.randn(3, 8, 2)}, ValueError, r"pad_qkv: expected shape \(3, 2, 8\), got \(3, 8, 2\)"),
     ({"pad_qkv": torch.randn(3, 2, 8).half()}, TypeError, "pad_qkv: expected torch.float32 as qkv, got torch.float16"),
     ({"pad_qkv": torch.randn(3, 2, 8, device="meta")}, ValueError, "pad_qkv: expected on cpu as the other tensors"),

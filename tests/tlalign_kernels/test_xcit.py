@@ -4,6 +4,7 @@ import following
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import cait
 from torch import nn
 
@@ -82,6 +83,15 @@ def test_attention_dropout_acts_in_training_alone():
 
 def test_adapters_are_followed():
     following.check_adapters(small(), *following.images_and_target(SIZE))
+
+
+def test_labels_may_stay_where_an_attention_is_dropped():
+    model = small(cls_attn_layers=3)
+    model.cls_attn_blocks[-1].drop_path1 = DropPath(0.5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train = lambda mode=True: None
+    following.check_stochastic_depth(model, SIZE)
 
 
 def test_layers_choose_the_blocks_that_align():
