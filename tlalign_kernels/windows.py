@@ -63,9 +63,7 @@ class Windows(NamedTuple):
     def regions(self, device: torch.device | str = "cpu") -> Tensor:
         """Numbers of regions, int64 (W, N): tokens of a window in different ones were brought together by the shift."""
         rows, columns = (
-            torch.zeros_like(position)
-            if shift == 0
-            else (position >= len(position) - window).long() + (position >= len(position) - shift)
+            (position >= len(position) - window).long() + (position >= len(position) - shift)
             for position, window, shift in zip(self._positions(device), self.window_size, self.shift, strict=True)
         )
         return self._cut(rows[:, None] * 3 + columns)

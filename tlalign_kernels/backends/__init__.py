@@ -105,7 +105,7 @@ def explain_choice(problem: Problem, backend: str) -> Explanation:
     reasons = {name: module.unsupported_reasons(problem) for name, module in BACKENDS.items()}
     candidates = _auto_candidates(problem) if backend == "auto" else (backend,)
     chosen = next((name for name in candidates if not reasons[name]), None)
-    is_tuned = backend == "auto" and chosen is not None and chosen == TUNED.get(problem_class(problem))
+    is_tuned = backend == "auto" and chosen == TUNED.get(problem_class(problem))
     module = BACKENDS.get(chosen)
     configuration = map(str, module.configuration_of(problem)) if hasattr(module, "configuration_of") else ()
     return Explanation(chosen, reasons, is_tuned, tuple(configuration))

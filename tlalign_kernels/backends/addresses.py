@@ -63,8 +63,3 @@ def offsets(
 def strides_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, 0 along dimensions of one, where they mean nothing."""
     return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
-
-
-def float_or_smaller(tensor: Tensor | None) -> Tensor | None:
-    """A bias or mask as the native code reads it: float32 instead of float64."""
-    return tensor.float() if tensor is not None and tensor.dtype == torch.float64 else tensor

@@ -16,7 +16,6 @@ from tlalign_kernels.backends.addresses import (
     DTYPES,
     address,
     check,
-    float_or_smaller,
     offsets,
     rows,
     strides_of,
@@ -69,7 +68,6 @@ def forward(
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     batch, heads, queries, head_dim = query.shape
     keys, sources = key.shape[2], 0 if share is None else share.shape[2]
-    bias, mask = float_or_smaller(bias), float_or_smaller(mask)
     extension.compiled.cpu_attention_forward(
         (batch, heads, queries, keys, head_dim, sources),
         DTYPES[query.dtype],
@@ -107,7 +105,6 @@ def backward(
     keys = key.shape[2]
     dtype = query.dtype
     grad_output = unit_last_stride(grad_output.to(dtype).transpose(1, 2))
-    (computing_bias, computing_grad_bias), mask = _computing_biases(bias, grad_bias), float_or_smaller(mask)
     extension.compiled.cpu_attention_backward(
         (batch, heads, queries, keys, head_dim, 0),
         DTYPES[dtype],
@@ -115,7 +112,7 @@ def backward(
         rows("query", query, (batch, heads, queries, head_dim), dtype, _CPU),
         rows("key", key, (batch, heads, keys, head_dim), dtype, _CPU),
         rows("value", value, (batch, heads, keys, head_dim), dtype, _CPU),
-        offsets("bias", computing_bias, (batch, heads, queries, keys), _CPU),
+        offsets("bias", bias, (batch, heads, queries, keys), _CPU),
         offsets("mask", mask, (batch, heads, queries, keys), _CPU),
         scale,
         dropout_p,
@@ -126,13 +123,11 @@ def backward(
         rows("grad_query", grad_query, (batch, heads, queries, head_dim), dtype, _CPU),
         rows("grad_key", grad_key, (batch, heads, keys, head_dim), dtype, _CPU),
         rows("grad_value", grad_value, (batch, heads, keys, head_dim), dtype, _CPU),
-        0 if bias is None else whole("grad_bias", computing_grad_bias, bias.shape, computing_bias.dtype, _CPU),
+        0 if bias is None else whole("grad_bias", grad_bias, bias.shape, bias.dtype, _CPU),
         (1, 1) if bias is None else tuple(bias.shape[:2]),
         0,
         torch.get_num_threads(),
     )
-    if computing_grad_bias is not grad_bias:
-        grad_bias.copy_(computing_grad_bias)
 
 
 def window_forward(
@@ -147,7 +142,7 @@ def window_forward(
     qkv, pad_qkv, bias, dropout_seed, windows, scale, dropout_p = inputs
     batch, heads, head_dim = qkv.shape[0], *qkv.shape[4:]
     of_map, sources = (batch, *windows.map_size), 0 if share is None else share.shape[3]
-    qkv, bias, tables = _evenly_strided(qkv), float_or_smaller(bias), _tables(windows)
+    qkv, tables = _evenly_strided(qkv), _tables(windows)
     count, tokens = windows.count(), windows.tokens()
     extension.compiled.cpu_attention_forward(
         (batch * count, heads, tokens, tokens, head_dim, sources),
@@ -181,15 +176,14 @@ def window_backward(
     qkv, pad_qkv, bias, dropout_seed, windows, scale, dropout_p = inputs
     dtype, batch, heads, head_dim = qkv.dtype, qkv.shape[0], *qkv.shape[4:]
     qkv, grad_output = _evenly_strided(qkv), _evenly_strided(unit_last_stride(grad_output.to(dtype)))
-    (computing_bias, computing_grad_bias), tables = _computing_biases(bias, grad_bias), _tables(windows)
-    count, tokens = windows.count(), windows.tokens()
+    tables, count, tokens = _tables(windows), windows.count(), windows.tokens()
     of_map, packed = (batch, *windows.map_size, heads, head_dim), (batch, *windows.map_size, 3, heads, head_dim)
     extension.compiled.cpu_attention_backward(
         (batch * count, heads, tokens, tokens, head_dim, 0),
         DTYPES[dtype],
         *_rows_of_map("grad_output", grad_output, of_map, dtype),
         *_rows_of_map("qkv", qkv, packed, dtype),
-        offsets("bias", computing_bias, (batch * count, heads, tokens, tokens), _CPU),
+        offsets("bias", bias, (batch * count, heads, tokens, tokens), _CPU),
         None,
         scale,
         dropout_p,
@@ -198,13 +192,11 @@ def window_backward(
         whole("output", output, of_map, dtype, _CPU),
         whole("log_sum_exp", log_sum_exp, (batch * count, heads, tokens), torch.float32, _CPU),
         *_rows_of_map("grad_qkv", grad_qkv, packed, dtype),
-        0 if bias is None else whole("grad_bias", computing_grad_bias, bias.shape, computing_bias.dtype, _CPU),
+        0 if bias is None else whole("grad_bias", grad_bias, bias.shape, bias.dtype, _CPU),
         (1, 1) if bias is None else tuple(bias.shape[:2]),
         whole("grad_pad_qkv", grad_pad_qkv, (3, heads, head_dim), dtype, _CPU),
         torch.get_num_threads(),
     )
-    if computing_grad_bias is not grad_bias:
-        grad_bias.copy_(computing_grad_bias)
 
 
 def _evenly_strided(of_map: Tensor) -> Tensor:
@@ -252,14 +244,6 @@ def _tables(windows: Windows) -> _Tables:
     rows, columns = windows.map_size
     numbers = (windows.count(), rows * columns, tokens.data_ptr(), address(regions))
     return _Tables(tokens, regions, numbers)
-
-
-def _computing_biases(bias: Tensor | None, grad_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A bias as the native code reads it, and a tensor of the same dtype for its gradient."""
-    computing_bias = float_or_smaller(bias)
-    if grad_bias is not None and computing_bias.dtype != grad_bias.dtype:
-        return computing_bias, torch.empty_like(grad_bias, dtype=computing_bias.dtype)
-    return computing_bias, grad_bias
 
 
 def _seed_bits(seed: Tensor | None) -> int:

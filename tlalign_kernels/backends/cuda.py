@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tlalign_kernels import extension
-from tlalign_kernels.backends.addresses import DTYPES, address, float_or_smaller, offsets, rows, whole
+from tlalign_kernels.backends.addresses import DTYPES, address, offsets, rows, whole
 from tlalign_kernels.backends.bias_sums import images_of_sum
 from tlalign_kernels.backends.devices import asked_once
 from tlalign_kernels.ops import Inputs, WindowInputs, unpack_qkv
@@ -221,7 +221,6 @@ def _window_problem(inputs: WindowInputs, sources: int) -> tuple[tuple, tuple]:
     images, tokens_of_map, _, heads, head_dim = qkv.shape
     batch, tokens, device, dtype = images * windows.count(), windows.tokens(), qkv.device, qkv.dtype
     of_map = (images, heads, tokens_of_map, head_dim)
-    bias = float_or_smaller(bias)
     pad_qkv = None if pad_qkv is None else _aligned(pad_qkv)
     sizes = (batch, heads, tokens, tokens, head_dim, sources)
     bias_offsets = offsets("bias", bias, (1, heads, tokens, tokens), device)
@@ -250,7 +249,6 @@ def _problem(inputs: Inputs, sources: int) -> tuple[tuple, tuple]:
     """What both directions are told first, and the tensors that have to live until they are launched."""
     query, key, value, bias, mask, _, scale, _ = inputs
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    bias, mask = float_or_smaller(bias), float_or_smaller(mask)
     batch, heads, queries, head_dim = query.shape
     keys, device, dtype = key.shape[2], query.device, query.dtype
     sizes = (batch, heads, queries, keys, head_dim, sources)

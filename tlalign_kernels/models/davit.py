@@ -80,11 +80,8 @@ class AlignedSpatialBlock(LabelFollower, davit.SpatialBlock):
         x, residual = self.cpe1(x).permute(0, 2, 3, 1), share if self.label_residual else None
         attended, mixed = follow(self.attn, self.norm1(x), share, residual)
         attended, share = self.drop_attention(self.drop_path1, attended, mixed, share)
-        x = self.cpe2((x + attended).permute(0, 3, 1, 2))
-        if self.mlp is not None:
-            x = x.permute(0, 2, 3, 1)
-            x = (x + self.drop_path2(self.mlp(self.norm2(x)))).permute(0, 3, 1, 2)
-        return x, share
+        x = self.cpe2((x + attended).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return (x + self.drop_path2(self.mlp(self.norm2(x)))).permute(0, 3, 1, 2), share
 
 
 class AlignedChannelBlock(LabelFollower, davit.ChannelBlock):
