@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     models.add_argument("pattern", nargs="?", default="*", help="names to list, such as 'vit_*'; default: all")
     options = parser.parse_args(arguments)
     if options.command == "selftest":
-        device = options.device or _devices()[-1]
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             torch.empty(1, device=device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -39,10 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "models":
         return _models(options.pattern)
     return _report()
-
-
-def _devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def _report() -> int:
@@ -71,8 +67,11 @@ def _report() -> int:
             shown = ", ".join(value) or "none" if isinstance(value, list) else value
             print(f"  {name:<16} {shown}")
     print("backends (for a ViT in training: N = 197, D = 64, float32, one label per token)")
-    for device in _devices():
-        problem = Problem(device, torch.float32, 8, 6, 197, 197, 64, 1, torch.float32, False, False, 0.0, True)
+    for device in map(torch.device, ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]):
+        problem = Problem(
+            device.type, torch.float32, 8, 6, 197, 197, 64, 1, torch.float32, False, False, 0.0, True,
+            device_index=device.index,
+        )  # fmt: skip
         for name, module in BACKENDS.items():
             try:
                 reasons = module.unsupported_reasons(problem)

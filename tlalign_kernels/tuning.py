@@ -76,7 +76,7 @@ def tune(step: Callable[[], object], cache: str | os.PathLike | None = None) -> 
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     is_first = not distributed or torch.distributed.get_rank() == 0
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    choices, failure = [], None
+    problems, choices, failure = [], [], None
     try:
         with torch.random.fork_rng(devices):
             problems = _problems_of(step)
@@ -89,7 +89,8 @@ def tune(step: Callable[[], object], cache: str | os.PathLike | None = None) -> 
     if distributed:
         # The others wait for rank 0, so whatever happened there, they have to hear of it.
         said = [choices, None if failure is None else f"{type(failure).__name__}: {failure}"]
-        torch.distributed.broadcast_object_list(said, src=0)
+        with _on_device_of(problems[0]) if problems else contextlib.nullcontext():
+            torch.distributed.broadcast_object_list(said, src=0)
         choices, message = said
         if message is not None:
             raise failure or RuntimeError(f"tune failed on rank 0: {message}")
@@ -153,6 +154,11 @@ def _environment(problem: Problem) -> str:
     return ", ".join([f"{processor}, {torch.get_num_threads()} threads", *versions])
 
 
+def _on_device_of(problem: Problem) -> contextlib.AbstractContextManager:
+    """Makes the GPU of a problem the current one."""
+    return torch.cuda.device(problem.device_index) if problem.device_type == "cuda" else contextlib.nullcontext()
+
+
 def _candidates(problem: Problem) -> dict[str, tuple[str, tuple | None]]:
     """Backends and configurations that can do a problem, by a name made to be read."""
     found = {}
@@ -191,8 +197,7 @@ def _time_all(problem: Problem) -> Choice:
         for module in BACKENDS.values():
             if hasattr(module, "preferences_kept"):
                 stack.enter_context(module.preferences_kept())
-        if problem.device_type == "cuda":
-            stack.enter_context(torch.cuda.device(problem.device_index))
+        stack.enter_context(_on_device_of(problem))
         times, failures = _time_in_turn(problem, candidates)
     if not times:
         raise RuntimeError(f"no candidate can run {_text(problem)}: {failures}")

@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after `tlalign`; by default those of this process.
 
     Returns:
-        Exit code: 0; 1 if training failed; 2 if what was asked for can't be done; 130 after Ctrl-C, 143 after SIGTERM.
+        Exit code: 0; 1 if training failed or memory did not suffice; 2 if what was asked for can't be done; 130 after
+        Ctrl-C, 143 after SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -131,6 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"tlalign: error: {package} is not installed; pip install 'tlalign-kernels[train]'", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"tlalign: error: {str(error).splitlines()[0]}; a smaller batch_size takes less", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("tlalign: interrupted", file=sys.stderr)
         return 130

@@ -126,7 +126,8 @@ class EvalConfig(ModelConfig):
         workers: Processes that load images, by default 4 or, if those are fewer, as many as there are processors; 0
             loads them in the training process.
         precision: What the forward pass computes in; but for float32 by autocast.
-        device: Device to run on, such as cpu or cuda:0; null: the accelerator if there is one.
+        device: Device to run on, such as cpu or cuda:0; null: the accelerator if there is one. Of several processes
+            each takes its own of that kind.
     """
 
     data: str

@@ -12,7 +12,7 @@ from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 
 from tlalign.checkpoints import folder_classes_of
-from tlalign.config import EvalConfig, UsageError
+from tlalign.config import EvalConfig, UsageError, started_processes
 from tlalign.data import create_eval_loader, load_data_sets, resolve_image_config
 from tlalign.networks import check_image_size, count_classes, create_model, load_all_weights, set_weights
 from tlalign.unreadable import UnreadableImagesError
@@ -106,11 +106,18 @@ def prepare_device(config: EvalConfig) -> torch.device:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     else:
         try:
-            number = torch.zeros((), device=config.device)
-            number.item()  # of the device meta there is none
+            device = torch.device(config.device)
+            if started_processes() > 1:
+                # Each takes one of its own later, and nothing of another's now.
+                device = torch.device(device.type)
+                if not torch.get_device_module(device).is_available():
+                    raise RuntimeError("there is none")
+            else:
+                number = torch.zeros((), device=device)
+                number.item()  # of the device meta there is none
+                device = number.device
         except (RuntimeError, AssertionError) as error:
             raise UsageError(f"device: cannot use {config.device!r}: {str(error).splitlines()[0]}") from error
-        device = number.device
     if device.type == "cpu":
         take_fast_products()
     elif device.index is not None:

@@ -226,6 +226,8 @@ def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None
     training, device = model.training, next(model.parameters()).device
     try:
         model.eval()(torch.zeros(1, *input_size, device=device))
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # no fault of the size
     except (RuntimeError, ValueError, AssertionError) as error:
         size = " x ".join(map(str, input_size[1:]))
         raise UsageError(f"img_size: the model can't take images of {size} pixels: {_first_reason(error)}") from error

@@ -85,11 +85,12 @@ class Processes:
     @contextlib.contextmanager
     def first_before_others(self) -> Iterator[None]:
         """Context that the first process goes through alone, to fetch what the others then find."""
+        own = [self.device.index] if self.device.type == "cuda" and self.device.index is not None else None
         if self.several and not self.first:
-            dist.barrier()
+            dist.barrier(device_ids=own)
         yield
         if self.several and self.first:
-            dist.barrier()
+            dist.barrier(device_ids=own)
 
     def leave(self) -> None:
         """Parts from the other processes."""

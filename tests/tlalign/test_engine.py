@@ -5,8 +5,10 @@ import io
 import itertools
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import timm
@@ -19,6 +21,7 @@ from tlalign.config import TrainConfig, UsageError, load_recipe, save_config
 from tlalign.engine import NonFiniteLossError, Trainer, _Stopwatch
 from tlalign.evaluation import evaluate_checkpoint, prepare_device
 from tlalign.networks import create_model
+from tlalign.processes import Processes
 from tlalign.progress import ComparisonProgress, TrainingProgress
 from tlalign.runs import RunFolder
 from tlalign_kernels import LabelFollower, mixed_binary_cross_entropy, mixed_cross_entropy
@@ -89,6 +92,26 @@ def test_a_gpu_that_is_chosen_is_the_current_one(tmp_path, monkeypatch):
     for name in ("cuda:1", "cpu"):
         assert str(prepare_device(tiny(tmp_path, device=name))) == name
     assert current == [1]
+
+
+def test_of_several_processes_none_touches_the_gpu_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("tlalign.evaluation.started_processes", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", None)
+    for is_available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda is_available=is_available: is_available)
+        with (
+            nullcontext() if is_available else pytest.raises(UsageError, match="device: cannot use 'cuda:1': there is")
+        ):
+            assert prepare_device(tiny(tmp_path, device="cuda:1")) == torch.device("cuda")
+
+
+def test_processes_wait_for_one_another_on_their_own_gpus(monkeypatch):
+    waited = mock.Mock()
+    monkeypatch.setattr("torch.distributed.barrier", waited)
+    for device in ("cpu", "cuda:1"):
+        with Processes(torch.device(device), rank=1, world_size=2).first_before_others():
+            pass
+    assert [call.kwargs["device_ids"] for call in waited.call_args_list] == [None, [1]]
 
 
 def test_products_of_float32_are_not_rounded(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -178,6 +179,13 @@ def test_averaged_weights_may_be_fewer(tmp_path):
     for averaged in ({"a": weight}, {"a": weight, "b": 2 * weight}):
         torch.save({"state_dict": {"a": weight, "b": weight}, "state_dict_ema": averaged}, path)
         assert load_all_weights(path) == {"model": {"a": weight, "b": weight}, "EMA": averaged}
+
+
+def test_full_memory_is_not_the_fault_of_the_image_size():
+    model = torch.nn.Linear(3, 3)
+    model.forward = mock.Mock(side_effect=torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError):
+        check_image_size(model, (3, 16, 16))
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "pvt_tiny"])

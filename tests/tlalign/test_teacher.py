@@ -177,6 +177,11 @@ def test_patches_that_do_not_fill_the_image_are_refused():
         Teacher(timm.create_model("test_resnet"), patch_size=0)
 
 
+def test_values_of_classes_are_not_waited_for_on_an_accelerator():
+    scores, classes = torch.full((3, 2, 2, 5), 0.2, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta")
+    assert KnownScores(scores, None).class_activation(None, classes).shape == (3, 2, 2)
+
+
 def test_models_and_classes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="classes: expected ids below the teacher's 5, got 5"):
         Teacher(timm.create_model("test_resnet", num_classes=5)).class_activation(

@@ -1,5 +1,6 @@
 """The command line `python -m tlalign_kernels`."""
 
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,16 @@ def test_report_names_versions_devices_and_backends(capsys):
         assert f"not usable: {extension.missing_reason}" in report
     else:
         assert extension.compiled.build_info()["compiler"] in report
+
+
+def test_report_asks_for_each_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(BACKENDS["cuda"], "unsupported_reasons", lambda problem: [f"{problem[0]} {problem[-1]}"])
+    assert __main__.main([]) == 0
+    found = re.findall("  cuda +on (.*)", capsys.readouterr().out)
+    assert found == ["cpu: cpu None", "cuda:0: cuda 0", "cuda:1: cuda 1"]
 
 
 @pytest.mark.skipif(not hasattr(extension.compiled, "cpu_instruction_set"), reason="built without CPU kernels")

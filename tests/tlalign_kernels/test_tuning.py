@@ -313,6 +313,15 @@ def test_what_runs_on_a_gpu_is_timed_on_that(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(tuning, "_candidates", lambda problem: {"cuda": ("cuda", None)})
     monkeypatch.setattr(tuning, "_time_in_turn", lambda problem, candidates: ({"cuda": [float(*current)]}, {}))
-    choices = [tuning._time_all(PROBLEM._replace(device_type="cuda", device_index=index)) for index in (1, 3)]
+    problems = [PROBLEM._replace(device_type="cuda", device_index=index) for index in (1, 3)]
+    choices = [tuning._time_all(problem) for problem in problems]
     assert [choice.milliseconds["cuda"] for choice in choices] == [1000, 3000]
     assert choices[0].problem == choices[1].problem and not current
+    # So is what the ranks tell one another.
+    told = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda said, src: told.append(list(current)))
+    monkeypatch.setattr(tuning, "_problems_of", lambda step: problems[1:])
+    monkeypatch.setattr(tuning, "_find", lambda problems, cache: choices[1:])
+    assert tlk.tune(step) == choices[1:] and told == [[3]]

@@ -9,7 +9,8 @@ from timm.models import swin_transformer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tlalign_kernels as tlk
-from tlalign_kernels.backends import BACKENDS
+from tlalign_kernels.backends import BACKENDS, reference
+from tlalign_kernels.ops import WindowInputs
 from tlalign_kernels.selftest import Case, compare, make_inputs, reasons_against, run_operator
 from tlalign_kernels.windows import Windows
 
@@ -79,6 +80,11 @@ def test_maps_and_windows_are_copied_without_waiting_for_a_gpu():
     with FakeTensorMode():  # which refuses what depends on values
         tokens = torch.empty(2, 5, 9, 3, device="cuda")
         windows.scatter(windows.gather(tokens), tokens)
+        qkv, pad_qkv = torch.empty(2, 5, 9, 3, 1, 8, device="cuda"), torch.empty(3, 1, 8, device="cuda")
+        inputs = WindowInputs(qkv, pad_qkv, None, None, windows, 1.0, 0.0)
+        output, log_sum_exp = qkv[:, :, :, 0], torch.empty(2 * windows.count(), 1, 16, device="cuda")
+        reference.window_forward(inputs, None, None, output.clone(), None, log_sum_exp)
+        reference.window_backward(inputs, output, output, log_sum_exp, qkv.clone(), pad_qkv.clone(), None)
 
 
 @given(windows=geometries(), batch=st.integers(1, 2))
