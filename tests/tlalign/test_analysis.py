@@ -232,6 +232,9 @@ def test_distribution_of_presence_is_that_of_all_tokens():
     assert (layer.least, layer.greatest) == pytest.approx((values.min().item(), values.max().item()))
     for part in (0.05, 0.5, 0.95):
         assert layer.quantile(part) == pytest.approx(values.quantile(part).item(), rel=0.02)
+    even = PresenceOfLayer()
+    even.add(torch.ones(1, 9), has_class_token=False)
+    assert even.quantile(0.5) == 1
 
 
 def test_tokens_that_nothing_attends_to_have_no_presence():
@@ -303,6 +306,7 @@ def test_reference_of_a_token_turned_part_of_the_way_is_that_part():
         # Lengths are of no account.
         assert similarity_ratio(3 * token, own, 5 * partner).item() == pytest.approx(part, abs=1e-3)
     assert similarity_ratio(own, own, own).isnan()
+    assert similarity_ratio(own, own + 1e-6 * partner, own - 1e-6 * partner).isnan()
 
 
 @pytest.mark.parametrize("build", [vit, lambda: swin(4), pvt], ids=["vit", "swin", "pvt"])
@@ -397,4 +401,10 @@ def test_gathered_ratios_and_errors_are_those_of_their_column():
     collected = collect_ratios(follower.model, [(batch, ratios)])
     torch.testing.assert_close(collected.reference[:, 1].float(), ratios.reference[1][:, 0, 0])
     error = (ratios.kept[1] - ratios.reference[1]).abs()[:, 1:, 0].mean(dim=1)
+    torch.testing.assert_close(collected.kept_error[:, 1].float(), error)
+    # A token that does not depend on the image yet counts in no mean.
+    ratios.reference[1] = ratios.reference[1].clone()
+    ratios.reference[1][:, 1] = math.nan
+    error = (ratios.kept[1] - ratios.reference[1]).abs()[:, 2:, 0].mean(dim=1)
+    collected = collect_ratios(follower.model, [(batch, ratios)])
     torch.testing.assert_close(collected.kept_error[:, 1].float(), error)

@@ -14,6 +14,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from training import record
 
 from tlalign.cli import _draw_picture, _summarise, _train, main
 from tlalign.config import CONFIG_FILE, UsageError, started_processes
@@ -84,6 +85,14 @@ def test_the_last_lines_say_whose_images_were_left_out(monkeypatch, capsys, seve
     record = mock.MagicMock(top1=50.0, top1_ema=None, ratio_change=None, metric=50.0)
     _summarise(trainer, mock.MagicMock(), [record], steps=1, seconds=1.0)
     assert f"  3 training images that can't be read {ending}" in capsys.readouterr().out
+
+
+def test_the_best_epoch_is_that_of_the_averaged_weights(monkeypatch, capsys):
+    monkeypatch.setattr("tlalign.cli._draw_picture", lambda *arguments: "none")
+    values = [(1, 50.0, 70.0), (2, 60.0, 65.0)]
+    records = [record(epoch, top1=top1, top1_ema=top1_ema) for epoch, top1, top1_ema in values]
+    _summarise(mock.MagicMock(**{"train_loader.unreadable": ()}), mock.MagicMock(), records, steps=1, seconds=1.0)
+    assert "(the best, of epoch 1: " in capsys.readouterr().out
 
 
 def test_eval_repeats_the_top1_that_training_printed(finished, capsys):
@@ -318,10 +327,33 @@ def test_what_one_process_of_several_meets_it_says_by_itself(error, capsys):
     assert printed == ("" if isinstance(error, NonFiniteLossError) else f"tlalign: error: process 1: {error}\n")
 
 
+def test_a_run_that_has_no_checkpoint_yet_starts_from_its_weights_when_it_continues(run, tmp_path, monkeypatch):
+    initialises = []
+
+    def make(config, **options):
+        initialises.append(options["initialises"])
+        raise UsageError("enough")
+
+    (tmp_path / "new").mkdir()
+    shutil.copy(run / CONFIG_FILE, tmp_path / "new")
+    monkeypatch.setattr("tlalign.engine.Trainer", make)
+    for folder in (tmp_path / "new", run):
+        assert main(["train", "--resume", str(folder)]) == 2
+    assert initialises == [True, False]
+
+
 def test_images_of_a_class_that_is_none_end_a_run_without_a_traceback(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, "fit", mock.Mock(side_effect=UsageError("num_classes: expected more, got 2")))
     assert main(["train", *TINY, "--output", str(tmp_path / "run")]) == 1
     assert capsys.readouterr().err == "tlalign: error: num_classes: expected more, got 2; no checkpoint yet\n"
+
+
+def test_a_report_takes_the_data_of_a_run_but_neither_its_batches_nor_its_seed(run, monkeypatch):
+    configs = []
+    monkeypatch.setattr("tlalign.analysis.report.write_report", lambda config, checkpoint: configs.append(config))
+    assert main(["analyze", "--checkpoint", str(run / "last.pth.tar")]) == 0
+    (config,) = configs
+    assert (config.data, config.img_size, config.batch_size, config.seed) == ("digits", 16, 16, 0)
 
 
 def test_an_existing_run_is_left_as_it_is(run, capsys):

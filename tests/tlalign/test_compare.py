@@ -119,6 +119,19 @@ def test_runs_continue_where_the_images_are_now(tmp_path, monkeypatch):
     assert {"--data=folder:/now", "--workers=3", "--teacher_checkpoint=null"} <= set(commands[0])
 
 
+def test_a_run_has_its_threads_unless_the_environment_says_how_many_and_keeps_what_was_printed(tmp_path, monkeypatch):
+    (config,) = plan(tmp_path, ("cutmix",), 1)
+    printed, threads = RunFolder(config).path / PRINTED_FILE, []
+    printed.write_text("before\n")
+    monkeypatch.setattr(subprocess, "Popen", lambda _, env, **__: threads.append(env["OMP_NUM_THREADS"]))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    start_training(config, threads=3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    start_training(config, threads=3)
+    assert threads == ["3", "5"]
+    assert printed.read_text() == "before\n"
+
+
 def test_seeds_are_trained_one_after_the_other_with_all_methods(tmp_path):
     configs = plan(tmp_path, METHODS, 3, seed=4, lr=0.25, layers=(1,))
     named = [method + "+layers=1" * method.endswith("tl-align") for method in METHODS]
@@ -247,6 +260,12 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(fake, tmp_path, c
     assert run(tmp_path) == 0
     assert names(fake.started) == ["cutmix-seed0"]
     assert "failed" not in (tmp_path / TABLE_FILE).read_text()
+
+
+def test_a_run_that_fails_after_its_last_epoch_has_failed(fake, tmp_path):
+    fake.poll = lambda self: FakeProcess.poll(self) or -signal.SIGKILL
+    assert run(tmp_path, methods=("cutmix",), seeds=1) == 1
+    assert "- cutmix seed 0 failed: ended by SIGKILL" in (tmp_path / TABLE_FILE).read_text()
 
 
 def test_a_signal_ends_the_runs_that_go_on_and_leaves_a_table(fake, tmp_path, capsys):

@@ -56,6 +56,12 @@ def test_switches_need_no_value_and_lists_no_brackets(resolved):
 def test_text_behind_a_flag_is_text(resolved, name):
     config = resolved("--output", name, f"--initial_checkpoint={name}", "--data_dir", "null")
     assert (config.output, config.initial_checkpoint, config.data_dir) == (name, name, None)
+    assert resolved("--output=&b", f"--output={name}").output == name
+
+
+def test_options_go_with_the_others_that_make_use_of_them(resolved):
+    assert resolved("--auto_augment", "3a", "--color_jitter", "0.5").color_jitter == 0.5
+    assert resolved("--crop_mode=rkrr", "--crop_scale=0.5,1.5").crop_scale == (0.5, 1.5)
 
 
 def test_one_argument_of_the_model_can_be_changed_by_a_flag(resolved):

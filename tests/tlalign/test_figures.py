@@ -167,3 +167,7 @@ def test_token_labels_are_drawn_of_the_images_the_box_and_the_model(monkeypatch)
         patched = patch_model(copy.deepcopy(model)).eval()
         _, aligned = patched((pasted[None] - mean) / std, target=target, collect_layers=True)
         np.testing.assert_allclose(after, aligned.layer_shares[-1][0, 1:, 0].view(4, 4), atol=1e-5)
+    # As a run aligns, and of each pair one image.
+    maps = draw_token_labels(model, images, torch.arange(4), None, [0.5] * 3, [0.5] * 3, alignment={"layers": []})
+    assert len(maps[0]) == 2
+    np.testing.assert_array_equal(maps[2], maps[0])

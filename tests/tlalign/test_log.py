@@ -20,7 +20,7 @@ from training import record
 from tlalign import log as log_module
 from tlalign.curves import draw_comparison, draw_curves, draw_methods
 from tlalign.log import RunLog
-from tlalign.progress import TrainingProgress
+from tlalign.progress import ComparisonProgress, TrainingProgress
 from tlalign.runs import CURVES_FILE, LOG_FILE, TENSORBOARD_FOLDER, EpochRecord, read_log
 
 
@@ -212,6 +212,17 @@ def test_the_time_left_of_a_resumed_run_counts_the_steps_of_this_process_alone(m
     progress.step_done(10, 920, 1.0, 1.0)
     assert "step 920/1000" in written.getvalue()
     assert "0:01:20 left" in written.getvalue()
+
+
+def test_the_time_left_of_a_comparison_counts_the_runs_that_it_trained_alone(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    written = io.StringIO()
+    progress = ComparisonProgress(Console(file=written, width=200))
+    progress.start(10, 6)
+    now[0] += 60.0
+    progress.run_done("cutmix seed 0", 50.0)
+    assert written.getvalue() == "7/10  cutmix seed 0  in 0:00:50, 0:03:00 left\n"
 
 
 def test_a_quiet_progress_shows_nothing_and_leaves_the_terminal_to_others():

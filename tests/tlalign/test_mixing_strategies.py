@@ -115,6 +115,8 @@ def test_tokenmix_takes_half_of_the_tokens_in_several_regions():
     assert sizes.max() <= 98 and sizes.mean() > 95
     assert (parts(masks) > 1).mean() > 0.4
     assert parts(masks).mean() < 5
+    same = draw_masks(TokenMix(PATCH, min_patches=14, seed=7), 500)
+    assert (in_patches(same) == masks).all()
     quarter = in_patches(draw_masks(TokenMix(PATCH, ratio=0.25, seed=7), 200)).sum((1, 2))
     assert quarter.max() <= 49 and quarter.mean() > 47
 
@@ -166,6 +168,8 @@ def test_scales_and_places_of_resized_partners_are_uniform():
     assert stats.kstest(side[:, 0] / 3000, stats.uniform(0.1, 0.7).cdf).pvalue > ACCEPT
     for axis, limit in enumerate((3000, 2000)):
         assert stats.kstest(start[:, axis] / (limit - side[:, axis]), "uniform").pvalue > ACCEPT
+    few = ResizeMix(scale=(0.5, 0.5), seed=12)._draw(100, (4, 4))
+    assert set(few[:, 0]) == set(few[:, 1]) == {0, 1, 2}
     ratio = side.prod(1) / 6e6
     assert ratio.mean() == pytest.approx((0.8**3 - 0.1**3) / 2.1, abs=5 * ratio.std() / math.sqrt(5000))
 

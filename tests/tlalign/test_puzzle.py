@@ -101,6 +101,21 @@ def test_steps_across_borders_are_those_of_the_pixels():
         np.testing.assert_allclose(
             right[first, second], abs(either[first][..., :-1] - either[second][..., 1:]), atol=1e-6
         )
+    # Images are normalised in any way.
+    for step, moved in zip((down, right), puzzle._border_steps(images * 3 + 1, 4), strict=True):
+        np.testing.assert_allclose(moved, step, atol=1e-6)
+
+
+def test_a_block_need_not_be_a_multiple_of_what_is_compared():
+    images = torch.rand(2, 3, 28, 28)
+    for grid, side in ((2, 14), (4, 7)):
+        down, right = puzzle._border_steps(images, grid)
+        assert down.shape == (2, 2, 2, grid - 1, grid)
+        assert right.shape == (2, 2, 2, grid, grid - 1)
+        # A border of one block sees none of the pixels of others.
+        changed = images.clone()
+        changed[:, :, :, side:] = changed[:, :, :, side:].flip(3)
+        np.testing.assert_allclose(puzzle._border_steps(changed, grid)[0][..., 0], down[..., 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
@@ -131,6 +146,18 @@ def test_what_is_salient_is_shown():
         assert torch.equal(target.ratio, torch.full((2, 1), 0.5))
 
 
+def test_blocks_move_to_where_some_of_their_image_is_seen(monkeypatch):
+    seen = []
+    monkeypatch.setattr(puzzle, "transport", lambda *given: seen.append(given[1]) or transport(*given))
+    _, target = PuzzleMix(given(torch.rand(2, 16, 16)), seed=3)(torch.rand(2, 1, 16, 16), torch.arange(2))
+    grid = len(seen[0])
+    parts = F.avg_pool2d(target.masks, 16 // grid)[:, 0].numpy()
+    assert 0.5 in parts
+    for own, partner, part in zip(seen[::2], seen[1::2], parts, strict=True):
+        assert (own == (part < 1)).all()
+        assert (partner == (part > 0)).all()
+
+
 def test_the_ratio_follows_the_prior():
     count = 80
     strategy = PuzzleMix(given(torch.rand(2 * count, 8, 8)), xi=None, mode="elem", seed=5)
@@ -141,6 +168,15 @@ def test_the_ratio_follows_the_prior():
     drawn = generator.beta(1, 1, size=2 * count)
     assert stats.spearmanr(drawn, ratio).statistic > 0.9
     assert ratio.mean() == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_a_ratio_may_be_that_of_one_image_alone(monkeypatch, ratio):
+    # As tiny an alpha draws it.
+    monkeypatch.setattr(puzzle, "draw_ratios", lambda generator, count, alpha: np.full(count, ratio))
+    strategy = PuzzleMix(given(torch.rand(4, 8, 8)), eta=10.0)
+    _, target = strategy(torch.rand(4, 1, 8, 8), torch.arange(4))
+    assert (target.ratio == ratio).all()
 
 
 def test_transport_shows_more_unless_it_costs_too_much():

@@ -511,6 +511,12 @@ def test_the_operator_itself_refuses_shapes_that_disagree(changes, message):
         torch.ops.tlalign_kernels.attention(*tensors, None, None, 1.0, 0.0, "cpu")
 
 
+def test_the_operator_itself_refuses_dtypes_that_disagree():
+    query, key, value = torch.rand(3, 1, 2, 4, 8).unbind(0)
+    with pytest.raises(ValueError, match=r"value: expected torch.float32 .*, got torch.float16"):
+        torch.ops.tlalign_kernels.attention(query, key, value.half(), *[None] * 5, 1.0, 0.0, "cpu")
+
+
 def test_scratch_does_not_grow_with_the_square_of_the_length():
     # A matrix of 16384 x 16384 scores would take 1 GiB; the limit is for scratch and results together.
     script = (

@@ -613,6 +613,21 @@ def test_maps_and_padding_of_any_strides(monkeypatch):
 
 
 @executed
+@pytest.mark.parametrize("windows", [None, Windows((4, 8), (4, 4), (2, 2))])
+def test_tensors_that_begin_between_16_bytes_are_read(monkeypatch, windows):
+    def lay_out(inputs):
+        moved = {}
+        for name in ("query", "key", "value", "qkv", "grad_output"):
+            if name in inputs:
+                flat = inputs[name].flatten()
+                moved[name] = torch.cat([flat[:1], flat])[1:].view(inputs[name].shape)
+        return moved
+
+    case = replace(ONE, queries=20, keys=20, head_dim=32) if windows is None else replace(IN_WINDOWS, windows=windows)
+    check(monkeypatch, case, BFLOAT16, lay_out=lay_out)
+
+
+@executed
 @pytest.mark.parametrize(("maps", "heads", "sources"), [(205, 5, 1), (512, 2, 1), (512, 2, 2)])
 def test_blocks_take_the_heads_of_a_window_in_turn(monkeypatch, maps, heads, sources):
     # So many windows that a block has two heads, or the last one of five. The last two maps are executed: what one

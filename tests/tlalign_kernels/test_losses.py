@@ -62,6 +62,10 @@ def test_loss_of_half_precision_logits_is_computed_in_float32(loss):
     result = loss(logits, target)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, loss(logits.float(), target), rtol=0, atol=0)
+    # Nor is what a gradient is a difference of rounded before.
+    few, target = torch.randn(64, 3).bfloat16().requires_grad_(), random_target(64, 3)
+    gradients = [torch.autograd.grad(loss(each, target), few)[0] for each in (few, few.float())]
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("loss", DENSE_LOSSES, ids=lambda loss: loss.__name__)

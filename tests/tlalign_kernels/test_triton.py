@@ -142,9 +142,20 @@ def test_finite_numbers_of_a_bias_count_as_65504_at_most(monkeypatch, images, dt
         assert torch.equal(tensor, near[name])
 
 
+@needs_ptxvm
+def test_a_bias_in_float32_beside_bfloat16_is_not_rounded(monkeypatch):
+    # To which 300 and 301 are the same.
+    query, key, value = torch.zeros(3, 2, 1, 20, 16).bfloat16().unbind(0)
+    share = torch.rand(2, 20, 1)
+    bias = 300 + torch.rand(1, 1, 20, 20)
+    offline.record(monkeypatch, offline.execute)
+    _, mixed = tlk.attention(query, key, value, share, bias=bias, backend="triton")
+    torch.testing.assert_close(mixed, (bias[0, 0] - 300).softmax(dim=1) @ share, atol=1e-3, rtol=0)
+
+
 EXECUTED_IN_WINDOWS = (
     Case("shifted windows", batch=1, heads=1, head_dim=32, bias_scale=1.0, windows=Windows((14, 14), (7, 7), (3, 3))),
-    Case("padded windows", heads=2, head_dim=40, bias_scale=1.0, sources=2, windows=Windows((5, 9), (4, 4), (1, 2))),
+    Case("padded windows", heads=2, head_dim=40, bias_scale=1.0, sources=5, windows=Windows((5, 9), (4, 4), (1, 2))),
     Case("windows beyond the map", batch=1, heads=2, windows=Windows((3, 10), (8, 4), (4, 0)), residual=False),
     Case("windows of 144", batch=1, heads=1, head_dim=32, bias_scale=1.0, windows=Windows((13, 12), (12, 12), (6, 0))),
     Case("windows of 81", batch=1, heads=1, head_dim=40, bias_scale=1.0, windows=Windows((9, 10), (9, 9), (4, 4))),
@@ -180,6 +191,18 @@ def test_labels_keep_the_precision_of_float32_beside_bfloat16(monkeypatch, sourc
 
 @needs_ptxvm
 @pytest.mark.parametrize("tokens", [20, 70])
+def test_weights_in_float16_add_up_to_one_where_scores_are_large(monkeypatch, tokens):
+    # All scores are 160000, which float32 knows to 1 / 64.
+    offline.record(monkeypatch, offline.execute)
+    query = torch.full((1, 1, tokens, 16), 100.0).half()
+    value = torch.randn(1, 1, tokens, 16).half().requires_grad_()
+    output, _ = tlk.attention(query, query, value, scale=1.0, backend="triton")
+    (gradient,) = torch.autograd.grad(output, value, torch.ones_like(output))
+    torch.testing.assert_close(gradient, torch.ones_like(gradient), atol=2e-3, rtol=0)
+
+
+@needs_ptxvm
+@pytest.mark.parametrize("tokens", [20, 70])
 def test_gradients_in_bfloat16_are_as_small_and_large_as_those_of_the_output(monkeypatch, tokens):
     offline.record(monkeypatch, offline.execute)
     case = Case("scaled", batch=1, heads=1, queries=tokens, keys=tokens, head_dim=16)
@@ -196,6 +219,10 @@ def test_one_program_may_sum_the_gradients_that_several_images_have_for_a_bias(m
     monkeypatch.setattr(backend, "images_of_sum", lambda batch, bias_images, tiles: 1 if bias_images == batch else 2)
     case = Case("bias", batch=3, heads=2, queries=9, keys=11, head_dim=16, bias_scale=1.0)
     check_executed(monkeypatch, case, torch.bfloat16)
+    inputs = make_inputs(case, "cpu", torch.bfloat16)
+    inputs["bias"] = torch.randn(3, 2, 9, 11)
+    found, wanted = (run_operator(case, inputs, name)["gradient of bias"] for name in ("triton", "reference"))
+    torch.testing.assert_close(found, wanted, atol=2e-2, rtol=0)
 
 
 @needs_ptxvm
@@ -473,8 +500,10 @@ def test_what_has_the_tensor_cores_of_a_gpu_is_configured_as_that(monkeypatch):
 
 def test_gpus_before_ampere_are_refused(monkeypatch):
     problem = Problem("cuda", torch.float16, 2, 3, 49, 49, 32, 1, torch.float32, True, False, 0.0, True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(backend, "_capability", lambda device: {None: 80, 1: 75}[device.index])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert backend.unsupported_reasons(problem._replace(device_index=1)) == []  # of a fake tensor
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     assert backend.unsupported_reasons(problem) == []
     problem = problem._replace(device_index=1)
     assert {shape.capability for _, shape, *_ in backend._directions(problem)} == {75}
@@ -487,6 +516,8 @@ def test_what_32_bits_do_not_count_is_refused(monkeypatch):
     monkeypatch.setattr(backend, "_capability", lambda device: 80)
     problem = Problem("cuda", torch.float16, 1, 2**8, 2**16, 49, 2**7, 1, torch.float32, False, False, 0.0, True)
     assert ["2**31" in reason for reason in backend.unsupported_reasons(problem)] == [True]
+    of_keys = problem._replace(queries=49, keys=2**16)
+    assert ["2**31" in reason for reason in backend.unsupported_reasons(of_keys)] == [True]
     assert backend.unsupported_reasons(problem._replace(queries=2**16 - 1)) == []
     of_map = problem._replace(queries=49, windows=Windows((2**8, 2**8), (7, 7), (0, 0)))
     assert ["2**31" in reason for reason in backend.unsupported_reasons(of_map)] == [True]
@@ -496,6 +527,28 @@ def test_what_32_bits_do_not_count_is_refused(monkeypatch):
     with pytest.raises(NotImplementedError, match=r"bias, mask: expected less than 2\*\*31 elements from the first"):
         backend._offset_strides(far)
     backend._rows(query=far[:, :, :2])
+
+
+def test_only_what_is_packed_has_one_set_of_addresses(monkeypatch):
+    launches = []
+    offline.record(monkeypatch, launches.append)
+    qkv, other = torch.zeros(2, 2, 20, 3, 2, 16, dtype=torch.bfloat16).unbind()
+    qkv.requires_grad_()
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    # Gradients of views are no projection.
+    for views, gap in (
+        ((query, key, value), 32),
+        ((query, key, other.permute(2, 0, 3, 1, 4)[2]), 0),
+        ((value, key, query), 0),
+        ((key, query, value), 0),
+    ):
+        launches.clear()
+        tlk.attention(*views, backend="triton")[0].sum().backward()
+        gaps = {launch.name: launch.constants["GAP"] for launch in launches if "GAP" in launch.constants}
+        assert gaps == {"attention_forward_row": gap, "attention_backward_head": 0}
+    launches.clear()
+    tlk.attention_qkv(qkv, backend="triton")[0].sum().backward()
+    assert [launch.constants["GAP"] for launch in launches if "GAP" in launch.constants] == [32, 32]
 
 
 @pytest.mark.parametrize(
@@ -530,6 +583,7 @@ def test_what_tune_prefers_is_for_one_class_of_problems(monkeypatch):
         problem._replace(windows=Windows((7, 7), (7, 7), (0, 0))),
     ]
     default, *_, chosen = backend.configurations(problem)
+    assert {len(each) for each in backend.configurations(problem._replace(needs_gradient=False))} == {1}
     with backend.preferences_kept():
         backend.prefer(problem, chosen)
         assert backend.configuration_of(problem._replace(batch=5)) == chosen

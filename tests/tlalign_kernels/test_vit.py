@@ -361,6 +361,8 @@ def test_latents_that_are_not_pooled_are_refused():
 
 
 def test_heads_that_no_backend_has_are_refused():
+    with pytest.raises(NotImplementedError, match=r"blocks.0.attn: expected a head dimension of 8 to 256, got 264"):
+        tlk.patch_model(small("vit_tiny_patch16_224", embed_dim=264, num_heads=1))
     for model, name in (
         (small("vit_tiny_patch16_224", num_heads=24), "blocks.0.attn"),
         (small("vit_base_patch16_siglip_224", num_heads=24, depth=0), "attn_pool"),
@@ -601,6 +603,11 @@ def run(request):
 
 def test_checkpointing_changes_nothing(run):
     following.check_checkpointing(*run[:3], blocks=3)
+
+
+def test_blocks_that_are_left_out_are_checkpointed_too():
+    model = tlk.patch_model(small("vit_tiny_patch16_224").train(), layers=[-1])
+    following.check_checkpointing(model, *images_and_target(model), blocks=len(model.blocks))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

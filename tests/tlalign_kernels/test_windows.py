@@ -169,6 +169,12 @@ def test_a_projection_of_any_strides_is_read(backend):
     expected = call(PADDED, {**inputs, "qkv": view.contiguous()}, backend=backend)
     for result, wanted in zip(call(PADDED, {**inputs, "qkv": view}, backend=backend), expected, strict=True):
         assert torch.equal(result, wanted)
+    # Here tokens are evenly spaced.
+    apart = wide[:, :7, :9].contiguous()[..., :8]
+    close = {**inputs, "qkv": apart.contiguous()}
+    assert torch.equal(
+        call(PADDED, {**inputs, "qkv": apart}, backend=backend)[0], call(PADDED, close, backend=backend)[0]
+    )
     turned = inputs["qkv"].transpose(-1, -2).contiguous().transpose(-1, -2)
     assert torch.equal(
         call(PADDED, {**inputs, "qkv": turned}, backend=backend)[0], call(PADDED, inputs, backend=backend)[0]
