@@ -800,12 +800,8 @@ def _readable(inputs: Inputs, windows: Windows | None) -> tuple[Inputs, dict[str
 
 
 def _readable_offsets(offsets: Tensor | None) -> Tensor | None:
-    """Bytes instead of bool, float32 instead of float64."""
-    if offsets is None:
-        return None
-    if offsets.dtype == torch.bool:
-        return offsets.view(torch.uint8)
-    return offsets.float() if offsets.dtype == torch.float64 else offsets
+    """Bytes instead of bool."""
+    return offsets.view(torch.uint8) if offsets is not None and offsets.dtype == torch.bool else offsets
 
 
 @functools.lru_cache(4096)  # asked for each tensor of a call, and for the same ones in each step
