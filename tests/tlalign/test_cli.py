@@ -227,12 +227,12 @@ def test_what_cannot_be_done_ends_with_a_message_and_code_2(arguments, message, 
 
 
 def test_memory_that_does_not_suffice_is_an_error(run, monkeypatch, capsys):
-    fails = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nMore of it"))
+    fails = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory\nMore of it"))
     monkeypatch.setattr(Trainer, "dry_run", fails)
     monkeypatch.setattr("tlalign.evaluation.evaluate", fails)
     for command in (["train", "--dry_run"], ["eval", "--checkpoint", str(run / "last.pth.tar")]):
         assert main(command) == 1
-        assert capsys.readouterr().err == ("tlalign: error: CUDA out of memory.; a smaller batch_size takes less\n")
+        assert capsys.readouterr().err == "tlalign: error: CUDA out of memory; a smaller batch_size takes less\n"
 
 
 def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(run, tmp_path, capsys):
