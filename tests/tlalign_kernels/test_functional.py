@@ -689,6 +689,10 @@ def test_opcheck(backend, name):
     assert set(result.values()) == {"SUCCESS"}
 
 
+def test_all_operators_are_said_to_be_fit_for_compiling():
+    assert all(torch.Tag.pt2_compliant_tag in operator.tags for operator, *_ in ops._OPERATORS.values())
+
+
 class Seen(TorchDispatchMode):
     def __init__(self):
         super().__init__()
