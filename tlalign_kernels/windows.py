@@ -73,16 +73,20 @@ class Windows(NamedTuple):
         numbers = self.token_numbers(tokens.device)
         flat = tokens.flatten(1, 2)[:, numbers.clamp(min=0).flatten()].unflatten(1, numbers.shape)
         is_padding = (numbers < 0).view(1, *numbers.shape, *(1,) * (tokens.dim() - 3))
-        filling = padding.to(tokens.dtype) if isinstance(padding, Tensor) else tokens.new_full((), padding)
+        filling = padding if isinstance(padding, Tensor) else tokens.new_full((), padding)
         return torch.where(is_padding, filling, flat).flatten(0, 1)
 
     def scatter(self, windows: Tensor, tokens: Tensor) -> None:
         """Copies windows (B * W, N, ...) to a map (B, Ht, Wt, ...); what lies in the padding is dropped."""
-        numbers = self.token_numbers(tokens.device).flatten()
+        _, order = self.places(tokens.device)
+        tokens.copy_(windows.reshape(tokens.shape[0], -1, *windows.shape[2:])[:, order].view(tokens.shape))
+
+    def places(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Where padding lies, and the map's tokens in their order, among those of all windows (W * N); int64."""
+        numbers, tokens = self.token_numbers(device).flatten(), math.prod(self.map_size)
         # Numbers of the padding are negative. To select by them would have the host wait for a GPU.
-        order = numbers.argsort()[numbers.numel() - math.prod(self.map_size) :]
-        flat = windows.reshape(tokens.shape[0], numbers.numel(), *windows.shape[2:])[:, order]
-        tokens.copy_(flat.view(tokens.shape))
+        padding, order = numbers.argsort(stable=True).split([numbers.numel() - tokens, tokens])
+        return padding, order
 
     def _positions(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Positions in the rolled and padded map along each axis."""

@@ -181,10 +181,11 @@ def test_averaged_weights_may_be_fewer(tmp_path):
         assert load_all_weights(path) == {"model": {"a": weight, "b": weight}, "EMA": averaged}
 
 
-def test_full_memory_is_not_the_fault_of_the_image_size():
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_a_gpu_lacks_is_not_the_fault_of_the_image_size(error):
     model = torch.nn.Linear(3, 3)
-    model.forward = mock.Mock(side_effect=torch.OutOfMemoryError("full"))
-    with pytest.raises(torch.OutOfMemoryError):
+    model.forward = mock.Mock(side_effect=error("no memory"))
+    with pytest.raises(error):
         check_image_size(model, (3, 16, 16))
 
 

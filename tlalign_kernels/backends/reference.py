@@ -6,7 +6,6 @@ It forms the attention matrix. In float64 it is the oracle of every other backen
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -164,9 +163,7 @@ def window_backward(
     packed = torch.stack(grads, dim=2).transpose(1, 3)
     windows.scatter(packed, grad_qkv)
     if grad_pad_qkv is not None:
-        # As in `scatter`, the padding is what comes first.
-        order = windows.token_numbers(packed.device).flatten().argsort(stable=True)
-        padding = order[: len(order) - math.prod(windows.map_size)]
+        padding, _ = windows.places(packed.device)
         in_order = packed.reshape(grad_qkv.shape[0], -1, *packed.shape[2:])
         grad_pad_qkv.copy_(in_order[:, padding].sum(dim=(0, 1)))
     if grad_bias is not None:
