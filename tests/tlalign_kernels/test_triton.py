@@ -366,12 +366,16 @@ def check_compiled(launch, arch):
         assert any(opcode in ("HMMA", "HGMMA", "UTCHMMA") for opcode in opcodes), f"{launch.name}: no tensor cores"
 
 
-def every_launch(arch, tokens, head_dim, dtype, offsets=False, mask=True):
-    """Launches of every configuration that may be chosen; of a newer Triton than they were chosen with, the default."""
-    shape = backend.Shape(arch, dtype, 1, tokens, tokens, head_dim, offsets, offsets and mask)
-    # Triton 3.9 spills a few registers in a backward that only `tune` tries.
+def kernels_to_compile(shape):
+    """Of every configuration that may be chosen; of a newer Triton than they were chosen with, of the default."""
+    # Triton 3.9 spills a few registers in backwards that only `tune` tries.
     for forward, backward in itertools.islice(zip_configs(shape), None if VERSION <= (3, 8) else 1):
-        prefer = [config.kernel for config in (*forward, *backward)]
+        yield [config.kernel for config in (*forward, *backward)]
+
+
+def every_launch(arch, tokens, head_dim, dtype, offsets=False, mask=True):
+    shape = backend.Shape(arch, dtype, 1, tokens, tokens, head_dim, offsets, offsets and mask)
+    for prefer in kernels_to_compile(shape):
         options = dict(prefer=prefer, offsets=offsets, mask=mask)
         yield from offline.record_packed(arch, tokens, head_dim, dtype, **options).values()
 
@@ -452,8 +456,7 @@ SWIN = {
 def check_windows(arch, tokens, dtype):
     """The most that can be asked of windows: shifted and padded, with a bias and its gradient."""
     windows = SWIN[tokens]
-    for forward, backward in zip_configs(backend.Shape(arch, dtype, 1, tokens, tokens, 32, True, in_windows=True)):
-        prefer = [config.kernel for config in (*forward, *backward)]
+    for prefer in kernels_to_compile(backend.Shape(arch, dtype, 1, tokens, tokens, 32, True, in_windows=True)):
         for launch in offline.record_windows(arch, windows, 32, dtype, prefer=prefer).values():
             check_compiled(launch, arch)
 
