@@ -290,12 +290,6 @@ class Trainer:
             raise UsageError(
                 f"resume: the run has class {differ[0]} where the images that are there now have {differ[1]}"
             )
-        steps = state.get("steps_per_epoch")
-        if steps is not None and steps != self.steps_per_epoch:
-            raise UsageError(
-                f"resume: the run has epochs of {steps} steps, but with the images that are there now they have "
-                f"{self.steps_per_epoch}"
-            )
         images = state.get("images")
         if images is not None and images != self.images:
             raise UsageError(
