@@ -44,6 +44,7 @@ from tlalign.data import load_images
 from tlalign.evaluation import autocast
 from tlalign.networks import load_weights, set_weights
 from tlalign.pictures import draw_token_labels
+from tlalign.progress import OutputConsole
 from tlalign.runs import LOG_FILE, config_beside, read_log, write_csv
 
 # A picture of maps has so many images side by side, of the first batch or of some more.
@@ -63,7 +64,7 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None) -> Path:
     Raises:
         UsageError: If something asked for can't be done.
     """
-    console = Console()
+    console = OutputConsole()
     classes = None if checkpoint is None else folder_classes_of(checkpoint)
     subject = create_subject(config, load_images(config, classes), checkpoint)
     folder = Path(
