@@ -120,8 +120,6 @@ class EvalConfig(ModelConfig):
         train_split: Name of the part to train on, in sets that name their parts, some joined (train+val); of shards
             their pattern and number of images, such as train-{0000..1023}.tar|1281167.
         eval_split: Name of the part that is held out, likewise.
-        max_unreadable: Training images that may turn out to be unreadable, in each process, before the run stops; each
-            is counted, and the next one of the set taken instead. Of held-out images none may.
         batch_size: Images in a batch; in training those of a step, over all processes and accumulated parts.
         workers: Processes that load images, by default 4 or, if those are fewer, as many as there are processors; 0
             loads them in the training process.
@@ -135,7 +133,6 @@ class EvalConfig(ModelConfig):
     download: bool = False
     train_split: str = "train"
     eval_split: str = "validation"
-    max_unreadable: int = 100
     batch_size: int = 256
     workers: int = min(4, os.cpu_count() or 1)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -145,8 +142,7 @@ class EvalConfig(ModelConfig):
         super().__post_init__()
         self._expand("data_dir")
         self._check("batch_size", "at least 1", lambda value: value >= 1)
-        for name in ("workers", "max_unreadable"):
-            self._check(name, "at least 0", lambda value: value >= 0)
+        self._check("workers", "at least 0", lambda value: value >= 0)
 
     @property
     def folder(self) -> Path | None:
@@ -211,6 +207,8 @@ class TrainConfig(EvalConfig):
         pretrained: Start from the weights that timm publishes for the model.
         initial_checkpoint: Start from the weights of this checkpoint of timm or tlalign, averaged ones if it holds any.
             A head for another number of classes is left out.
+        max_unreadable: Training images that may turn out to be unreadable, in each process, before the run stops; each
+            is counted, and the next one of the set taken instead. Of held-out images none may.
         mixing: How images are mixed, see tlalign.mixing; `none` does not mix, whatever the target.
         target: What mixed images are trained on: the plain mixing `ratio`; the aligned target of `tl-align` or of
             `transmix`; as `tl-align`, but of `token-labels`, a teacher's class probabilities of each token; or of a
@@ -275,6 +273,7 @@ class TrainConfig(EvalConfig):
 
     pretrained: bool = False
     initial_checkpoint: str | None = None
+    max_unreadable: int = 100
     mixing: Mixing = "cutmix"
     target: Target = "tl-align"
     layers: tuple[int, ...] | None = None
@@ -336,7 +335,7 @@ class TrainConfig(EvalConfig):
         )
         for name in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob", "ema_decay"):
             self._check(name, "0 to 1", lambda value: 0 <= value <= 1)
-        for name in ("color_jitter", "weight_decay", "warmup_lr", "min_lr"):
+        for name in ("max_unreadable", "color_jitter", "weight_decay", "warmup_lr", "min_lr"):
             self._check(name, "at least 0", lambda value: value >= 0)
         for name in ("lr", "clip_grad", "cutmix_alpha", "mixup_alpha", "box_grid", "mix_patch_size", "opt_eps"):
             self._check(name, "more than 0", lambda value: value > 0)
