@@ -187,9 +187,8 @@ def check_stochastic_depth(model, size, compiles=False):
         return logits, aligned, gradients(model, mixed_cross_entropy(logits, target))
 
     outputs = []
-    hook = drop_path.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    logits, paper, expected = run(model)
-    hook.remove()
+    with drop_path.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
+        logits, paper, expected = run(model)
     dropped = (outputs[0].flatten(1) == 0).all(dim=1)
     assert 0 < dropped.sum() < 8
     evaluated = run(model.eval())[1]
@@ -255,11 +254,8 @@ def check_adapters(model, images, target):
     def shifted(module, inputs, output):
         return output + 0.1 if type(module) in (nn.Linear, nn.Conv2d) else None
 
-    of_all = register_module_forward_hook(shifted)
-    try:
+    with register_module_forward_hook(shifted):
         torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)
-    finally:  # or other tests would have it
-        of_all.remove()
     hooks = [module.register_forward_hook(shifted) for _, module in layers]
     torch.testing.assert_close(model(images, target=target)[0], model(images), rtol=1e-4, atol=1e-5)
     for hook in hooks:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,17 +42,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def watching(model: nn.Module, watch: Callable[[int, nn.Module, tuple[Any, ...], Any], None]) -> Iterator[None]:
     """Calls `watch(index, block, arguments, result)` after each block of a patched model, counted from 0."""
-    handles = [
-        block.register_forward_hook(
-            lambda block, arguments, result, index=index: watch(index, block, arguments, result)
-        )
-        for index, block in enumerate(blocks_of(model))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks_of(model)):
+            hooks.enter_context(block.register_forward_hook(functools.partial(watch, index)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def tokens_of(block: nn.Module, result: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -52,13 +52,10 @@ def attention_rollout(model: nn.Module, images: Tensor, memory: int = 2**26) -> 
     entering = probed.layer_shares[0]
     tokens, heads = [], []
     for columns in column_ranges(entering, memory):
-        handle = first.register_forward_pre_hook(
+        with first.register_forward_pre_hook(
             lambda _, arguments, columns=columns: (*arguments[:-1], one_hot_labels(arguments[-1], columns))
-        )
-        try:
+        ):
             _, aligned = model(images, target=empty_target(images, len(columns)), collect_layers=True)
-        finally:
-            handle.remove()
         tokens.append(aligned.layer_shares[-1].flatten(1, -2))
         heads.append(aligned.ratio)
     grid = map_size(model, entering, tuple(images.shape[-2:]))
