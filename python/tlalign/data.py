@@ -126,15 +126,10 @@ def resolve_image_config(config: ModelConfig, model: nn.Module) -> dict[str, Any
     Raises:
         UsageError: If there are not as many means or standard deviations as channels.
     """
-    own = resolve_data_config(model=model)
+    own = resolve_data_config({"interpolation": config.interpolation, "crop_pct": config.crop_pct}, model=model)
     channels, height, width = own["input_size"]
     channels = config.in_chans or channels
-    image_config = {
-        "input_size": (channels, config.img_size or height, config.img_size or width),
-        "interpolation": config.interpolation or own["interpolation"],
-        "crop_pct": config.crop_pct or own["crop_pct"],
-        "crop_mode": own["crop_mode"],
-    }
+    image_config = own | {"input_size": (channels, config.img_size or height, config.img_size or width)}
     for name in ("mean", "std"):
         values = getattr(config, name)
         if values is not None and len(values) not in (1, channels):
