@@ -79,16 +79,16 @@ def create_optimizer(
     name = config.opt.lower().removeprefix("lookahead_")
     if name not in (known := list_optimizers()):
         raise UsageError(f"opt: timm has no {config.opt}{suggestion(name, known)}")
+    info = get_optimizer_info(name)
+    for name, value in options.items():
+        # timm would leave it out.
+        if value is not None and not getattr(info, f"has_{name}"):
+            raise UsageError(f"opt_{name}: expected null, for {config.opt} has none, got {value}")
+    if config.opt_betas is not None and len(config.opt_betas) != (count := _count_betas(info)):
+        raise UsageError(f"opt_betas: expected {count} numbers for {config.opt}, got {list(config.opt_betas)}")
+    if config.momentum != TrainConfig.momentum and not info.has_momentum:
+        raise UsageError(f"momentum: expected none, for {config.opt} has none, got {config.momentum}")
     try:
-        info = get_optimizer_info(name)
-        for name, value in options.items():
-            # timm would leave it out.
-            if value is not None and not getattr(info, f"has_{name}"):
-                raise UsageError(f"opt_{name}: expected null, for {config.opt} has none, got {value}")
-        if config.opt_betas is not None and len(config.opt_betas) != (count := _count_betas(info)):
-            raise UsageError(f"opt_betas: expected {count} numbers for {config.opt}, got {list(config.opt_betas)}")
-        if config.momentum != TrainConfig.momentum and not info.has_momentum:
-            raise UsageError(f"momentum: expected none, for {config.opt} has none, got {config.momentum}")
         optimizer = create_optimizer_v2(
             model,
             opt=config.opt,
@@ -110,8 +110,6 @@ def create_optimizer(
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
         )
-    except UsageError:
-        raise
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"opt, sched: {error}") from error
     if scheduler is None and config.warmup_epochs:
