@@ -151,12 +151,14 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
-def cell(ratio: tuple[float, float, float], is_best: bool) -> str:
-    """A ratio with its spread, bold for the best peer, marked where the peer is faster."""
-    first, median, third = ratio
+def cell(row: Row, name: str) -> str:
+    """A ratio to ours with its spread, bold for the best peer, marked where a peer is faster."""
+    if name not in row.values:
+        return "-"
+    first, median, third = row.ratio(name)
     text = f"{median:.2f} ± {(third - first) / 2:.2f}" if third > first else f"{median:.3f}"
-    text = f"**{text}**" if is_best else text
-    return f"{text} {FASTER}" if median < 1 else text
+    text = f"**{text}**" if name == row.best_peer else text
+    return f"{text} {FASTER}" if name in row.faster_peers else text
 
 
 def amount(values: list[float], level: str) -> str:
@@ -178,13 +180,8 @@ def level_table(rows: list[Row]) -> str:
     names = columns(rows)
     body = []
     for row in rows:
-        cells = [cell(row.ratio(name), name == row.best_peer) if name in row.values else "-" for name in names]
-        # Our own variants are no peers: nothing is marked.
-        cells = [
-            text if name in row.peers else text.replace(f" {FASTER}", "")
-            for name, text in zip(names, cells, strict=True)
-        ]
         goal = [] if row.goal is None else [f"{row.goal:g}"]
+        cells = [cell(row, name) for name in names]
         body.append([row.name, amount(row.values[row.ours], row.level), *goal, *cells])
     ours = rows[0].ours if len({row.ours for row in rows}) == 1 else "ours"
     return table(["", ours, *([] if rows[0].goal is None else ["goal of the best peer"]), *names], body)
