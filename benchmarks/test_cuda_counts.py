@@ -46,14 +46,6 @@ TRITON = {"N=197 D=64": "attention_forward_row", "N=49 D=32 H=3": "attention_for
 WINDOWS = ["windows of 49", "shifted", "windows of 144", "N=49 D=32 H=3, bias"]
 
 
-def record(run, windows=None, **call):
-    """Hands each launch of a call to `run`."""
-    if windows is None:
-        offline.record_attention(run, **call)
-    else:
-        offline.record_windows(run, windows, **call)
-
-
 emulated = pytest.mark.skipif(not triton_offline.PTXVM.exists(), reason="needs ptxvm")
 
 
@@ -62,11 +54,11 @@ def test_resources(benchmark, arch):
     def measure():
         launches = []
         for name, call in CALLS.items():
-            record(lambda launch, _, name=name: launches.append((name, launch)), **call)
+            offline.record_call(lambda launch, _, name=name: launches.append((name, launch)), **call)
         if arch == 90:
             with offline.on_hopper():
                 for name in ON_HOPPER:
-                    record(
+                    offline.record_call(
                         lambda launch, _, name=name: launches.append((f"{name}, {OF_HOPPER}", launch)), **CALLS[name]
                     )
         for _, launch in launches:
@@ -101,7 +93,7 @@ def test_conflicts(benchmark, name):
             counts = offline.execute(launch, tensors, count_conflicts=True, ctas=blocks)
             conflicts[offline.name_of(launch.kernel)] = counts["conflicts"], counts.get("shared_wavefronts", 0)
 
-        record(run, **CALLS[name])
+        offline.record_call(run, **CALLS[name])
         return conflicts
 
     found = benchmark.pedantic(measure, rounds=1)
@@ -193,7 +185,7 @@ def test_bytes_of_windows(benchmark, name):
             counts = offline.execute(launch, tensors, check_races=False, check_uninit=False, ctas=blocks)
             moved[offline.name_of(launch.kernel)] = counts
 
-        record(run, **CALLS[name])
+        offline.record_call(run, **CALLS[name])
         return moved
 
     of_row = offline.IMAGES * windows.count() * heads * windows.tokens() * dim * 2

@@ -295,6 +295,14 @@ def record_windows(run, windows, head_dim, heads=HEADS, sources=1, bias=True, im
         output.sum().backward()
 
 
+def record_call(run, windows=None, **call):
+    """Hands each launch of `record_attention` or, where there are windows, of `record_windows` to `run`."""
+    if windows is None:
+        record_attention(run, **call)
+    else:
+        record_windows(run, windows, **call)
+
+
 # Kernels for what is the same for all images of record_attention and record_windows.
 PREPARE = ("pack_places", "pack_starts")
 
@@ -389,10 +397,7 @@ def counts_of_head(arch, heads=HEADS, images=IMAGES, windows=None, **options):
             executed = images if name_of(launch.kernel) in PREPARE else IMAGES
             counts[name_of(launch.kernel)][opcode] += times / (executed * per_image)
 
-    if windows is None:
-        record_attention(run, heads=heads, images=images, **options)
-    else:
-        record_windows(run, windows, heads=heads, images=images, **options)
+    record_call(run, windows, heads=heads, images=images, **options)
     return dict(counts)
 
 
