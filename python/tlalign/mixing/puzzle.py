@@ -286,12 +286,10 @@ def _border_steps(images: Tensor, grid: int) -> list[np.ndarray]:
     images = (images - low) / (high - low).clamp(min=torch.finfo(images.dtype).tiny)
     steps = []
     for turned in (images, images.transpose(2, 3)):
-        block = (turned.shape[2] // grid, turned.shape[3] // grid)
-        depth = min(_BORDER, block[0])
-        strips = turned.unflatten(2, (grid, block[0]))
+        strips = turned.unflatten(2, (grid, -1))
         # What is next to the lower, and to the upper border of each block; then in cells along it.
-        above, below = strips[:, :, :-1, -depth:].mean(dim=3), strips[:, :, 1:, :depth].mean(dim=3)
-        width = math.gcd(_BORDER, block[1])
+        above, below = strips[:, :, :-1, -_BORDER:].mean(dim=3), strips[:, :, 1:, :_BORDER].mean(dim=3)
+        width = math.gcd(_BORDER, turned.shape[3] // grid)
         above, below = (F.avg_pool2d(strip, (1, width)) for strip in (above, below))
         of_pairs = torch.stack([
             torch.stack([(first - second).abs().mean(dim=1) for second in (below, below.flip(0))])
