@@ -7,7 +7,6 @@ little arithmetic they are the cost.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ class _MixtureLoss(torch.autograd.Function):
             loss = loss.sub(values.sum(), alpha=smoothing / logits.shape[1])
         if binary:
             loss = loss + F.softplus(values).sum()
-        return loss / (_count(logits, binary) or math.nan)
+        return loss / _count(logits, binary)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
