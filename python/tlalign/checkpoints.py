@@ -223,9 +223,7 @@ def _name_also(file: Path, name: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Has the names in a folder survive a power cut, where the system can."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
+    """Has the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
