@@ -70,8 +70,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
     classes = folder_classes_of(path)
     data = load_data_sets(config, trains=False, folder_classes=classes)
     # A folder of some of the classes numbers them as if there were no others.
-    is_folder = data.train is None or config.folder is not None
-    if classes is None and is_folder and 0 < len(data.class_names) < data.num_classes:
+    if classes is None and config.folder is not None and len(data.class_names) < data.num_classes:
         raise UsageError(
             f"data: {config.data} has {len(data.class_names)} of {data.num_classes} classes, and nothing says which; "
             "expected a folder with all of them"
