@@ -25,9 +25,7 @@ POINTERS = {
 
 
 def import_ptxvm():
-    """The PTX emulator, or None where it is not there."""
-    if not PTXVM.exists():
-        return None
+    """The PTX emulator, where `PTXVM` exists."""
     if str(PTXVM) not in sys.path:
         sys.path.insert(0, str(PTXVM))
     import ptxvm
