@@ -444,7 +444,7 @@ def open_hugging_face(config: EvalConfig) -> Parts:
             if features is not None and column not in features:
                 raise UsageError(f"data: expected columns image and label in {name}, got {', '.join(features)}")
         parts.append(ImageStream(reader) if streams else ReaderImages(reader))
-    return *parts, list(_class_ids(parts[0].reader))
+    return *parts, _class_names(parts[0].reader)
 
 
 def check_workers(stream: ImageStream, workers: int, world_size: int) -> None:
@@ -495,8 +495,8 @@ def _depth(folder: str) -> int:
     return folder.count("/") + bool(folder)
 
 
-def _class_ids(reader: Any) -> dict[str, int]:
-    return dict(sorted(reader.class_to_idx.items(), key=lambda item: item[1]))
+def _class_names(reader: Any) -> list[str]:
+    return sorted(reader.class_to_idx, key=reader.class_to_idx.get)
 
 
 def _torchvision_part(config: EvalConfig, option: str) -> Dataset:
@@ -542,10 +542,9 @@ def _create_hugging_face_reader(config: EvalConfig, arguments: dict[str, Any]) -
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or not reads_the_hub
     try:
-        reader = create_reader(config.data, **arguments)
+        return create_reader(config.data, **arguments)
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-    return reader
 
 
 def _decode_column(column: dict[str, Any]) -> Image.Image:
