@@ -54,8 +54,7 @@ def peak_on_gpu(variant, name, images):
 def peak_of_process(variant, name, images):
     # glibc then gives each tensor pages of its own and takes them back at once: the peak is that of what is alive,
     # without what its heap holds back, which differs by 5 % from run to run.
-    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": path}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.test_memory", variant, name, str(images)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT)
     return int(done.stdout)
