@@ -90,8 +90,6 @@ class ComparisonProgress:
         self.console = OutputConsole() if console is None else console
         columns = TextColumn("run {task.completed} of {task.total}"), BarColumn(None), TextColumn("{task.fields[left]}")
         self.bar = Progress(*columns, console=self.console, expand=True, disable=not _can_draw(self.console))
-        self.total = self.done = self.done_before = 0
-        self.since = time.monotonic()
 
     def __enter__(self) -> ComparisonProgress:
         return self
