@@ -466,7 +466,7 @@ def _parse(
     values = {name: getattr(parsed, name) for name in names}
     for name, of_type in typing.get_type_hints(config_class).items():
         # What a file leaves empty jsonargparse takes for any type.
-        if values.get(name, "") is None and type(None) not in typing.get_args(of_type):
+        if values[name] is None and type(None) not in typing.get_args(of_type):
             raise UsageError(f"{name}: expected a value, got null")
         # YAML takes ~ for null, and #name for a comment; behind a flag they are text.
         if values[name] is None and str in typing.get_args(of_type) and _text_of(name, flags) not in ("", "null"):
