@@ -119,7 +119,7 @@ class PresenceOfLayer:
 
     def quantile(self, part: float) -> float:
         """The value that this part of the tokens lies below; the least of all where it is in the lowest bin."""
-        index = int((self.histogram.cumsum(0) < part * self.count).sum().clamp(max=self._BINS - 1))
+        index = int((self.histogram.cumsum(0) < part * self.count).sum())
         if index == 0:  # of tokens that nothing attends to, too
             return self.least
         middle = 10 ** (self._LOW + (index + 0.5) * (self._HIGH - self._LOW) / self._BINS)
