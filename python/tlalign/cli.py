@@ -36,6 +36,7 @@ try:
         TrainConfig,
         UsageError,
         architecture,
+        disk_errors_as,
         field_names,
         load_config_file,
         load_recipe,
@@ -611,10 +612,8 @@ def _compare(configs: Sequence[TrainConfig], output: Path, jobs: int) -> int:
     from tlalign.compare import PLOT_FILE, TABLE_FILE, Comparison
     from tlalign.progress import ComparisonProgress
 
-    try:
+    with disk_errors_as(f"output: cannot make the folder {output}"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output: cannot make the folder {output}: {error}") from error
     comparison = Comparison(configs, output)
     with ComparisonProgress() as progress:
         interrupted_by = comparison.train(jobs, progress)

@@ -25,6 +25,7 @@ from tlalign.config import (
     Target,
     TrainConfig,
     UsageError,
+    disk_errors_as,
     suggestion,
 )
 from tlalign.listing import Run, read_run
@@ -99,10 +100,8 @@ def start_training(config: TrainConfig, threads: int) -> subprocess.Popen:
     folder = RunFolder(config, resume=(Path(config.output) / CONFIG_FILE).is_file()).path
     changing = {name: getattr(config, name) for name in (*MAY_CHANGE, *MAY_MOVE) if name != "output"}
     flags = [f"--{name}={'null' if value is None else value}" for name, value in changing.items()]
-    try:
+    with disk_errors_as(f"output: cannot write to {folder}"):
         printed = (folder / PRINTED_FILE).open("ab")
-    except OSError as error:
-        raise UsageError(f"output: cannot write to {folder}: {error}") from error
     with printed:
         try:
             # The process holds it as long as it lives, even when this one is killed.
@@ -250,13 +249,11 @@ class Comparison:
             dataclasses.asdict(result) | {"top1": " ".join(map(str, result.top1)), "errors": "; ".join(result.errors)}
             for result in self.results()
         ]
-        try:
+        with disk_errors_as(f"output: cannot write the table to {self.output}"):
             with written_whole(self.output / TABLE_FILE) as unfinished:
                 unfinished.write_text(self.table(), encoding="utf-8", errors="replace")
             with written_whole(self.output / CSV_FILE) as unfinished:
                 write_csv(unfinished, rows[0].keys(), (row.values() for row in rows))
-        except OSError as error:
-            raise UsageError(f"output: cannot write the table to {self.output}: {error}") from error
 
     def save_plot(self) -> bool:
         """Draws the results.
@@ -273,13 +270,11 @@ class Comparison:
         results = {result.method: result for result in self.results() if result.finished}
         top1 = {name: result.top1 for name, result in results.items()}
         times = {name: result.relative_compute for name, result in results.items()}
-        try:
+        with disk_errors_as(f"output: cannot write the plot to {self.output}"):
             if not results:  # the plot of other methods would be taken for theirs
                 (self.output / PLOT_FILE).unlink(missing_ok=True)
                 return False
             draw_methods(top1, times, self.output / PLOT_FILE)
-        except OSError as error:
-            raise UsageError(f"output: cannot write the plot to {self.output}: {error}") from error
         return True
 
     def _is_finished(self, config: TrainConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -9,7 +10,7 @@ import importlib.metadata
 import importlib.resources
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -56,6 +57,15 @@ MAY_CHANGE = ("data_dir", "download", "workers", "max_unreadable", "device", "ch
 
 class UsageError(ValueError):
     """What the user asked for cannot be done: the command line prints the message without a traceback."""
+
+
+@contextlib.contextmanager
+def disk_errors_as(message: str) -> Iterator[None]:
+    """Context in which an error of the system becomes a UsageError: this message, and what the system says."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{message}: {error}") from error
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tlalign.config import CONFIG_FILE, TrainConfig, UsageError, field_names, load_config_file, suggestion, type_checker
+from tlalign.config import (
+    CONFIG_FILE,
+    TrainConfig,
+    UsageError,
+    disk_errors_as,
+    field_names,
+    load_config_file,
+    suggestion,
+    type_checker,
+)
 from tlalign.runs import LOG_FILE, EpochRecord, read_log, write_csv
 
 # Headings of the columns that each list has, by their keys; configuration values that differ follow.
@@ -179,10 +188,8 @@ class RunTable:
         Raises:
             UsageError: If it can't be written.
         """
-        try:
+        with disk_errors_as(f"csv: cannot write {path}"):
             write_csv(path, self.columns, ([row[key] for key in self.columns] for row in self.rows))
-        except OSError as error:
-            raise UsageError(f"csv: cannot write {path}: {error}") from error
 
     def plot(self, path: Path) -> None:
         """Draws the curves of the runs over each other.
@@ -198,10 +205,8 @@ class RunTable:
         curves = {run.name: run.records for run in self.runs if run.records}
         if not curves:
             raise UsageError("plot: expected a run with an epoch, got none")
-        try:
+        with disk_errors_as(f"plot: cannot write {path}"):
             draw_comparison(curves, path)
-        except OSError as error:
-            raise UsageError(f"plot: cannot write {path}: {error}") from error
 
 
 def read_run(path: Path, name: str) -> Run:

@@ -20,6 +20,7 @@ from tlalign.config import (
     HUGGING_FACE,
     TrainConfig,
     UsageError,
+    disk_errors_as,
     load_config_file,
     save_config,
 )
@@ -92,10 +93,8 @@ class EpochRecord:
 
 def check_is_new(folder: Path) -> None:
     """Raises a UsageError unless a folder is empty or not there, but for files that a killed run did not write out."""
-    try:
+    with disk_errors_as(f"output: cannot make a run in {folder}"):
         is_new = not folder.exists() or all(file.name.startswith(_UNFINISHED) for file in folder.iterdir())
-    except OSError as error:
-        raise UsageError(f"output: cannot make a run in {folder}: {error}") from error
     if not is_new:
         raise UsageError(f"output: expected a new or empty folder, but {folder} holds files")
 
@@ -118,15 +117,12 @@ class RunFolder:
         if resume:
             self.path = Path(config.output)
             return
-        where = config.output or "runs"
-        try:
+        with disk_errors_as(f"output: cannot make a run in {config.output or 'runs'}"):
             self.path = _new_folder(config) if config.output is None else Path(config.output)
             self.path.mkdir(parents=True, exist_ok=True)
             check_is_new(self.path)
             with written_whole(self.path / CONFIG_FILE) as unfinished:
                 save_config(dataclasses.replace(config, **_places(config)), unfinished)
-        except OSError as error:
-            raise UsageError(f"output: cannot make a run in {where}: {error}") from error
 
     def update_places(self, config: TrainConfig) -> None:
         """Has the configuration in the folder say where images and teacher are now: others read it, too.
@@ -138,11 +134,8 @@ class RunFolder:
         values = load_config_file(path)
         if values == values | _places(config):
             return
-        try:
-            with written_whole(path) as unfinished:
-                save_config(TrainConfig(**values | _places(config)), unfinished)
-        except OSError as error:
-            raise UsageError(f"output: cannot write to {self.path}: {error}") from error
+        with disk_errors_as(f"output: cannot write to {self.path}"), written_whole(path) as unfinished:
+            save_config(TrainConfig(**values | _places(config)), unfinished)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -151,10 +144,8 @@ class RunFolder:
         Raises:
             UsageError: If another process is in it, or the folder can't be written.
         """
-        try:
+        with disk_errors_as(f"output: cannot write to {self.path}"):
             file = (self.path / LOCK_FILE).open("ab")
-        except OSError as error:
-            raise UsageError(f"output: cannot write to {self.path}: {error}") from error
         with file:
             try:
                 # Not flock, which processes that load images for a killed one would still hold.

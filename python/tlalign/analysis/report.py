@@ -39,7 +39,7 @@ from tlalign.analysis.subject import (
     create_subject_of_table_1,
 )
 from tlalign.checkpoints import folder_classes_of, load_metadata
-from tlalign.config import ALIGNED_TARGETS, AnalyzeConfig, UsageError, load_config_file
+from tlalign.config import ALIGNED_TARGETS, AnalyzeConfig, UsageError, disk_errors_as, load_config_file
 from tlalign.data import load_images
 from tlalign.evaluation import autocast
 from tlalign.networks import load_weights, set_weights
@@ -70,16 +70,14 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None) -> Path:
     folder = Path(
         config.output or ("analysis" if checkpoint is None else config_beside(checkpoint).parent / "analysis")
     )
-    try:
+    with disk_errors_as(f"output: cannot write to the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         # Before the work is done: whether a file can be written.
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"output: cannot write to the folder {folder}: {error}") from error
     logged = [] if checkpoint is None else _logged_rmse(checkpoint)
     first, ratios, presence = _follow(subject, console)
     page, title = folder / "index.html", f"What alignment does in {config.model}"
-    try:
+    with disk_errors_as(f"output: cannot write to the folder {folder}"):
         sections = [
             _label_maps(subject, first, folder),
             _mixing_ratio(subject, first, ratios, folder),
@@ -88,8 +86,6 @@ def write_report(config: AnalyzeConfig, checkpoint: Path | None) -> Path:
             _rollout(subject, first, folder),
         ]
         write_page(page, title, _summary(subject, checkpoint, ratios, presence), sections)
-    except OSError as error:
-        raise UsageError(f"output: cannot write to the folder {folder}: {error}") from error
     return page
 
 
