@@ -240,7 +240,7 @@ def evaluate(options: Sequence[str]) -> int:
     from tlalign.evaluation import evaluate_checkpoint
 
     for name, result in evaluate_checkpoint(Path(given.checkpoint), config).items():
-        print(f"{name}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}")
+        _say(f"{name}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}")
     return 0
 
 
@@ -267,7 +267,7 @@ def list_runs(options: Sequence[str]) -> int:
         table.plot(Path(given.plot))
     console = OutputConsole()
     if not runs:
-        print(f"no runs in {', '.join(given.paths)}")
+        _say(f"no runs in {', '.join(given.paths)}")
     elif console.is_terminal:
         table.print(console)
     else:
@@ -297,8 +297,8 @@ def export(options: Sequence[str]) -> int:
 
     output = Path(given.output)
     name, call = export_checkpoint(Path(given.checkpoint), output, config, given.ema)
-    print(f"wrote the weights of the {name} to {output}; the same logits come from")
-    print(f"  {call}")
+    _say(f"wrote the weights of the {name} to {output}; the same logits come from")
+    _say(f"  {call}")
     return 0
 
 
@@ -318,7 +318,7 @@ def analyze(options: Sequence[str]) -> int:
         page = write_report(config, None if given.checkpoint is None else Path(given.checkpoint))
     except UnreadableImagesError as error:
         raise UsageError(f"data: {error}") from error
-    print(f"page      {page}\npictures and tables beside it")
+    _say(f"page      {page}\npictures and tables beside it")
     return 0
 
 
@@ -619,8 +619,8 @@ def _compare(configs: Sequence[TrainConfig], output: Path, jobs: int) -> int:
         interrupted_by = comparison.train(jobs, progress)
     comparison.save_table()
     plot = f", plot {output / PLOT_FILE}" if comparison.save_plot() else ""
-    print(comparison.table())
-    print(f"table {output / TABLE_FILE}{plot}, runs: tlalign runs {shlex.quote(str(output))}")
+    _say(comparison.table())
+    _say(f"table {output / TABLE_FILE}{plot}, runs: tlalign runs {shlex.quote(str(output))}")
     if interrupted_by is not None:
         print("tlalign: interrupted; the same command goes on", file=sys.stderr)
         return 128 + interrupted_by

@@ -240,6 +240,15 @@ def test_loose_images_may_be_more_than_the_classes_of_the_model(tmp_path):
     assert main(["analyze", *options, f"--output={tmp_path / 'analysis'}", "--device=cpu"]) == 0
 
 
+def test_a_reader_that_has_gone_away_loses_no_report(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nowhere:
+        monkeypatch.setattr("sys.stdout", nowhere)
+        assert main(["analyze", *VIT, *IMAGES, "--images=2", f"--output={tmp_path}"]) == 0
+    assert (tmp_path / "index.html").is_file()
+
+
 @pytest.mark.parametrize("name", ["$x_{$", "\\$", os.fsdecode(b"\xfc")])
 def test_any_name_of_a_class_is_drawn(tmp_path, name):
     model = timm.create_model("vit_tiny_patch16_224", img_size=16, **MODEL)
