@@ -104,7 +104,7 @@ def backward(
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     dtype = query.dtype
-    grad_output = unit_last_stride(grad_output.to(dtype).transpose(1, 2))
+    grad_output = unit_last_stride(grad_output.transpose(1, 2))
     extension.compiled.cpu_attention_backward(
         (batch, heads, queries, keys, head_dim, 0),
         DTYPES[dtype],
@@ -175,7 +175,7 @@ def window_backward(
     """Computes the gradients into the given tensors; see `reference.window_backward`."""
     qkv, pad_qkv, bias, dropout_seed, windows, scale, dropout_p = inputs
     dtype, batch, heads, head_dim = qkv.dtype, qkv.shape[0], *qkv.shape[4:]
-    qkv, grad_output = _evenly_strided(qkv), _evenly_strided(unit_last_stride(grad_output.to(dtype)))
+    qkv, grad_output = _evenly_strided(qkv), _evenly_strided(unit_last_stride(grad_output))
     tables, count, tokens = _tables(windows), windows.count(), windows.tokens()
     of_map, packed = (batch, *windows.map_size, heads, head_dim), (batch, *windows.map_size, 3, heads, head_dim)
     extension.compiled.cpu_attention_backward(

@@ -99,7 +99,7 @@ def backward(
     batch, heads, queries, head_dim = query.shape
     keys = inputs.key.shape[2]
     device, dtype = query.device, query.dtype
-    grad_output, output = _aligned(grad_output.to(dtype).transpose(1, 2)), _aligned(output)
+    grad_output, output = _aligned(grad_output.transpose(1, 2)), _aligned(output)
     of_queries, of_keys = (batch, heads, queries, head_dim), (batch, heads, keys, head_dim)
     row_terms = query.new_empty((batch, heads, *_native.cuda_row_terms(queries, DTYPES[dtype])), dtype=torch.float32)
     bias_sums, bias_heads, images = None, heads, 1
@@ -175,7 +175,7 @@ def window_backward(
     batch, heads, tokens = log_sum_exp.shape
     images, head_dim, device, dtype = qkv.shape[0], qkv.shape[5], qkv.device, qkv.dtype
     of_map = (images, heads, windows.map_size[0] * windows.map_size[1], head_dim)
-    grad_output, output = _aligned(grad_output.to(dtype).flatten(1, 2)), _aligned(output)
+    grad_output, output = _aligned(grad_output.flatten(1, 2)), _aligned(output)
     row_terms = qkv.new_empty((batch, heads, *_native.cuda_row_terms(tokens, DTYPES[dtype])), dtype=torch.float32)
     padding = grad_padding = bias_sums = None
     if grad_pad_qkv is not None:

@@ -587,7 +587,7 @@ def backward(
     inputs, kinds = _readable(inputs, windows)
     query, key, value, bias, mask, dropout_seed, scale, dropout_p = inputs
     batch, heads, queries, keys, head_dim = _sizes(query, key, windows)
-    grad_output = unit_last_stride(grad_output.to(query.dtype).transpose(1, 2))
+    grad_output = unit_last_stride(grad_output.transpose(1, 2))
     has_offsets = bias is not None or mask is not None
     shape = _shape_of(query, key, has_offsets, mask is not None, windows)
     config, *of_keys = _chosen(backward_configs, shape, heads, *given, dropout_p, windows, 0)
