@@ -273,56 +273,34 @@ def _window_attention_backward_fake(
     )
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, _share, _residual, bias, mask, dropout_seed, scale, dropout_p, backend = inputs
-    attended, share_out, log_sum_exp = output
-    ctx.mark_non_differentiable(share_out, log_sum_exp)
-    # Else autograd would fill a gradient of zeros for each non-differentiable output, and for an unused one.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, attended, log_sum_exp, bias, mask, dropout_seed)
-    ctx.options = (scale, dropout_p, bias is not None and ctx.needs_input_grad[len(tensors) + 2], backend)
+def _differentiated(name: str, tensors: int, constants: int) -> tuple[Callable, Callable]:
+    """Formula and context of an operator, for autograd.
 
+    Its arguments are so many tensors with a gradient, share, residual, bias, so many constant tensors, and options.
+    """
+    bias = tensors + 2
 
-def _attention_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp):
-    if grad_output is None:
-        return (None,) * 11
-    scale, dropout_p, needs_grad_bias, backend = ctx.options
-    *grads, grad_bias = call(
-        "attention_backward", grad_output, *ctx.saved_tensors, scale, dropout_p, needs_grad_bias, backend
-    )
-    return *grads, None, None, grad_bias if needs_grad_bias else None, None, None, None, None, None
+    def setup_context(ctx, inputs, output):
+        attended, share_out, log_sum_exp = output
+        ctx.mark_non_differentiable(share_out, log_sum_exp)
+        # Else autograd would fill a gradient of zeros for each non-differentiable output, and for an unused one.
+        ctx.set_materialize_grads(False)
+        first_option = bias + 1 + constants
+        ctx.save_for_backward(*inputs[:tensors], attended, log_sum_exp, *inputs[bias:first_option])
+        *options, backend = inputs[first_option:]
+        ctx.options = (*options, inputs[bias] is not None and ctx.needs_input_grad[bias], backend)
 
+    def backward(ctx, grad_output, _grad_share, _grad_log_sum_exp):
+        grads = [None] * len(ctx.needs_input_grad)
+        if grad_output is not None:
+            saved = ctx.saved_tensors  # asked for once: checkpointing computes them again, and refuses to do so twice
+            *of_tensors, of_bias = call(f"{name}_backward", grad_output, *saved, *ctx.options)
+            # An operator can't return None.
+            grads[:tensors] = [None if saved[i] is None else grad for i, grad in enumerate(of_tensors)]
+            grads[bias] = of_bias if ctx.options[-2] else None
+        return tuple(grads)
 
-def _attention_qkv_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp):
-    if grad_output is None:
-        return (None,) * 9
-    scale, dropout_p, needs_grad_bias, backend = ctx.options
-    grad_qkv, grad_bias = call(
-        "attention_qkv_backward", grad_output, *ctx.saved_tensors, scale, dropout_p, needs_grad_bias, backend
-    )
-    return grad_qkv, None, None, grad_bias if needs_grad_bias else None, None, None, None, None, None
-
-
-def _setup_window_context(ctx, inputs, output):
-    qkv, pad_qkv, _share, _residual, bias, dropout_seed, window_size, shift, scale, dropout_p, backend = inputs
-    attended, share_out, log_sum_exp = output
-    ctx.mark_non_differentiable(share_out, log_sum_exp)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, pad_qkv, attended, log_sum_exp, bias, dropout_seed)
-    needs_grad_bias = bias is not None and ctx.needs_input_grad[4]
-    ctx.options = (window_size, shift, scale, dropout_p, needs_grad_bias, backend)
-
-
-def _window_attention_autograd(ctx, grad_output, _grad_share, _grad_log_sum_exp):
-    if grad_output is None:
-        return (None,) * 11
-    saved = ctx.saved_tensors  # asked for once: checkpointing computes them again, and refuses to do so twice
-    grad_qkv, grad_pad_qkv, grad_bias = call("window_attention_backward", grad_output, *saved, *ctx.options)
-    has_padding, needs_grad_bias = saved[1] is not None, ctx.options[4]
-    return (
-        grad_qkv, grad_pad_qkv if has_padding else None, None, None, grad_bias if needs_grad_bias else None,
-        None, None, None, None, None, None,
-    )  # fmt: skip
+    return backward, setup_context
 
 
 def _no_second_derivative(ctx, *grads):
@@ -375,24 +353,24 @@ def _function(
 
 _OPERATORS: dict[str, tuple[torch._ops.OpOverload, Callable, type[torch.autograd.Function]]] = {}
 
-for _name, _kernel, _fake, _autograd, _setup, _formula in (
-    ("attention", _attention, _attention_fake, _attention_autograd, _setup_context, _attention_flops),
-    ("attention_qkv", _attention_qkv, _attention_qkv_fake, _attention_qkv_autograd, _setup_context, _packed_flops),
+for _name, _kernel, _fake, (_autograd, _setup), _formula in (
+    ("attention", _attention, _attention_fake, _differentiated("attention", 3, 2), _attention_flops),
+    ("attention_qkv", _attention_qkv, _attention_qkv_fake, _differentiated("attention_qkv", 1, 2), _packed_flops),
     (
-        "window_attention", _window_attention, _window_attention_fake, _window_attention_autograd,
-        _setup_window_context, _packed_flops,
+        "window_attention", _window_attention, _window_attention_fake, _differentiated("window_attention", 2, 1),
+        _packed_flops,
     ),
     (
-        "attention_backward", _attention_backward, _attention_backward_fake, _no_second_derivative,
-        None, _attention_backward_flops,
+        "attention_backward", _attention_backward, _attention_backward_fake, (_no_second_derivative, None),
+        _attention_backward_flops,
     ),
     (
-        "attention_qkv_backward", _attention_qkv_backward, _attention_qkv_backward_fake, _no_second_derivative,
-        None, _attention_qkv_backward_flops,
+        "attention_qkv_backward", _attention_qkv_backward, _attention_qkv_backward_fake, (_no_second_derivative, None),
+        _attention_qkv_backward_flops,
     ),
     (
         "window_attention_backward", _window_attention_backward, _window_attention_backward_fake,
-        _no_second_derivative, None, _window_attention_backward_flops,
+        (_no_second_derivative, None), _window_attention_backward_flops,
     ),
 ):  # fmt: skip
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
