@@ -6,12 +6,11 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from timm.models import beit
 from torch import Tensor, nn
 
 from tlalign_kernels.functional import attention_qkv
-from tlalign_kernels.models.plain import BlockFollower, Branch, PlainFollower
+from tlalign_kernels.models.plain import BlockFollower, Branch, PlainFollower, biased_projection
 from tlalign_kernels.patch import ImageModelFollower, LabelFollower, attention_options, check_head_dim, register
 
 
@@ -49,7 +48,7 @@ class AlignedBeitAttention(LabelFollower, beit.Attention):
         if self.relative_position_bias_table is not None:
             own = self._get_rel_pos_bias()
             bias = own if bias is None else own + bias
-        qkv = packed_projection(self, x)
+        qkv, _ = biased_projection(self, x)
         attended, share = attention_qkv(qkv, share, residual, bias=bias, **attention_options(self))
         return self.proj_drop(self.proj(attended.flatten(2))), share
 
@@ -91,17 +90,6 @@ class AlignedBeit(PlainFollower, ImageModelFollower, beit.Beit):
             x = x + self.pos_embed
         shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         return self.pos_drop(x), share, [(shared_bias,)] * len(self.blocks)
-
-
-def packed_projection(attention: nn.Module, x: Tensor) -> Tensor:
-    """The projection (B, N, 3, H, D) of an attention of BEiT or EVA, whose keys have no bias."""
-    qkv = attention.qkv
-    if attention.q_bias is None:
-        projected = qkv(x)
-    else:
-        bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
-        projected = qkv(x) + bias if attention.qkv_bias_separate else F.linear(x, qkv.weight, bias)
-    return projected.unflatten(2, (3, attention.num_heads, -1))
 
 
 def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tlalign_kernels.functional import attention
 from tlalign_kernels.labels import gather_share
-from tlalign_kernels.models.beit import ScaledBlockFollower, packed_projection
+from tlalign_kernels.models.beit import ScaledBlockFollower
 from tlalign_kernels.models.plain import (
     AttentionFollower,
     BlockFollower,
     MaskedPlainFollower,
     PostNormBlockFollower,
+    biased_projection,
     mask_options,
     project_attended,
 )
@@ -74,7 +75,7 @@ class RotaryFollower(AttentionFollower):
 
     def _packed_projection(self, x: Tensor) -> Tensor:
         """(B, N, 3, H, D)."""
-        raise NotImplementedError
+        return self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
 
     def _rotate(self, x: Tensor, rope: Tensor | None, value: Tensor) -> Tensor:
         """Rotates the patches of a query or key (B, N, H, D), which then has the dtype of the value.
@@ -94,16 +95,13 @@ class AlignedEvaAttention(RotaryFollower, eva.EvaAttention):
     mirrors: ClassVar[dict[str, str]] = {"forward": "ab5e17e344c38aae"}
 
     def _packed_projection(self, x: Tensor) -> Tensor:
-        return packed_projection(self, x)
+        return biased_projection(self, x)[0]
 
 
 class AlignedAttentionRope(RotaryFollower, tl.AttentionRope):
     """timm's `AttentionRope` with label propagation; heads of queries may share keys and values."""
 
     mirrors: ClassVar[dict[str, str]] = {"forward": "3f742ca1632dca04"}
-
-    def _packed_projection(self, x: Tensor) -> Tensor:
-        return self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
 
 
 class RotaryBlockFollower(BlockFollower):

@@ -30,7 +30,6 @@ from tlalign_kernels.patch import (
     run_stages,
 )
 
-_HEADS = (tl.ClassifierHead, tl.NormMlpClassifierHead)
 _NORMS = (tl.LayerNorm2d, tl.RmsNorm2d, nn.BatchNorm2d)
 # Names of what attends in a block of MaxViT.
 _PARTS = ("attn_block", "attn_grid", "attn")
@@ -381,11 +380,11 @@ class AlignedMaxxVit(ImageModelFollower, maxxvit.MaxxVit):
     @classmethod
     def check(cls, module: nn.Module, name: str) -> None:
         """Raises NotImplementedError for heads without a label."""
-        check_head(module, *_HEADS)
+        check_head(module, tl.ClassifierHead, tl.NormMlpClassifierHead)
 
     def align(self, x: Tensor, target: MixedTarget, layer_shares: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """As for `ModelFollower`."""
-        check_head(self, *_HEADS)
+        self.check(self, "model")
         x = self.stem(x)
         size = tuple(x.shape[2:])
         share = target.token_share(size, (2, 2), x.dtype).unflatten(1, size)

@@ -276,6 +276,20 @@ def attend(
     return attended.transpose(1, 2), share
 
 
+def biased_projection(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The projection (..., 3, H, D) of an attention of timm whose keys have no bias, and its bias (3, H, D) or None."""
+    by_heads = (3, module.num_heads, -1)
+    if module.q_bias is None:
+        return module.qkv(x).unflatten(-1, by_heads), None
+    bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
+    if module.qkv_bias_separate:
+        projected = module.qkv(x)
+        projected += bias
+    else:
+        projected = F.linear(x, module.qkv.weight, bias)
+    return projected.unflatten(-1, by_heads), bias.view(by_heads)
+
+
 def project_attended(module: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
     """What an attention of timm, which may have a gate, makes of its input (B, N, channels) and of A.V (B, N, H, D)."""
     projected = module.norm(attended.flatten(2))

@@ -21,6 +21,7 @@ from tlalign_kernels.models.plain import (
     BlockFollower,
     PostNormBlockFollower,
     UnscaledBlockFollower,
+    biased_projection,
     check_image_size,
     check_patch_embed,
 )
@@ -111,7 +112,7 @@ class WindowFollower(LabelFollower):
 
     def _score_scale(self) -> float:
         """Factor of the products of queries and keys."""
-        raise NotImplementedError
+        return self.scale
 
 
 class CosineWindowFollower(WindowFollower):
@@ -139,9 +140,6 @@ class AlignedWindowAttention(WindowFollower, swin_transformer.WindowAttention):
     def _position_bias(self) -> Tensor:
         return _gathered(self.relative_position_bias_table, self.relative_position_index)
 
-    def _score_scale(self) -> float:
-        return self.scale
-
 
 class AlignedWindowAttentionV2(CosineWindowFollower, swin_transformer_v2.WindowAttention):
     """timm's `WindowAttention` of Swin v2 with label propagation."""
@@ -150,15 +148,7 @@ class AlignedWindowAttentionV2(CosineWindowFollower, swin_transformer_v2.WindowA
     untouched = ("softmax", "cpb_mlp")
 
     def _project(self, x: Tensor, by_heads: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
-        if self.q_bias is None:
-            return self.qkv(x).unflatten(-1, by_heads), None
-        qkv_bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        if self.qkv_bias_separate:
-            qkv = self.qkv(x)
-            qkv += qkv_bias
-        else:
-            qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        return qkv.unflatten(-1, by_heads), qkv_bias.view(by_heads)
+        return biased_projection(self, x)
 
     def _position_bias(self) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
@@ -337,8 +327,7 @@ class SwinFollower(ImageModelFollower):
         grid_size = self._grid_size(x)
         share = target.token_share(grid_size, self.patch_embed.patch_size, x.dtype).unflatten(1, grid_size)
         x, share = run_stages(self._stages(self), x, share, layer_shares)
-        logits = self.forward_head(self._after_stages(x))
-        return logits, share.mean(dim=(1, 2))
+        return self.forward_head(self._after_stages(x)), share.mean(dim=(1, 2))
 
     @staticmethod
     def _stages(model: nn.Module) -> nn.Sequential:
