@@ -151,25 +151,20 @@ def cast_inputs(inputs: dict[str, Tensor | None], dtype: torch.dtype) -> dict[st
 def run_operator(case: Case, inputs: dict[str, Tensor | None], backend: str, seed: int = 0) -> dict[str, Tensor]:
     """Output, share and gradients of the operator; `seed` is that of the dropout."""
     leaves, bias = _leaves(inputs)
-    if case.windows is not None:
-        torch.manual_seed(seed)
-        output, share = window_attention(
-            leaves["qkv"], inputs["share"], inputs["residual"], window_size=case.windows.window_size,
-            shift=case.windows.shift, bias=bias, pad_qkv=leaves.get("pad_qkv"), scale=case.scale,
-            dropout_p=case.dropout_p, backend=backend,
-        )  # fmt: skip
-        return _with_gradients(output, share, leaves, bias, inputs["grad_output"])
-    options = dict(
-        residual=inputs["residual"], bias=bias, mask=inputs["mask"], scale=case.scale, dropout_p=case.dropout_p,
-        backend=backend,
-    )  # fmt: skip
+    labels = inputs["share"], inputs["residual"]
+    options = dict(bias=bias, scale=case.scale, dropout_p=case.dropout_p, backend=backend)
     torch.manual_seed(seed)
-    if case.packed:
+    if case.windows is not None:
+        output, share = window_attention(
+            leaves["qkv"], *labels, window_size=case.windows.window_size, shift=case.windows.shift,
+            pad_qkv=leaves.get("pad_qkv"), **options,
+        )  # fmt: skip
+    elif case.packed:
         qkv = torch.stack([leaves[name] for name in ("query", "key", "value")]).permute(1, 3, 0, 2, 4)
-        output, share = attention_qkv(qkv, inputs["share"], **options)
+        output, share = attention_qkv(qkv, *labels, mask=inputs["mask"], **options)
         output = output.transpose(1, 2)
     else:
-        output, share = attention(*leaves.values(), inputs["share"], **options)
+        output, share = attention(*leaves.values(), *labels, mask=inputs["mask"], **options)
     return _with_gradients(output, share, leaves, bias, inputs["grad_output"])
 
 
@@ -344,7 +339,7 @@ def _leaves(inputs: dict[str, Tensor | None]) -> tuple[dict[str, Tensor], Tensor
 def _with_gradients(
     output: Tensor, share: Tensor, leaves: dict[str, Tensor], bias: Tensor | None, grad_output: Tensor
 ) -> dict[str, Tensor]:
-    wanted = [*leaves.values()] + ([] if bias is None else [bias])
-    names = [f"gradient of {name}" for name in leaves] + ([] if bias is None else ["gradient of bias"])
-    gradients = torch.autograd.grad(output, wanted, grad_output)
-    return {"output": output.detach(), "share": share.detach(), **dict(zip(names, gradients, strict=True))}
+    wanted = leaves if bias is None else {**leaves, "bias": bias}
+    gradients = zip(wanted, torch.autograd.grad(output, list(wanted.values()), grad_output), strict=True)
+    named = {f"gradient of {name}": gradient for name, gradient in gradients}
+    return {"output": output.detach(), "share": share.detach(), **named}

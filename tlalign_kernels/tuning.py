@@ -245,9 +245,8 @@ def _runner(problem: Problem) -> Callable[[str], None]:
     queries, keys = problem.queries, problem.keys
     draw = functools.partial(_draw, problem)
     packed = queries == keys
-    inputs = [draw(batch, queries, 3, heads, head_dim)] if packed else [draw(batch, queries, heads, head_dim)]
-    if not packed:
-        inputs += [draw(batch, keys, heads, head_dim) for _ in range(2)]
+    shapes = [(queries, 3)] if packed else [(queries,), (keys,), (keys,)]
+    inputs = [draw(batch, *shape, heads, head_dim) for shape in shapes]
     bias = draw(1, heads, queries, keys) if problem.has_bias else None
     mask = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=problem.device_type) if problem.has_mask else None
     share = draw(batch, keys, sources, dtype=problem.share_dtype) if sources else None
