@@ -367,9 +367,9 @@ def _bias_config(shape: Shape) -> Config:
         block = 64 if shape.capability < 120 else 32
         is_tight = shape.dtype == torch.float16 and not _has_warp_groups(shape)
         return Config(name, dict(BLOCK_Q=block, BLOCK_K=block), 8 if is_tight else 4)
-    if shape.dtype == torch.float32 and shape.in_windows and shape.capability == 90 and head_dim <= 32:
-        return Config(name, dict(BLOCK_Q=32, BLOCK_K=64), 4)
     if shape.dtype == torch.float32:
+        if shape.in_windows and shape.capability == 90 and head_dim <= 32:
+            return Config(name, dict(BLOCK_Q=32, BLOCK_K=64), 4)
         if head_dim <= 32:
             return Config(name, dict(BLOCK_Q=16, BLOCK_K=32), 4)
         return Config(name, dict(BLOCK_Q=32, BLOCK_K=32), 4, 2, ALL_REGISTERS)
