@@ -278,23 +278,22 @@ def _differentiated(name: str, tensors: int, constants: int) -> tuple[Callable, 
 
     Its arguments are so many tensors with a gradient, share, residual, bias, so many constant tensors, and options.
     """
-    bias = tensors + 2
+    bias, first_option, backward_name = tensors + 2, tensors + 3 + constants, f"{name}_backward"
 
     def setup_context(ctx, inputs, output):
         attended, share_out, log_sum_exp = output
         ctx.mark_non_differentiable(share_out, log_sum_exp)
         # Else autograd would fill a gradient of zeros for each non-differentiable output, and for an unused one.
         ctx.set_materialize_grads(False)
-        first_option = bias + 1 + constants
         ctx.save_for_backward(*inputs[:tensors], attended, log_sum_exp, *inputs[bias:first_option])
-        *options, backend = inputs[first_option:]
-        ctx.options = (*options, inputs[bias] is not None and ctx.needs_input_grad[bias], backend)
+        needs_grad_bias = inputs[bias] is not None and ctx.needs_input_grad[bias]
+        ctx.options = (*inputs[first_option:-1], needs_grad_bias, inputs[-1])
 
     def backward(ctx, grad_output, _grad_share, _grad_log_sum_exp):
         grads = [None] * len(ctx.needs_input_grad)
         if grad_output is not None:
             saved = ctx.saved_tensors  # asked for once: checkpointing computes them again, and refuses to do so twice
-            *of_tensors, of_bias = call(f"{name}_backward", grad_output, *saved, *ctx.options)
+            *of_tensors, of_bias = call(backward_name, grad_output, *saved, *ctx.options)
             # An operator can't return None.
             grads[:tensors] = [None if saved[i] is None else grad for i, grad in enumerate(of_tensors)]
             grads[bias] = of_bias if ctx.options[-2] else None
