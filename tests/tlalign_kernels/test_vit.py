@@ -375,17 +375,17 @@ def test_heads_that_no_backend_has_are_refused():
         assert not any(isinstance(module, tlk.LabelFollower) for module in model.modules())
 
 
-@pytest.mark.parametrize(("made_for", "pixels"), [(100, 100), (70, 64), (100, 320), (250, 250)])
+@pytest.mark.parametrize(("made_for", "pixels"), [(100, 100), (70, 64), (100, 320), (250, 250), (33, 33), (33, 100)])
 def test_patches_of_a_convolving_stem_are_its_stride_apart(made_for, pixels):
     # 32, but timm takes 100 pixels in 4 tokens for one of 25.
     model = timm.create_model("vit_small_r26_s32_224", depth=1, img_size=made_for, dynamic_img_size=True)
-    box = torch.tensor([[[32, 0, pixels - 4, 40]]])
+    box = torch.tensor([[[16, 0, pixels - 4, min(40, pixels)]]])
     target = MixedTarget.from_boxes(torch.tensor([[0, 1]]), box, (pixels, pixels))
     _, aligned = tlk.patch_model(model.eval(), layers=[])(
         torch.zeros(1, 3, pixels, pixels), target=target, collect_layers=True
     )
     inside = torch.zeros(pixels, pixels)
-    inside[32 : pixels - 4, :40] = 1
+    inside[16 : pixels - 4, :40] = 1
     cells = [[part.mean() for part in rows.split(32, dim=1)] for rows in inside.split(32)]
     share = aligned.layer_shares[0][0, 1:, 0]
     torch.testing.assert_close(share, torch.tensor(cells).flatten())

@@ -328,12 +328,12 @@ def _patch_step(patch_embed: nn.Module) -> tuple[int, int]:
     if not isinstance(patch_embed, HybridEmbed):
         return patch_embed.feat_ratio(as_scalar=False)
     # timm's ratio is the image's size over the map's, rounded down: less than the stride, a power of two, of a backbone
-    # that pads, where it was made for a size that this doesn't divide.
+    # that pads, where it was made for a size that this doesn't divide. Rounded up, it is more than half of the stride.
     steps = []
     for pixels, cells, ratio, patch in zip(
         patch_embed.img_size, patch_embed.feature_size, patch_embed.feature_ratio, patch_embed.patch_size, strict=True
     ):
-        stride = 1 << (ratio - 1).bit_length()
+        stride = 1 << (-(-pixels // cells) - 1).bit_length()
         steps.append(patch * (stride if -(-pixels // stride) == cells else ratio))
     return tuple(steps)
 
