@@ -463,6 +463,22 @@ def test_adapters_are_followed(name):
     following.check_adapters(model, *images_and_target(model))
 
 
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_adapters_are_followed_where_biases_of_swin_v2_are_none_or_apart(qkv_bias):
+    model = small("swinv2_tiny_window8_256", qkv_bias=qkv_bias)
+    for module in model.modules():
+        if isinstance(module, swin_transformer_v2.WindowAttention):
+            module.qkv_bias_separate = True
+
+    class Shifted(following.Adapted):
+        def forward(self, x):
+            return super().forward(x) + 0.1  # a projection that has no bias gives it to padding
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(following, "Adapted", Shifted)
+        following.check_adapters(model, *images_and_target(model))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attention_dropout_acts_where_timms_does(name):
     model = small(name, attn_drop_rate=0.5, drop_path_rate=0.0)

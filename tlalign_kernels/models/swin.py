@@ -148,7 +148,13 @@ class AlignedWindowAttentionV2(CosineWindowFollower, swin_transformer_v2.WindowA
     untouched = ("softmax", "cpb_mlp")
 
     def _project(self, x: Tensor, by_heads: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
-        return biased_projection(self, x)
+        qkv, bias = biased_projection(self, x)
+        if self.q_bias is not None and not self.qkv_bias_separate:
+            return qkv, bias
+        adapted = projected_padding(self.qkv, x, by_heads)  # by itself the projection has no bias
+        if bias is None or adapted is None:
+            return qkv, bias if adapted is None else adapted
+        return qkv, adapted + bias
 
     def _position_bias(self) -> Tensor:
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
