@@ -513,7 +513,8 @@ def _chosen(layers: Iterable[int], blocks: int) -> set[int]:
     except TypeError:
         indices = [blocks]
     if any(not -blocks <= index < blocks for index in indices):
-        raise ValueError(f"layers: expected block indices from {-blocks} to {blocks - 1}, got {layers}")
+        known = f"block indices from {-blocks} to {blocks - 1}" if blocks else "none, since no block can align"
+        raise ValueError(f"layers: expected {known}, got {layers}")
     return {index % blocks for index in indices}
 
 

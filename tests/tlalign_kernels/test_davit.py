@@ -113,6 +113,8 @@ def test_labels_stay_float32_under_autocast():
 
 def test_what_does_not_belong_together_is_refused():
     following.check_errors(small(), *following.images_and_target(SIZE))
+    with pytest.raises(ValueError, match=r"layers: expected none, since no block can align, got \[0\]"):
+        tlk.patch_model(small(attn_types=("channel",)), layers=[0])
 
 
 @pytest.mark.parametrize(
