@@ -462,7 +462,7 @@ def _parse(
         parsed = _parse_flags(parser, flags)
         # Defaults were taken as they are; read as an object, values of files are checked and converted as flags are.
         parsed = type_checker(config_class).parse_object({name: getattr(parsed, name) for name in names})
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, TypeError) as error:  # the latter where a mapping is a default
         raise UsageError(_in_words(error)) from error
     values = {name: getattr(parsed, name) for name in names}
     for name, of_type in typing.get_type_hints(config_class).items():
@@ -489,7 +489,7 @@ def _parse_flags(parser: jsonargparse.ArgumentParser, flags: Sequence[str]) -> j
         raise UsageError(message) from error
 
 
-def _in_words(error: argparse.ArgumentError) -> str:
+def _in_words(error: Exception) -> str:
     """What a parser found wrong; a value of a wrong type without the parser's words for types."""
     message = str(error).replace("Parser key ", "")
     found = re.fullmatch(r'"(\w+)":\n.*(?:Got|Given) value: (.*)', message, re.DOTALL)
@@ -733,11 +733,11 @@ def _train(trainer: Trainer, folder: RunFolder | None, resume: bool) -> int:
 
 def _kept(folder: RunFolder, processes: int) -> str:
     """What is left of a run that ended early, and how it goes on."""
-    if not folder.last_checkpoint.exists():
-        return "no checkpoint yet"
     command = shlex.join(["tlalign", "train", "--resume", str(folder.path)])
     # Each process draws its own mixing: another number of them would train another run.
     again, launcher = ("", "") if processes == 1 else (f" as {processes} processes again", "torchrun ... -m ")
+    if not folder.last_checkpoint.exists():
+        return f"no checkpoint yet, to start again: {launcher}{command}"
     return f"last checkpoint {folder.last_checkpoint}, to continue{again}: {launcher}{command}"
 
 

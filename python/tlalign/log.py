@@ -28,7 +28,8 @@ class RunLog:
     """The log of a run folder, open for writing; one process of a run has it.
 
     A run that goes on from a checkpoint writes the rows up to there anew; what was logged after it disappears from the
-    table and from TensorBoard.
+    table and from TensorBoard. Of an epoch that was stopped between its checkpoint and its row, TensorBoard may show
+    numbers twice and lack the histogram.
 
     Args:
         path: Folder of the run.

@@ -58,7 +58,8 @@ def create_model(config: ModelConfig, num_classes: int, **overrides: Any) -> nn.
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
         given = {name: getattr(config, name) for name in ("img_size", "in_chans") if getattr(config, name) is not None}
         given |= config.model_kwargs
-        raise UsageError(f"model: timm can't make {config.model} with {given}: {error}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # PyTorch's may end in a trace of C++
+        raise UsageError(f"model: timm can't make {config.model} with {given}: {reason}") from error
 
 
 def model_arguments(config: ModelConfig, num_classes: int, **overrides: Any) -> dict[str, Any]:

@@ -344,8 +344,10 @@ def test_a_run_that_has_no_checkpoint_yet_starts_from_its_weights_when_it_contin
 
 def test_images_of_a_class_that_is_none_end_a_run_without_a_traceback(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, "fit", mock.Mock(side_effect=UsageError("num_classes: expected more, got 2")))
-    assert main(["train", *TINY, "--output", str(tmp_path / "run")]) == 1
-    assert capsys.readouterr().err == "tlalign: error: num_classes: expected more, got 2; no checkpoint yet\n"
+    folder = tmp_path / "run"
+    assert main(["train", *TINY, "--output", str(folder)]) == 1
+    again = f"no checkpoint yet, to start again: tlalign train --resume {folder}\n"
+    assert capsys.readouterr().err == f"tlalign: error: num_classes: expected more, got 2; {again}"
 
 
 def test_a_report_takes_the_data_of_a_run_but_neither_its_batches_nor_its_seed(run, monkeypatch):

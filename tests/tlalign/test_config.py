@@ -260,11 +260,19 @@ def test_arguments_of_the_model_in_a_file_are_a_mapping(tmp_path, capsys, value,
     )
 
 
-def test_a_wrong_type_in_a_file_is_a_usage_error(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("epochs: many", "epochs: expected a whole number, got many"),
+        ("opt: {name: adamw}", "opt: expected text, got {'name': 'adamw'}"),
+        ("img_size: {height: 32}", "img_size: expected a whole number or null, got {'height': 32}"),
+    ],
+)
+def test_a_wrong_type_in_a_file_is_a_usage_error(tmp_path, capsys, line, message):
     file = tmp_path / "mine.yaml"
-    file.write_text("epochs: many\n")
+    file.write_text(f"{line}\n")
     assert cli.main(["train", "--config", str(file)]) == 2
-    assert "error: epochs: expected a whole number, got many\n" in capsys.readouterr().err
+    assert f"error: {message}\n" in capsys.readouterr().err
 
 
 def test_home_is_found_in_a_file_and_behind_an_equals_sign(tmp_path, resolved, monkeypatch):

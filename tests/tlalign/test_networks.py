@@ -103,6 +103,8 @@ def test_arguments_that_timm_refuses_are_named(tmp_path):
         UsageError, match=r"model: timm can't make xcit_nano.* with {'img_size': 49, 'in_chans': 1, 'depth': 1}: "
     ):
         create_model(tiny(tmp_path, **of_patches), 10)
+    with pytest.raises(UsageError, match=r"timm can't make .*'img_size': 99999999999.*: [^\n]+$"):
+        create_model(tiny(tmp_path, img_size=99999999999), 10)
 
 
 @pytest.mark.parametrize("model", ["local-dir:nowhere", "hf_hub:a/b/c"])
