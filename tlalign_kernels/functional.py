@@ -16,6 +16,8 @@ from tlalign_kernels.windows import Windows
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# Dropouts are 0 by default, not 0.0: of that dynamic compilation makes a symbol, which no two checkpointed parts share.
+
 
 def attention(
     query: Tensor,
@@ -26,7 +28,7 @@ def attention(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Multi-head attention that mixes labels as it mixes tokens: A.V and mean_h(A).share in one pass.
@@ -80,7 +82,7 @@ def attention_qkv(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Self-attention with label propagation on a packed projection, whose gradient is one tensor of its layout.
@@ -129,7 +131,7 @@ def window_attention(
     bias: Tensor | None = None,
     pad_qkv: Tensor | None = None,
     scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Self-attention with label propagation within the (shifted) windows of a map, as in Swin (arXiv 2103.14030).
@@ -251,7 +253,7 @@ def explain(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     backend: str = "auto",
 ) -> Explanation:
     """Says which backend `attention` would take for these arguments, and why not the others; computes nothing.

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlalign_kernels.ops import is_captured
+
 # Mixtures are checked to sum to one within this, or within the rounding of their dtype if that is coarser: float32
 # rounding of a few hundred addends stays far below it.
 _SUM_TOLERANCE = 1e-4
@@ -427,8 +429,8 @@ def gather_share(share: Tensor, indices: Tensor, num_prefix_tokens: int) -> Tens
 
 
 def values_are_free(device: torch.device) -> bool:
-    """Whether values may be looked at: on an accelerator that waits for it, and in a captured graph there are none."""
-    return device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may be looked at: on an accelerator that waits for it, and where calls are captured are none."""
+    return device.type == "cpu" and not is_captured()
 
 
 def check_number(name: str, value: float) -> None:

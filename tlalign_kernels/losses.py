@@ -112,7 +112,7 @@ class _MixtureLoss(torch.autograd.Function):
 
 def _count(logits: Tensor, binary: bool) -> int:
     """What a mean is taken over: images, and with binary losses classes."""
-    return logits.numel() if binary else len(logits)
+    return logits.numel() if binary else logits.shape[0]
 
 
 def _loss_dtype(logits: Tensor) -> torch.dtype:

@@ -385,6 +385,16 @@ for _name, _kernel, _fake, (_autograd, _setup), _formula in (
     _OPERATORS[_name] = (_packet.default, _kernel, _function(_name, _kernel, _autograd, _setup))
 
 
+def is_captured() -> bool:
+    """Whether a compiler, a tracer or a mode sees the operators that are called; tensors may have no values then."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+    )
+
+
 def call(name: str, *arguments) -> tuple[Tensor, ...]:
     """Runs an operator: through the dispatcher where it is to be seen, compiled or intercepted, else directly.
 
@@ -394,14 +404,8 @@ def call(name: str, *arguments) -> tuple[Tensor, ...]:
     operator, kernel, function = _OPERATORS[name]
     first = arguments[0]
     is_plain = type(first) in (Tensor, torch.nn.Parameter) and not first.is_meta
-    is_watched = (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
-        # Batched gradients (is_grads_batched, vectorized Jacobians) are of the usual class, without storage.
-        or torch._C._functorch.is_legacy_batchedtensor(first)
-    )
+    # Batched gradients (is_grads_batched, vectorized Jacobians) are of the usual class, without storage.
+    is_watched = is_captured() or torch._C._functorch.is_legacy_batchedtensor(first)
     is_transformed = torch._C._are_functorch_transforms_active()
     has_tangents = torch.autograd.forward_ad._current_level >= 0
     if has_tangents and (is_transformed or is_watched or not is_plain):

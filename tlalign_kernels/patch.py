@@ -305,7 +305,7 @@ def is_bare(module: nn.Module, module_class: type[nn.Module]) -> bool:
 
 def drop_path_factor(drop_path: nn.Module, x: Tensor) -> Tensor:
     """What timm's DropPath multiplies x (B, ...) by: 0 for the images that it drops. Draws what drop_path(x) would."""
-    return drop_path(x.new_ones(len(x), *[1] * (x.dim() - 1)))
+    return drop_path(x.new_ones(x.shape[0], *[1] * (x.dim() - 1)))
 
 
 # Class of a module -> its follower, or None for modules that act on each token alone (and for plain containers).

@@ -13,6 +13,7 @@ from properties import call, check_heads_may_be_permuted, check_labels_never_inf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tlalign_kernels as tlk
@@ -786,6 +787,18 @@ def test_compiles_into_one_graph_at_the_first_call(backend, dynamic):
         torch.autograd.grad(compiled.sum(), wanted), torch.autograd.grad(eager.sum(), wanted), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_compiles_for_any_size_where_two_parts_are_checkpointed():
+    def two(qkv, share):
+        for _ in range(2):
+            _, share = checkpoint(tlk.attention_qkv, qkv, share, use_reentrant=False)
+        return share
+
+    qkv, share = torch.randn(1, 5, 3, 2, 8, requires_grad=True), torch.rand(1, 5, 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(two, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(qkv, share), two(qkv, share))
 
 
 def test_compiles_options_that_change_between_calls():

@@ -234,6 +234,8 @@ def test_a_module_that_was_changed_since_is_not_unpatched(where, change, images,
 SMALL = {
     "vit_tiny_patch16_224": dict(img_size=32, patch_size=8, embed_dim=48, depth=4),
     "vit_small_patch16_rope_mixed_224": dict(img_size=32, patch_size=8, embed_dim=48, num_heads=3, depth=4),
+    "beit_base_patch16_224": dict(img_size=32, patch_size=8, embed_dim=48, num_heads=3, depth=2),
+    "vit_relpos_medium_patch16_cls_224": dict(img_size=32, patch_size=8, embed_dim=48, num_heads=3, depth=2),
     "xcit_tiny_12_p8_224": dict(img_size=32, embed_dim=48, num_heads=3, depth=2, eta=0.5),
     "swin_tiny_patch4_window7_224": dict(
         img_size=32, patch_size=2, window_size=5, embed_dim=32, depths=(2, 2), num_heads=(2, 4)
@@ -295,6 +297,30 @@ def test_parts_that_came_later_are_refused_with_a_target(replace, images, target
     with pytest.raises(TypeError, match=r"model: expected modules that were there when it was patched, got .*; patch"):
         model(images, target=target)
     tlk.patch_model(model)(images, target=target)
+
+
+class TracedLoss(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, classes, ratio):
+        logits, aligned = self.model(images, target=tlk.MixedTarget.from_ratio(classes, ratio))
+        return tlk.mixed_cross_entropy(logits, aligned), aligned.ratio
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_was_exported_takes_any_number_of_images(name):
+    def inputs(batch):
+        return torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch, 2)), torch.rand(batch, 1)
+
+    model = timm.create_model(name, num_classes=10, drop_path_rate=0.5, **SMALL[name])
+    loss = TracedLoss(tlk.patch_model(following.randomised(model).eval(), stochastic_depth=True))
+    with torch.no_grad():
+        exported = torch.export.export(loss, inputs(2), dynamic_shapes=({0: torch.export.Dim.AUTO},) * 3).module()
+        others = inputs(5)
+        for result, expected in zip(exported(*others), loss(*others), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -17,6 +17,7 @@ from following import small_plain as small
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import checkpoint
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tlalign_kernels as tlk
 from tlalign_kernels import MixedTarget, mixed_cross_entropy
@@ -654,6 +655,8 @@ def test_targets_may_be_made_in_what_is_compiled_or_exported(strict):
     torch._dynamo.reset()
     assert torch.equal(torch.compile(aligned, fullgraph=True, backend="aot_eager")(*inputs), expected)
     assert torch.equal(torch.export.export(aligned, inputs, strict=strict).module()(*inputs), expected)
+    with torch.no_grad():
+        assert torch.equal(make_fx(aligned)(*inputs)(*inputs), expected)
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ class AlignedBeit(PlainFollower, ImageModelFollower, beit.Beit):
     untouched = (*PlainFollower.untouched, "rel_pos_bias")
 
     def _embed(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, list[tuple]]:
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias()

@@ -146,7 +146,7 @@ class AlignedPoolingVisionTransformer(ImageModelFollower, pit.PoolingVisionTrans
         self.check(self, "model")
         share = self._first_share(target, tuple(x.shape[2:]), x.dtype)
         x = self.pos_drop(self.patch_embed(x) + self.pos_embed)
-        tokens = x, self.cls_token.expand(len(x), -1, -1)
+        tokens = x, self.cls_token.expand(x.shape[0], -1, -1)
         tokens, share = run_stages(self.transformers, tokens, share, layer_shares)
         logits = self.forward_head(self.norm(tokens[1]))
         if isinstance(logits, tuple):

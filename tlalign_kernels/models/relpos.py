@@ -86,7 +86,7 @@ class AlignedVisionTransformerRelPos(PlainFollower, ImageModelFollower, relpos.V
 
     def _embed(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, list[tuple]]:
         if self.cls_token is not None:
-            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         shared_bias = None if self.shared_rel_pos is None else self.shared_rel_pos.get_bias()
         return x, share, [(shared_bias,)] * len(self.blocks)
 

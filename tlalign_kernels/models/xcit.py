@@ -113,11 +113,11 @@ class AlignedXcit(PlainFollower, ImageModelFollower, xcit.Xcit):
         x, size = self.patch_embed(images)
         step = (self.patch_embed.patch_size,) * 2
         if self.pos_embed is not None:
-            x = x + self.pos_embed(len(x), *size).flatten(2).transpose(1, 2)
+            x = x + self.pos_embed(x.shape[0], *size).flatten(2).transpose(1, 2)
         x = self.pos_drop(x)
         for block in self.blocks:
             x = checkpoint(block, x, *size) if self.grad_checkpointing else block(x, *size)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         return x, self._first_share(target, size, step, x.dtype), [()] * len(self.cls_attn_blocks)
 
 
