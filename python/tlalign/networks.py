@@ -17,16 +17,7 @@ from torch import Tensor, nn
 
 import tlalign.models  # noqa: F401 (timm knows them from here on)
 from tlalign.checkpoints import folder_classes_of
-from tlalign.config import (
-    CONFIG_FILE,
-    ModelConfig,
-    TrainConfig,
-    UsageError,
-    architecture,
-    field_names,
-    load_config_file,
-    suggestion,
-)
+from tlalign.config import CONFIG_FILE, ModelConfig, TrainConfig, UsageError, field_names, load_config_file, suggestion
 from tlalign.runs import config_beside, newest_in
 from tlalign.teacher import Teacher
 from tlalign_kernels import patch_model
@@ -45,8 +36,7 @@ def create_model(config: ModelConfig, num_classes: int, **overrides: Any) -> nn.
     Raises:
         UsageError: If timm has no such model, or refuses the arguments.
     """
-    name = architecture(config.model)
-    if ":" not in name and not timm.is_model(name):
+    if ":" not in config.model and not timm.is_model(config.model):
         raise UsageError(f"model: timm has no {config.model}{suggestion(config.model, timm.list_models())}")
     for name in ("img_size", "in_chans", "num_classes"):
         if name in config.model_kwargs:

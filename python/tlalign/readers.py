@@ -307,11 +307,13 @@ class ShardReader(ReaderWds):
 
     def _handle(self, error: Exception) -> bool:
         if isinstance(error, UnreadableImagesError):
+            error.args = error.args[:1]
             raise error
         if not isinstance(error, UnreadableImage):
-            # webdataset appends the shard's address to the arguments.
-            address = error.args[-1] if error.args else "a shard"
-            error.args = error.args[:1]
+            # webdataset appends the shard's address to the arguments, or within an image the open file to the first.
+            said, _, file = str(error.args[0] if error.args else "").partition(" @ ")
+            address = error.args[-1] if len(error.args) > 1 else file or "a shard"
+            error.args = (said,)
             error = UnreadableImage(f"a part of {address}", error)
         self.unreadable.add(error)
         return True

@@ -36,6 +36,7 @@ SWIN = [
     "--model=swin_tiny_patch4_window7_224",
     "--model_kwargs={patch_size: 2, embed_dim: 16, depths: [2, 2], num_heads: [2, 2], window_size: 3}",
 ]
+FLEXIBLE = {"embed_dim": 48, "depth": 1, "num_heads": 3}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -338,6 +339,8 @@ def test_images_and_random_weights_are_always_the_same():
     )  # fmt: skip
     subjects = [create_subject(config, load_data_sets(config), None) for _ in range(2)]
     assert torch.equal(*(subject.model.blocks[0].attn.qkv.weight for subject in subjects))
+    aligned = {"layers": (1,), "residual": False}
+    assert create_subject(AnalyzeConfig(**vars(config) | aligned), subjects[0].data, None).alignment == aligned
     batches = [list(subject.mixed()) for subject in subjects]
     assert [len(batch.images) for batch in batches[0]] == [4, 4, 2]
     for first, second in zip(*batches, strict=True):
@@ -351,10 +354,12 @@ def test_models_of_table_1_have_the_weights_given_or_say_that_they_are_random(tm
     name = "deit_tiny_patch16_224"
     published = timm.create_model(name)
     torch.save({"model": published.state_dict()}, tmp_path / f"{name}.pth")
-    config = AnalyzeConfig(data="digits", model="x", in_chans=1, table1_weights=str(tmp_path), device="cpu")
+    # What is of the model that is analysed is not for them.
+    other = {"model": "x", "model_kwargs": {"depth": 2}, "img_size": 32, "map_layers": (20,)}
+    config = AnalyzeConfig(data="digits", in_chans=1, table1_weights=str(tmp_path), device="cpu", **other)
     data = load_data_sets(config)
     subject = create_subject_of_table_1(name, config, data)
-    assert subject.weights == f"{name}.pth"
+    assert (subject.weights, subject.image_config["input_size"]) == (f"{name}.pth", (1, 224, 224))
     # timm sums the weights of the colours for grey images.
     projection = published.patch_embed.proj.weight.sum(dim=1, keepdim=True)
     torch.testing.assert_close(subject.model.patch_embed.proj.weight, projection)
@@ -377,6 +382,10 @@ def test_models_of_table_1_have_the_weights_given_or_say_that_they_are_random(tm
         ([*VIT, "--seed=4294967296"], "seed: expected 0 to 4294967295, got 4294967296"),
         ([*VIT, "--map_layers=[2]"], "map_layers: expected blocks from -2 to 1"),
         (["--model=resnet18"], "can't follow labels through"),
+        (
+            ["--model=naflexvit_base_patch16_gap", f"--model_kwargs={FLEXIBLE}", "--img_size=33"],
+            "img_size: the model can't take images of 33 x 33 pixels: ",
+        ),
         ([*VIT, "--checkpoint=nowhere.pth"], "checkpoint: expected a file, got nowhere.pth"),
         ([*VIT, "--table1_weights=nowhere", "--table1=true"], "table1_weights: expected a folder, got nowhere"),
         ([*VIT, "--output=/dev/null/x"], "output: cannot write to the folder /dev/null/x: "),
@@ -400,6 +409,13 @@ def test_a_full_disk_ends_it_before_the_work_or_where_it_fills(broken, capsys, t
     error = f"tlalign: error: output: cannot write to the folder {tmp_path}: [Errno 28] No space left on device\n"
     assert capsys.readouterr().err == error
     assert any(tmp_path.iterdir()) == ("write_page" in broken)
+
+
+def test_one_image_is_too_few_to_mix(tmp_path, capsys):
+    Image.new("RGB", (16, 16)).save(tmp_path / "one.png")
+    options = ["--num_classes=2", "--img_size=16", "--workers=0", "--device=cpu", "--output", str(tmp_path / "out")]
+    assert main(["analyze", *VIT, f"--data=folder:{tmp_path}", *options]) == 2
+    assert "data: expected at least two held-out images to mix, got fewer" in capsys.readouterr().err
 
 
 def test_text_of_a_page_is_never_markup(tmp_path):
@@ -466,6 +482,7 @@ def test_tables_hold_what_the_analyses_find(run):
 def test_labels_are_drawn_after_each_quarter_of_the_blocks():
     for blocks, expected in ((12, [2, 5, 8]), (2, [0, 0, 1]), (24, [5, 11, 17])):
         assert _map_layers(digits(), [torch.zeros(1, 5, 1)] * blocks) == expected
+    assert _map_layers(digits(), [torch.zeros(1, side, side, 1) for side in (4, 4, 2, 2)]) is None  # those of stages
 
 
 def test_pixels_are_those_before_normalisation_and_the_seed_mixes():

@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, and recognised when damaged."""
 
 import errno
+import io
 import pickle
 import random
 import resource
@@ -114,11 +115,23 @@ def test_a_full_disk_leaves_the_checkpoints_before_as_they_were(checkpoints, tmp
 
 
 def test_what_a_killed_process_left_half_written_is_ignored_and_removed(checkpoints):
-    unfinished = checkpoints.path / "epoch-00000-step-000000004.unfinished"
+    unfinished = checkpoints.path / "epoch-00000-step-000000005.unfinished"
     unfinished.write_bytes(b"half of a checkpoint")
     assert newest(checkpoints) == (3, [])
     checkpoints.save(state(4), epoch=0, step=4)
     assert not unfinished.exists()
+
+
+def test_what_the_disk_says_is_told_where_torch_hides_it(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 100:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr("pathlib.Path.open", lambda self, mode: Full())
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        Checkpoints(tmp_path).save(state(1), epoch=0, step=1)
 
 
 def test_links_are_copies_where_the_file_system_has_none(tmp_path, monkeypatch):

@@ -78,6 +78,15 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_a_finished_run(monkeypatch
     assert _draw_picture(trainer, mock.MagicMock()) == f"none: {error}"
 
 
+def test_the_picture_is_of_the_run_s_classes_and_alignment(monkeypatch):
+    draw, config = mock.Mock(), {"config.fsdp": False, "config.layers": (1,), "config.residual": False}
+    monkeypatch.setattr("tlalign.pictures.draw_token_labels", draw)
+    monkeypatch.setattr("tlalign.data.sample_images", lambda *arguments: (None, None))
+    _draw_picture(mock.MagicMock(class_names=["a", "b"], **config), mock.MagicMock())
+    assert draw.call_args.args[-1] == ["a", "b"]
+    assert draw.call_args.kwargs == {"alignment": {"layers": (1,), "residual": False}}
+
+
 @pytest.mark.parametrize(("several", "ending"), [(False, "were left out\n"), (True, "were left out by this process, ")])
 def test_the_last_lines_say_whose_images_were_left_out(monkeypatch, capsys, several, ending):
     monkeypatch.setattr("tlalign.cli._draw_picture", lambda *arguments: "none")
@@ -350,12 +359,23 @@ def test_images_of_a_class_that_is_none_end_a_run_without_a_traceback(tmp_path, 
     assert capsys.readouterr().err == f"tlalign: error: num_classes: expected more, got 2; {again}"
 
 
+@pytest.mark.parametrize("error", [UnreadableImagesError("data: 3.png"), NonFiniteLossError("the loss is nan")])
+def test_a_dry_run_ends_as_the_run_would(monkeypatch, capsys, error):
+    trainer = mock.Mock(**{"dry_run.side_effect": error})
+    monkeypatch.setattr("tlalign.engine.Trainer", lambda config: trainer)
+    assert main(["train", "--dry_run"]) == 1
+    assert capsys.readouterr().err == f"tlalign: error: {error}\n"
+
+
 def test_a_report_takes_the_data_of_a_run_but_neither_its_batches_nor_its_seed(run, monkeypatch):
     configs = []
     monkeypatch.setattr("tlalign.analysis.report.write_report", lambda config, checkpoint: configs.append(config))
     assert main(["analyze", "--checkpoint", str(run / "last.pth.tar")]) == 0
     (config,) = configs
     assert (config.data, config.img_size, config.batch_size, config.seed) == ("digits", 16, 16, 0)
+    for model, arguments in (("vit_tiny_patch16_224.augreg_in21k", MODEL), ("vit_small_patch16_224", {})):
+        assert main(["analyze", "--checkpoint", str(run / "last.pth.tar"), f"--model={model}"]) == 0
+        assert configs[-1].model_kwargs == arguments
 
 
 def test_an_existing_run_is_left_as_it_is(run, capsys):

@@ -113,10 +113,16 @@ def test_runs_continue_where_the_images_are_now(tmp_path, monkeypatch):
     """The process of a run is told what may differ from the configuration in its folder."""
     (config,) = plan_runs(tiny(tmp_path, data="folder:/before"), ["cutmix"], 1, tmp_path)
     RunFolder(config)
-    commands = []
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
+    commands, groups = [], []
+
+    def start(command, start_new_session, **options):
+        commands.append(command)
+        groups.append(start_new_session)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     start_training(dataclasses.replace(config, data="folder:/now", workers=3), threads=1)
     assert {"--data=folder:/now", "--workers=3", "--teacher_checkpoint=null"} <= set(commands[0])
+    assert groups == [True]  # Ctrl-C is for this process alone
 
 
 def test_a_run_has_its_threads_unless_the_environment_says_how_many_and_keeps_what_was_printed(tmp_path, monkeypatch):
@@ -158,6 +164,11 @@ def test_methods_may_differ_in_how_they_align(fake, tmp_path, capsys):
     assert (tmp_path / "out" / f"{methods[2]}-seed0" / LOG_FILE).is_file()
 
 
+def test_an_option_may_be_for_some_of_the_methods_only(fake, tmp_path):
+    assert run(tmp_path / "in a new folder" / "out", "--mixup_alpha=0.3", methods=("cutmix", "mixup"), seeds=1) == 0
+    assert [process.config.mixup_alpha for process in fake.started] == [0.3, 0.3]
+
+
 def test_the_table_is_what_the_logs_say(fake, tmp_path, capsys):
     assert run(tmp_path, methods=("none", "cutmix", ALIGNED), seeds=5) == 0
     printed = capsys.readouterr().out
@@ -194,7 +205,9 @@ def test_the_table_is_what_the_logs_say(fake, tmp_path, capsys):
         line = next(line for line in printed.splitlines() if line.startswith(f"| {method} "))
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[1:3] == ["5 of 5", f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}"]
-        assert cells[4] == f"{expected['relative_step']:.2f}"
+        rate, memory = f"{expected['images_per_second']:.0f}", f"{expected['peak_memory'] / 2**20:.0f} MiB"
+        times = [f"{expected[name]:.2f}" for name in ("relative_step", "relative_compute")]
+        assert cells[3:7] == [rate, *times, memory]
     assert (tmp_path / TABLE_FILE).read_text() in printed
     assert "Top-1 is that of the averaged weights (EMA)" in printed
     with Image.open(tmp_path / PLOT_FILE) as picture:
@@ -243,6 +256,13 @@ def test_so_many_run_at_a_time_and_share_the_cores(fake, tmp_path, monkeypatch):
     assert run(tmp_path, "--jobs=3") == 0
     assert [process.beside for process in fake.started] == [0, 1, 2, 0]
     assert {process.threads for process in fake.started} == {2}
+
+
+def test_the_table_is_there_after_each_run(fake, tmp_path):
+    there = []
+    fake.poll = lambda self: there.append((tmp_path / TABLE_FILE).exists()) or FakeProcess.poll(self)
+    assert run(tmp_path, methods=("cutmix",)) == 0
+    assert there == [False, True]
 
 
 def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(fake, tmp_path, capsys):

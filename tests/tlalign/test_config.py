@@ -2,11 +2,21 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from tlalign import cli
-from tlalign.config import EvalConfig, ModelConfig, TrainConfig, UsageError, load_config_file, load_recipe, save_config
+from tlalign.config import (
+    AnalyzeConfig,
+    EvalConfig,
+    ModelConfig,
+    TrainConfig,
+    UsageError,
+    load_config_file,
+    load_recipe,
+    save_config,
+)
 
 
 @pytest.fixture
@@ -48,7 +58,8 @@ def test_switches_need_no_value_and_lists_no_brackets(resolved):
     config = resolved("--compile", "--channels-last", "--fsdp", "false", "--layers", "-2,-1", "--mean", ".5")
     assert (config.compile, config.channels_last, config.fsdp) == (True, True, False)
     assert (config.layers, config.mean) == ((-2, -1), (0.5,))
-    assert resolved("--layers=1,3", "--grad_checkpointing").layers == (1, 3)
+    assert resolved("--layers=1, 3", "--grad_checkpointing").layers == (1, 3)
+    assert resolved("--opt_betas", "9e-1,0.99").opt_betas == (0.9, 0.99)
     assert resolved("--layers", "2", "--layers", "null").layers is None
 
 
@@ -61,6 +72,8 @@ def test_text_behind_a_flag_is_text(resolved, name):
 
 def test_options_go_with_the_others_that_make_use_of_them(resolved):
     assert resolved("--auto_augment", "3a", "--color_jitter", "0.5").color_jitter == 0.5
+    teacher = ("--target=token-labels", "--teacher_checkpoint=x.pth")
+    assert resolved(*teacher, "--mix_patch_size=4").mix_patch_size == 4
     assert resolved("--crop_mode=rkrr", "--crop_scale=0.5,1.5").crop_scale == (0.5, 1.5)
 
 
@@ -173,6 +186,7 @@ def test_the_help_of_compare_is_of_a_comparison(capsys):
             "mix_patch_size: expected none, for mixing cutmix and target tl-align makes no use",
         ),
         (["--train_split", "train+val"], "train_split: expected none, for data digits makes no use of it"),
+        (["--recipe=mnist5k", "--data_dir=x"], "data_dir: expected none, for data mnist-5k makes no use of it"),
         (
             ["--recipe", "none", "--model", "vit_tiny_patch16_224", "--data", "folder:x", "--data_dir", "x"],
             "data_dir: expected none, for data folder:x makes no use of it, got x",
@@ -218,6 +232,22 @@ def test_wrong_options_are_usage_errors_with_a_message(options, message, capsys)
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in ("num_classes", "img_size", "in_chans", "batch_size", "box_grid", "mix_patch_size")),
+        *((name, 0) for name in ("aug_repeats", "accumulate", "checkpoint_steps")),
+        *((name, -1) for name in ("workers", "max_unreadable")),
+        *((name, 1.5) for name in ("random_erasing", "mix_prob", "mix_switch_prob", "ema_decay")),
+        *((name, -0.5) for name in ("color_jitter", "weight_decay", "warmup_lr", "min_lr")),
+        *((name, 0.0) for name in ("lr", "clip_grad", "cutmix_alpha", "mixup_alpha", "opt_eps")),
+    ],
+)
+def test_a_value_out_of_range_is_named(name, value):
+    with pytest.raises(UsageError, match=f"^{name}: expected .*, got {value}$"):
+        TrainConfig(model="", data="", **{name: value})
 
 
 def test_an_unknown_key_in_a_file_gets_a_suggestion(tmp_path):
@@ -275,11 +305,22 @@ def test_a_wrong_type_in_a_file_is_a_usage_error(tmp_path, capsys, line, message
     assert f"error: {message}\n" in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_text_is_a_usage_error(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(b"model: \xff\n")
+    assert cli.main(["train", "--config", str(file)]) == 2
+    assert f"error: config: cannot read {file}: " in capsys.readouterr().err
+
+
 def test_home_is_found_in_a_file_and_behind_an_equals_sign(tmp_path, resolved, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     file = tmp_path / "mine.yaml"
-    file.write_text("initial_checkpoint: ~/a.pth\n")
+    file.write_text("initial_checkpoint: ~/a.pth\nteacher_checkpoint: ~/b.pth\ntarget: teacher\n")
     sets = ("--recipe", "none", "--model", "vit_tiny_patch16_224", "--data", "torch/cifar10", "--data_dir=~/sets")
     config = resolved("--config", str(file), "--output=~/runs/1", *sets)
     assert (config.initial_checkpoint, config.output) == ("/home/me/a.pth", "/home/me/runs/1")
-    assert config.data_dir == "/home/me/sets"
+    assert (config.data_dir, config.teacher_checkpoint) == ("/home/me/sets", "/home/me/b.pth")
+    folders = [TrainConfig(model="", data=data).folder for data in ("folder:~/a", "folder:", "digits")]
+    assert folders == [Path("/home/me/a"), None, None]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert AnalyzeConfig(model="", data="digits", table1_weights="~").table1_weights == str(tmp_path)

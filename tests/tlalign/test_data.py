@@ -73,8 +73,9 @@ def test_channels_and_size_follow_the_options_then_the_model(image_folder):
     assert other["input_size"] == (1, 48, 48) and other["mean"] == (0.5,) and other["std"] == (0.3,)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 48)}
     assert resolve_image_config(folder_config(image_folder), model)["input_size"] == (3, 32, 48)
-    with pytest.raises(UsageError, match=r"mean: expected one value, or one for each of 3 channels"):
-        resolve_image_config(folder_config(image_folder, mean=(0.1, 0.2)), model)
+    for channels, mean in ((3, (0.1, 0.2)), (1, (0.1, 0.2, 0.3))):
+        with pytest.raises(UsageError, match=rf"mean: expected one value, or one for each of {channels} channels"):
+            resolve_image_config(folder_config(image_folder, in_chans=channels, mean=mean), model)
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])

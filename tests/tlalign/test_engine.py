@@ -302,6 +302,14 @@ def test_checkpoints_are_ranked_by_the_average_where_there_is_one(tmp_path, aver
     assert trainer.state()["metric"] == metric
 
 
+def test_the_best_epoch_is_the_first_of_equal_ones_and_ends_with_its_last_step(tmp_path):
+    trainer = Trainer(tiny(tmp_path))
+    for count, more, best in ((1, 0, True), (2, 0, False), (1, 1, False), (0, 1, False)):
+        trainer.records = [record(epoch, top1=10.0, top1_ema=None) for epoch in range(count)]
+        trainer.step = count * trainer.steps_per_epoch + more
+        assert trainer.is_best == best
+
+
 def step_of(trainer: Trainer) -> float:
     """Trains a step, and returns its loss."""
     trainer.task.train()
@@ -325,7 +333,7 @@ def test_options_of_the_optimizer_and_its_schedule_reach_them(tmp_path):
     # Half-way up; then a cosine over all ten epochs.
     assert by_step[warm // 2] == pytest.approx((0.0625 + 0.25) / 2)
     assert by_step[warm] == pytest.approx(0.03125 + (0.25 - 0.03125) * (1 + math.cos(math.pi / 5)) / 2)
-    trainer = Trainer(tiny(tmp_path, opt="sgd", momentum=0.375))
+    trainer = Trainer(tiny(tmp_path, opt="SGD", momentum=0.375))
     assert {group["momentum"] for group in trainer.optimizer.param_groups} == {0.375}
     for opt, unused in (
         ("sgd", {"opt_betas": [0.5, 0.75]}),
@@ -360,6 +368,7 @@ def test_the_learning_rate_that_is_logged_is_that_of_the_step(tmp_path, monkeypa
     assert [record.lr for record in records] == [used[trainer.steps_per_epoch - 1], used[-1]]
 
 
+@pytest.mark.filterwarnings("error:In CPU autocast")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_the_precision_is_that_of_logits_in_training_and_evaluation(tmp_path, precision):
     trainer, dtypes = Trainer(tiny(tmp_path, precision=precision)), []
@@ -368,6 +377,15 @@ def test_the_precision_is_that_of_logits_in_training_and_evaluation(tmp_path, pr
     trainer.evaluate()
     assert len(dtypes) > 1 and set(dtypes) == {getattr(torch, precision)}
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_nothing_is_dropped_in_evaluation(tmp_path):
+    trainer = Trainer(tiny(tmp_path, model_kwargs={**TINY["model_kwargs"], "drop_rate": 0.5}))
+    results = []
+    for _ in range(2):
+        trainer.task.train()
+        results.append(trainer.evaluate())
+    assert results[0] == results[1]
 
 
 def test_gradients_are_clipped_to_the_norm_that_is_given(tmp_path):
@@ -464,6 +482,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monk
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
 
 
+def test_an_average_that_is_not_finite_stops_too(tmp_path):
+    trainer, results = Trainer(tiny(tmp_path)), {"loss": 1.0, "top1": 10.0, "top5": 50.0}
+    trainer.evaluate = lambda ema=False, **_: results | ({"loss": math.nan} if ema else {})
+    with pytest.raises(NonFiniteLossError, match="the loss of the evaluation of the average after epoch 1 is nan"):
+        trainer.fit(None, quiet(trainer))
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [(math.inf, r"weights after step \d+ are not finite"), (3e38, "the loss of the evaluation after epoch 2 is")],
@@ -490,7 +515,10 @@ def test_weights_broken_by_the_last_step_are_not_kept(tmp_path, monkeypatch, val
     [
         ({"model": "vit_tinny_patch16_224"}, "did you mean vit_tiny_patch16_224"),
         ({"model_kwargs": {"nonsense": 1}}, "unexpected keyword argument 'nonsense'"),
-        ({"model_kwargs": {"img_size": 32}}, "expected img_size as an option of its own"),
+        *(
+            ({"model_kwargs": {name: 32}}, f"expected {name} as an option of its own")
+            for name in ("img_size", "in_chans", "num_classes")
+        ),
         ({"model": "resnet18", "model_kwargs": {}}, "target: tl-align can't train resnet18"),
         (
             {"target": "transmix", "model_kwargs": {**TINY["model_kwargs"], "global_pool": "avg"}},

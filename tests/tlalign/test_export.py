@@ -76,6 +76,11 @@ def test_flags_say_what_a_checkpoint_without_configuration_is(checkpoint, tmp_pa
     assert "ema: expected averaged weights" in capsys.readouterr().err
 
 
+def test_what_training_drops_is_there_when_logits_are_compared(checkpoint, tmp_path):
+    options = ["--output", str(tmp_path / "exported.pth"), "--model_kwargs.proj_drop_rate=0.5"]
+    assert main(["export", str(checkpoint), *options]) == 0
+
+
 def test_a_model_of_this_package_is_loaded_with_an_import(tmp_path, capsys):
     import tlalign.models  # noqa: F401
 
@@ -164,8 +169,9 @@ def test_what_cannot_be_exported_ends_with_a_message_and_code_2(
     assert not (tmp_path / "x.pth").exists()
 
 
-def test_weights_that_layers_share_are_written_for_each(tmp_path):
+def test_weights_that_layers_share_are_written_for_each_and_in_any_layout(tmp_path):
     layer = torch.nn.Linear(3, 3)
+    layer.weight.data = layer.weight.data.T
     model = torch.nn.Sequential(layer, layer)
     export._save(model, tmp_path / "shared.safetensors", {})
     with safe_open(tmp_path / "shared.safetensors", "pt") as file:

@@ -211,6 +211,10 @@ def test_a_batch_that_cannot_be_made_is_refused(folder, values, world_size, mess
         train_loader(train_config(folder, **values), 0, world_size)
 
 
+def test_a_batch_may_be_one_image_where_none_is_mixed(folder):
+    assert len(train_loader(train_config(folder, batch_size=1, mixing="none"))) == COUNT
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_take_the_channels_of_the_model(folder, channels):
     config = train_config(folder)

@@ -221,8 +221,8 @@ def test_the_time_left_of_a_comparison_counts_the_runs_that_it_trained_alone(mon
     progress = ComparisonProgress(Console(file=written, width=200))
     progress.start(10, 6)
     now[0] += 60.0
-    progress.run_done("cutmix seed 0", 50.0)
-    assert written.getvalue() == "7/10  cutmix seed 0  in 0:00:50, 0:03:00 left\n"
+    progress.run_done("cutmix seed 0  failed: [/b]", 50.0)
+    assert written.getvalue() == "7/10  cutmix seed 0  failed: [/b]  in 0:00:50, 0:03:00 left\n"
 
 
 def test_a_quiet_progress_shows_nothing_and_leaves_the_terminal_to_others():

@@ -147,11 +147,11 @@ def test_the_ratio_of_fourier_masks_follows_alpha():
         assert ratio.mean() == pytest.approx(0.5, abs=0.04)
 
 
-@pytest.mark.parametrize("decay", [2.0, 3.0])
-def test_the_spectrum_of_fourier_masks_falls_by_its_power(decay):
+@pytest.mark.parametrize(("decay", "height"), [(2.0, 32), (3.0, 32), (3.0, 64)])
+def test_the_spectrum_of_fourier_masks_falls_by_its_power(decay, height):
     strategy = FMix(decay=decay, seed=11)
-    power = np.mean([np.abs(np.fft.rfft2(strategy._draw_grey((32, 32)))) ** 2 for _ in range(300)], axis=0)
-    frequency = np.hypot(np.fft.fftfreq(32)[:, None], np.fft.rfftfreq(32)[None, :])
+    power = np.mean([np.abs(np.fft.rfft2(strategy._draw_grey((height, 32)))) ** 2 for _ in range(300)], axis=0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(32)[None, :])
     inner = np.zeros_like(frequency, dtype=bool)
     inner[:, 1:-1] = True  # of the outer columns the inverse keeps half
     slope = stats.linregress(np.log(frequency[inner]), np.log(power[inner])).slope

@@ -62,6 +62,11 @@ def test_for_other_classes_both_heads_of_a_distilled_model_are_new(tmp_path, cap
     assert torch.equal(state["blocks.0.attn.qkv.weight"], weights["blocks.0.attn.qkv.weight"])
 
 
+def test_arguments_are_no_fault_of_published_weights(tmp_path):
+    with pytest.raises(UsageError, match=r"model: timm can't make vit_tiny_patch16_224 with .*nonsense"):
+        create_initial_model(tiny(tmp_path, pretrained=True, model_kwargs={"nonsense": 1}), 10)
+
+
 @pytest.mark.parametrize("lost", ["blocks.0.attn.qkv.weight", "head.weight"])
 def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path, lost):
     path, averaged = checkpoint

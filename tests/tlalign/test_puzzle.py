@@ -104,6 +104,7 @@ def test_steps_across_borders_are_those_of_the_pixels():
     # Images are normalised in any way.
     for step, moved in zip((down, right), puzzle._border_steps(images * 3 + 1, 4), strict=True):
         np.testing.assert_allclose(moved, step, atol=1e-6)
+    assert not any(step.any() for step in puzzle._border_steps(torch.ones(2, 1, 8, 8), 2))
 
 
 def test_a_block_need_not_be_a_multiple_of_what_is_compared():
@@ -170,6 +171,14 @@ def test_the_ratio_follows_the_prior():
     assert ratio.mean() == pytest.approx(0.5, abs=0.08)
 
 
+def test_each_call_draws_a_grid_and_moves_blocks_of_its_own():
+    strategy, grids = PuzzleMix(given(torch.rand(2, 16, 16)), seed=8), set()
+    for _ in range(20):
+        strategy(torch.rand(2, 1, 16, 16), torch.arange(2))
+        grids.add(math.isqrt(strategy._moves[0].shape[1]))
+    assert grids == {2, 4, 8, 16}
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_a_ratio_may_be_that_of_one_image_alone(monkeypatch, ratio):
     # As tiny an alpha draws it.
@@ -198,14 +207,16 @@ def test_transport_shows_more_unless_it_costs_too_much():
 
 
 def test_gradient_saliency_is_that_of_the_loss_and_leaves_the_model_as_it_was():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=1, num_classes=5)
-    model.train()
+    options = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_classes": 5, "drop_rate": 0.5}
+    model = timm.create_model("vit_tiny_patch16_224", **options).train()
     model.blocks[0].norm1.eval()
     images, classes = torch.randn(3, 3, 16, 16), torch.tensor([0, 3, 4])
     saliency = GradientSaliency(model)
     with torch.no_grad():
         found = saliency(images, classes)
     assert torch.equal(found, saliency(images, classes))
+    with model.register_forward_hook(lambda module, inputs, logits: (logits, None)):
+        assert torch.equal(found, saliency(images, classes))
     assert model.training and not model.blocks[0].norm1.training and model.blocks[0].norm2.training
     assert all(parameter.grad is None for parameter in model.parameters()) and not images.requires_grad
     pixels = images.clone().requires_grad_()

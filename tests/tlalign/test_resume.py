@@ -155,6 +155,15 @@ def test_an_evaluation_stops_after_a_batch_and_is_done_again(tmp_path, batch):
     assert differences(became(continued), became(whole)) == []
 
 
+@pytest.mark.usefixtures("heeds_sigint")
+def test_a_run_that_is_told_to_stop_when_it_has_ended_is_finished(tmp_path):
+    trainer, handler = Trainer(small(tmp_path, epochs=2)), signal.getsignal(signal.SIGINT)
+    progress = quiet(trainer)
+    progress.epoch_done = lambda top1: trainer.step < 10 or signal.raise_signal(signal.SIGTERM)
+    assert len(trainer.fit(None, progress)) == 2
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
 @pytest.mark.parametrize("epochs", [2, 3])
 def test_names_of_a_checkpoint_that_a_kill_left_undone_are_given_when_the_run_continues(tmp_path, monkeypatch, epochs):
     config = small(tmp_path / "run", epochs=epochs, ema_decay=None)
@@ -181,6 +190,17 @@ def test_names_of_a_checkpoint_that_a_kill_left_undone_are_given_when_the_run_co
     assert main(["train", "--resume", config.output]) == 0
     assert metrics() == [90.0 if epochs == 2 else 50.0, 90.0]
     assert not any(folder.path.glob("*.unfinished"))
+
+
+def test_a_name_that_cannot_be_given_when_a_run_continues_is_an_error(tmp_path, capsys, monkeypatch):
+    fit(small(tmp_path / "run"))
+
+    def refuse(self, newest, best):
+        raise CheckpointError("cannot name it")
+
+    monkeypatch.setattr(Checkpoints, "give_names", refuse)
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == "tlalign: error: resume: cannot name it\n"
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path):
@@ -294,7 +314,7 @@ def test_another_run_s_checkpoint_is_refused(tmp_path):
 
 def test_a_configuration_edited_by_hand_is_refused(tmp_path):
     trainer, _, _ = fit(small(tmp_path / "run"))
-    for name, value in {"epochs": trainer.config.epochs + 1, "lr": 1.0, "batch_size": 25}.items():
+    for name, value in {"epochs": trainer.config.epochs + 1, "lr": 1.0, "batch_size": 25, "opt_eps": 0.5}.items():
         other = Trainer(small(tmp_path / "other", **{name: value}))
         with pytest.raises(UsageError, match=f"resume: {name} of the checkpoint's run is .*, got {value}"):
             other.resume(trainer.state())
@@ -415,6 +435,15 @@ def test_a_run_whose_checkpoints_are_gone_is_not_written_over(tmp_path, capsys, 
     assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path in before} == before
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_the_folder_of_a_run_may_move(tmp_path, monkeypatch):
+    RunFolder(small(tmp_path / "before"))
+    (tmp_path / "before").rename(tmp_path / "now")
+    outputs = []
+    monkeypatch.setattr("tlalign.cli._run", lambda config, resume: outputs.append(config.output) or 0)
+    assert main(["train", "--resume", str(tmp_path / "now")]) == 0
+    assert outputs == [str(tmp_path / "now")]
 
 
 def test_a_folder_of_images_may_move(tmp_path, capsys):
@@ -562,7 +591,7 @@ def test_a_full_disk_ends_a_run_that_then_continues_to_the_same_bits(tmp_path, c
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     printed = capsys.readouterr().err
-    assert "File too large" in printed
+    assert "File too large" in printed and "Traceback" not in printed
     assert f"last checkpoint {folder / 'last.pth.tar'}" in printed
     assert main(["train", "--resume", str(folder)]) == 0
     whole, _, _ = fit(small(tmp_path / "whole", epochs=2))

@@ -29,7 +29,7 @@ def make_run(folder, tops, emas=None, **values):
     for index, top1 in enumerate(tops):
         numbers = dict.fromkeys((field.name for field in dataclasses.fields(EpochRecord)), index + 1)
         numbers |= {"top1": top1, "top1_ema": None if emas is None else emas[index], "top5_ema": None}
-        numbers |= {"data_seconds": 0.5, "forward_seconds": 0.25, "backward_seconds": 0.125}
+        numbers |= {"data_seconds": 0.5 + (index == 0), "forward_seconds": 0.25, "backward_seconds": 0.125}
         records.append(EpochRecord(**numbers | {"ratio_change": 0.0625 if config.aligns else None}))
     write_log(RunFolder(config).log, records)
 
@@ -179,6 +179,12 @@ def test_a_run_whose_name_is_no_text_keeps_it_in_the_table(tmp_path):
     assert b"\nrun\xfc," in (tmp_path / "table.csv").read_bytes()
 
 
+def test_a_name_in_brackets_is_no_markup(tmp_path, capsys):
+    make_run(tmp_path / "[bold]run", [10])
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "[bold]run " in capsys.readouterr().out
+
+
 def test_runs_of_one_name_in_several_folders_are_told_apart(tmp_path, monkeypatch):
     for name in ("one/x", "two/x", "two/y"):
         make_run(tmp_path / name, [10])
@@ -227,6 +233,12 @@ def test_the_list_needs_no_torch(runs):
     code = f"import sys, tlalign.cli; tlalign.cli.main(['runs', {str(runs)!r}]); assert 'torch' not in sys.modules"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert "cutmix+tl-align" in printed
+
+
+def test_a_folder_is_new_where_a_kill_left_nothing_whole(tmp_path):
+    (tmp_path / "unfinished-config.yaml").touch()
+    make_run(tmp_path, [10])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, LOG_FILE]
 
 
 @pytest.mark.parametrize("output", ["run", None])

@@ -1,5 +1,7 @@
 """Teachers: their maps of a model's own features, and the target by what of them is seen."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -19,6 +21,7 @@ MODELS = {
     "vit_medium_patch16_reg4_gap_256": {"img_size": 64, "depth": 1, "embed_dim": 24, "num_heads": 3},
     "vit_base_patch16_siglip_224": {"img_size": 64, "depth": 1, "embed_dim": 24, "num_heads": 3},
     "deit_tiny_distilled_patch16_224": {"img_size": 64, "depth": 1, "embed_dim": 24},
+    "naflexvit_base_patch16_gap": {"depth": 1, "embed_dim": 24, "num_heads": 3},
 }
 
 
@@ -46,7 +49,7 @@ def head_of_cell(model, features, row, column):
     """A cell of the features (B, channels), and the logits of a map of that cell alone."""
     if features.dim() == 3:
         prefix = model.num_prefix_tokens
-        cell = features[:, prefix + row * model.patch_embed.grid_size[1] + column]
+        cell = features[:, prefix + row * math.isqrt(features.shape[1] - prefix) + column]
         return cell, model.forward_head(cell[:, None].repeat(1, prefix + 1, 1))
     if type(model).__name__ == "SwinTransformer":
         return features[:, row, column], model.forward_head(features[:, row : row + 1, column : column + 1])
