@@ -128,8 +128,9 @@ def prepare_device(config: EvalConfig) -> torch.device:
 def take_fast_products() -> bool:
     """Has PyTorch multiply float32 on the CPU by oneDNN instead of MKL, where that is faster and float32 still.
 
-    So it is taken to be on processors of AMD with AVX-512; measured was a Zen 5, where oneDNN is twice as fast. PyTorch
-    takes it where it may round to bfloat16, which it does only on processors with AMX.
+    So it is taken to be on processors of AMD with AVX-512: measured were a Zen 5, where oneDNN is twice as fast, and a
+    Zen 4, where it is a tenth faster, and PyTorch's fused attention slower for it. PyTorch takes it where it may round
+    to bfloat16, which it does only on processors with AMX.
 
     Returns:
         Whether PyTorch does so now, for the rest of the process.
