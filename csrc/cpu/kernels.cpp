@@ -130,8 +130,9 @@ struct TokenRows {
   }
 };
 
-// Fetches rows that will be needed next into the cache, spread over the work at hand: the strides of heads defeat the
-// processor's own prefetching, and many lines at once fill its queue of misses and wait there.
+// Fetches rows that will be read or written next into the cache, spread over the work at hand: the strides of heads
+// defeat the processor's own prefetching, and many lines at once fill its queue of misses and wait there. So do stores
+// to what isn't in the cache.
 class Prefetcher {
  public:
   // `work`, an estimate: vector operations until then. The last rows are fetched after eight tenths of them: many at
@@ -155,7 +156,7 @@ class Prefetcher {
         const int64_t token = part->tokens == nullptr ? row_ : larger(part->tokens[row_], 0);
         const char* row = part->data + token * part->stride;
         for (const char* line = row; line < row + row_bytes_; line += LINE)
-          __builtin_prefetch(line, 0, 2);  // to read, into the second level
+          __builtin_prefetch(line, 0, 2);  // into the second level
       }
   }
 
@@ -167,7 +168,7 @@ class Prefetcher {
     const int32_t* tokens;
     int64_t rows;
   };
-  Part parts_[5];
+  Part parts_[8];
   int64_t work_, row_bytes_ = 0, row_ = 0, rows_ = 0, interval_ = 1, credit_ = 0;
   int count_ = 0;
 };
@@ -438,7 +439,7 @@ void unpack_rows(const float* rows, int64_t row, int64_t count, int64_t width, c
     T* to = target[i];
     if (to == nullptr) {
       for (int64_t d = 0; padding_sum != nullptr && d < width; ++d) padding_sum[d] += rows[d];
-    } else if (sizeof(T) == sizeof(float) && streams) {
+    } else if (streams) {
       for (int64_t d = 0; d < width; d += LANES) stream(reinterpret_cast<float*>(to + d), load(rows + d));
     } else {
       for (int64_t d = 0; d < width; d += LANES) store_first(to + d, load(rows + d), width - d);
@@ -462,7 +463,8 @@ bool streams(const Problem& p, const Rows& rows, int64_t floats) {
   constexpr int64_t SMALLEST = 2 << 20;
   constexpr uint64_t VECTOR = sizeof(Vector);
   const uint64_t strides = static_cast<uint64_t>(rows.image | rows.head | rows.row | p.head_dim) * sizeof(float);
-  return floats >= SMALLEST && (reinterpret_cast<uintptr_t>(rows.data) | strides) % VECTOR == 0;
+  return p.dtype == DType::float32 && floats >= SMALLEST &&
+         (reinterpret_cast<uintptr_t>(rows.data) | strides) % VECTOR == 0;
 }
 
 // Rows of one image and head. `padding`: see `TokenRows`.
@@ -1129,6 +1131,7 @@ void forward_of(const Forward& f, const Task& task, int64_t* heads_left, float* 
         prefetch_rows<T>(prefetcher, f, f.key, next, 0, f.keys);
         prefetch_rows<T>(prefetcher, f, f.value, next, 0, f.keys);
         prefetch_rows<T>(prefetcher, f, f.query, next, chunk_query, queries);
+        if (!streams_output) prefetch_rows<T>(prefetcher, f, f.output, next, chunk_query, queries);
       }
       const QueryKeyValue<T> rows(f, image, head, padded);
       const TokenRows<T> output_rows = rows_of<T>(f, f.output, image, head);
@@ -1412,6 +1415,8 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
   const int64_t padded = padded_queries(b, LANES);
   const Split query_blocks = chunks_of(b, QUERY_BLOCK);
   const int64_t gradients = b.batch * (b.queries + 2 * b.keys) * b.heads * b.head_dim;
+  const bool streams_gradients =
+      streams(b, b.grad_query, gradients) && streams(b, b.grad_key, gradients) && streams(b, b.grad_value, gradients);
   for (int64_t i = 0; i < BackwardScratch::SCALES; ++i) at.scale[i] = b.scale;
   const OffsetReader offsets(b, task.first_head, task.images > 1 ? task.heads : 0, at.offsets);
   for (int64_t head = task.first_head; head < task.first_head + task.heads; ++head) {
@@ -1432,6 +1437,11 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
         prefetch_rows<T>(prefetcher, b, b.query, next, 0, b.queries);
         prefetch_rows<T>(prefetcher, b, b.grad_output, next, 0, b.queries);
         prefetch_rows<T>(prefetcher, b, b.output, next, 0, b.queries);
+        if (!streams_gradients) {
+          prefetch_rows<T>(prefetcher, b, b.grad_query, next, 0, b.queries);
+          prefetch_rows<T>(prefetcher, b, b.grad_key, next, 0, b.keys);
+          prefetch_rows<T>(prefetcher, b, b.grad_value, next, 0, b.keys);
+        }
       }
       const bool padded_window = is_padded(b, image);
       const QueryKeyValue<T> rows(b, image, head, padded_window);
@@ -1488,8 +1498,7 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
                                       float* sums, int64_t sums_row, const Rows& target, int64_t row, bool first,
                                       bool last, const float* scale, int64_t which) {
             const TokenRows<T> result = rows_of<T>(b, target, image, head).from(row);
-            const bool direct = last && writes_in_place<T>(b, padded_window),
-                       streams_result = streams(b, target, gradients);
+            const bool direct = last && writes_in_place<T>(b, padded_window);
             Product product{{left, SCORE_ROW},
                             direct ? reinterpret_cast<float*>(result.data) : sums,
                             direct ? target.row : sums_row,
@@ -1501,12 +1510,12 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
             }
             if (last) product.scale = scale;
             if (direct) product.c_tokens = result.tokens;
-            product.streams = direct && streams_result;
+            product.streams = direct && streams_gradients;
             product.rounds = direct && PAIRS;
             product.prefetcher = &prefetcher;
             multiply<decltype(across)::count != 0, PAIRS>(product, rows, plan.width_vectors);
             if (last && !direct)
-              unpack_rows(sums, sums_row, rows, b.head_dim, result, streams_result,
+              unpack_rows(sums, sums_row, rows, b.head_dim, result, streams_gradients,
                           padding_sums == nullptr ? nullptr : padding_sums + which * b.head_dim);
           };
           float* grad_query = plan.keys.count > 1 ? at.grad_query + query * plan.row : at.grad_query;
