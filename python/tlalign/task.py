@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from tlalign.config import TrainConfig, UsageError
@@ -160,7 +162,15 @@ class AlignedClassificationTask(ClassificationTask):
         policy = MixedPrecisionPolicy(
             param_dtype=getattr(torch, precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        if self.has_ema():
+            # Of weights, which are sharded, and buffers, which are not, PyTorch makes no list to average at once.
+            self.trainable_module_ema.foreach = False
         for model in (self.model, *([self.trainable_module_ema.module] if self.has_ema() else [])):
+            if precision != "float32":
+                # Beside statistics in float32 batch norms take no weights but such, whatever they normalise.
+                for module in model.modules():
+                    if isinstance(module, _BatchNorm):
+                        fully_shard(module, mp_policy=replace(policy, param_dtype=None))
             holders = [module for name, module in model.named_modules() if name.rpartition(".")[-1] == "blocks"]
             blocks = [block for module in holders for block in module.children()]
             if compile and model is self.model:

@@ -95,18 +95,18 @@ class PreMixed:
         return self.steps * self.config.accumulate
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, MixedTarget]]:
-        parts, world_size = self.config.accumulate, self.processes.world_size
+        parts, world_size, side = self.config.accumulate, self.processes.world_size, self.config.img_size
         for number in range(start, len(self)):
             step, part = divmod(number, parts)
             generator = torch.Generator().manual_seed(100 * epoch + step)
-            images = torch.randn(self.config.batch_size, 1, 16, 16, generator=generator)
+            images = torch.randn(self.config.batch_size, 1, side, side, generator=generator)
             classes = torch.randint(0, 10, (len(images), 2), generator=generator)
-            edges = torch.randint(0, 17, (len(images), 4), generator=generator)
+            edges = torch.randint(0, side + 1, (len(images), 4), generator=generator)
             boxes = torch.stack(
                 [edges[:, :2].amin(1), edges[:, 2:].amin(1), edges[:, :2].amax(1), edges[:, 2:].amax(1)], 1
             )
             own = slice(part * world_size + self.processes.rank, None, parts * world_size)
-            yield images[own], MixedTarget.from_boxes(classes[own], boxes[own][:, None], (16, 16))
+            yield images[own], MixedTarget.from_boxes(classes[own], boxes[own][:, None], (side, side))
 
 
 def fit_and_keep_losses(trainer: Trainer, folder: RunFolder | None) -> list[float]:

@@ -42,8 +42,9 @@ def torchrun(*arguments: object, restarts: int = 0) -> str:
         ["ddp", "fsdp, accumulated", "ddp, batch norm"],
         pytest.param(["ddp, accumulated", "fsdp"], marks=pytest.mark.slow),
         pytest.param(["ddp, compiled", "fsdp, compiled", "fsdp, bfloat16"], marks=pytest.mark.slow),
+        pytest.param(["fsdp, batch norm", "fsdp, batch norm in bfloat16"], marks=pytest.mark.slow),
     ],
-    ids=["plain", "the other way round", "compiled and bfloat16"],
+    ids=["plain", "the other way round", "compiled and bfloat16", "sharded batch norms"],
 )
 def test_two_processes_learn_what_one_does_and_continue_when_stopped(tmp_path, ways):
     printed = torchrun(SUPPORT / "distributed_training.py", tmp_path, *ways)
@@ -60,8 +61,10 @@ def test_two_processes_learn_what_one_does_and_continue_when_stopped(tmp_path, w
             values = load_config_file(tmp_path / file.stem / "config.yaml")
             values = {name: value for name, value in values.items() if name in field_names(EvalConfig)}
             kept = evaluate_checkpoint(tmp_path / file.stem / "last.pth.tar", EvalConfig(**values))
-            assert (kept["model"]["top1"], kept["EMA"]["top1"]) == (record.top1, record.top1_ema)
-            assert kept["model"]["loss"] == pytest.approx(record.eval_loss, rel=1e-5)
+            rounding = 0.01 if "bfloat16" in file.stem else 1e-5
+            if "bfloat16" not in file.stem:
+                assert (kept["model"]["top1"], kept["EMA"]["top1"]) == (record.top1, record.top1_ema)
+            assert kept["model"]["loss"] == pytest.approx(record.eval_loss, rel=rounding)
             continue
         if "bfloat16" in file.stem:
             assert json.loads(file.read_text()) == pytest.approx(expected, rel=0.02)

@@ -107,8 +107,9 @@ def test_the_log_and_the_checkpoints_are_told_apart_over_training(drawn):
 
 
 def test_bars_of_random_weights_are_hatched(drawn):
-    (axis,) = drawn(figures.draw_rmse_by_model, [("a", "last.pth.tar", 0.1), ("a", "random weights", 0.2)])
-    assert [bool(bar.get_hatch()) for bar in axis.patches] == [False, True]
+    rows = [("a", "last.pth.tar", 0.1), ("a", "random_patches.pth", 0.1), ("a", "random weights", 0.2)]
+    (axis,) = drawn(figures.draw_rmse_by_model, rows)
+    assert [bool(bar.get_hatch()) for bar in axis.patches] == [False, False, True]
 
 
 def test_curves_are_of_the_columns_that_their_labels_name(drawn):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ import timm
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import tlalign_kernels as tlk
 from tlalign.config import PATCH_MIXING, TrainConfig, UsageError, load_recipe
@@ -58,6 +61,30 @@ def test_all_blocks_that_are_sharded_are_compiled(monkeypatch):
         task.shard("float32", compile=True)
         task(images, target)
         model.eval()(images)
+
+
+def test_sharded_batch_norms_learn_in_bfloat16_and_their_statistics_are_averaged(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=CLASSES)
+    task = AlignedClassificationTask(model, align=False)
+    task.setup_ema(decay=0.75)
+    images, classes = torch.randn(4, 3, 64, 64), torch.arange(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = copy.deepcopy(task)(images, classes)["loss"]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        shard = functools.partial(fully_shard, mesh=init_device_mesh("cpu", (1,)))
+        monkeypatch.setattr("tlalign.task.fully_shard", shard)
+        task.shard("bfloat16")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = task(images, classes)["loss"]
+        loss.backward()
+        torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
+        assert all(each.grad.to_local().isfinite().all() for each in model.parameters())
+        task.update_ema()
+        torch.testing.assert_close(task.trainable_module_ema.module.bn1.running_mean, model.bn1.running_mean / 4)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_without_alignment_the_loss_is_timms_on_the_dense_target():

@@ -16,6 +16,7 @@ from torch import Tensor
 from tlalign.analysis.presence import QUANTILES, PresenceOfLayer, quantiles
 from tlalign.analysis.ratios import MixingRatios, TokenPaths
 from tlalign.analysis.rollout import Rollout
+from tlalign.analysis.subject import RANDOM
 
 # Colours of Okabe and Ito, which most colour-blind readers tell apart.
 _CUTMIX = {"color": "#7f7f7f", "linestyle": "--", "label": "CutMix"}
@@ -26,7 +27,7 @@ _STYLES = {style["label"]: style for style in (_CUTMIX, _TRANSMIX, _ALIGNED, _RE
 _KEPT = {"color": "#7f7f7f", "linestyle": "--", "label": "as before"}
 # What matplotlib calls these quantiles of a box.
 _BOX = ("whislo", "q1", "med", "q3", "whishi")
-_TRAINED, _RANDOM = "#0072b2", "#c8c8c8"
+_TRAINED, _UNTRAINED = "#0072b2", "#c8c8c8"
 
 
 def draw_ratio_by_layer(ratios: MixingRatios, path: Path) -> None:
@@ -145,15 +146,15 @@ def draw_rmse_by_model(rows: Sequence[tuple[str, str, float]], path: Path) -> No
     """RMSE between original and aligned mixing ratio of models.
 
     Args:
-        rows: Name, weights and RMSE of each; weights that start with "random" are hatched.
+        rows: Name, weights and RMSE of each; `RANDOM` weights are hatched.
         path: PNG file to write.
     """
     figure, axis = _chart(1.1 + 0.52 * len(rows))
     values = [value for *_, value in rows]
     for place, (_, weights, value) in enumerate(rows):
-        is_random = weights.startswith("random")
+        is_random = weights == RANDOM
         axis.barh(
-            place, value, height=0.62, color=_RANDOM if is_random else _TRAINED, hatch="///" if is_random else None,
+            place, value, height=0.62, color=_UNTRAINED if is_random else _TRAINED, hatch="///" if is_random else None,
             edgecolor="black", linewidth=0.6,
         )  # fmt: skip
         axis.annotate(f" {value:.4f}", (value, place), va="center", fontsize=9)
