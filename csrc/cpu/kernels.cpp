@@ -1437,7 +1437,8 @@ void backward_of(const Backward& b, const Task& task, float* grad_bias, float* g
         prefetch_rows<T>(prefetcher, b, b.query, next, 0, b.queries);
         prefetch_rows<T>(prefetcher, b, b.grad_output, next, 0, b.queries);
         prefetch_rows<T>(prefetcher, b, b.output, next, 0, b.queries);
-        if (!streams_gradients) {
+        // Of many queries they would push out what is to be read.
+        if (!streams_gradients && b.queries <= QUERY_CHUNK) {
           prefetch_rows<T>(prefetcher, b, b.grad_query, next, 0, b.queries);
           prefetch_rows<T>(prefetcher, b, b.grad_key, next, 0, b.keys);
           prefetch_rows<T>(prefetcher, b, b.grad_value, next, 0, b.keys);
