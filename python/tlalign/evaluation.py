@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,9 @@ from tlalign.config import EvalConfig, UsageError, started_processes
 from tlalign.data import create_eval_loader, load_data_sets, resolve_image_config
 from tlalign.networks import check_image_size, count_classes, create_model, load_all_weights, set_weights
 from tlalign.unreadable import UnreadableImagesError
+
+# Of malloc.h: how many blocks may be maps of their own, and how much may be free at the heap's end (-1: all of it).
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 
 @torch.no_grad()  # inference mode is not for sharded models
@@ -96,7 +100,7 @@ def evaluate_checkpoint(path: Path, config: EvalConfig) -> dict[str, dict[str, f
 def prepare_device(config: EvalConfig) -> torch.device:
     """The device of a configuration, by default the accelerator if there is one; of several it becomes the current one.
 
-    On the CPU `take_fast_products` comes with it.
+    On the CPU `take_fast_products` and `keep_freed_memory` come with it.
 
     Raises:
         UsageError: If there is no such device.
@@ -119,6 +123,7 @@ def prepare_device(config: EvalConfig) -> torch.device:
             raise UsageError(f"device: cannot use {config.device!r}: {str(error).splitlines()[0]}") from error
     if device.type == "cpu":
         take_fast_products()
+        keep_freed_memory()
     elif device.index is not None:
         # Random numbers are seeded, and times taken, on the current one.
         torch.accelerator.set_device_index(device.index)
@@ -142,6 +147,18 @@ def take_fast_products() -> bool:
     # Not torch.set_float32_matmul_precision, which is for GPUs, too.
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     return True
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what tensors on the CPU free, for the rest of the process.
+
+    By default it gives large blocks back to the system, which clears their pages for the next step again: of a model on
+    images of 224 pixels, tens of thousands of pages a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries have none
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

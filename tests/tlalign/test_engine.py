@@ -4,6 +4,8 @@ import dataclasses
 import io
 import itertools
 import math
+import platform
+import resource
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +84,16 @@ def test_products_are_onednns_where_these_are_faster_and_float32_still(tmp_path,
     assert prepare_device(tiny(tmp_path, device="cpu")).type == "cpu"
     assert torch.backends.mkldnn.matmul.fp32_precision == expected
     assert torch.backends.cuda.matmul.fp32_precision == of_gpus
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_memory_that_tensors_on_the_cpu_free_is_kept(tmp_path):
+    prepare_device(tiny(tmp_path, device="cpu"))
+    faults = []
+    for _ in range(2):
+        torch.ones(2**24)  # 64 MiB, which glibc would give back
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[1] - faults[0] < 2**26 / resource.getpagesize() / 10
 
 
 def test_a_gpu_that_is_chosen_is_the_current_one(tmp_path, monkeypatch):
