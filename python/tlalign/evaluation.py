@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,10 @@ def keep_freed_memory() -> None:
     By default it gives large blocks back to the system, which clears their pages for the next step again: of a model on
     images of 224 pixels, tens of thousands of pages a step.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries have none
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    if platform.libc_ver()[0] == "glibc":
+        process = ctypes.CDLL(None)
+        process.mallopt(M_MMAP_MAX, 0)
+        process.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
