@@ -3,6 +3,7 @@
 import base64
 import csv
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from tlalign.analysis.page import Picture, Section, Table, write_page
 from tlalign.analysis.presence import PresenceOfLayer, token_presence
 from tlalign.analysis.ratios import RatioFollower, collect_ratios, token_paths
 from tlalign.analysis.report import _epoch_of, _map_layers
+from tlalign.analysis.rollout import Rollout
 from tlalign.analysis.subject import RANDOM, create_subject, create_subject_of_table_1
 from tlalign.cli import main
 from tlalign.config import AnalyzeConfig, EvalConfig, UsageError
@@ -213,7 +215,10 @@ def test_models_are_analysed_however_they_pool(model, options, whole_image, tmp_
     images = ["--img_size=32", *[option for option in IMAGES if "img_size" not in option], "--images=2"]
     flags = [f"--model={model}", f"--model_kwargs={{{options}}}", *images, "--batch_size=2"]
     assert main(["analyze", *flags, "--output", str(tmp_path / "out")]) == 0
-    assert f"that of the {whole_image}. " in (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert f"that of the {whole_image}. " in page
+    head = "attention pool" if "attention" in whole_image else whole_image
+    assert f"maps of what the {head} sees of each of" in page
 
 
 def test_labels_are_drawn_after_the_blocks_asked_for_and_the_last(tmp_path):
@@ -473,10 +478,38 @@ def test_tables_hold_what_the_analyses_find(run):
         assert found == pytest.approx(
             [layer.least, layer.quantile(0.05), layer.quantile(0.5), layer.greatest, layer.class_token, layer.distance]
         )
+    *_, convolution = rows(run / "analysis" / "presence.csv")
+    assert [float(convolution[name]) for name in ("least", "50%", "greatest")] == pytest.approx([4 / 9, 6 / 9, 1])
     worst = max((0, 1), key=lambda index: layers[index].distance)
     text = (run / "analysis" / "index.html").read_text()
     assert f"by {(ratios.target - ratios.cutmix).abs().mean():.4f} on average" in text
     assert f"in block {worst + 1} (root mean square of p - 1: {layers[worst].distance:.2f})" in text
+
+
+def test_all_analyses_compute_in_the_precision_asked_for(run, tmp_path):
+    flags = ["--images=22", "--batch_size=8", "--precision=bfloat16", f"--output={tmp_path}"]
+    assert main(["analyze", "--checkpoint", str(run / "last.pth.tar"), *flags]) == 0
+    for table, column in (("mixing_ratio", "tl_align"), ("rmse", "rmse"), ("rollout", "weight")):
+        float32, bfloat16 = (
+            [float(row[column]) for row in rows(folder / f"{table}.csv")] for folder in (run / "analysis", tmp_path)
+        )
+        assert bfloat16 == pytest.approx(float32, rel=0.2)
+        assert all(one != other for one, other in zip(float32, bfloat16, strict=True)), table
+
+
+def test_tables_of_a_map_that_is_not_square_keep_its_rows_and_columns(tmp_path, monkeypatch):
+    def rollout(model, images):
+        assert attention_rollout(model, images).grid == (4, 2)
+        return Rollout(None, torch.arange(9.0).expand(len(images), 9), (4, 2))
+
+    monkeypatch.setattr(report, "attention_rollout", rollout)
+    options = [VIT[0], f"--model_kwargs={MODEL | {'patch_size': [4, 8]}}", *IMAGES, "--images=2"]
+    assert main(["analyze", *options, f"--output={tmp_path}"]) == 0
+    places = list(itertools.product(range(4), range(2)))
+    for name in ("rollout", "label_maps"):
+        assert [(int(row["row"]), int(row["column"])) for row in rows(tmp_path / f"{name}.csv")][:8] == places
+    weights = [float(row["weight"]) for row in rows(tmp_path / "rollout.csv")]
+    assert weights == [1 + 2 * row + column for row, column in places] * 2
 
 
 def test_labels_are_drawn_after_each_quarter_of_the_blocks():
