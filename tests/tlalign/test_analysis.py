@@ -170,13 +170,15 @@ def test_tokens_of_a_pyramid_lie_on_its_image_as_squares(image_size, grid):
 
 
 def test_rollout_leaves_the_model_alone():
-    model = vit().train()
+    model = vit(proj_drop_rate=0.5).train()
     classes, keys = [type(module) for module in model.modules()], list(model.state_dict())
-    attention_rollout(model, images())
+    rollout = attention_rollout(model, images())
     assert [type(module) for module in model.modules()] == classes
     assert list(model.state_dict()) == keys
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    # Nor is anything dropped, as it would be in training.
+    assert torch.equal(rollout.tokens, attention_rollout(model.eval(), images()).tokens)
 
 
 def test_class_token_that_joins_late_keeps_the_rest_of_its_row():
