@@ -30,7 +30,8 @@ def make_run(folder, tops, emas=None, **values):
         numbers = dict.fromkeys((field.name for field in dataclasses.fields(EpochRecord)), index + 1)
         numbers |= {"top1": top1, "top1_ema": None if emas is None else emas[index], "top5_ema": None}
         numbers |= {"data_seconds": 0.5 + (index == 0), "forward_seconds": 0.25, "backward_seconds": 0.125}
-        records.append(EpochRecord(**numbers | {"ratio_change": 0.0625 if config.aligns else None}))
+        change = 0.0625 + (index < len(tops) - 1)
+        records.append(EpochRecord(**numbers | {"ratio_change": change if config.aligns else None}))
     write_log(RunFolder(config).log, records)
 
 
@@ -84,6 +85,8 @@ def test_broken_runs_say_what_is_wrong_and_show_what_is_left(runs):
     assert "can't decode byte 0xff" in rows["broken-log"]["state"]
     assert rows["broken-log"]["method"] == "cutmix+tl-align"
     assert rows["no-log"]["state"] == "no epoch yet"
+    (runs / "broken-log" / CONFIG_FILE).unlink()
+    assert table(runs)["broken-log"]["state"] == "unreadable: no config.yaml"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_runs_are_listed_wherever_they_are_asked_for_and_once(runs, monkeypatch,
     monkeypatch.chdir(runs.parent)
     assert main(["runs"]) == 0
     assert "more/smooth" in capsys.readouterr().out
-    assert [run.name for run in find_runs([runs / "plain", runs / "more", runs / "plain"])] == [
+    assert [run.name for run in find_runs([runs / "plain", runs / "more", Path("runs/plain")])] == [
         "smooth",
         str(runs / "plain"),
     ]
