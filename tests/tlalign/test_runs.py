@@ -39,7 +39,7 @@ def make_run(folder, tops, emas=None, **values):
 def runs(tmp_path):
     """A folder of three runs, one in a folder of its own, and of four broken ones."""
     folder = tmp_path / "runs"
-    make_run(folder / "aligned", [10, 20, 30, 40, 50, 60], [5, 15, 70, 45, 55, 65])
+    make_run(folder / "aligned", [10, 20, 30, 40, 50, 60], [5, 15, 70, 45, 55, 0])
     make_run(folder / "plain", [10, 90], target="ratio", lr=0.25, layers=None)
     make_run(folder / "more" / "smooth", [], smoothing=0.5)
     shutil.copytree(folder / "aligned", folder / "broken-config")
@@ -69,7 +69,7 @@ def test_each_run_has_a_row_with_what_it_is_and_how_it_went(runs):
     )
     assert (aligned["epochs"], aligned["planned_epochs"], aligned["state"]) == (6, 6, "finished")
     # Of the averaged weights, where there are any.
-    assert (aligned["best"], aligned["last"]) == (70, 65)
+    assert (aligned["best"], aligned["last"]) == (70, 0)
     assert (aligned["ratio_change"], aligned["images_per_second"], aligned["step_seconds"]) == (0.0625, 3.5, 0.875)
     plain = rows["plain"]
     assert (plain["method"], plain["epochs"], plain["state"]) == ("cutmix", 2, "unfinished, at epoch 2")
@@ -230,6 +230,11 @@ def test_a_narrow_list_leaves_out_speeds_and_then_differing_values_but_no_name(r
     assert "no room for smoothing, lr, ratio_change, images_per_second, step_seconds: --csv" in printed[80]
     assert "smoothing lr" in printed[100] and "no room for ratio_change, images_per_second, step_sec" in printed[100]
     assert "no room" not in printed[200]
+    assert "70.00 0.00 0.0625 4 0.8750 finished" in printed[200]
+    # Nor is one shown that is empty.
+    console = Console(width=200, file=io.StringIO())
+    RunTable(find_runs([runs / "plain"])).print(console)
+    assert "seconds" in console.file.getvalue() and "ratio" not in console.file.getvalue()
 
 
 def test_the_list_needs_no_torch(runs):
@@ -242,6 +247,8 @@ def test_a_folder_is_new_where_a_kill_left_nothing_whole(tmp_path):
     (tmp_path / "unfinished-config.yaml").touch()
     make_run(tmp_path, [10])
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, LOG_FILE]
+    with pytest.raises(UsageError, match=r"output: expected a new or empty folder, but .* holds files"):
+        make_run(tmp_path, [20])
 
 
 @pytest.mark.parametrize("output", ["run", None])
@@ -307,6 +314,9 @@ def test_the_folder_says_where_a_run_reads_from_wherever_it_is_asked(tmp_path, m
     assert written["data"] == f"folder:{tmp_path}/images"
     places = [written[name] for name in ("data_dir", "teacher_checkpoint", "initial_checkpoint")]
     assert places == [f"{tmp_path}/{place}" for place in ("sets", "a/best.pth", "b/last.pth")]
+    # Of a run that goes on, too, but nothing else of it.
+    folder.update_places(TrainConfig(**load_recipe("digits") | given | {"data_dir": "moved", "lr": 0.25}))
+    assert yaml.safe_load((folder.path / CONFIG_FILE).read_text()) == written | {"data_dir": f"{tmp_path}/moved"}
 
 
 @pytest.mark.parametrize("family", ["hfds", "hfids"])
@@ -324,7 +334,8 @@ def test_the_configuration_lies_above_the_folder_of_checkpoints(tmp_path):
         assert config_beside(tmp_path / place) == tmp_path / CONFIG_FILE
 
 
-def test_a_new_folder_is_named_by_model_and_method(tmp_path, monkeypatch):
+def test_a_new_folder_is_named_by_time_model_and_method_and_is_no_other_run_s(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = RunFolder(TrainConfig(**load_recipe("digits"), output=None)).path.name
-    assert name.endswith("-vit_tiny_patch16_224-cutmix+tl-align")
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    names = [RunFolder(TrainConfig(**load_recipe("digits"), output=None)).path.name for _ in range(3)]
+    assert names == [f"now-vit_tiny_patch16_224-cutmix+tl-align{end}" for end in ("", "-2", "-3")]
