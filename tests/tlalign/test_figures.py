@@ -15,7 +15,7 @@ from tlalign.analysis import figures
 from tlalign.analysis.presence import PresenceOfLayer
 from tlalign.analysis.ratios import MixingRatios, TokenPaths
 from tlalign.analysis.rollout import Rollout
-from tlalign.pictures import draw_token_labels
+from tlalign.pictures import _name_layers, draw_token_labels
 from tlalign_kernels import MixedTarget, patch_model
 
 
@@ -80,6 +80,8 @@ def test_boxes_of_presence_are_the_quantiles_that_the_caption_names(drawn):
     (axis,) = drawn(figures.draw_presence, [layer], torch.ones(3, 3))
     box = axis.patches[0].get_path().vertices[:, 1]
     assert (box.min(), box.max()) == pytest.approx((0.75, 1.25), rel=0.01)
+    (diamond,) = [line for line in axis.lines if line.get_marker() == "D"]
+    assert diamond.get_xydata().tolist() == [[1, 0.5]]
     ends = sorted(float(y) for line in axis.lines[:2] for y in line.get_ydata())
     assert ends == pytest.approx([0.55, 0.75, 1.25, 1.45], rel=0.01)
 
@@ -110,6 +112,10 @@ def test_bars_of_random_weights_are_hatched(drawn):
     rows = [("a", "last.pth.tar", 0.1), ("a", "random_patches.pth", 0.1), ("a", "random weights", 0.2)]
     (axis,) = drawn(figures.draw_rmse_by_model, rows)
     assert [bool(bar.get_hatch()) for bar in axis.patches] == [False, False, True]
+    assert [bar.get_width() for bar in axis.patches] == [0.1, 0.1, 0.2]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        f"{name}\n({weights})" for name, weights, _ in rows
+    ]
 
 
 def test_curves_are_of_the_columns_that_their_labels_name(drawn):
@@ -119,6 +125,7 @@ def test_curves_are_of_the_columns_that_their_labels_name(drawn):
     shown = [first_values(axis) for axis in axes[:2]]
     assert shown == [{"training": 1, "held-out": 2}, {"model": 3, "average (EMA)": 4}]
     assert [line.get_ydata()[0] for axis in axes[2:4] for line in axis.lines] == [5, 6]
+    assert axes[4].patches[0].get_data().edges.tolist() == [0.5, 1.5, 2.5]
     stairs = {each.get_label(): (each.get_data().baseline[0], each.get_data().values[0]) for each in axes[4].patches}
     assert {k: tuple(map(float, v)) for k, v in stairs.items()} == {
         "data": (0, 1),
@@ -127,16 +134,27 @@ def test_curves_are_of_the_columns_that_their_labels_name(drawn):
     }
 
 
+def test_curves_of_a_run_have_no_panel_and_no_line_of_what_it_does_not_know(drawn):
+    axes = drawn(curves.draw_curves, [record(1, ratio_change=None, top1_ema=None)])
+    assert [len(axis.lines) for axis in axes] == [2, 1, 1, 0]  # the last is of times
+
+
 def test_a_comparison_shows_the_metric_and_both_losses(drawn):
-    top1, loss, eval_loss, *_ = drawn(
-        curves.draw_comparison, {"a": [record(1, top1=1.0, top1_ema=2.0, loss=3.0, eval_loss=4.0)]}
-    )
-    assert [axis.lines[0].get_ydata()[0] for axis in (top1, loss, eval_loss)] == [2, 3, 4]
+    records = [record(epoch, top1=1.0, top1_ema=2.0, loss=3.0, eval_loss=4.0) for epoch in (1, 2)]
+    top1, loss, eval_loss = drawn(curves.draw_comparison, {"$a": records, "_b": records[:1]})
+    for axis, value in ((top1, 2), (loss, 3), (eval_loss, 4)):
+        assert [line.get_xydata().tolist() for line in axis.lines] == [[[1, value], [2, value]], [[1, value]]]
+        assert axis.get_xlim()[1] > 2
+    assert [text.get_text() for text in top1.figure.legends[0].texts] == [r"\$a", "_b"]
 
 
 def test_methods_are_drawn_with_mean_and_standard_deviation(drawn):
-    accuracy, *_ = drawn(curves.draw_methods, {"a": [97.0, 99.0]}, {"a": None})
-    (bars,) = accuracy.containers
+    accuracy, time = drawn(curves.draw_methods, {"b": [97.0, 99.0], "a": [98.0]}, {"b": None, "a": 1.25})
+    assert [label.get_text() for label in accuracy.get_yticklabels()] == ["b", "a"] and accuracy.yaxis_inverted()
+    bars, of_one_seed = accuracy.containers
+    assert not of_one_seed.has_xerr
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in time.patches] == [(1, 1.25)]
+    assert [text.get_text() for text in time.texts] == ["1.25"]
     ((start, end),) = [segment[:, 0] for segment in bars.lines[2][0].get_segments()]
     assert (start, end) == pytest.approx((98 - math.sqrt(2), 98 + math.sqrt(2)))
 
@@ -160,7 +178,7 @@ def test_token_labels_are_drawn_of_the_images_the_box_and_the_model(monkeypatch)
         y1, x1 = round(y0 + box.get_height()), round(x0 + box.get_width())
         covered = torch.zeros(16, 16)
         covered[y0:y1, x0:x1] = 1
-        assert covered.any() and (y0, y1) != (x0, x1)
+        assert 0.2 < covered.mean() < 0.6 and (y0, y1) != (x0, x1)
         pasted = torch.where(covered.bool(), images[3 - column], images[column])
         np.testing.assert_allclose(mixed, pasted.permute(1, 2, 0), atol=1e-6)
         np.testing.assert_allclose(before, covered.view(4, 4, 4, 4).mean(dim=(1, 3)), atol=1e-6)
@@ -168,7 +186,22 @@ def test_token_labels_are_drawn_of_the_images_the_box_and_the_model(monkeypatch)
         patched = patch_model(copy.deepcopy(model)).eval()
         _, aligned = patched((pasted[None] - mean) / std, target=target, collect_layers=True)
         np.testing.assert_allclose(after, aligned.layer_shares[-1][0, 1:, 0].view(4, 4), atol=1e-5)
+        label = f"mixing ratio {covered.mean():.2f}\n$\\rightarrow$ aligned {aligned.ratio.item():.2f}"
+        assert [axis.get_xlabel() for axis in axes[3:, column]] == [f"{covered.mean():.2f}", label]
+        # Dots are where it is the partner's for the most part, which is blue.
+        (dots,) = axes[3, column].lines
+        np.testing.assert_array_equal(dots.get_xydata()[:, ::-1], np.argwhere(before > 0.5))
+        red, _, blue, _ = axes[3, column].images[0].cmap(1.0)
+        assert blue > red
+    assert [axis.get_ylabel() for axis in axes[:, 0]][-2:] == ["token labels\nbefore", "token labels\nafter alignment"]
     # As a run aligns, and of each pair one image.
     maps = draw_token_labels(model, images, torch.arange(4), None, [0.5] * 3, [0.5] * 3, alignment={"layers": []})
     assert len(maps[0]) == 2
     np.testing.assert_array_equal(maps[2], maps[0])
+
+
+def test_rows_of_token_labels_name_the_blocks_or_stages_before_them():
+    shares = [torch.zeros(1, side, side, 1) for side in (4, 4, 2)]
+    assert _name_layers(shares, (-2, 0)) == {0: "after block 1", 1: "after block 2", 2: "after block 3\n(the last)"}
+    assert list(_name_layers(shares, (1, 0))) == [0, 1, 2]
+    assert _name_layers(shares, None) == {1: "after stage 1", 2: "after stage 2\n(the last)"}
