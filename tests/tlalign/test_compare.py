@@ -209,7 +209,7 @@ def test_the_table_is_what_the_logs_say(fake, tmp_path, capsys):
         times = [f"{expected[name]:.2f}" for name in ("relative_step", "relative_compute")]
         assert cells[3:7] == [rate, *times, memory]
     assert (tmp_path / TABLE_FILE).read_text() in printed
-    assert "Top-1 is that of the averaged weights (EMA)" in printed
+    assert "seeds 0 to 4. Top-1 is that of the averaged weights (EMA)" in printed
     with Image.open(tmp_path / PLOT_FILE) as picture:
         assert min(picture.size) > 200
 

@@ -60,6 +60,7 @@ def test_timm_loads_the_file_and_gives_the_same_logits(checkpoint, tmp_path, cap
         assert metadata["weights"] == ("EMA" if seed == 2 else "model")
         assert json.loads(metadata["model_args"]) == ARGUMENTS | {"img_size": [16, 16]}
         assert json.loads(metadata["pretrained_cfg"])["input_size"] == [1, 16, 16]
+        assert metadata["timm"] == timm.__version__
 
 
 def test_flags_say_what_a_checkpoint_without_configuration_is(checkpoint, tmp_path, capsys):
@@ -153,7 +154,7 @@ def test_an_existing_file_is_never_written_over(checkpoint, tmp_path, capsys):
         (["--output=x.pth", "--model_kwargs.embed_dim=32"], "is not of this vit_tiny_patch16_224"),
         (["--output=x.pth", "--ema=1"], "ema: expected true or false or null, got 1\n"),
         (["--output=x.pth", "--batch_size=8"], "unrecognized arguments: --batch_size=8"),
-        (["--output=x.pth", "--model=resnet10t"], "num_classes: expected a number"),
+        (["--output=x.pth", "--model=resnet10t"], "don't tell how many resnet10t has"),
         (
             ["--output=x.pth", "--model=vit_tinny_patch16_224"],
             "timm has no vit_tinny_patch16_224; did you mean",
