@@ -266,19 +266,20 @@ def test_the_table_is_there_after_each_run(fake, tmp_path):
 
 
 def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(fake, tmp_path, capsys):
-    fake.broken = ("cutmix-seed0",)
+    fake.broken = ("cutmix-seed0", f"{ALIGNED}-seed1")
     assert run(tmp_path) == 1
     assert len(fake.started) == 4
     printed = capsys.readouterr().out
     assert "1/4  cutmix seed 0  failed: the loss is nan; no checkpoint yet" in printed
     table = (tmp_path / TABLE_FILE).read_text()
     assert re.search(r"\| cutmix +\| 1 of 2, 1 failed \|", table)
-    assert "- cutmix seed 0 failed: the loss is nan; no checkpoint yet" in table
-    # It is tried again.
+    for name in ("cutmix seed 0", f"{ALIGNED} seed 1"):
+        assert f"- {name} failed: the loss is nan; no checkpoint yet" in table
+    # They are tried again.
     fake.started.clear()
     fake.broken = ()
     assert run(tmp_path) == 0
-    assert names(fake.started) == ["cutmix-seed0"]
+    assert names(fake.started) == ["cutmix-seed0", f"{ALIGNED}-seed1"]
     assert "failed" not in (tmp_path / TABLE_FILE).read_text()
 
 

@@ -59,7 +59,8 @@ def test_timm_loads_the_file_and_gives_the_same_logits(checkpoint, tmp_path, cap
         assert metadata["architecture"] == "vit_tiny_patch16_224"
         assert metadata["weights"] == ("EMA" if seed == 2 else "model")
         assert json.loads(metadata["model_args"]) == ARGUMENTS | {"img_size": [16, 16]}
-        assert json.loads(metadata["pretrained_cfg"])["input_size"] == [1, 16, 16]
+        image_config = json.loads(metadata["pretrained_cfg"])
+        assert [image_config[name] for name in ("input_size", "mean", "std")] == [[1, 16, 16], [0.5], [0.5]]
         assert metadata["timm"] == timm.__version__
 
 
@@ -152,6 +153,7 @@ def test_an_existing_file_is_never_written_over(checkpoint, tmp_path, capsys):
         ([], "output: expected a file, got nothing"),
         (["--output=nowhere/x.pth"], "output: cannot write nowhere/x.pth"),
         (["--output=x.pth", "--model_kwargs.embed_dim=32"], "is not of this vit_tiny_patch16_224"),
+        (["--output=x.pth", "--num_classes=7"], "is not of this vit_tiny_patch16_224"),
         (["--output=x.pth", "--ema=1"], "ema: expected true or false or null, got 1\n"),
         (["--output=x.pth", "--batch_size=8"], "unrecognized arguments: --batch_size=8"),
         (["--output=x.pth", "--model=resnet10t"], "don't tell how many resnet10t has"),
